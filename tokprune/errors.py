@@ -1,0 +1,55 @@
+"""What tokprune raises. Every message says what was given, what is allowed, and what to type instead."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class TokpruneError(Exception):
+    """Base of every error raised on purpose by tokprune."""
+
+
+class OptionError(TokpruneError, ValueError):
+    """A value, name or option that cannot be used; the message names the allowed ones."""
+
+
+class BudgetError(OptionError):
+    """A `ratio` or `budget` that is not a usable share or count of visual tokens."""
+
+
+class UnsupportedModelError(TokpruneError, TypeError):
+    """A model, or a feature of it, that tokprune cannot prune; the message says why."""
+
+
+class MissingSignalError(TokpruneError, RuntimeError):
+    """A method asked for a signal that this model's vision tower cannot give."""
+
+
+class MissingQueryError(TokpruneError, ValueError):
+    """A query-aware method ran without a question."""
+
+
+class MissingExtraError(TokpruneError, ImportError):
+    """An optional dependency is not installed; the message is the pip line that installs it."""
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """Phrase that points from a mistyped `name` to the nearest allowed one, or an empty string."""
+    close = difflib.get_close_matches(str(name).lower(), sorted(allowed), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def unknown(what: str, name: object, allowed: Iterable[str]) -> OptionError:
+    """Build the error for a name that is not in `allowed`, with the nearest one and the whole list."""
+    allowed = sorted(allowed)
+    return OptionError(
+        f"unknown {what} {name!r}.{nearest(str(name), allowed)} Allowed: {', '.join(allowed) or 'none'}."
+    )
+
+
+def missing_extra(package: str, extra: str, purpose: str) -> MissingExtraError:
+    """Build the error for an optional package that is not installed."""
+    return MissingExtraError(
+        f"{purpose} needs {package!r}, which is not installed. Run: pip install 'tokprune[{extra}]'"
+    )

@@ -1,0 +1,71 @@
+"""The contract of a method: a frozen dataclass of hyper-parameters and one decision."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from tokprune.errors import BudgetError, OptionError
+from tokprune.registry import MethodInfo
+from tokprune.tokens import Selection, VisualTokens
+
+Compat = Literal["corrected", "published"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of all methods. Subclasses set `stage`; `@register_method` sets `info`."""
+
+    stage: ClassVar[str]
+    info: ClassVar[MethodInfo]
+
+
+@dataclass(frozen=True)
+class ConnectorMethod(Method):
+    """Base of methods that pick or merge the tokens the LLM will receive.
+
+    Subclasses implement `select`, and `select_batch` when the maths gains from images of equal size in one call.
+    """
+
+    stage: ClassVar[str] = "connector"
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Names of the signals that `select` reads."""
+        return ()
+
+    @property
+    def query_aware(self) -> bool:
+        """Whether `select` reads the question (a wrapper answers for what it wraps)."""
+        return self.info.query_aware
+
+    def select(self, tokens: VisualTokens, keep: int) -> Selection:
+        """Choose exactly `keep` (1 <= keep <= N) of the stream's tokens."""
+        raise OptionError(f"{type(self).__name__} does not implement select(tokens, keep).")
+
+    def select_batch(self, batch: Sequence[VisualTokens], keeps: Sequence[int]) -> list[Selection]:
+        """Choose for several streams; the result of a stream never depends on its neighbours."""
+        return [self.select(tokens, keep) for tokens, keep in zip(batch, keeps, strict=True)]
+
+
+def check_keep(keep: int, n: int) -> None:
+    """Refuse a count that a stream of `n` tokens cannot meet."""
+    if not 1 <= keep <= n:
+        raise BudgetError(f"keep={keep} is not between 1 and the {n} tokens of this stream.")
+
+
+def check_finite(values: Tensor, what: str) -> Tensor:
+    """Return `values`, or refuse NaN and infinity, which would make any choice meaningless."""
+    if not torch.isfinite(values).all():
+        raise OptionError(f"{what} hold NaN or infinity; the model's forward is broken before pruning (overflow in half precision?).")
+    return values
+
+
+def top(scores: Tensor, keep: int) -> Tensor:
+    """The `keep` best of (..., N) scores as ascending indices; equal scores: lower index first."""
+    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
+    return order[..., :keep].sort(-1).values

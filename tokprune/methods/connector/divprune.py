@@ -1,0 +1,64 @@
+"""DivPrune: keep the tokens that differ most from each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
+from tokprune.ops.distance import cosine_distance
+from tokprune.ops.maxmin import greedy_max_min
+from tokprune.registry import register_method
+from tokprune.tokens import Selection, VisualTokens
+
+
+def divprune(features: Tensor, keep: int) -> Tensor:
+    """Greedy max-min choice on the cosine distance (sections 3.2 and 3.3 of the paper).
+
+    features: (B, N, D) -> (B, keep) indices in the order of choice. The first token is the one whose nearest neighbour is
+    farthest; each further one maximises the distance to its nearest chosen token, ties to the lower index. Distances
+    are float32 whatever the model's dtype: in half precision the choice is rounding noise.
+    """
+    distance = cosine_distance(features)  # (B, N, N)
+    apart = distance.clone().diagonal_scatter(torch.full_like(distance[..., 0], torch.inf), dim1=-2, dim2=-1)
+    first = apart.amin(-1).argmax(-1)  # (B,)
+    return greedy_max_min(distance, first, keep)
+
+
+@register_method(
+    "divprune",
+    paper="DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models",
+    year=2025,
+    url="https://arxiv.org/abs/2503.02175",
+    complexity="O(N²D + KN)",
+)
+@dataclass(frozen=True)
+class DivPrune(ConnectorMethod):
+    """DivPrune (CVPR 2025): the subset of tokens with the largest minimum distance between its members.
+
+    It looks at the projected features only: no attention, no question. All tiles or frames of a stream compete.
+    The published code may pick a token twice when features repeat (64 tokens with 8 distinct values, 16 asked: 8
+    unique), divides by zero norms, and selects in the model's dtype. Here a token is never picked twice, norms are
+    clamped and distances are float32.
+    """
+
+    def select(self, tokens: VisualTokens, keep: int) -> Selection:
+        """Choose `keep` tokens of the stream."""
+        return self.select_batch([tokens], [keep])[0]
+
+    def select_batch(self, batch: Sequence[VisualTokens], keeps: Sequence[int]) -> list[Selection]:
+        """Choose for several streams; those of equal size and budget share one call."""
+        out: dict[int, Selection] = {}
+        same: dict[tuple[object, ...], list[int]] = {}
+        for i, (tokens, keep) in enumerate(zip(batch, keeps, strict=True)):
+            check_keep(keep, len(tokens))
+            same.setdefault((tokens.features.shape, keep, tokens.features.device), []).append(i)
+        for (_, keep, _), members in same.items():
+            features = check_finite(torch.stack([batch[i].features for i in members]), "the visual features")
+            order = divprune(features, int(keep))  # type: ignore[call-overload]
+            for i, row in zip(members, order.sort(-1).values, strict=True):
+                out[i] = Selection(row)
+        return [out[i] for i in range(len(batch))]

@@ -1,0 +1,113 @@
+"""Names of methods: where they are registered, looked up and listed; third parties join by an entry point."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from tokprune.errors import OptionError, nearest, unknown
+
+if TYPE_CHECKING:
+    from tokprune.methods.base import Method
+
+STAGES = ("frames", "encoder", "connector", "decoder", "cache")
+ENTRY_POINTS = "tokprune.methods"
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """What a user wants to know of a method before choosing it; the generated tables are made of this.
+
+    complexity is for N tokens of width D with K kept. adaptive: the image, not the user, chooses the count unless an exact
+    budget is asked for.
+    """
+
+    name: str
+    paper: str
+    year: int | None = None
+    url: str = ""
+    complexity: str = ""
+    query_aware: bool = False
+    merges: bool = False
+    deterministic: bool = True
+    adaptive: bool = False
+    wrapper: bool = False
+
+
+_methods: dict[str, type[Method]] = {}
+_loaded: list[bool] = []
+M = TypeVar("M", bound="type[Method]")
+
+
+def register_method(name: str, *, paper: str, **facts: Any) -> Callable[[M], M]:
+    """Class decorator that makes a method known as `name`. facts: the other fields of MethodInfo."""
+
+    def register(cls: M) -> M:
+        if not dataclasses.is_dataclass(cls):
+            raise OptionError(
+                f"{cls.__name__} must be a (frozen) dataclass: put @dataclass(frozen=True) under @register_method."
+            )
+        if cls.stage not in STAGES:
+            raise unknown("stage", cls.stage, STAGES)
+        known = _methods.get(name)
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise OptionError(f"the name {name!r} is taken by {known.__module__}.{known.__qualname__}; choose another.")
+        cls.info = MethodInfo(name=name, paper=paper, **facts)
+        _methods[name] = cls
+        return cls
+
+    return register
+
+
+def _load() -> None:
+    if _loaded:
+        return
+    _loaded.append(True)
+    package = importlib.import_module("tokprune.methods")
+    for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        importlib.import_module(module.name)
+    for point in entry_points(group=ENTRY_POINTS):
+        point.load()  # importing the module runs its @register_method
+
+
+def method_class(name: str) -> type[Method]:
+    """The class registered as `name`; an unknown name answers with the nearest one."""
+    _load()
+    if not isinstance(name, str):
+        raise OptionError(f"a method is named by a string, not {type(name).__name__}: {name!r}.")
+    key = name.lower().replace("-", "_")
+    if key not in _methods:
+        raise unknown("method", name, _methods)
+    return _methods[key]
+
+
+def get_method(name: str, **options: Any) -> Method:
+    """Build the method `name` with its published defaults, or with `options` in place of some of them."""
+    cls = method_class(name)
+    fields = {f.name for f in dataclasses.fields(cls) if f.init}
+    for option in options:
+        if option not in fields:
+            allowed = ", ".join(sorted(fields)) or "none"
+            raise OptionError(
+                f"method {cls.info.name!r} has no option {option!r}.{nearest(option, fields)} Its options: {allowed}."
+            )
+    return cls(**options)
+
+
+def list_methods(stage: str | None = None, *, query_aware: bool | None = None, merges: bool | None = None) -> list[str]:
+    """Names of all methods, or of those that match the filters; sorted."""
+    _load()
+    if stage is not None and stage not in STAGES:
+        raise unknown("stage", stage, STAGES)
+    return sorted(
+        name
+        for name, cls in _methods.items()
+        if (stage is None or cls.stage == stage)
+        and (query_aware is None or cls.info.query_aware == query_aware)
+        and (merges is None or cls.info.merges == merges)
+    )

@@ -1,0 +1,200 @@
+"""What flows through tokprune: the visual token stream, where its tokens lie, and what a method decides about it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tokprune.errors import MissingQueryError, MissingSignalError
+
+Kind = Literal["image", "tiles", "video"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each token of a stream lies; one entry per candidate token (newline rows are not among them).
+
+    group: (N,) tile or frame number, 0-based, ascending. row, col: (N,) place in its group's grid. grids: (height, width)
+    of each group's full grid; unpadding may leave holes in it. canvas: for tiles, how many lie down and across.
+    thumbnail: group 0 shows the whole picture. timestamps: for video, seconds of each group.
+    """
+
+    group: Tensor
+    row: Tensor
+    col: Tensor
+    grids: tuple[tuple[int, int], ...]
+    kind: Kind = "image"
+    canvas: tuple[int, int] | None = None
+    thumbnail: bool = False
+    timestamps: tuple[float, ...] | None = None
+
+    @property
+    def num_groups(self) -> int:
+        """How many tiles or frames the stream has."""
+        return len(self.grids)
+
+    @cached_property
+    def group_sizes(self) -> tuple[int, ...]:
+        """Tokens present in each group (fewer than its grid where padding was cut away)."""
+        return tuple(torch.bincount(self.group, minlength=self.num_groups).tolist())
+
+    def group_slices(self) -> list[slice]:
+        """Slices of the stream, one per group; groups are contiguous only when `group` ascends, which Layout demands."""
+        out, start = [], 0
+        for size in self.group_sizes:
+            out.append(slice(start, start + size))
+            start += size
+        return out
+
+    def to(self, device: torch.device | str) -> Layout:
+        """The same layout with its tensors on `device`."""
+        return replace(self, group=self.group.to(device), row=self.row.to(device), col=self.col.to(device))
+
+    @staticmethod
+    def grid(height: int, width: int, groups: int = 1, kind: Kind = "image", **more: object) -> Layout:
+        """Layout of `groups` full height x width grids in raster order."""
+        cell = torch.arange(height * width).repeat(groups)
+        group = torch.arange(groups).repeat_interleave(height * width)
+        row, col = torch.div(cell, width, rounding_mode="floor"), cell % width
+        return Layout(group, row, col, ((height, width),) * groups, kind, **more)  # type: ignore[arg-type]
+
+    @staticmethod
+    def line(n: int) -> Layout:
+        """Layout of `n` tokens of unknown geometry: one row."""
+        return Layout.grid(1, n)
+
+
+@dataclass(frozen=True)
+class Query:
+    """The question about the picture, without chat template and system prompt.
+
+    text: the words, when known. embeddings: (T, D) rows of the LLM's embedding table for the question's tokens.
+    clip: (E,) or (S, E) text embedding of a scorer, when one made it. source: how the question was found, for the report.
+    """
+
+    text: str | None = None
+    embeddings: Tensor | None = None
+    clip: Tensor | None = None
+    source: str = "given"
+
+
+@dataclass(frozen=True)
+class VisualTokens:
+    """One image, tiled image or video on its way to the LLM: what a connector method looks at.
+
+    features: (N, D) as the LLM would receive them. signals: what the method's `needs` named, each (N, ...) aligned with
+    the features. query: the question, if there is one.
+    """
+
+    features: Tensor
+    layout: Layout
+    signals: Mapping[str, Tensor] = field(default_factory=dict)
+    query: Query | None = None
+
+    def __len__(self) -> int:
+        return self.features.shape[0]
+
+    def signal(self, name: str) -> Tensor:
+        """The signal called `name`, or an error that lists those at hand."""
+        if name not in self.signals:
+            at_hand = ", ".join(sorted(self.signals)) or "none"
+            raise MissingSignalError(
+                f"signal {name!r} is not at hand (present: {at_hand}); name it in the method's `needs`."
+            )
+        return self.signals[name]
+
+    def question(self) -> Query:
+        """The query, or the error that tells how to give one."""
+        if self.query is None:
+            raise MissingQueryError(
+                "this method chooses tokens by the question, and none is known. Give it: "
+                'apply(..., query="what is the colour of the car?"), or with pruning.query("..."): model.generate(...), '
+                "or apply(..., processor=processor) to have it cut out of the prompt."
+            )
+        return self.query
+
+    def part(self, where: slice | Tensor) -> VisualTokens:
+        """The sub-stream at `where` (a slice or ascending indices) as a stream of its own, with groups renumbered from 0."""
+        lay = self.layout
+        group = lay.group[where]
+        present = torch.unique(group)
+        pieces = Layout(
+            torch.searchsorted(present, group),
+            lay.row[where],
+            lay.col[where],
+            tuple(lay.grids[g] for g in present.tolist()),
+            "image" if lay.kind == "tiles" and len(present) == 1 else lay.kind,
+            None,
+            False,
+            None if lay.timestamps is None else tuple(lay.timestamps[g] for g in present.tolist()),
+        )
+        return VisualTokens(self.features[where], pieces, {k: v[where] for k, v in self.signals.items()}, self.query)
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Which inputs flow into which output, and how much: out[k] = sum over n of weight[k, n] * x[n].
+
+    Either `target` (N,) with the output row of each input (-1: into none) and `scale` (N,) its weight, for merges where an
+    input goes to one output; or `rows` (K, N), dense or sparse COO, for the general case.
+    """
+
+    target: Tensor | None = None
+    scale: Tensor | None = None
+    rows: Tensor | None = None
+
+    def apply(self, x: Tensor, k: int) -> Tensor:
+        """Merged features. x: (N, D) -> (k, D), summed in float32 at least, returned in x's dtype; differentiable."""
+        wide = x if x.dtype == torch.float64 else x.float()
+        if self.rows is not None:
+            rows = self.rows.to(device=x.device, dtype=wide.dtype)
+            return (torch.sparse.mm(rows, wide) if rows.is_sparse else rows @ wide).to(x.dtype)
+        if self.target is None or self.scale is None:
+            raise ValueError("a Merge needs either rows, or target and scale")
+        target = self.target.to(x.device)
+        used = target >= 0
+        weighted = wide * (self.scale.to(device=x.device, dtype=wide.dtype) * used)[:, None]
+        out = wide.new_zeros(k, x.shape[1])
+        return out.index_add(0, target.clamp(min=0), weighted).to(x.dtype)
+
+    def dense(self, k: int, n: int) -> Tensor:
+        """The (k, n) weight matrix in float32, for composition and pictures."""
+        if self.rows is not None:
+            return (self.rows.to_dense() if self.rows.is_sparse else self.rows).float()
+        if self.target is None or self.scale is None:
+            raise ValueError("a Merge needs either rows, or target and scale")
+        out = torch.zeros(k, n, device=self.target.device)
+        inputs = torch.arange(n, device=self.target.device)
+        used = self.target >= 0
+        out[self.target[used], inputs[used]] = self.scale[used].float()
+        return out
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a method decided: which slots survive and, when it merges, what flows into them.
+
+    indices: (K,) ascending positions in the stream. weights: merge rows aligned with `indices`. features: (K, D) explicit
+    replacement, last resort (DeepStack planes cannot follow it). info: tensors for pictures and reports.
+    """
+
+    indices: Tensor
+    weights: Merge | None = None
+    features: Tensor | None = None
+    info: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return self.indices.shape[0]
+
+    def apply(self, features: Tensor) -> Tensor:
+        """The tokens that the LLM receives for this stream. features: (N, D) -> (K, D)."""
+        if self.features is not None:
+            return self.features.to(features)
+        if self.weights is not None:
+            return self.weights.apply(features, len(self))
+        return features[self.indices.to(features.device)]
