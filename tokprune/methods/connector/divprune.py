@@ -52,13 +52,12 @@ class DivPrune(ConnectorMethod):
     def select_batch(self, batch: Sequence[VisualTokens], keeps: Sequence[int]) -> list[Selection]:
         """Choose for several streams; those of equal size and budget share one call."""
         out: dict[int, Selection] = {}
-        same: dict[tuple[object, ...], list[int]] = {}
+        same: dict[tuple[torch.Size, int, torch.device], list[int]] = {}
         for i, (tokens, keep) in enumerate(zip(batch, keeps, strict=True)):
             check_keep(keep, len(tokens))
             same.setdefault((tokens.features.shape, keep, tokens.features.device), []).append(i)
         for (_, keep, _), members in same.items():
             features = check_finite(torch.stack([batch[i].features for i in members]), "the visual features")
-            order = divprune(features, int(keep))  # type: ignore[call-overload]
-            for i, row in zip(members, order.sort(-1).values, strict=True):
-                out[i] = Selection(row)
+            for i, order in zip(members, divprune(features, keep), strict=True):
+                out[i] = Selection(order.sort().values)
         return [out[i] for i in range(len(batch))]
