@@ -1,0 +1,308 @@
+"""The generic adapter: what the seam must know of a multimodal model, and the families that differ in a line or two."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokprune.adapters.state import logical_length
+from tokprune.errors import UnsupportedModelError
+
+# Raw inputs of each modality, as transformers names them.
+RAW = {"image": ("pixel_values", "pixel_values_images", "image_patches"), "video": ("pixel_values_videos",)}
+TYPE_IDS = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
+TEXT_MODELS = ("language_model", "text_model")
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The Hugging Face model inside torch.compile, DDP or PEFT wrappers."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif hasattr(model, "get_base_model") and not hasattr(type(model), "get_image_features"):
+            model = model.get_base_model()
+        elif type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
+            model = model.module
+        else:
+            return model
+
+
+def mask_2d(mask: Any, keys: int) -> Tensor | None:
+    """(B, keys) visibility of keys, from whatever mask reaches the model: None, 2-D, 4-D, or a dict of 4-D masks."""
+    if isinstance(mask, Mapping):
+        preferred = mask.get("full_attention")
+        mask = preferred if preferred is not None else next((m for m in mask.values() if m is not None), None)
+    if mask is None or mask.ndim == 2:
+        return mask
+    last = mask[:, 0, -1, :keys]
+    return (last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min / 2).long()
+
+
+def flatten(features: Any) -> list[Tensor]:
+    """Encoder items as a list of (n_i, D): a tensor (items, n, D) or a list of (..., D)."""
+    return [t.reshape(-1, t.shape[-1]) for t in features]
+
+
+def like(template: Any, rows: Tensor) -> Any:
+    """`rows` (k, D) in the container of `template`: one item that holds them all."""
+    if isinstance(template, Tensor):
+        return rows.reshape((1,) * (template.ndim - 2) + rows.shape)
+    return [rows.reshape((1,) * (template[0].ndim - 2) + rows.shape)]
+
+
+class Adapter:
+    """How one placeholder-style model lets its visual tokens be rewritten.
+
+    Rests on an invariant of transformers: row i of a modality's flattened encoder output fills the i-th placeholder of
+    that modality, in (batch, position) order. Subclasses override what their family does differently.
+    """
+
+    model_types: tuple[str, ...] = ()
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model: Any = model
+        self.base: Any = model.base_model
+        self.config: Any = model.config
+        self.signature = inspect.signature(type(self.base).forward)
+
+    @property
+    def hybrid(self) -> bool:
+        """Whether the LLM has recurrent (linear-attention) layers, where masked filler is not neutral."""
+        return any("linear" in kind for kind in getattr(self.config.get_text_config(), "layer_types", None) or ())
+
+    @property
+    def text_model(self) -> Any:
+        """The language model inside the multimodal base model."""
+        return next(getattr(self.base, name) for name in TEXT_MODELS if hasattr(self.base, name))
+
+    @property
+    def pad_id(self) -> int:
+        """A token id for filler columns that is not a placeholder."""
+        visual = {getattr(self.config, "image_token_id", None), getattr(self.config, "video_token_id", None)}
+        pad = getattr(self.config.get_text_config(), "pad_token_id", None)
+        if pad is not None and pad not in visual and pad >= 0:
+            return int(pad)
+        return next(i for i in range(3) if i not in visual)
+
+    def encoder(self, modality: str) -> tuple[str, str] | None:
+        """(method name, argument name of the pixels) that encodes a modality, or None when the model has none."""
+        return (f"get_{modality}_features", "") if hasattr(self.base, f"get_{modality}_features") else None
+
+    def has_visual(self, call: Mapping[str, Any]) -> bool:
+        """Whether a forward brings images or videos along, raw or encoded."""
+        if any(v is not None for v in (call.get("mm_encoder_outputs") or {}).values()):
+            return True
+        return any(call.get(key) is not None for keys in RAW.values() for key in keys)
+
+    @torch.compiler.disable
+    def encode(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        """Encoder outputs per modality: those that came with the call, and the raw inputs encoded now."""
+        encoded = dict(call.get("mm_encoder_outputs") or {})
+        for modality, keys in RAW.items():
+            key = next((k for k in keys if call.get(k) is not None), None)
+            if key is None or encoded.get(modality) is not None:
+                continue
+            found = self.encoder(modality)
+            if found is None:
+                raise UnsupportedModelError(
+                    f"{type(self.base).__name__} was given {key} but has no encoder for {modality}."
+                )
+            function, renamed = getattr(self.base, found[0]), found[1]
+            names = [n for n in inspect.signature(function).parameters if n not in ("self", "kwargs")]
+            kwargs = {n: call[n] for n in names if call.get(n) is not None}
+            if renamed:
+                kwargs = {renamed: call[key]}
+            encoded[modality] = function(**kwargs, return_dict=True)
+        return encoded
+
+    def prepare_encoded(self, call: dict[str, Any], encoded: dict[str, Any]) -> dict[str, Tensor]:
+        """Make features line up with placeholders before planning; returns (R,) bool masks of surviving rows, if any."""
+        return {}
+
+    def placeholders(self, call: Mapping[str, Any], encoded: Mapping[str, Any]) -> dict[str, Tensor]:
+        """(B, L) bool per modality: the columns that its features fill."""
+        ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
+        image = getattr(self.config, "image_token_id", None)
+        video = getattr(self.config, "video_token_id", None)
+
+        def columns(token: int) -> Tensor:
+            if ids is not None:
+                return ids == token
+            if embeds is None:
+                raise UnsupportedModelError("a forward needs input_ids or inputs_embeds.")
+            table = self.base.get_input_embeddings()  # called, not read: its weight may be offloaded
+            return (embeds == table(torch.full((), token, device=embeds.device))).all(-1)
+
+        out = {}
+        only_video = encoded.get("image") is None and encoded.get("video") is not None
+        if image is not None and not (video == image and only_video):
+            out["image"] = columns(image)
+        if video is not None and (video != image or "image" not in out):
+            out["video"] = columns(video)
+        return out
+
+    def positions(self, call: Mapping[str, Any], x: Tensor) -> Tensor:
+        """Logical positions of the columns of this forward: (B, L), or (3 or 4, B, L) for M-RoPE."""
+        if call.get("position_ids") is not None:
+            positions = call["position_ids"].to(x.device)
+            batch = x.shape[0]
+            if positions.shape[-2] != batch:
+                positions = positions.expand(*positions.shape[:-2], batch, -1)
+            return positions
+        past = logical_length(call.get("past_key_values"))
+        compute = getattr(self.base, "compute_3d_position_ids", None)
+        if compute is not None:
+            embeds = x if x.ndim == 3 else x.new_empty((*x.shape, 0), dtype=torch.float)
+            names = [
+                n for n in inspect.signature(compute).parameters if n not in ("self", "inputs_embeds", "input_ids")
+            ]
+            kwargs = {n: call.get(n) for n in names}
+            kwargs["attention_mask"] = mask_2d(kwargs.get("attention_mask"), past + x.shape[1])
+            found = compute(input_ids=x if x.ndim == 2 else None, inputs_embeds=embeds, **kwargs)
+            if found is not None:
+                return found[..., -x.shape[1] :]
+        return self.first_position() + torch.arange(past, past + x.shape[1], device=x.device).expand(x.shape[0], -1)
+
+    def first_position(self) -> int:
+        """The position id of the first token."""
+        return 0
+
+
+class GLM4V(Adapter):
+    """One placeholder id for images and videos; the type ids tell them apart."""
+
+    model_types = ("glm4v", "glm4v_moe")
+
+    def placeholders(self, call: Mapping[str, Any], encoded: Mapping[str, Any]) -> dict[str, Tensor]:
+        out = super().placeholders(call, encoded)
+        types = call.get("mm_token_type_ids")
+        if types is None:
+            return out
+        columns = out["image"] if "image" in out else out["video"]
+        length = columns.shape[1]
+        missing = length - types.shape[1]
+        types = nn.functional.pad(types, (0, missing)) if missing > 0 else types[:, -length:]
+        return {"image": columns & (types != 2), "video": columns & (types == 2)}
+
+
+class PaliGemma(Adapter):
+    """Positions start at 1."""
+
+    model_types = ("paligemma",)
+
+    def first_position(self) -> int:
+        return 1
+
+
+class PerceptionLM(Adapter):
+    """Videos go through the image encoder."""
+
+    model_types = ("perception_lm",)
+
+    def encoder(self, modality: str) -> tuple[str, str] | None:
+        return ("get_image_features", "pixel_values" if modality == "video" else "")
+
+
+class VideoLlama3(Adapter):
+    """The model itself drops repeated video patches; its features must lose them before they meet the placeholders."""
+
+    model_types = ("video_llama_3",)
+
+    def prepare_encoded(self, call: dict[str, Any], encoded: dict[str, Any]) -> dict[str, Tensor]:
+        mask, output = call.get("video_compression_mask"), encoded.get("video")
+        if mask is None or output is None:
+            return {}
+        output = copy.copy(output)
+        sizes = [f.shape[0] for f in output.pooler_output]
+        output.pooler_output = [f[m.to(f.device)] for f, m in zip(output.pooler_output, mask.split(sizes), strict=True)]
+        encoded["video"], call["video_compression_mask"] = output, None
+        return {"video": mask}
+
+
+FAMILIES: tuple[type[Adapter], ...] = (GLM4V, PaliGemma, PerceptionLM, VideoLlama3)
+
+# Families whose pruned forward is proven equal to a brute-force reference by the test matrix.
+VERIFIED = (
+    "aya_vision",
+    "cohere2_vision",
+    "fast_vlm",
+    "gemma3",
+    "glm4v",
+    "idefics3",
+    "internvl",
+    "llava",
+    "llava_next",
+    "llava_next_video",
+    "llava_onevision",
+    "minicpmv4_6",
+    "mistral3",
+    "molmo2",
+    "ovis2",
+    "paligemma",
+    "perception_lm",
+    "qwen2_5_vl",
+    "qwen2_vl",
+    "qwen3_5",
+    "qwen3_vl",
+    "smolvlm",
+    "video_llama_3",
+    "vipllava",
+)
+
+# Models with pictures that reach the LLM in another way, and why they cannot be pruned here.
+REFUSED = {
+    "blip_2": "its Q-Former already reduces every image to a few query tokens",
+    "instructblip": "its Q-Former already reduces every image to a few query tokens",
+    "instructblipvideo": "its Q-Former already reduces every image to a few query tokens",
+    "florence2": "it is an encoder-decoder; its visual tokens go into the text encoder",
+    "t5gemma2": "it is an encoder-decoder; its visual tokens go into the text encoder",
+    "mllama": "its visual tokens reach the LLM through cross-attention, not as placeholders",
+    "emu3": "it feeds discrete image codes",
+    "chameleon": "it feeds discrete image codes",
+    "janus": "it feeds discrete image codes when it generates images",
+    "glm_image": "it feeds discrete image codes",
+}
+
+
+def get_adapter(model: object) -> Adapter:
+    """The adapter of a model, or an error that says why the model cannot be pruned."""
+    if isinstance(model, type):
+        raise UnsupportedModelError(
+            f"apply takes a model, not the class {model.__name__}; load it first with from_pretrained."
+        )
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(
+            f"apply takes a Hugging Face VLM (a torch.nn.Module), not {type(model).__name__}: {str(model)[:80]!r}."
+            + (" Load it first: AutoModelForImageTextToText.from_pretrained(...)." if isinstance(model, str) else "")
+        )
+    inner: Any = unwrap(model)
+    name, config = type(inner).__name__, getattr(inner, "config", None)
+    kind = getattr(config, "model_type", None)
+    if kind is None or not hasattr(inner, "base_model"):
+        raise UnsupportedModelError(
+            f"{name} is not a Hugging Face VLM (no transformers config); tokprune prunes models of transformers such as "
+            "LLaVA, Qwen-VL and InternVL."
+        )
+    if kind in REFUSED:
+        raise UnsupportedModelError(f"{name} cannot be pruned between encoder and LLM: {REFUSED[kind]}.")
+    base = inner.base_model
+    if not hasattr(base, "get_image_features"):
+        if hasattr(config, "vision_config"):
+            raise UnsupportedModelError(
+                f"{name} ({kind}) does not put its image features at placeholder tokens; it cannot be pruned."
+            )
+        raise UnsupportedModelError(f"{name} ({kind}) is a text-only model: it has no visual tokens to prune.")
+    if "mm_encoder_outputs" not in inspect.signature(type(base).forward).parameters:
+        raise UnsupportedModelError(
+            f"{name} ({kind}) does not take encoder outputs in its forward (mm_encoder_outputs); tokprune needs a model of "
+            "transformers >= 5.23 that does."
+        )
+    if not any(hasattr(base, t) for t in TEXT_MODELS):
+        raise UnsupportedModelError(f"{name} ({kind}) has no language model under {' or '.join(TEXT_MODELS)}.")
+    cls = next((f for f in FAMILIES if kind in f.model_types), Adapter)
+    return cls(inner)

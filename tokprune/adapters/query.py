@@ -1,0 +1,117 @@
+"""The question about the picture: given by the user, or cut out of the prompt with the processor's chat template."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokprune.errors import MissingQueryError
+from tokprune.tokens import Query
+
+# Words that no prompt contains, to find where a chat template puts the user's text.
+FIRST, ANSWER, SECOND = "qzquestionqz", "qzanswerqz", "qzfollowupqz"
+
+
+def _one_line(text: str) -> str:
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def tokenizer_of(processor: Any) -> Any:
+    """The tokenizer of a processor, or the processor itself when it is one."""
+    return getattr(processor, "tokenizer", processor)
+
+
+def _template_parts(processor: Any) -> tuple[str, str] | None:
+    """What a chat template writes right before and right after the last user text, or None without a template."""
+
+    def turn(role: str, text: str) -> dict[str, Any]:
+        return {"role": role, "content": [{"type": "text", "text": text}]}
+
+    for plain in (False, True):
+        turns = [turn("user", FIRST), turn("assistant", ANSWER), turn("user", SECOND)]
+        if plain:
+            turns = [{"role": t["role"], "content": t["content"][0]["text"]} for t in turns]
+        try:
+            text = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        except (ValueError, AttributeError, TypeError, KeyError, ImportError):
+            continue
+        if all(word in text for word in (FIRST, ANSWER, SECOND)):
+            opening, middle, closing = (
+                text.split(FIRST)[0],
+                text.split(ANSWER)[1].split(SECOND)[0],
+                text.split(SECOND)[1],
+            )
+            header = ""
+            while (
+                len(header) < min(len(opening), len(middle)) and opening[-len(header) - 1] == middle[-len(header) - 1]
+            ):
+                header = opening[-len(header) - 1] + header
+            return _one_line(header), _one_line(closing)
+    return None
+
+
+def question_in_prompt(processor: Any, ids: Tensor, visual_ids: Sequence[int]) -> str:
+    """The words of the last user turn of a prompt, without template, system prompt and visual placeholders.
+
+    ids: (L,) token ids of one prompt, padding removed. visual_ids: ids of placeholder tokens.
+    """
+    tokenizer = tokenizer_of(processor)
+    skip = torch.isin(ids, torch.tensor(list(visual_ids), device=ids.device))
+    text = _one_line(tokenizer.decode(ids[~skip].tolist(), skip_special_tokens=False))
+    parts = _template_parts(processor)
+    if parts is not None:
+        low = text.lower()
+        header, closing = parts[0].lower(), parts[1].lower()
+        end = low.rfind(closing) if closing else len(text)
+        end = len(text) if end < 0 else end
+        start = low.rfind(header, 0, end) if header else -1
+        if start >= 0:
+            text = text[start + len(header) : end]
+    special = {str(t) for t in getattr(tokenizer, "all_special_tokens", ())}
+    special |= {str(t) for t in getattr(tokenizer, "added_tokens_encoder", ())}
+    for word in sorted(special, key=len, reverse=True):
+        text = text.replace(word, " ")
+    return _one_line(text)
+
+
+def build_queries(
+    processor: Any,
+    table: Any,
+    rows: Sequence[Tensor | None],
+    given: str | Sequence[str] | None,
+    visual_ids: Sequence[int],
+    scorer: Any,
+) -> list[Query | None]:
+    """One Query per prompt.
+
+    table: the LLM's embedding module. rows: (L,) ids per prompt without padding, None when only embeddings are known.
+    given: one question for all prompts or one per prompt. scorer: object with embed_text, or None.
+    """
+    if given is not None and not isinstance(given, str) and len(given) != len(rows):
+        raise MissingQueryError(
+            f"{len(given)} questions were given for {len(rows)} prompts; give one per prompt, or a single string."
+        )
+    out: list[Query | None] = []
+    for i, ids in enumerate(rows):
+        if given is not None:
+            text, source = (given if isinstance(given, str) else given[i]), "given"
+        elif processor is not None and ids is not None:
+            text, source = question_in_prompt(processor, ids, visual_ids), "cut out of the prompt by the chat template"
+        else:
+            out.append(None)
+            continue
+        embeddings = None
+        if processor is not None:
+            words = tokenizer_of(processor)(text, add_special_tokens=False)["input_ids"]
+            device = next((p.device for p in table.parameters() if p.device.type != "meta"), torch.device("cpu"))
+            with torch.no_grad():
+                embeddings = table(
+                    torch.tensor(words, dtype=torch.long, device=ids.device if ids is not None else device)
+                )
+        clip = None if scorer is None else scorer.embed_text([text])
+        out.append(Query(text, embeddings, clip, source))
+    return out

@@ -1,0 +1,323 @@
+"""The seam: hooks on one model's multimodal base that shorten its inputs, and the translation of lengths around it.
+
+Outside the base model every length stays as prompted; inside it is as kept. A forward-pre-hook encodes the pictures, lets
+the method choose, deletes dropped placeholders and hands the rest on as `mm_encoder_outputs`; the model's own forward
+does everything else. A forward hook widens the output back. The record of a prefill rides on the KV cache.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokprune.adapters.base import TYPE_IDS, Adapter, mask_2d
+from tokprune.adapters.plan import Frame, Plan, StreamRecord, clear_raw, columns_of, execute, make_plan
+from tokprune.adapters.query import build_queries
+from tokprune.adapters.state import attach_state, get_state, logical_length, physical_length
+from tokprune.adapters.streams import Recorder, build_streams, choose
+from tokprune.methods.base import ConnectorMethod
+from tokprune.tokens import Query
+
+MODE = "tokprune_mode"  # keyword that prepare_inputs_for_generation adds and the pre-hook takes away
+
+
+@dataclass
+class LastRun:
+    """The last prefill. keep: (B, L) prompt columns that survived. length: physical width. policy: "keep" or "compact"."""
+
+    keep: Tensor
+    streams: list[StreamRecord]
+    policy: str
+    length: int
+    encode_ms: float
+    select_ms: float
+
+
+@dataclass
+class Options:
+    """What the seam needs to know of a pruning set-up."""
+
+    method: ConnectorMethod
+    keep_of: Callable[[int], int]
+    positions: str = "auto"
+    query: str | Sequence[str] | None = None
+    processor: Any = None
+    scorer: Any = None
+
+
+@dataclass
+class _Thread:
+    frames: list[Frame | None] = field(default_factory=list)
+    physical_prefill: bool = False
+    rope: tuple[Tensor, Tensor] | None = None
+
+
+class _Threads(threading.local):
+    """State of the forwards in flight, per thread; a copied model starts with none."""
+
+    def __init__(self) -> None:
+        self.now = _Thread()
+
+    def __deepcopy__(self, memo: Any) -> _Threads:
+        return _Threads()
+
+    def __reduce__(self) -> Any:
+        return (_Threads, ())
+
+
+class Seam:
+    """Pruning between encoder and LLM, installed on one model; `remove` leaves it as it was."""
+
+    def __init__(self, adapter: Adapter, options: Options) -> None:
+        self.adapter, self.options = adapter, options
+        self.threads = _Threads()
+        self.handles: list[Any] = []
+        self.patched: list[tuple[Any, str]] = []
+        self.recorder = Recorder(adapter, options.method.needs, options.scorer)
+        self.last: LastRun | None = None
+
+    def install(self) -> None:
+        """Put the hooks on; undone completely when one of them fails."""
+        base, model = self.adapter.base, self.adapter.model
+        try:
+            self.handles.append(base.register_forward_pre_hook(self._pre, with_kwargs=True))
+            self.handles.append(base.register_forward_hook(self._post, with_kwargs=True, always_call=True))
+            for module in self.adapter.text_model.modules():
+                if type(module).__name__.endswith("RotaryEmbedding"):
+                    self.handles.append(module.register_forward_pre_hook(self._rope, with_kwargs=True))
+            for name, replacement in (
+                ("prepare_inputs_for_generation", self._prepare),
+                ("_prefill", self._chunked_prefill),
+            ):
+                if hasattr(model, name):
+                    self._patch(model, name, replacement)
+            self.recorder.install()
+        except BaseException:
+            self.remove()
+            raise
+
+    def remove(self) -> None:
+        """Take every hook and instance attribute away."""
+        for handle in self.handles:
+            handle.remove()
+        for owner, name in self.patched:
+            owner.__dict__.pop(name, None)
+        self.handles, self.patched = [], []
+        self.recorder.remove()
+
+    def _patch(self, owner: Any, name: str, replacement: Any) -> None:
+        original = getattr(owner, name)
+        wrapper: Any = functools.partial(replacement, original)
+        functools.update_wrapper(wrapper, original)
+        wrapper.__signature__ = inspect.signature(original)  # generate() inspects it
+        setattr(owner, name, wrapper)
+        self.patched.append((owner, name))
+
+    # -- generate(): translate before masks are built, static caches and compiled decoding included ----------------------
+
+    def _prepare(self, original: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        cache = kwargs.get("past_key_values")
+        state = get_state(cache)
+        if self.threads.now.physical_prefill:
+            out = original(input_ids, *args, **kwargs)
+            out[MODE] = "physical"
+            return out
+        if kwargs.get("is_first_iteration", False) and self.adapter.has_visual(kwargs):
+            out = original(input_ids, *args, **kwargs)
+            out["attention_mask"] = kwargs.get("attention_mask")  # the 2-D one: a 4-D one would have logical lengths
+            out[MODE] = "generate"
+            return out
+        if state is None:
+            return original(input_ids, *args, **kwargs)
+        length = kwargs.get("next_sequence_length")
+        length = input_ids.shape[1] if length is None else length
+        kwargs["attention_mask"] = state.key_mask(kwargs.get("attention_mask"), physical_length(cache) + length)
+        out = original(input_ids, *args, **kwargs)
+        if out.get("position_ids") is not None:
+            out["position_ids"] = out["position_ids"] - state.shift.to(out["position_ids"].device)
+        out[MODE] = "physical"
+        return out
+
+    def _chunked_prefill(
+        self, original: Any, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], **kwargs: Any
+    ) -> Any:
+        """Chunked prefill: the whole prompt is shortened first, then transformers splits the short one."""
+        encoded = model_kwargs.get("mm_encoder_outputs") or {}
+        if generation_config.prefill_chunk_size is None or not any(v is not None for v in encoded.values()):
+            return original(input_ids, generation_config, model_kwargs, **kwargs)
+        cache = model_kwargs.get("past_key_values")
+        state = get_state(cache)
+        mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
+        total = mask.shape[1] if mask is not None else getattr(generation_config, "_mask_length", input_ids.shape[1])
+        length = total - logical_length(cache)
+        call = {
+            "input_ids": input_ids[:, -length:],
+            "attention_mask": mask,
+            "position_ids": None if positions is None else positions[..., -length:],
+            "past_key_values": cache,
+            **{k: model_kwargs[k][:, -length:] for k in TYPE_IDS if model_kwargs.get(k) is not None},
+        }
+        plan = self._plan(call, dict(encoded))
+        if plan is None or plan.untouched:
+            return original(input_ids, generation_config, model_kwargs, **kwargs)
+        new, frame, table = execute(self.adapter, plan, call, self._hide_positions())
+        shortened = {
+            **model_kwargs,
+            "mm_encoder_outputs": new["mm_encoder_outputs"] or {},
+            "attention_mask": new["attention_mask"],
+            "position_ids": new["position_ids"],
+            **{k: new[k] for k in TYPE_IDS if k in call},
+        }
+        thread = self.threads.now
+        thread.physical_prefill, thread.rope = True, table
+        try:
+            if state is not None:
+                cache._tokprune_view = "physical"
+            out = original(new["input_ids"], generation_config, shortened, **kwargs)
+        finally:
+            thread.physical_prefill, thread.rope = False, None
+            if state is not None:
+                cache._tokprune_view = "logical"
+        attach_state(out.past_key_values, frame.state)
+        return out
+
+    # -- forward of the multimodal base model -----------------------------------------------------------------------------
+
+    def _pre(self, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        mode = kwargs.pop(MODE, None)
+        thread = self.threads.now
+        thread.frames.append(None)
+        if mode == "physical":
+            return args, kwargs
+        call = dict(self.adapter.signature.bind_partial(module, *args, **kwargs).arguments)
+        call.pop("self", None)
+        call.update(call.pop("kwargs", {}))
+        x = columns_of(call) if call.get("input_ids") is not None or call.get("inputs_embeds") is not None else None
+        if x is not None and self.adapter.has_visual(call):
+            encoded = self.adapter.encode(call)
+            plan = self._plan(call, encoded)
+            if plan is None or plan.untouched:  # only avoid encoding twice
+                call["mm_encoder_outputs"] = encoded
+                clear_raw(call)
+                return (), call
+            new, frame, thread.rope = execute(self.adapter, plan, call, self._hide_positions())
+            frame.for_generate = mode == "generate"
+            thread.frames[-1] = frame
+            return (), new
+        state = get_state(call.get("past_key_values"))
+        if x is not None and state is not None:  # a hand-written decode loop, or a text-only turn on a kept cache
+            cache = call["past_key_values"]
+            mask = mask_2d(call.get("attention_mask"), logical_length(cache) + x.shape[1])
+            positions = self.adapter.positions(call, x)
+            call["attention_mask"] = state.key_mask(mask, physical_length(cache) + x.shape[1])
+            call["position_ids"] = positions - state.shift.to(positions.device)
+            for name in TYPE_IDS:
+                call.pop(name, None)
+            return (), call
+        return args, kwargs
+
+    def _post(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        thread = self.threads.now
+        frame = thread.frames.pop() if thread.frames else None
+        if not thread.physical_prefill:
+            thread.rope = None
+        if frame is None or output is None:
+            return None
+        cache = output.get("past_key_values")
+        cache = frame.past if cache is None else cache
+        if cache is not None and physical_length(cache) > 0:
+            attach_state(cache, frame.state)
+        if frame.for_generate:  # only the last position is read
+            return output
+
+        def widen(hidden: Tensor) -> Tensor:  # (B, P, D) -> (B, L, D)
+            index = frame.expand.to(hidden.device)[..., None]
+            return hidden.gather(1, index.expand(-1, -1, hidden.shape[-1]))
+
+        output.last_hidden_state = widen(output.last_hidden_state)
+        if output.get("hidden_states") is not None:
+            output.hidden_states = tuple(None if h is None else widen(h) for h in output.hidden_states)
+        return output
+
+    def _rope(self, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Exchange contiguous positions for the kept ones, when attention must not see gaps."""
+        table = self.threads.now.rope
+        if table is None:
+            return None
+        kept, pad = table
+        positions = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
+        positions = kept.gather(1, (positions + pad).clamp(max=kept.shape[1] - 1))
+        if "position_ids" in kwargs:
+            return args, {**kwargs, "position_ids": positions}
+        return (args[0], positions, *args[2:]), kwargs
+
+    def _hide_positions(self) -> bool:
+        return "flash" in str(self.adapter.config.get_text_config()._attn_implementation)
+
+    # -- the decision ---------------------------------------------------------------------------------------------------------
+
+    @torch.compiler.disable
+    def _plan(self, call: dict[str, Any], encoded: dict[str, Any]) -> Plan | None:
+        x = columns_of(call)
+        length = x.shape[1]
+        mask = mask_2d(call.get("attention_mask"), logical_length(call.get("past_key_values")) + length)
+        real = (
+            torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+            if mask is None
+            else mask[:, -length:].bool().to(x.device)
+        )
+        encode_ms = (
+            sum(r.seconds for v in encoded.values() if (r := getattr(v, "tokprune_record", None)) is not None) * 1e3
+        )
+        survivors = self.adapter.prepare_encoded(call, encoded)
+        masks = {m: v & real for m, v in self.adapter.placeholders(call, encoded).items()}
+        start = time.perf_counter()
+        with torch.no_grad():
+            queries = self._queries(call, real, masks)
+            streams = []
+            for modality, columns in masks.items():
+                if encoded.get(modality) is None or not bool(columns.any()):
+                    continue
+                streams += build_streams(
+                    self.adapter,
+                    modality,
+                    encoded[modality],
+                    columns,
+                    queries,
+                    self.options.method.needs,
+                    survivors.get(modality),
+                )
+            if not streams:
+                return None
+            choose(self.options.method, streams, self.options.keep_of)
+        select_ms = (time.perf_counter() - start) * 1e3
+        plan = make_plan(self.adapter, call, encoded, masks, real, streams, self.options.positions)
+        width = max(int(plan.keep.sum(1).max()), 1)
+        self.last = LastRun(plan.keep, plan.streams, plan.policy, width, encode_ms, select_ms)
+        return plan
+
+    def _queries(self, call: dict[str, Any], real: Tensor, masks: dict[str, Tensor]) -> list[Query | None]:
+        if not self.options.method.query_aware:
+            return [None] * real.shape[0]
+        ids = call.get("input_ids")
+        rows = [None if ids is None else ids[b][real[b]] for b in range(real.shape[0])]
+        config = self.adapter.config
+        visual = [
+            t
+            for t in (getattr(config, "image_token_id", None), getattr(config, "video_token_id", None))
+            if t is not None
+        ]
+        given, expand = self.options.query, 1
+        if given is not None and not isinstance(given, str) and len(given) and real.shape[0] % len(given) == 0:
+            expand = real.shape[0] // len(given)  # beams repeat prompts
+            given = [q for q in given for _ in range(expand)]
+        table = self.adapter.base.get_input_embeddings()
+        return build_queries(self.options.processor, table, rows, given, visual, self.options.scorer)

@@ -1,0 +1,151 @@
+"""What a user holds: apply, remove, and the handle between them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Any
+
+from tokprune import budget as budgets
+from tokprune.adapters.base import VERIFIED, get_adapter, unwrap
+from tokprune.adapters.seam import LastRun, Options, Seam
+from tokprune.config import PruneConfig
+from tokprune.errors import OptionError, TokpruneError
+from tokprune.methods.base import ConnectorMethod, Method
+from tokprune.report import Report
+
+HANDLE = "_tokprune"  # attribute of the model that holds its Pruning
+
+
+class Pruning:
+    """A model that is being pruned: the handle that `apply` returns, also a context manager.
+
+    last: what happened in the last prefill (kept columns, one record per image or video), None before the first.
+    """
+
+    def __init__(self, model: Any, config: PruneConfig, processor: Any = None, scorer: Any = None) -> None:
+        self.config = config
+        self.processor = processor
+        self.adapter = get_adapter(model)
+        self.model = self.adapter.model
+        self._seam = Seam(
+            self.adapter, Options(_connector(config), self._keep, config.positions, config.query, processor, scorer)
+        )
+
+    def _keep(self, n: int) -> int:
+        if self.config.budget is not None:
+            return min(n, self.config.budget)
+        return budgets.kept(n, float(self.config.ratio or 1.0))
+
+    @property
+    def last(self) -> LastRun | None:
+        """What happened in the last prefill."""
+        return self._seam.last
+
+    @property
+    def active(self) -> bool:
+        """Whether the model is pruned through this handle now."""
+        return self.model.__dict__.get(HANDLE) is self
+
+    def remove(self) -> None:
+        """Give the model back untouched. Calling it twice is harmless."""
+        self._seam.remove()
+        if self.active:
+            del self.model.__dict__[HANDLE]
+
+    def __enter__(self) -> Pruning:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    @contextlib.contextmanager
+    def query(self, text: str | Sequence[str]) -> Iterator[Pruning]:
+        """Use `text` as the question (one, or one per prompt) inside the with block."""
+        options = self._seam.options
+        before, options.query = options.query, text if isinstance(text, str) else tuple(text)
+        try:
+            yield self
+        finally:
+            options.query = before
+
+    def report(self) -> Report:
+        """What the last prefill kept, how, and what it cost; prints as a table."""
+        kind = getattr(self.model.config, "model_type", "?")
+        notes = [] if kind in VERIFIED else [f"{kind} runs through the generic adapter; it is not in the verified list"]
+        return Report.build(self.config, type(self.model).__name__, self.last, notes)
+
+    def __repr__(self) -> str:
+        methods = " + ".join(m.info.name for m in self.config.methods)
+        amount = f"ratio={self.config.ratio:g}" if self.config.ratio is not None else f"budget={self.config.budget}"
+        return f"<Pruning {type(self.model).__name__} by {methods}, {amount}{'' if self.active else ', removed'}>"
+
+
+def _connector(config: PruneConfig) -> ConnectorMethod:
+    for method in config.methods:
+        if method.stage != "connector":
+            raise OptionError(
+                f"method {method.info.name!r} belongs to the stage {method.stage!r}, which this version cannot run in a model yet; "
+                "the connector stage can: tokprune.list_methods(stage='connector')."
+            )
+    method = config.methods[0]
+    if not isinstance(method, ConnectorMethod):
+        raise OptionError(f"{type(method).__name__} must derive from tokprune.methods.base.ConnectorMethod.")
+    return method
+
+
+def apply(
+    model: Any,
+    method: str | Method | Sequence[str | Method] | PruneConfig = "divprune",
+    *,
+    ratio: float | None = None,
+    budget: int | None = None,
+    positions: str = "auto",
+    query: str | Sequence[str] | None = None,
+    processor: Any = None,
+    scorer: Any = None,
+    **options: Any,
+) -> Pruning:
+    """Let `model` run on fewer visual tokens, in place; generate() and the processor stay as they are.
+
+    method: a name (see list_methods), a method object, or a PruneConfig. ratio: share of visual tokens kept, or budget:
+    tokens kept per image or video. positions: "keep" leaves the kept tokens' position ids, "compact" re-numbers, "auto"
+    re-numbers for one-dimensional RoPE and keeps for M-RoPE, as the published implementations do. query: the question,
+    for query-aware methods (one, or one per prompt); with `processor` it is cut out of the prompt. scorer: an object with
+    embed_text and embed_image, or "open_clip:<model>/<weights>", for methods that compare text with patches. options: the
+    method's own fields.
+
+    Applying again replaces. Raises UnsupportedModelError for models that cannot be pruned, OptionError and BudgetError for
+    arguments that cannot be used; the model is then as it was.
+    """
+    if isinstance(method, PruneConfig):
+        if ratio is not None or budget is not None or options or query is not None or positions != "auto":
+            raise OptionError(
+                "a PruneConfig already says how much and how to prune; give nothing beside it, or change the config."
+            )
+        config = method
+    else:
+        config = PruneConfig.build(method, ratio=ratio, budget=budget, positions=positions, query=query, **options)
+    if isinstance(scorer, str):
+        from tokprune.adapters.scorers import load_scorer
+
+        scorer = load_scorer(scorer)
+    pruning = Pruning(model, config, processor, scorer)
+    remove(pruning.model)
+    pruning._seam.install()
+    pruning.model.__dict__[HANDLE] = pruning
+    return pruning
+
+
+def remove(model: Any) -> None:
+    """Take the pruning off `model`, whoever applied it; a model that is not pruned stays as it is."""
+    inner = unwrap(model) if hasattr(model, "modules") else model
+    pruning = getattr(inner, "__dict__", {}).get(HANDLE)
+    if pruning is None:
+        return
+    if not isinstance(pruning, Pruning):
+        raise TokpruneError(f"{type(inner).__name__}.{HANDLE} is not a Pruning; something else wrote it.")
+    pruning.remove()
