@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import pkgutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -67,12 +68,15 @@ def register_method(name: str, *, paper: str, **facts: Any) -> Callable[[M], M]:
 def _load() -> None:
     if _loaded:
         return
-    _loaded.append(True)
     package = importlib.import_module("tokprune.methods")
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
         importlib.import_module(module.name)
     for point in entry_points(group=ENTRY_POINTS):
-        point.load()  # importing the module runs its @register_method
+        try:
+            point.load()  # importing the module runs its @register_method
+        except Exception as error:  # somebody else's package must not take ours down
+            warnings.warn(f"the method plug-in {point.name!r} ({point.value}) cannot be loaded: {error}", stacklevel=2)
+    _loaded.append(True)  # last: a module of ours that fails to import fails again at the next look-up, not silently
 
 
 def method_class(name: str) -> type[Method]:
@@ -89,13 +93,16 @@ def method_class(name: str) -> type[Method]:
 def get_method(name: str, **options: Any) -> Method:
     """Build the method `name` with its published defaults, or with `options` in place of some of them."""
     cls = method_class(name)
-    fields = {f.name for f in dataclasses.fields(cls) if f.init}
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    allowed = ", ".join(sorted(fields)) or "none"
     for option in options:
         if option not in fields:
-            allowed = ", ".join(sorted(fields)) or "none"
             raise OptionError(
                 f"method {cls.info.name!r} has no option {option!r}.{nearest(option, fields)} Its options: {allowed}."
             )
+    for option, f in fields.items():
+        if option not in options and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise OptionError(f"method {cls.info.name!r} needs the option {option!r}. Its options: {allowed}.")
     return cls(**options)
 
 

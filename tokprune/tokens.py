@@ -52,8 +52,11 @@ class Layout:
         return out
 
     def to(self, device: torch.device | str) -> Layout:
-        """The same layout with its tensors on `device`."""
-        return replace(self, group=self.group.to(device), row=self.row.to(device), col=self.col.to(device))
+        """The same layout with its tensors on `device`; the group sizes, once counted, are not counted there again."""
+        moved = replace(self, group=self.group.to(device), row=self.row.to(device), col=self.col.to(device))
+        if "group_sizes" in vars(self) or self.group.device.type == "cpu":
+            vars(moved)["group_sizes"] = self.group_sizes
+        return moved
 
     @staticmethod
     def grid(height: int, width: int, groups: int = 1, kind: Kind = "image", **more: object) -> Layout:
@@ -122,18 +125,27 @@ class VisualTokens:
         """The sub-stream at `where` (a slice or ascending indices) as a stream of its own, with groups renumbered from 0."""
         lay = self.layout
         group = lay.group[where]
-        present = torch.unique(group)
+        if isinstance(where, slice) and where.step in (None, 1):  # known without asking the device
+            start, stop, _ = where.indices(len(self))
+            sizes = [max(min(stop, own.stop) - max(start, own.start), 0) for own in lay.group_slices()]
+        else:
+            sizes = torch.bincount(group, minlength=lay.num_groups).tolist()
+        present = [g for g, size in enumerate(sizes) if size > 0]
+        at = torch.tensor(present, dtype=torch.long, device=group.device)
         pieces = Layout(
-            torch.searchsorted(present, group),
+            torch.searchsorted(at, group),
             lay.row[where],
             lay.col[where],
-            tuple(lay.grids[g] for g in present.tolist()),
+            tuple(lay.grids[g] for g in present),
             "image" if lay.kind == "tiles" and len(present) == 1 else lay.kind,
             None,
             False,
-            None if lay.timestamps is None else tuple(lay.timestamps[g] for g in present.tolist()),
+            None if lay.timestamps is None else tuple(lay.timestamps[g] for g in present),
         )
-        return VisualTokens(self.features[where], pieces, {k: v[where] for k, v in self.signals.items()}, self.query)
+        vars(pieces)["group_sizes"] = tuple(sizes[g] for g in present)
+        # Of the signals, `frame_scores` alone has one entry per group instead of per token.
+        signals = {k: v[at.to(v.device)] if k == "frame_scores" else v[where] for k, v in self.signals.items()}
+        return VisualTokens(self.features[where], pieces, signals, self.query)
 
 
 @dataclass(frozen=True)

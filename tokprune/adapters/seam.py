@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tokprune.adapters.base import TYPE_IDS, Adapter, mask_2d
 from tokprune.adapters.plan import Frame, Plan, StreamRecord, clear_raw, columns_of, execute, make_plan
-from tokprune.adapters.query import build_queries
+from tokprune.adapters.query import build_queries, tokenizer_of
 from tokprune.adapters.state import attach_state, get_state, logical_length, physical_length
 from tokprune.adapters.streams import Recorder, build_streams, choose
 from tokprune.methods.base import ConnectorMethod
@@ -153,7 +153,7 @@ class Seam:
         encoded = model_kwargs.get("mm_encoder_outputs") or {}
         if generation_config.prefill_chunk_size is None or not any(v is not None for v in encoded.values()):
             return original(input_ids, generation_config, model_kwargs, **kwargs)
-        cache = model_kwargs.get("past_key_values")
+        cache: Any = model_kwargs.get("past_key_values")
         state = get_state(cache)
         mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
         total = mask.shape[1] if mask is not None else getattr(generation_config, "_mask_length", input_ids.shape[1])
@@ -293,7 +293,9 @@ class Seam:
                     columns,
                     queries,
                     self.options.method.needs,
-                    survivors.get(modality),
+                    ids=call.get("input_ids"),
+                    survivors=survivors.get(modality),
+                    decode=None if self.options.processor is None else tokenizer_of(self.options.processor).decode,
                 )
             if not streams:
                 return None

@@ -7,7 +7,7 @@ import functools
 import inspect
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tokprune.adapters.base import Adapter, flatten
-from tokprune.adapters.layouts import StreamLayout, stream_layouts
+from tokprune.adapters.layouts import Run, StreamLayout, placeholder_runs, reads_runs, stream_layouts
 from tokprune.adapters.probe import AttentionProbe
 from tokprune.adapters.signals import SignalSet, compute_signals, required_blocks
 from tokprune.errors import MissingSignalError, TokpruneError
@@ -129,19 +129,13 @@ class Stream:
     selection: Selection | None = None
 
 
-def _runs(mask: Tensor) -> list[list[int]]:
-    """Lengths of the contiguous runs of True in each row. mask: (B, L)."""
-    out = []
-    for row in mask.tolist():
-        runs, length = [], 0
-        for flag in [*row, False]:
-            if flag:
-                length += 1
-            elif length:
-                runs.append(length)
-                length = 0
-        out.append(runs)
-    return out
+def _runs(adapter: Adapter, ids: Tensor | None, columns: Tensor, copies: int) -> list[Run] | None:
+    """The prompt's placeholder runs, for the families whose tiles are told apart by them; copies of a prompt count once."""
+    if not reads_runs(adapter.base):
+        return None
+    if ids is None:
+        ids = torch.zeros_like(columns, dtype=torch.long)  # embeddings only: lengths still tell contiguous tiles
+    return placeholder_runs(ids[::copies], columns[::copies])
 
 
 def _unknown(n: int) -> StreamLayout:
@@ -186,11 +180,14 @@ def build_streams(
     columns: Tensor,
     queries: Sequence[Query | None],
     needs: Sequence[str],
+    ids: Tensor | None = None,
     survivors: Tensor | None = None,
+    decode: Callable[[list[int]], str] | None = None,
 ) -> list[Stream]:
     """The streams of one modality of a prefill, one per image or video of each prompt.
 
-    columns: (B, L) bool placeholder columns. queries: one per prompt. survivors: (R,) rows the model itself left over.
+    columns: (B, L) bool placeholder columns. queries: one per prompt. ids: (B, L) the prompt, when known. survivors: (R,)
+    rows the model itself left over. decode: token ids to text, when a processor is at hand.
     Beams and return sequences repeat whole prompts; a prompt's streams are built once, with `copies` > 1.
     """
     features = torch.cat(flatten(output.pooler_output))  # (R, D)
@@ -217,10 +214,8 @@ def build_streams(
         sizes = [f.shape[0] for f in flatten(output.pooler_output)]
         geometries = [_unknown(n) for n in sizes]
     else:
-        runs = [length for b, row in enumerate(_runs(columns)) if b % copies == 0 for length in row]
-        geometries = stream_layouts(
-            adapter.base, modality, record.kwargs, record.output, runs=runs if survivors is None else None
-        )
+        runs = None if survivors is not None else _runs(adapter, ids, columns, copies)
+        geometries = stream_layouts(adapter.base, modality, record.kwargs, record.output, runs=runs, decode=decode)
     streams: list[Stream] = []
     signal_rows = 0  # rows of the recorded signals already used, before the model's own dropping
     feature_rows = 0

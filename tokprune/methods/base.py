@@ -43,6 +43,14 @@ class ConnectorMethod(Method):
         """Whether `select` reads the question (a wrapper answers for what it wraps)."""
         return self.info.query_aware
 
+    def budgets(self, batch: Sequence[VisualTokens], keeps: Sequence[int]) -> list[int]:
+        """Share the tokens of one prompt's images out anew, before `select_batch`; as given unless a method has a rule.
+
+        batch: the streams of one prompt. keeps: what each would keep by the common rule. The sum stays what it was, and each
+        stream keeps between 1 and all of its tokens.
+        """
+        return list(keeps)
+
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         """Choose exactly `keep` (1 <= keep <= N) of the stream's tokens."""
         raise OptionError(f"{type(self).__name__} does not implement select(tokens, keep).")
@@ -50,6 +58,28 @@ class ConnectorMethod(Method):
     def select_batch(self, batch: Sequence[VisualTokens], keeps: Sequence[int]) -> list[Selection]:
         """Choose for several streams; the result of a stream never depends on its neighbours."""
         return [self.select(tokens, keep) for tokens, keep in zip(batch, keeps, strict=True)]
+
+
+@dataclass(frozen=True)
+class ScoreMethod(ConnectorMethod):
+    """Base of methods that rank tokens by one number each: subclasses implement `scores`, and `choose` where top-k is not all.
+
+    Wrappers such as Relevance mix something into the scores and leave the choice to the method.
+    """
+
+    def scores(self, tokens: VisualTokens) -> Tensor:
+        """Worth of each token, higher = keep. Returns (N,) in float32."""
+        raise OptionError(f"{type(self).__name__} does not implement scores(tokens).")
+
+    def choose(self, tokens: VisualTokens, scores: Tensor, keep: int) -> Tensor:
+        """Exactly `keep` ascending indices by these scores: the best of the whole stream."""
+        return top(scores, keep)
+
+    def select(self, tokens: VisualTokens, keep: int) -> Selection:
+        """Choose `keep` tokens of the stream."""
+        check_keep(keep, len(tokens))
+        scores = check_finite(self.scores(tokens), f"the scores of {self.info.name}")
+        return Selection(self.choose(tokens, scores, keep), info={"scores": scores})
 
 
 def check_keep(keep: int, n: int) -> None:

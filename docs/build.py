@@ -1,0 +1,163 @@
+"""Makes the generated pages: docs/methods.md from the registry, and the tables of README.md from benchmarks/results/.
+
+`python docs/build.py` writes them; with --check it only says whether they are current (a test runs that).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from tokprune.cli.methods import facts
+from tokprune.registry import STAGES, list_methods
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def yes(flag: bool) -> str:
+    """A table cell."""
+    return "yes" if flag else ""
+
+
+def methods_page() -> str:
+    """docs/methods.md: every registered method, by stage."""
+    lines = [
+        "# Methods",
+        "",
+        "Made by `make docs` from the registry and the docstrings; do not edit. `tokprune methods NAME` explains one in the",
+        "terminal. N tokens of width D, K kept.",
+        "",
+    ]
+    for stage in STAGES:
+        rows = [facts(name) for name in list_methods(stage)]
+        if not rows:
+            continue
+        lines += [
+            f"## Stage `{stage}`",
+            "",
+            "| method | what it does | signals | reads the question | merges | deterministic | adaptive count | complexity | paper |",
+            "|---|---|---|---|---|---|---|---|---|",
+        ]
+        for r in rows:
+            paper = f"[{r['paper']}]({r['url']})" if r["url"] else r["paper"]
+            year = f" ({r['year']})" if r["year"] else ""
+            needs = ", ".join(f"`{n}`" for n in r["needs"])
+            lines.append(
+                f"| `{r['name']}` | {r['summary']} | {needs} | {yes(r['query_aware'])} | {yes(r['merges'])} | "
+                f"{yes(r['deterministic'])} | {yes(r['adaptive'])} | {r['complexity']} | {paper}{year} |"
+            )
+        lines.append("")
+        for r in rows:
+            lines += [f"### `{r['name']}`", "", r["doc"], ""]
+            if r["options"]:
+                lines += ["Options: " + ", ".join(f"`{k}={v!r}`" for k, v in r["options"].items()) + ".", ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def cells_table(data: dict[str, Any]) -> str:
+    """A sweep as accuracy per method and keep ratio, the baseline above, the worst-than-random marked."""
+    cells = data["cells"]
+    base = next(c for c in cells if c["method"] == "none")
+    ratios = sorted({c["ratio"] for c in cells if c["method"] != "none" and c["ratio"] < 1}, reverse=True)
+    at = {(c["method"], c["ratio"]): c for c in cells}
+    order = list(dict.fromkeys(c["method"] for c in cells if c["method"] != "none"))
+    counts = {r: next(c["kept"] for c in cells if c["ratio"] == r and c["method"] != "none") for r in ratios}
+    head = ["method", *(f"{r:.0%} ({counts[r]:.0f} tokens)" for r in ratios)]
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * len(ratios)]
+    for method in order:
+        row = []
+        for r in ratios:
+            cell, rival = at.get((method, r)), at.get(("random", r))
+            if cell is None:
+                row.append("")
+                continue
+            worse = rival is not None and method != "random" and cell["accuracy"] < rival["accuracy"]
+            row.append(f"{cell['accuracy']:.1%}" + (" ↓" if worse else ""))
+        lines.append(f"| `{method}` | " + " | ".join(row) + " |")
+    costs = [
+        next(c for c in cells if c["ratio"] == r and c["method"] == "divprune") for r in ratios if ("divprune", r) in at
+    ]
+    if costs:
+        lines.append("| LLM prefill, divprune | " + " | ".join(f"{c['prefill_ms']:.2f} ms" for c in costs) + " |")
+        lines.append(
+            "| FLOPs per answer, divprune | " + " | ".join(f"{c['flops'] / base['flops']:.0%}" for c in costs) + " |"
+        )
+    note = (
+        f"All {base['total']:.0f} tokens: {base['accuracy']:.1%} right, prefill {base['prefill_ms']:.2f} ms. "
+        f"{data['questions']} held-out questions per cell; `{data['command']}`, {data['environment']['machine']}."
+    )
+    if any("↓" in line for line in lines):
+        note += " ↓ marks what is below random."
+    return "\n".join([*lines, "", note])
+
+
+def replace_block(text: str, name: str, content: str) -> str:
+    """`text` with what stands between the markers of block `name` exchanged."""
+    pattern = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
+    if not pattern.search(text):
+        raise SystemExit(f"no block {name!r}: put <!-- begin {name} --> and <!-- end {name} --> there")
+    return pattern.sub(lambda m: m.group(1) + content + "\n" + m.group(2), text)
+
+
+def pages() -> dict[Path, str]:
+    """Every generated file and what it should hold."""
+    out = {ROOT / "docs" / "methods.md": methods_page()}
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    demo = RESULTS / "demo.json"
+    if demo.exists():
+        text = replace_block(text, "demo table", cells_table(json.loads(demo.read_text(encoding="utf-8"))))
+    text = replace_block(text, "methods", ", ".join(f"`{n}`" for n in list_methods("connector")))
+    out[readme] = text
+    zoo = RESULTS / "zoo.json"
+    if zoo.exists():
+        data = json.loads(zoo.read_text(encoding="utf-8"))
+        out[ROOT / "docs" / "zoo.md"] = (
+            "# All connector methods on the demo VLM\n\nMade by `make docs` from benchmarks/results/zoo.json; do not edit.\n"
+            "Random and uniform stand beside every method; a method below random is marked, not hidden.\n\n"
+            + cells_table(data)
+            + "\n\n"
+            + types_table(data)
+            + "\n"
+        )
+    return out
+
+
+def types_table(data: dict[str, Any]) -> str:
+    """Accuracy by question type at the ratio nearest to 10 %."""
+    ratio = min({c["ratio"] for c in data["cells"] if c["method"] != "none"}, key=lambda r: abs(r - 0.1))
+    rows = [c for c in data["cells"] if c["method"] == "none" or c["ratio"] == ratio]
+    types = list(rows[0]["per_type"])
+    lines = [
+        f"## By question type at {ratio:.0%}",
+        "",
+        "| method | " + " | ".join(types) + " |",
+        "|---|" + "---:|" * len(types),
+    ]
+    for c in rows:
+        name = "all tokens" if c["method"] == "none" else f"`{c['method']}`"
+        lines.append(f"| {name} | " + " | ".join(f"{c['per_type'][t]:.0%}" for t in types) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Write the pages, or check them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="only say whether they are current")
+    check = parser.parse_args().check
+    stale = [p for p, text in pages().items() if not p.exists() or p.read_text(encoding="utf-8") != text]
+    for path in stale:
+        if not check:
+            path.write_text(pages()[path], encoding="utf-8")
+        print(f"{'stale' if check else 'wrote'}: {path.relative_to(ROOT)}")
+    if check and stale:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""The LLaVA line: plain grids, anyres tiles with unpadding and newline rows, pooled video frames."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tokprune.adapters.layouts.core import Call, Family, StreamLayout, UnknownGeometryError, frames, pair, plain
+from tokprune.adapters.layouts.grids import SizedImages, Units
+from tokprune.tokens import Layout
+
+
+class Llava(Units):
+    """LLaVA-1.5 and VipLLaVA: one grid per image; with the strategy "full" the [CLS] token stands before it."""
+
+    def patches(self, call: Call) -> int | None:
+        return None if call.kwargs.get("image_sizes") is not None else super().patches(call)
+
+    def cls_rows(self, call: Call) -> int:
+        """Rows of special tokens before the grid of each image."""
+        height, width = self.patch_grid(call)
+        extra = super().tokens_per_unit(call) - height * width
+        if extra not in (0, 1):
+            raise UnknownGeometryError(f"{call.lengths[0]} tokens do not fit {height} x {width} patches")
+        return extra
+
+    def tokens_per_unit(self, call: Call) -> int:
+        return super().tokens_per_unit(call) - self.cls_rows(call)
+
+    def unit_count(self, call: Call) -> int:
+        return len(call.lengths)
+
+    def streams(self, call: Call) -> list[StreamLayout]:
+        if call.kwargs.get("image_sizes") is not None:  # a Pixtral tower
+            return SizedImages().streams(call)
+        extra = self.cls_rows(call)
+        streams = super().streams(call)
+        if not extra:
+            return streams
+        # [CLS] is no candidate: like a newline it stays as long as a token of its line, here the image, does.
+        lone = torch.zeros(1, dtype=torch.long)
+        return [StreamLayout(s.rows + 1, s.total + 1, s.layout, lone, lone, s.line, s.note) for s in streams]
+
+    def arrange(self, call: Call, values: Tensor, fill: float = 0.0) -> Tensor:
+        if call.kwargs.get("image_sizes") is not None:
+            return SizedImages().arrange(call, values, fill)
+        extra = self.cls_rows(call)
+        grid = super().arrange(call, values, fill)
+        if not extra:
+            return grid
+        per_unit = grid.unflatten(0, (self.unit_count(call), -1))
+        return F.pad(per_unit, (0, 0, extra, 0), value=fill).flatten(0, 1)
+
+
+class AnyRes(Family):
+    """LLaVA-NeXT, LLaVA-NeXT-Video and LLaVA-OneVision: a thumbnail, then a canvas of tiles without its padding, each line
+    closed by a newline row. Traced through the model's own pack_image_features."""
+
+    def side(self, call: Call) -> int:
+        """Patches along one side of a tile."""
+        config = call.vision_config
+        return pair(config.image_size)[0] // pair(config.patch_size)[0]
+
+    def patches(self, call: Call) -> int | None:
+        return self.side(call) ** 2
+
+    def tile_counts(self, call: Call) -> list[int]:
+        """Tower pictures of each image, the thumbnail included."""
+        from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+        sizes = call.rows_of("image_sizes")
+        images = call.kwargs.get("batch_num_images")
+        per_sample = [] if images is None else [int(n) for n in images]
+        cut = [n == 1 for n in per_sample for _ in range(n)] or [True] * len(sizes)
+        pinpoints, tile = call.config.image_grid_pinpoints, pair(call.vision_config.image_size)[0]
+        return [
+            image_size_to_num_patches(image_size=size, grid_pinpoints=pinpoints, patch_size=tile) if yes else 1
+            for size, yes in zip(sizes, cut, strict=True)
+        ]
+
+    def pack(self, call: Call, values: Tensor, fill: float) -> list[Tensor]:
+        """Per-patch values (U, patches, C) re-arranged by the model itself; newline rows are `fill`."""
+        parts = values.split(self.tile_counts(call))
+        newline = values.new_full((values.shape[-1],), fill)
+        sizes = call.rows_of("image_sizes")
+        base: Any = call.base
+        if "onevision" in call.config.model_type:
+            ratio = call.option("vision_aspect_ratio")
+            return base.pack_image_features(parts, sizes, image_newline=newline, vision_aspect_ratio=ratio)[0]
+        return base.pack_image_features(parts, sizes, vision_feature_select_strategy="full", image_newline=newline)[0]
+
+    def canvas(self, call: Call, size: list[int]) -> tuple[int, int]:
+        """Tiles down and across of an image of `size`."""
+        from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+
+        tile = pair(call.vision_config.image_size)[0]
+        down, across = get_anyres_image_grid_shape(size, call.config.image_grid_pinpoints, tile)
+        return int(down), int(across)
+
+    def streams(self, call: Call) -> list[StreamLayout]:
+        if call.modality == "video":
+            return self.video_streams(call)
+        side, counts, sizes = self.side(call), self.tile_counts(call), call.rows_of("image_sizes")
+        shapes = [self.canvas(call, size) for size in sizes]
+        y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+        cell = torch.stack([torch.zeros(side * side), y.flatten(), x.flatten()], -1)  # (patches, 3): in a tile, y, x
+        places = []
+        for count, (_, across) in zip(counts, shapes, strict=True):
+            tile = torch.arange(count - 1)
+            corner = torch.stack([torch.ones(count - 1), tile // across * side, tile % across * side], -1)
+            places += [cell[None], cell + corner[:, None]]
+        traced = self.pack(call, torch.cat(places), torch.nan)
+        return [_traced(rows, side, count, shape) for rows, count, shape in zip(traced, counts, shapes, strict=True)]
+
+    def arrange(self, call: Call, values: Tensor, fill: float = 0.0) -> Tensor:
+        per_unit = values.unflatten(0, (-1, self.side(call) ** 2))
+        if call.modality == "video":
+            return self.video_rows(call, per_unit, fill)
+        return torch.cat(self.pack(call, per_unit, fill))
+
+    def video_shape(self, call: Call) -> tuple[int, int]:
+        """Videos and frames of the call."""
+        if call.pixels is None or call.pixels.dim() != 5:
+            raise UnknownGeometryError("the call has no video frames")
+        return call.pixels.shape[0], call.pixels.shape[1]
+
+    def video_streams(self, call: Call) -> list[StreamLayout]:
+        """LLaVA-NeXT-Video: frames pooled by a stride, no newline."""
+        count, length = self.video_shape(call)
+        side = self.side(call) // int(call.config.spatial_pool_stride)
+        return [plain(frames(length, (side, side))) for _ in range(count)]
+
+    def video_rows(self, call: Call, values: Tensor, fill: float) -> Tensor:
+        """Frames (T, patches, C) as rows. Whatever the pooling mode, a signal is the mean over the pooled patches."""
+        side, stride = self.side(call), int(call.config.spatial_pool_stride)
+        x = F.avg_pool2d(values.transpose(1, 2).unflatten(2, (side, side)), stride)
+        return x.flatten(2).transpose(1, 2).flatten(0, 1)
+
+    def units(self, call: Call) -> Tensor:
+        pixels = call.pixels
+        if pixels is None:
+            return super().units(call)
+        if call.modality == "video":
+            return pixels.flatten(0, 1)
+        if pixels.dim() == 5:
+            return torch.cat([image[:n] for image, n in zip(pixels, self.tile_counts(call), strict=True)])
+        return pixels
+
+
+class OneVision(AnyRes):
+    """LLaVA-OneVision: images as LLaVA-NeXT, shrunk bilinearly above a limit; videos pooled, one newline at the end."""
+
+    def video_streams(self, call: Call) -> list[StreamLayout]:
+        count, length = self.video_shape(call)
+        side = (self.side(call) + 1) // 2
+        layout = frames(length, (side, side))
+        n = length * side * side
+        end, zero = torch.tensor([n]), torch.zeros(1, dtype=torch.long)
+        one = StreamLayout(torch.arange(n), n + 1, layout, end, zero, torch.zeros(n, dtype=torch.long))
+        return [one] * count
+
+    def video_rows(self, call: Call, values: Tensor, fill: float) -> Tensor:
+        base: Any = call.base
+        count, _ = self.video_shape(call)
+        rows = base.apply_pooling(values).reshape(count, -1, values.shape[-1])
+        return F.pad(rows, (0, 0, 0, 1), value=fill).flatten(0, 1)
+
+
+def _traced(rows: Tensor, side: int, count: int, canvas: tuple[int, int]) -> StreamLayout:
+    """The layout of one image from its traced patches. rows: (n, 3) in a tile (0 or 1), canvas y, canvas x; newlines NaN."""
+    newline = torch.isnan(rows[:, 0])
+    where = torch.arange(rows.shape[0])
+    candidates, separators = where[~newline], where[newline]
+    inside = rows[candidates, 0] > 0.5
+    before = newline.cumsum(0)  # newlines up to here
+    line = before[candidates] + inside  # line 0 is the thumbnail, which has no newline of its own
+    if count == 1:
+        layout = Layout.grid(side, side)
+        return StreamLayout(candidates, len(where), layout, separators, torch.zeros_like(separators), line)
+    # A shrunk canvas has fractional places: the patch that holds the point. 1e-3 outweighs float rounding.
+    spot = (rows[candidates, 1:] + 1e-3).floor().long()
+    down, across = spot[:, 0], spot[:, 1]
+    group = torch.where(inside, 1 + down // side * canvas[1] + across // side, 0)
+    order = torch.argsort(group, stable=True)
+    layout = Layout(
+        group[order],
+        (down % side)[order],
+        (across % side)[order],
+        ((side, side),) * count,
+        "tiles",
+        canvas=canvas,
+        thumbnail=True,
+    )
+    return StreamLayout(candidates[order], len(where), layout, separators, before[separators], line[order])
+
+
+LLAVA: dict[str, Any] = {
+    "llava": Llava(),
+    "vipllava": Llava(),
+    "llava_next": AnyRes(),
+    "llava_next_video": AnyRes(),
+    "llava_onevision": OneVision(),
+}

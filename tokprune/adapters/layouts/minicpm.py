@@ -1,0 +1,96 @@
+"""MiniCPM-V 4.6: pictures and slices of any size, packed, with a merger inside the tower."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokprune.adapters.layouts.canvas import canvas_from_shape
+from tokprune.adapters.layouts.core import Call, Run, StreamLayout, UnknownGeometryError, frames, plain, pool
+from tokprune.adapters.layouts.grids import SizedImages
+from tokprune.adapters.layouts.tiles import APART
+from tokprune.tokens import Layout
+
+
+class MiniCPM(SizedImages):
+    """A thumbnail, then slices of one size; each is a run of its own. What stands before a run tells thumbnails from
+    slices: the first run of every sample is a thumbnail (or a frame)."""
+
+    reads_runs = True
+
+    def patch_grids(self, call: Call) -> list[tuple[int, int]]:
+        name = "target_sizes_videos" if call.modality == "video" else "target_sizes"
+        return [(h, w) for h, w in call.rows_of(name)]
+
+    def token_grids(self, call: Call) -> list[tuple[int, int]]:
+        grids = self.patch_grids(call)
+        merge = round((sum(h * w for h, w in grids) / max(call.total, 1)) ** 0.5)
+        return [(h // merge, w // merge) for h, w in grids]
+
+    def arrange(self, call: Call, values: Tensor, fill: float = 0.0) -> Tensor:
+        patches, targets = self.patch_grids(call), self.token_grids(call)
+        # Behind the tower's own merger there is a quarter of the patches left.
+        shrink = round((sum(h * w for h, w in patches) / max(values.shape[0], 1)) ** 0.5)
+        sources = [(h // shrink, w // shrink) for h, w in patches]
+        parts = values.split([h * w for h, w in sources])
+        return torch.cat([pool(part[None], a, b)[0] for part, a, b in zip(parts, sources, targets, strict=True)])
+
+    def feature_layers(self, call: Call) -> list[int] | None:
+        return None
+
+    def streams(self, call: Call) -> list[StreamLayout]:
+        grids = self.token_grids(call)
+        if len(grids) == 1:
+            return [plain(Layout.grid(*grids[0]))]
+        runs = call.runs
+        if runs is None or [run.length for run in runs] != [h * w for h, w in grids] or not any(r.before for r in runs):
+            return [plain(Layout.grid(*grid), APART) for grid in grids]
+        out, start = [], 0
+        for count in self.groups(list(runs), call.modality == "video"):
+            out.append(self.picture(call, grids[start : start + count], call.modality == "video"))
+            start += count
+        return out
+
+    def groups(self, runs: list[Run], video: bool) -> Iterator[int]:
+        """How many consecutive runs make one picture or video."""
+        first: dict[int, tuple[int, ...]] = {}
+        for run in runs:
+            first.setdefault(run.sample, run.before[-1:])
+        count = 0
+        for i, run in enumerate(runs):
+            # Frames of one video follow each other with nothing but an end and a start tag between them.
+            starts = len(run.before) != 2 if video else run.before[-1:] == first[run.sample]
+            if count and (starts or run.sample != runs[i - 1].sample):
+                yield count
+                count = 0
+            count += 1
+        if count:
+            yield count
+
+    def picture(self, call: Call, grids: list[tuple[int, int]], video: bool) -> StreamLayout:
+        """One picture of these units, the thumbnail first, or one video of these frames."""
+        count, tile = len(grids), grids[-1]
+        if count == 1:
+            return plain(Layout.grid(*tile))
+        if video:
+            if len(set(grids)) > 1:
+                raise UnknownGeometryError("frames are cut into slices")
+            return plain(frames(count, tile))
+        canvas = canvas_from_shape(count - 1, tile, grids[0])
+        parts = [Layout.grid(*grid) for grid in grids]
+        layout = Layout(
+            torch.cat([torch.full_like(part.row, i) for i, part in enumerate(parts)]),
+            torch.cat([part.row for part in parts]),
+            torch.cat([part.col for part in parts]),
+            tuple(grids),
+            "tiles",
+            canvas=canvas,
+            thumbnail=True,
+        )
+        return plain(layout)
+
+
+MINICPM: dict[str, Any] = {"minicpmv4_6": MiniCPM()}

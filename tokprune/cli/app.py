@@ -1,0 +1,99 @@
+"""The commands and their options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tokprune.errors import OptionError
+
+app = typer.Typer(
+    name="tokprune",
+    help="Run vision-language models on a tenth of their visual tokens.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+def numbers(text: str) -> list[float]:
+    """ "0.5,0.1" as numbers, or the error that shows the form."""
+    try:
+        return [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise OptionError(
+            f"--ratios {text!r} is not a list of numbers; write for example --ratios 0.5,0.25,0.1"
+        ) from None
+
+
+def names(text: str) -> list[str]:
+    """ "a,b" as names."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def version(show: bool) -> None:
+    """Print the version and end."""
+    if show:
+        import tokprune
+
+        typer.echo(f"tokprune {tokprune.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    show: Annotated[
+        bool, typer.Option("--version", callback=version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Run vision-language models on a tenth of their visual tokens."""
+
+
+@app.command()
+def demo(
+    questions: Annotated[int, typer.Option(help="Held-out questions per cell.")] = 210,
+    methods: Annotated[str, typer.Option(help="Methods, separated by commas.")] = "none,random,uniform,divprune,hired",
+    ratios: Annotated[str, typer.Option(help="Keep ratios, separated by commas.")] = "1,0.5,0.25,0.1,0.05",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the cells to this file.")] = None,
+    overlays: Annotated[Path | None, typer.Option(help="Save pictures of the kept tokens in this folder.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Ask about your own picture instead.")] = None,
+    question: Annotated[str | None, typer.Option(help="The question about --image.")] = None,
+    model: Annotated[str, typer.Option(help="A hub id or path instead of the embedded demo VLM.")] = "demo",
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    seed: Annotated[int, typer.Option(help="Which held-out questions.")] = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no table.")] = False,
+) -> None:
+    """Ask the embedded VLM about pictures at several keep ratios: accuracy, tokens, prefill time and FLOPs."""
+    from tokprune.cli.demo import run_demo, run_own_picture
+
+    if (image is None) != (question is None):
+        raise OptionError(
+            "--image and --question go together: tokprune demo --image my.jpg --question 'what color is the circle ?'"
+        )
+    if image is not None and question is not None:
+        run_own_picture(model, image, question, names(methods), numbers(ratios), device, overlays)
+        return
+    run_demo(model, questions, names(methods), numbers(ratios), json_file, overlays, device, seed, quiet)
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Explain this one.")] = None,
+    stage: Annotated[str | None, typer.Option(help="Only those of one stage.")] = None,
+    query_aware: Annotated[
+        bool | None, typer.Option("--query-aware/--query-agnostic", help="Only those that read the question, or not.")
+    ] = None,
+    merges: Annotated[
+        bool | None, typer.Option("--merges/--selects", help="Only those that merge tokens, or not.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """List the methods, or explain one."""
+    from tokprune.cli.methods import explain, show
+
+    if name is not None:
+        explain(name, as_json)
+    else:
+        show(stage, query_aware, merges, as_json)

@@ -1,0 +1,87 @@
+"""`tokprune methods`: what there is, and what one of them does."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from tokprune.registry import list_methods, method_class
+
+
+def facts(name: str) -> dict[str, Any]:
+    """Everything the registry knows of a method, as plain data."""
+    cls = method_class(name)
+    doc = inspect.getdoc(cls) or ""
+    fields = [f for f in dataclasses.fields(cls) if f.init]
+    options = {f.name: None if f.default is dataclasses.MISSING else f.default for f in fields}
+    required = any(f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING for f in fields)
+    needs = () if required or not hasattr(cls, "needs") else cls().needs
+    return {
+        **dataclasses.asdict(cls.info),
+        "stage": cls.stage,
+        "needs": list(needs),
+        "options": {
+            k: v if isinstance(v, int | float | str | bool | list | tuple | type(None)) else str(v)
+            for k, v in options.items()
+        },
+        "summary": doc.splitlines()[0] if doc else "",
+        "doc": doc,
+    }
+
+
+def show(stage: str | None, query_aware: bool | None, merges: bool | None, as_json: bool) -> None:
+    """Print the list, filtered."""
+    rows = [facts(n) for n in list_methods(stage, query_aware=query_aware, merges=merges)]
+    if as_json:
+        print(json.dumps([{k: v for k, v in r.items() if k != "doc"} for r in rows], indent=2))
+        return
+    table = Table(title="methods", title_justify="left", header_style="bold")
+    for column in ("name", "stage", "reads the question", "merges", "needs", "what it does"):
+        table.add_column(column, no_wrap=column == "name")
+    for r in rows:
+        table.add_row(
+            r["name"],
+            r["stage"],
+            "yes" if r["query_aware"] else "",
+            "yes" if r["merges"] else "",
+            escape(", ".join(r["needs"])),
+            escape(r["summary"]),
+        )
+    console = Console()
+    console.print(table)
+    console.print("tokprune methods NAME explains one.")
+
+
+def explain(name: str, as_json: bool) -> None:
+    """Print one method's docstring, options and facts."""
+    r = facts(name)
+    if as_json:
+        print(json.dumps(r, indent=2))
+        return
+    console = Console()
+    year = f" ({r['year']})" if r["year"] else ""
+    console.print(f"[bold]{r['name']}[/], stage {r['stage']}: {escape(r['paper'])}{year} {r['url']}\n")
+    console.print(escape(r["doc"]) + "\n")
+    if r["options"]:
+        console.print("[bold]options[/]")
+        for option, default in r["options"].items():
+            console.print(f"  {option} = {default!r}")
+    flags = [
+        ("reads the question", r["query_aware"]),
+        ("merges tokens", r["merges"]),
+        ("deterministic", r["deterministic"]),
+    ]
+    flags.append(("chooses its own count unless asked for one", r["adaptive"]))
+    console.print(
+        "[bold]facts[/] "
+        + ", ".join(text for text, on in flags if on)
+        + (f"; {r['complexity']}" if r["complexity"] else "")
+    )
+    if r["needs"]:
+        console.print("[bold]signals[/] " + ", ".join(r["needs"]))
