@@ -132,7 +132,7 @@ def apply(
     if isinstance(scorer, str):
         from tokprune.adapters.scorers import load_scorer
 
-        scorer = load_scorer(scorer)
+        scorer = load_scorer(scorer, processor)
     pruning = Pruning(model, config, processor, scorer)
     remove(pruning.model)
     pruning._seam.install()

@@ -19,7 +19,7 @@ TYPE_IDS = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 TEXT_MODELS = ("language_model", "text_model")
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: Any) -> Any:
     """The Hugging Face model inside torch.compile, DDP or PEFT wrappers."""
     while True:
         if hasattr(model, "_orig_mod"):
@@ -64,11 +64,11 @@ class Adapter:
 
     model_types: tuple[str, ...] = ()
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         self.model: Any = model
         self.base: Any = model.base_model
         self.config: Any = model.config
-        self.signature = inspect.signature(type(self.base).forward)
+        self.signature = inspect.signature(self.base.__class__.forward)
 
     @property
     def hybrid(self) -> bool:

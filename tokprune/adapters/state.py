@@ -116,7 +116,7 @@ class PrunedCacheMixin:
 
 
 @functools.lru_cache(None)
-def _pruned_class(cls: type) -> type:
+def _pruned_class(cls: Any) -> Any:
     return type(cls.__name__, (PrunedCacheMixin, cls), {"__module__": cls.__module__, "_tokprune_base": cls})
 
 
@@ -128,7 +128,8 @@ def get_state(cache: Any) -> PruneState | None:
 def attach_state(cache: Any, state: PruneState) -> None:
     """Let `cache` carry `state`. The class of this one object is exchanged; deepcopy keeps both."""
     if not isinstance(cache, PrunedCacheMixin):
-        cache.__class__ = _pruned_class(type(cache))
+        kind: Any = type(cache)
+        cache.__class__ = _pruned_class(kind)
     cache._tokprune = state
 
 

@@ -1,0 +1,215 @@
+"""The residual splice: hooks that shorten a tower's sequence inside its own blocks, without a copy of any forward.
+
+Three hooks change the token count between attention and MLP. Before the MLP's norm, the reduced rows replace its input; behind the
+last module of the MLP branch the result is put aside and a zero returned, which the block's own residual addition broadcasts; at the block's end
+that sum is thrown away for reduced rows + branch. Other hooks observe q, k, v and hand the attention a bias.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokprune.adapters.splice.run import EncoderTrace, Run, State
+from tokprune.adapters.splice.tower import Tower
+from tokprune.budget import kept
+from tokprune.errors import TokpruneError, UnsupportedModelError
+from tokprune.methods.encoder_base import EncoderMethod
+
+KEPT_RUNS = 8  # runs whose backward may still recompute blocks (gradient checkpointing)
+
+
+def thread() -> int:
+    """Which thread runs; under torch.compile it cannot be asked."""
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+
+
+def recomputing() -> bool:
+    """Whether this forward is a recomputation inside a backward pass."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+class Splice:
+    """An encoder method, spliced into one tower. Subclasses know how its sequence is laid out."""
+
+    def __init__(
+        self, tower: Tower, method: EncoderMethod, ratio: float | None, budget: int | None, expand: bool
+    ) -> None:
+        self.tower, self.method = tower, method
+        self.ratio, self.budget, self.expand = ratio, budget, expand
+        self.handles: list[Any] = []
+        self.current: dict[int, Run] = {}
+        self.past: deque[Run] = deque(maxlen=KEPT_RUNS)
+        self.trace: EncoderTrace | None = None
+
+    # -- to be told by the layout -----------------------------------------------------------------------------------------
+
+    def start(self, x: Tensor, kwargs: Mapping[str, Any]) -> Run:
+        """A run that begins with hidden states `x`."""
+        raise TokpruneError(f"{type(self).__name__} does not implement start.")
+
+    def shrink(self, run: Run, index: int, x: Tensor) -> Tensor | None:
+        """The rows that the method leaves of `x` in block `index`, with run.states[index + 1] set; None: all of them."""
+        raise TokpruneError(f"{type(self).__name__} does not implement shrink.")
+
+    def widen(self, run: Run, state: State, x: Tensor) -> Tensor:
+        """`x` at full length: each original token gets its row, dropped ones get zeros."""
+        raise TokpruneError(f"{type(self).__name__} does not implement widen.")
+
+    def attend(self, run: Run, index: int, args: Any, kwargs: dict[str, Any]) -> Any:
+        """The attention module's arguments, with the bias of sizes and padding."""
+        raise TokpruneError(f"{type(self).__name__} does not implement attend.")
+
+    def record(self, run: Run, state: State) -> EncoderTrace:
+        """What the report and the pictures want to know."""
+        raise TokpruneError(f"{type(self).__name__} does not implement record.")
+
+    def target(self, patches: int) -> int | None:
+        """Patch rows wanted in the end of `patches`, if a ratio or budget was given."""
+        if self.budget is not None:
+            return min(patches, self.budget)
+        return None if self.ratio is None else kept(patches, self.ratio)
+
+    # -- hooks ----------------------------------------------------------------------------------------------------------------
+
+    def install(self) -> None:
+        """Put the hooks on; undone completely when one of them fails."""
+        tower, method = self.tower, self.method
+        try:
+            method.check(tower.depth, self.ratio is not None or self.budget is not None)
+            active = {i for i in range(tower.depth) if method.active(i, tower.depth)}
+            for i, parts in enumerate(tower.blocks):
+                on, pre = self.handles.append, functools.partial
+                on(parts.block.register_forward_pre_hook(pre(self._enter_block, i), with_kwargs=True))
+                on(parts.entry.register_forward_pre_hook(pre(self._enter, i)))
+                on(parts.attention.register_forward_pre_hook(pre(self._attention, i), with_kwargs=True))
+                if i in active:
+                    for name, module in parts.seen.items():
+                        on(module.register_forward_hook(pre(self._see, i, name)))
+                    if method.place == "middle":
+                        on(parts.middle.register_forward_pre_hook(pre(self._middle, i)))
+                        on(parts.tail.register_forward_hook(pre(self._tail, i)))
+                # Before all other hooks: transformers captures hidden states by hooks of its own.
+                on(parts.block.register_forward_hook(pre(self._leave, i, i in active), prepend=True))
+            for module, index in tower.taps:
+                on(module.register_forward_pre_hook(pre(self._tap, index)))
+            on(tower.root.register_forward_hook(self._root))
+        except BaseException:
+            self.remove()
+            raise
+
+    def remove(self) -> None:
+        """Take every hook away."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+        self.current.clear()
+        self.past.clear()
+
+    def _enter_block(self, index: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        if index == 0 and not recomputing():
+            x = args[0] if args else kwargs.get("hidden_states", kwargs.get("x"))
+            if not isinstance(x, Tensor):
+                raise UnsupportedModelError(f"the blocks of {self.tower.family} were called in an unknown way.")
+            run = self.start(x, kwargs)
+            run.states[0] = State()
+            self.current[thread()] = run
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                self.past.append(run)
+        return self.block_arguments(self._run(index), index, args, kwargs)
+
+    def block_arguments(self, run: Run, index: int, args: Any, kwargs: dict[str, Any]) -> Any:
+        """The block's arguments; a layout may replace some."""
+        return None
+
+    def _run(self, index: int) -> Run:
+        run = self.current.get(thread())
+        if run is None or index not in run.states:
+            raise TokpruneError(
+                f"block {index} of the {self.tower.family} tower was called out of order; an encoder-stage method needs the blocks to run "
+                "from the first on, one after the other (non-reentrant gradient checkpointing is fine, reentrant is not)."
+            )
+        return run
+
+    def _enter(self, index: int, module: nn.Module, args: Any) -> None:
+        (x,) = args
+        if recomputing():  # which of the last forwards is it? Its saved input lies where it lay.
+            place = x.data_ptr()
+            run = next((r for r in self.past if r.entries.get(index) == place), None)
+            if run is None:
+                raise TokpruneError(
+                    "gradient checkpointing recomputes a forward that is too old, or checkpoints in the reentrant way; use "
+                    'gradient_checkpointing_kwargs={"use_reentrant": False} and run backward before more forwards.'
+                )
+            self.current[thread()] = run
+        elif torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._run(index).entries[index] = x.data_ptr()
+
+    def _attention(self, index: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        return self.attend(self._run(index), index, args, kwargs)
+
+    def _see(self, index: int, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        self._run(index).seen.setdefault(index, {})[name] = output
+
+    def _middle(self, index: int, module: nn.Module, args: Any) -> Any:
+        run = self._run(index)
+        rows = self.shrink(run, index, args[0])
+        run.seen.pop(index, None)
+        if rows is None:
+            return None
+        run.merged[index] = rows
+        return (rows, *args[1:])
+
+    def _tail(self, index: int, module: nn.Module, args: Any, output: Tensor) -> Any:
+        run = self._run(index)
+        if index not in run.merged:
+            return None
+        run.branch[index] = output
+        return output.new_zeros(1)
+
+    def _leave(self, index: int, active: bool, module: nn.Module, args: Any, output: Any) -> Any:
+        run = self._run(index)
+        x = before = output[0] if isinstance(output, tuple) else output
+        if index in run.merged:
+            branch = run.branch.pop(index)
+            factor = self.tower.blocks[index].after()
+            x = run.merged.pop(index) + (branch if factor is None else factor * branch)
+        elif active and self.method.place == "end":
+            rows = self.shrink(run, index, x)
+            run.seen.pop(index, None)
+            x = x if rows is None else rows
+        run.states.setdefault(index + 1, run.states[index])
+        if not recomputing():
+            run.counts.append(x.shape[-2])
+        if index + 1 == len(self.tower.blocks):
+            if not recomputing():
+                self._finish(run)
+            if self.expand:
+                x = self.widen(run, run.states[index + 1], x)
+        if x is before:
+            return None
+        return (x, *output[1:]) if isinstance(output, tuple) else x
+
+    def _finish(self, run: Run) -> None:
+        self.trace = self.record(run, run.states[self.tower.depth])
+
+    def _tap(self, index: int, module: nn.Module, args: Any) -> Any:
+        run = self._run(index)
+        return (self.widen(run, run.states[index + 1], args[0]), *args[1:])
+
+    def _root(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Bring the listed hidden states to full length."""
+        if not self.expand or not hasattr(output, "keys") or output.get("hidden_states") is None:
+            return
+        run = self.current.get(thread())
+        states = output["hidden_states"]
+        if run is None or len(states) != len(self.tower.blocks) + 1:
+            return
+        wide = [h if h.shape[-2] == run.tokens else self.widen(run, run.states[i], h) for i, h in enumerate(states)]
+        output["hidden_states"] = tuple(wide)

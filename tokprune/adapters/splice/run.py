@@ -1,0 +1,64 @@
+"""What is known while a tower runs: how many original tokens each row stands for, and which row each original token is in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class State:
+    """The rows between two blocks. All None before the first reduction.
+
+    Batched towers: size (B, K, 1), assign (B, N0) row of each original row or -1, rep (B, K) original row at which each row sits or
+    -1 (padding). Packed towers: the same without B. ragged: some rows are padding (size 0).
+    """
+
+    size: Tensor | None = None
+    assign: Tensor | None = None
+    rep: Tensor | None = None
+    ragged: bool = False
+
+    def then(self, rep: Tensor, assign: Tensor, size: Tensor, ragged: bool) -> State:
+        """The state after a reduction of these rows. rep: (..., K), assign: (..., N), size: (..., K, 1)."""
+        if self.assign is None or self.rep is None:
+            return State(size, assign, rep, ragged)
+        row = torch.where(self.assign >= 0, assign.gather(-1, self.assign.clamp(min=0)), -1)
+        place = torch.where(rep >= 0, self.rep.gather(-1, rep.clamp(min=0)), -1)
+        return State(size, row, place, ragged)
+
+
+@dataclass
+class Run:
+    """One call of the tower. states[i]: rows that enter block i. The dictionaries are per block number and emptied as it goes."""
+
+    rows: int
+    tokens: int
+    batch: int
+    states: dict[int, State] = field(default_factory=dict)
+    seen: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    merged: dict[int, Tensor] = field(default_factory=dict)
+    branch: dict[int, Tensor] = field(default_factory=dict)
+    before: dict[int, Tensor] = field(default_factory=dict)
+    entries: dict[int, int] = field(default_factory=dict)
+    counts: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class EncoderTrace:
+    """The last run of a tower.
+
+    assign: (images, patches) group number of each patch, in the tower's patch order, -1 when it was dropped: what a merge map draws.
+    survivor: (images, patches) True at the one patch of each group where the group's token sits. size: (images, groups) patches in each
+    group, 0 for padding. Packed towers: one dimension over all images. fold: patches that share a place in all of these (units of the
+    connector). counts: tokens (or units) that left each block, prefix included.
+    """
+
+    assign: Tensor
+    survivor: Tensor
+    size: Tensor
+    fold: int
+    prefix: int
+    counts: tuple[int, ...]

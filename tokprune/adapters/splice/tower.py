@@ -1,0 +1,61 @@
+"""What the splice must know of a vision tower: where its blocks are cut, where q, k and v can be seen, what feeds the output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+Heads = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class BlockParts:
+    """One transformer block `x += attention(entry(x)); x += after * tail(...(middle(x)))`, by its modules.
+
+    entry: norm before attention. attention: takes the bias of the logits as a keyword. middle: norm before the MLP. tail: last module
+    of the MLP branch. after: parameter that multiplies the branch behind `tail`, if any. seen: modules whose outputs are
+    recorded, by name. heads: makes queries, keys and values, (B, H, N, hd) or packed (S, H, hd), of the record; scale: of the logits.
+    """
+
+    block: nn.Module
+    entry: nn.Module
+    attention: nn.Module
+    middle: nn.Module
+    tail: nn.Module
+    seen: Mapping[str, nn.Module]
+    heads: Callable[[Mapping[str, Tensor]], Heads]
+    scale: float
+    after: Callable[[], Tensor | None] = lambda: None
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A vision tower that can be spliced.
+
+    family: for messages. root: module whose call is one run and whose output may list hidden states. depth: how many of the blocks feed the
+    output that is used. prefix: leading tokens that are no patches; cls: whether the first of them is [CLS]. mask: keyword of the
+    attention module that takes an additive mask; padding: it takes one number per key, (B, N), instead. fold: tokens that the connector joins; unit_order: for
+    fold > 1 the (N,) patch numbers unit by unit of N patches. packed: all images in one sequence (S, C), with cu_seqlens. pools: the head pools
+    over patches. taps: modules that read the output of a block (by number) beside the main path and need its full length. vlm: it feeds a language model. owner: where
+    the handle is kept.
+    """
+
+    family: str
+    root: nn.Module
+    owner: nn.Module
+    blocks: tuple[BlockParts, ...]
+    depth: int
+    prefix: int
+    cls: bool
+    mask: str = "attention_mask"
+    padding: bool = False
+    fold: int = 1
+    unit_order: Callable[[int], Tensor] | None = None
+    packed: bool = False
+    pools: bool = False
+    taps: tuple[tuple[nn.Module, int], ...] = ()
+    vlm: bool = False
+    grids: Callable[[Any, Mapping[str, Any]], Tensor] | None = None
