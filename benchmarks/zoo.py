@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import tokprune.demo
-from tokprune.cli.demo import machine
+from tokprune.demo.models import machine
 from tokprune.demo.scenes import held_out
 from tokprune.demo.sweep import plan_cells, run_cell
 from tokprune.registry import list_methods, method_class

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tokprune.cli.methods import facts
+from tokprune.cli.methods import facts, families_of
 from tokprune.registry import STAGES, list_methods
 
 ROOT = Path(__file__).parent.parent
@@ -46,7 +46,7 @@ def methods_page() -> str:
         for r in rows:
             paper = f"[{r['paper']}]({r['url']})" if r["url"] else r["paper"]
             year = f" ({r['year']})" if r["year"] else ""
-            needs = ", ".join(f"`{n}`" for n in r["needs"])
+            needs = families_of(r["needs"])
             lines.append(
                 f"| `{r['name']}` | {r['summary']} | {needs} | {yes(r['query_aware'])} | {yes(r['merges'])} | "
                 f"{yes(r['deterministic'])} | {yes(r['adaptive'])} | {r['complexity']} | {paper}{year} |"
@@ -54,6 +54,8 @@ def methods_page() -> str:
         lines.append("")
         for r in rows:
             lines += [f"### `{r['name']}`", "", r["doc"], ""]
+            if r["needs"]:
+                lines += ["Signals: " + ", ".join(f"`{n}`" for n in r["needs"]) + ".", ""]
             if r["options"]:
                 lines += ["Options: " + ", ".join(f"`{k}={v!r}`" for k, v in r["options"].items()) + ".", ""]
     return "\n".join(lines).rstrip() + "\n"

@@ -76,7 +76,8 @@ class Layout:
 class Query:
     """The question about the picture, without chat template and system prompt.
 
-    text: the words, when known. embeddings: (T, D) rows of the LLM's embedding table for the question's tokens.
+    text: the words, when known. embeddings: (T, D) rows of the LLM's embedding table for the question's tokens. pieces: the
+    word that each row belongs to, when known (a long word may have several rows).
     clip: (E,) or (S, E) text embedding of a scorer, when one made it. source: how the question was found, for the report.
     """
 
@@ -84,6 +85,7 @@ class Query:
     embeddings: Tensor | None = None
     clip: Tensor | None = None
     source: str = "given"
+    pieces: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,19 @@ def question_in_prompt(processor: Any, ids: Tensor, visual_ids: Sequence[int]) -
     return _one_line(text)
 
 
+def _tokens(tokenizer: Any, text: str) -> tuple[list[int], tuple[str, ...] | None]:
+    """Token ids of a text, and the word that each belongs to (None when the tokenizer cannot tell)."""
+    if not getattr(tokenizer, "is_fast", False):
+        return tokenizer(text, add_special_tokens=False)["input_ids"], None
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    words = [(m.start(), m.end(), m.group()) for m in re.finditer(r"\w+|[^\w\s]", text)]
+
+    def word_at(start: int, end: int) -> str:  # offsets may include the blank before a word
+        return max(words, key=lambda w: min(end, w[1]) - max(start, w[0]), default=(0, 0, ""))[2]
+
+    return found["input_ids"], tuple(word_at(*span) for span in found["offset_mapping"])
+
+
 def build_queries(
     processor: Any,
     table: Any,
@@ -104,14 +117,12 @@ def build_queries(
         else:
             out.append(None)
             continue
-        embeddings = None
+        embeddings, pieces = None, None
         if processor is not None:
-            words = tokenizer_of(processor)(text, add_special_tokens=False)["input_ids"]
+            words, pieces = _tokens(tokenizer_of(processor), text)
             device = next((p.device for p in table.parameters() if p.device.type != "meta"), torch.device("cpu"))
             with torch.no_grad():
-                embeddings = table(
-                    torch.tensor(words, dtype=torch.long, device=ids.device if ids is not None else device)
-                )
+                embeddings = table(torch.tensor(words, dtype=torch.long, device=ids.device if ids is not None else device))
         clip = None if scorer is None else scorer.embed_text([text])
-        out.append(Query(text, embeddings, clip, source))
+        out.append(Query(text, embeddings, clip, source, pieces))
     return out

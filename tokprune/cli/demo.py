@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import sys
 import time
 from collections.abc import Sequence
@@ -18,47 +17,6 @@ from rich.table import Table
 from tokprune.errors import OptionError
 
 SHOWN = 4  # pictures in the overlay sheet
-
-
-def load_model(name: str, device: str) -> tuple[Any, Any, bool]:
-    """Model, processor, and whether it is the embedded demo VLM."""
-    import torch
-
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise OptionError(f"--device {device}: this torch sees no GPU; use --device cpu.")
-    if name == "demo":
-        import tokprune.demo
-
-        model, processor = tokprune.demo.load(device=device)
-        return model, processor, True
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    try:
-        processor = AutoProcessor.from_pretrained(name)
-        model: Any = AutoModelForImageTextToText.from_pretrained(name, dtype="auto")
-        model = model.to(device).eval()
-    except (OSError, ValueError) as error:
-        raise OptionError(f"cannot load --model {name}: {error}") from error
-    if getattr(processor, "tokenizer", None) is not None:
-        processor.tokenizer.padding_side = "left"
-    return model, processor, False
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    import torch
-    import transformers
-
-    import tokprune
-
-    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
-    return {
-        "tokprune": tokprune.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads" + (f", {gpu}" if gpu else ", no GPU"),
-    }
 
 
 def table_of(cells: Sequence[Any]) -> Table:
@@ -97,6 +55,7 @@ def run_demo(
 ) -> None:
     """The sweep over held-out scenes."""
     from tokprune.budget import check_ratio
+    from tokprune.demo.models import load_model
     from tokprune.demo.scenes import held_out
     from tokprune.demo.sweep import plan_cells, run_cell
     from tokprune.registry import method_class
@@ -165,6 +124,8 @@ def _scorer(own: bool, methods: Sequence[str], device: str) -> Any:
 
 def write_json(path: Path, model: str, cells: Sequence[Any], seed: int, questions: int) -> None:
     """The cells with what they were measured on, versioned."""
+    from tokprune.demo.models import machine
+
     data = {
         "type": "tokprune.demo",
         "version": 1,
@@ -259,6 +220,7 @@ def run_own_picture(
     """The user's own picture and question, at every method and ratio."""
     from PIL import Image, UnidentifiedImageError
 
+    from tokprune.demo.models import load_model
     from tokprune.demo.sweep import ANSWER_TOKENS, FREE_ANSWER_TOKENS, ask_at, plan_cells
 
     try:

@@ -21,7 +21,7 @@ def facts(name: str) -> dict[str, Any]:
     fields = [f for f in dataclasses.fields(cls) if f.init]
     options = {f.name: None if f.default is dataclasses.MISSING else f.default for f in fields}
     required = any(f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING for f in fields)
-    needs = () if required or not hasattr(cls, "needs") else cls().needs
+    needs = () if required else getattr(cls(), "needs", ())
     return {
         **dataclasses.asdict(cls.info),
         "stage": cls.stage,
@@ -33,6 +33,20 @@ def facts(name: str) -> dict[str, Any]:
         "summary": doc.splitlines()[0] if doc else "",
         "doc": doc,
     }
+
+
+def families_of(needs: list[str]) -> str:
+    """Signals with the blocks they are read at: "cls_attention at 0, 0.5"."""
+    blocks: dict[str, list[str]] = {}
+    for need in needs:
+        name, _, block = need.partition(":")
+        blocks.setdefault(name, []).append(block)
+    parts = []
+    for name, at in blocks.items():
+        given = [b for b in at if b]
+        where = f" at {len(given)} blocks" if len(given) > 3 else f" at {', '.join(given)}" if given else ""
+        parts.append(name + (" and" + where if where and "" in at else where))
+    return "; ".join(parts)
 
 
 def show(stage: str | None, query_aware: bool | None, merges: bool | None, as_json: bool) -> None:
@@ -50,7 +64,7 @@ def show(stage: str | None, query_aware: bool | None, merges: bool | None, as_js
             r["stage"],
             "yes" if r["query_aware"] else "",
             "yes" if r["merges"] else "",
-            escape(", ".join(r["needs"])),
+            escape(families_of(r["needs"])),
             escape(r["summary"]),
         )
     console = Console()

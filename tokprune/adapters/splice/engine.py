@@ -117,6 +117,9 @@ class Splice:
             x = args[0] if args else kwargs.get("hidden_states", kwargs.get("x"))
             if not isinstance(x, Tensor):
                 raise UnsupportedModelError(f"the blocks of {self.tower.family} were called in an unknown way.")
+            for old in self.past:  # what recomputed blocks left behind
+                if old.done:
+                    old.merged.clear(), old.branch.clear(), old.seen.clear()
             run = self.start(x, kwargs)
             run.states[0] = State()
             self.current[thread()] = run
@@ -197,6 +200,7 @@ class Splice:
         return (x, *output[1:]) if isinstance(output, tuple) else x
 
     def _finish(self, run: Run) -> None:
+        run.done = True
         self.trace = self.record(run, run.states[self.tower.depth])
 
     def _tap(self, index: int, module: nn.Module, args: Any) -> Any:
@@ -211,5 +215,7 @@ class Splice:
         states = output["hidden_states"]
         if run is None or len(states) != len(self.tower.blocks) + 1:
             return
-        wide = [h if h.shape[-2] == run.tokens else self.widen(run, run.states[i], h) for i, h in enumerate(states)]
-        output["hidden_states"] = tuple(wide)
+        output["hidden_states"] = tuple(
+            h if h is None or h.shape[-2] == run.tokens else self.widen(run, run.states[i], h)
+            for i, h in enumerate(states)
+        )

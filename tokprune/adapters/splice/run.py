@@ -44,6 +44,7 @@ class Run:
     before: dict[int, Tensor] = field(default_factory=dict)
     entries: dict[int, int] = field(default_factory=dict)
     counts: list[int] = field(default_factory=list)
+    done: bool = False
 
 
 @dataclass(frozen=True)

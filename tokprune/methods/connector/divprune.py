@@ -22,7 +22,7 @@ def divprune(features: Tensor, keep: int) -> Tensor:
     farthest; each further one maximises the distance to its nearest chosen token, ties to the lower index. Distances
     are float32 whatever the model's dtype: in half precision the choice is rounding noise.
     """
-    distance = cosine_distance(features)  # (B, N, N)
+    distance = cosine_distance(features.detach())  # (B, N, N)
     apart = distance.clone().diagonal_scatter(torch.full_like(distance[..., 0], torch.inf), dim1=-2, dim2=-1)
     first = apart.amin(-1).argmax(-1)  # (B,)
     return greedy_max_min(distance, first, keep)

@@ -1,0 +1,118 @@
+"""The counting rule and the sharing of budgets."""
+
+from __future__ import annotations
+
+import math
+from decimal import ROUND_HALF_UP, Decimal
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tokprune.budget import check_budget, check_ratio, counts, equal, kept, share
+from tokprune.errors import BudgetError
+
+thousandths = st.integers(1, 1000).map(lambda i: i / 1000)
+
+
+@given(st.integers(1, 100_000), thousandths)
+def test_kept_is_the_decimal_rule(n: int, ratio: float) -> None:
+    """Half up of the decimal number that was typed, not of its binary neighbour."""
+    exact = (Decimal(str(ratio)) * n).quantize(Decimal(1), ROUND_HALF_UP)
+    assert kept(n, ratio) == min(n, max(1, int(exact)))
+
+
+@given(st.integers(1, 10_000), st.floats(1e-9, 1.0))
+def test_kept_is_between_one_and_all(n: int, ratio: float) -> None:
+    assert 1 <= kept(n, ratio) <= n
+    assert kept(n, 1.0) == n
+
+
+@given(st.integers(1, 5000), thousandths, thousandths)
+def test_kept_grows_with_the_ratio(n: int, a: float, b: float) -> None:
+    assert kept(n, min(a, b)) <= kept(n, max(a, b))
+
+
+def test_kept_examples() -> None:
+    assert kept(576, 0.1) == 58
+    assert kept(25, 0.1) == 3  # 2.5 rounds up
+    assert kept(100, 0.145) == 15  # 14.499999… in binary
+    assert kept(3, 0.01) == 1
+    assert kept(0, 0.5) == 0
+
+
+capacities = st.lists(st.integers(0, 50), min_size=1, max_size=12)
+weight = st.one_of(st.floats(0, 1e3), st.sampled_from([0.0, 1e-320, 1e308, math.nan, math.inf, -1.0]))
+
+
+@given(st.data())
+def test_share_is_exact_and_fits(data: st.DataObject) -> None:
+    caps = data.draw(capacities)
+    total = data.draw(st.integers(0, sum(caps)))
+    weights = data.draw(st.lists(weight, min_size=len(caps), max_size=len(caps)))
+    floor = data.draw(st.integers(0, 3))
+    out = share(total, weights, caps, floor)
+    assert sum(out) == total
+    assert all(0 <= got <= cap for got, cap in zip(out, caps, strict=True))
+    if total >= floor * len(caps):
+        assert all(got >= min(floor, cap) for got, cap in zip(out, caps, strict=True))
+
+
+@given(st.data())
+def test_share_is_proportional_when_there_is_room(data: st.DataObject) -> None:
+    weights = data.draw(st.lists(st.integers(1, 100), min_size=1, max_size=10))
+    total = data.draw(st.integers(0, 500))
+    out = share(total, [float(w) for w in weights], [500] * len(weights))
+    for got, w in zip(out, weights, strict=True):
+        assert abs(got - total * w / sum(weights)) < 1
+
+
+def test_share_rounds_by_largest_remainder_and_low_index() -> None:
+    assert share(10, [1, 1, 1], [10, 10, 10]) == [4, 3, 3]
+    assert share(7, [0.5, 0.3, 0.2], [10, 10, 10]) == [4, 2, 1]  # 3.5 2.1 1.4
+    assert share(5, torch.tensor([2.0, 1.0]), [10, 10]) == [3, 2]  # 3.33 1.67
+
+
+def test_share_lets_overflow_flow_in_proportion() -> None:
+    assert share(20, [8, 1, 1], [4, 20, 20]) == [4, 8, 8]
+    assert share(12, [1, 0, 0], [4, 4, 4]) == [4, 4, 4]
+    assert share(9, [1, 0, 0], [4, 4, 4]) == [4, 3, 2]
+
+
+def test_equal_shares() -> None:
+    assert equal(11, [100, 100, 100]) == [4, 4, 3]
+    assert equal(11, [2, 100, 100]) == [2, 5, 4]
+
+
+def test_share_refuses_what_does_not_fit() -> None:
+    with pytest.raises(BudgetError, match="room for 3"):
+        share(4, [1, 1], [1, 2])
+    with pytest.raises(BudgetError, match="1 weights for 2"):
+        share(1, [1], [1, 2])
+
+
+def test_counts() -> None:
+    assert counts(torch.tensor([0, 0, 2]), 4) == [2, 0, 1, 0]
+
+
+@pytest.mark.parametrize("ratio", [0.001, 0.1, 1, 1.0, torch.tensor(0.5).item()])
+def test_good_ratios(ratio: float) -> None:
+    assert check_ratio(ratio) == float(ratio)
+
+
+@pytest.mark.parametrize("ratio", [0, -0.1, 1.5, math.nan, math.inf, "0.1", True, None, [0.1]])
+def test_bad_ratios(ratio: object) -> None:
+    with pytest.raises(BudgetError, match="ratio"):
+        check_ratio(ratio)
+
+
+def test_a_percentage_is_answered_with_the_share() -> None:
+    with pytest.raises(BudgetError, match=r"ratio=0\.1.*budget=10"):
+        check_ratio(10)
+
+
+@pytest.mark.parametrize("budget", [0, -1, 1.5, 64.0, "64", True, None, math.nan])
+def test_bad_budgets(budget: object) -> None:
+    with pytest.raises(BudgetError, match="budget"):
+        check_budget(budget)

@@ -1,0 +1,181 @@
+"""The golden vectors: find the .npz files, hand them out to the tests by file-name prefix, one test per case.
+
+    from tests.golden_vectors import GoldenCase, claims
+
+    @claims("visionzip", anchor="hidden_states")
+    def test_golden(case: GoldenCase) -> None:
+        assert ours(case["hidden_states"], case.number("contextual")) ...
+
+`claims("visionzip")` takes every `visionzip.npz` and `visionzip_*.npz` under the folder TOKPRUNE_GOLDEN (default: golden/
+beside this file), searched recursively. It may stand above several tests. Files and cases that are dropped in are run
+without a change here; a prefix without a file in the default folder, or a file without a case, fails. When two prefixes fit a file, the longer
+claimed one gets it. `unclaimed()` lists the files that no test claims.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+TESTS = Path(__file__).resolve().parent
+
+
+def folder() -> Path:
+    """Where the vectors lie."""
+    return Path(os.environ.get("TOKPRUNE_GOLDEN") or TESTS / "golden").expanduser().resolve()
+
+
+@dataclass(frozen=True)
+class GoldenCase:
+    """One case of one file: a read-only view of its arrays, loaded when asked for.
+
+    name: of the case inside the file, empty when the file is the case. prefix: what stands before the array names of this
+    case. Arrays are torch tensors; an array that the case lacks is looked up in the file's shared ones (such as weights
+    that several cases use).
+    """
+
+    path: Path
+    name: str = ""
+    prefix: str = ""
+
+    def keys(self) -> list[str]:
+        """Names of the case's own arrays, without the case's prefix."""
+        return [key[len(self.prefix) :] for key in _keys(self.path) if key.startswith(self.prefix)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __contains__(self, key: str) -> bool:
+        return self.prefix + key in _keys(self.path)
+
+    def array(self, key: str) -> np.ndarray:
+        """The array as it was stored."""
+        present = _keys(self.path)
+        for full in (self.prefix + key, key):
+            if full in present:
+                with np.load(self.path, allow_pickle=False) as file:
+                    return np.asarray(file[full])
+        raise KeyError(f"{self} has no array {key!r}; it has {', '.join(self.keys())}")
+
+    def __getitem__(self, key: str) -> Tensor:
+        return torch.from_numpy(self.array(key).copy())
+
+    def number(self, key: str) -> Any:
+        """A 0-d array as a Python number (float64 stays exact)."""
+        return self.array(key).item()
+
+    def __str__(self) -> str:
+        return f"{self.path.stem}:{self.name}" if self.name else self.path.stem
+
+
+@functools.cache
+def _keys(path: Path) -> tuple[str, ...]:
+    with np.load(path, allow_pickle=False) as file:
+        return tuple(file.files)
+
+
+@functools.cache
+def files() -> tuple[Path, ...]:
+    """All vector files, in a fixed order."""
+    return tuple(sorted(folder().rglob("*.npz")))
+
+
+@functools.cache
+def claimed() -> dict[str, tuple[str, ...]]:
+    """Prefix -> test files that claim it, read from the source of the tests: no import, so one file alone runs the same."""
+    found: dict[str, list[str]] = {}
+    for source in sorted(TESTS.rglob("test_*.py")):
+        text = source.read_text(encoding="utf-8")
+        if "claims(" not in text:
+            continue
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) == "claims":
+                for argument in node.args:
+                    if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
+                        found.setdefault(argument.value, []).append(str(source.relative_to(TESTS)))
+    return {prefix: tuple(sources) for prefix, sources in found.items()}
+
+
+def fits(stem: str, prefix: str) -> bool:
+    """Whether a file called `stem`.npz belongs to `prefix`: `prumerge` does not take `prumergeplus_a`."""
+    return stem == prefix or stem.startswith(prefix + "_")
+
+
+def owner(stem: str) -> str | None:
+    """The longest claimed prefix that fits, or None."""
+    return max((p for p in claimed() if fits(stem, p)), key=len, default=None)
+
+
+def unclaimed(planned: frozenset[str] = frozenset()) -> list[str]:
+    """Files that no test claims and whose prefix is not `planned`."""
+    return [
+        str(path.relative_to(folder()))
+        for path in files()
+        if owner(path.stem) is None and not any(fits(path.stem, p) for p in planned)
+    ]
+
+
+def cases_of(path: Path, anchor: str | tuple[str, ...] | None = None) -> list[GoldenCase]:
+    """The cases inside a file.
+
+    anchor: name of an array that every case has, or several of which each case has one. Keys are then read as `anchor` (the
+    file is one case), `case/anchor` or `case_anchor`. Without an anchor the file is one case.
+    """
+    anchors = (anchor,) if isinstance(anchor, str) else anchor or ()
+    keys = _keys(path)
+    separator = "/" if any("/" in key for key in keys) else "_"
+    if not anchors or set(anchors) & set(keys):
+        return [GoldenCase(path)]
+    names = [key[: -len(separator + a)] for a in anchors for key in keys if key.endswith(separator + a)]
+    names = sorted(set(names), key=names.index)
+    # `a_lv_feat` is an array of case `a`, not the anchor `feat` of a case `a_lv`.
+    names = [n for n in names if not any(n != other and n.startswith(other + separator) for other in names)]
+    return [GoldenCase(path, name, name + separator) for name in names]
+
+
+def find(prefix: str, anchor: str | tuple[str, ...] | None = None) -> Iterator[GoldenCase | str]:
+    """Cases of `prefix`; a string says what is wrong where a case was to be expected."""
+    mine = [
+        path for path in files() if owner(path.stem) == prefix or (owner(path.stem) is None and fits(path.stem, prefix))
+    ]
+    if not mine and not os.environ.get("TOKPRUNE_GOLDEN"):  # a folder of one's own may hold some prefixes only
+        yield f"no golden vector {prefix}.npz or {prefix}_*.npz under {folder()}"
+    for path in mine:
+        try:
+            cases = cases_of(path, anchor)
+        except Exception as error:
+            yield f"cannot read {path}: {error}"
+            continue
+        if not cases:
+            yield f"{path.name} holds no case: none of its keys is or ends in {anchor!r}: {', '.join(_keys(path))}"
+        yield from cases
+
+
+def claims(
+    *prefixes: str, anchor: str | tuple[str, ...] | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorator: run the test once per case of these prefixes, as its argument `case`. The prefixes must be literals."""
+    found = [case for prefix in prefixes for case in find(prefix, anchor)]
+    ids = [str(c) if isinstance(c, GoldenCase) else "missing-" + re.sub(r"\W+", "-", prefixes[0]) for c in found]
+
+    def decorate(test: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(test)
+        def run(case: GoldenCase | str, **fixtures: Any) -> None:
+            if isinstance(case, str):
+                pytest.fail(case)
+            test(case=case, **fixtures)
+
+        return pytest.mark.parametrize("case", found, ids=ids)(run)
+
+    return decorate

@@ -1,0 +1,75 @@
+"""Even pieces: exact counts, even sizes, near-square shapes, the right middle."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.methods.streams import LAYOUTS
+from tokprune.budget import share
+from tokprune.ops.cells import centres, even_cells, even_runs, middles
+from tokprune.tokens import Layout
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 12), st.data())
+def test_pieces_are_exact_and_even_for_every_grid_and_hole(height: int, width: int, data: st.DataObject) -> None:
+    full = Layout.grid(height, width, 2, "tiles")
+    stay = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(full.group), max_size=len(full.group))))
+    stay[0] = stay[-1] = True  # each group has a token
+    layout = Layout(full.group[stay], full.row[stay], full.col[stay], full.grids, "tiles")
+    sizes = layout.group_sizes
+    keep = data.draw(st.integers(1, sum(sizes)))
+    budgets = share(keep, sizes, sizes)
+    for cell in (even_cells(layout, budgets), even_runs(layout, budgets)):
+        used = cell >= 0
+        assert torch.equal(used, torch.tensor(budgets)[layout.group] > 0)
+        assert cell[used].unique().tolist() == list(range(keep))
+        for group in range(2):
+            own = torch.bincount(cell[(layout.group == group) & used], minlength=keep)
+            own = own[own > 0]
+            assert len(own) == budgets[group]
+            assert budgets[group] == 0 or int(own.max() - own.min()) <= 1
+    cell = even_cells(layout, budgets)
+    assert torch.equal(cell[centres(cell, keep, layout)], torch.arange(keep))
+
+
+@pytest.mark.parametrize(
+    ("grid", "keep", "size"), [((24, 24), 64, (3, 3)), ((24, 24), 144, (2, 2)), ((8, 16), 8, (4, 4))]
+)
+def test_cells_are_squares_where_grid_and_budget_divide(
+    grid: tuple[int, int], keep: int, size: tuple[int, int]
+) -> None:
+    layout = Layout.grid(*grid)
+    cell = even_cells(layout, [keep])
+    for index in range(keep):
+        own = cell == index
+        assert int(layout.row[own].max() - layout.row[own].min()) + 1 == size[0]
+        assert int(layout.col[own].max() - layout.col[own].min()) + 1 == size[1]
+
+
+@pytest.mark.parametrize("keep", [5, 29, 58, 115, 333])
+def test_cells_stay_compact_where_they_do_not(keep: int) -> None:
+    layout = Layout.grid(24, 24)
+    cell = even_cells(layout, [keep])
+    side = (576 / keep) ** 0.5
+    for index in range(keep):
+        own = cell == index
+        assert int(layout.row[own].max() - layout.row[own].min()) + 1 <= 2 * side + 1
+        assert int(layout.col[own].max() - layout.col[own].min()) + 1 <= 2 * side + 1
+
+
+def test_runs_of_a_line_and_their_middles() -> None:
+    cell = even_runs(Layout.line(10), [4])
+    assert cell.tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 3, 3]
+    assert middles(cell, 4).tolist() == [1, 3, 6, 8]
+
+
+def test_groups_without_a_budget_have_no_cell() -> None:
+    cell = even_runs(LAYOUTS["video"], [2, 0, 1, 0, 0])
+    assert cell[:12].tolist() == [0] * 6 + [1] * 6
+    assert cell[12:24].tolist() == [-1] * 12
+    assert cell[24:36].tolist() == [2] * 12
+    assert middles(cell, 3).tolist() == [2, 8, 29]

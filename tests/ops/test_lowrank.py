@@ -1,0 +1,23 @@
+"""Randomised principal components against the exact decomposition."""
+
+from __future__ import annotations
+
+import torch
+
+from tokprune.ops.lowrank import randomised_pca
+
+
+def test_finds_the_leading_components() -> None:
+    generator = torch.Generator().manual_seed(0)
+    left = torch.linalg.qr(torch.randn(60, 8, generator=generator)).Q
+    right = torch.linalg.qr(torch.randn(40, 8, generator=generator)).Q
+    x = (left * 2.0 ** -torch.arange(8.0)) @ right.T
+    exact = torch.linalg.svd(x - x.mean(0), full_matrices=False).Vh[:4]
+    found = randomised_pca(x + 3.0, 4, seed=1)  # a constant is no component
+    torch.testing.assert_close((exact @ found).abs(), torch.eye(4), atol=1e-3, rtol=0)
+
+
+def test_orthonormal_also_without_variance() -> None:
+    for x in (torch.ones(10, 6), torch.randn(10, 6, generator=torch.Generator().manual_seed(1))):
+        found = randomised_pca(x, 6)
+        torch.testing.assert_close(found.T @ found, torch.eye(6), atol=1e-5, rtol=0)

@@ -1,0 +1,45 @@
+"""Nearest target and nearest neighbours, against search in Python."""
+
+from __future__ import annotations
+
+import torch
+
+from tokprune.ops.nearest import nearest_target
+from tokprune.ops.neighbours import neighbour_rows
+
+
+def test_nearest_target() -> None:
+    features = torch.randn(2, 20, 5, generator=torch.Generator().manual_seed(0))
+    targets = torch.tensor([[1, 7, 12], [0, 3, 19]])
+    ours = nearest_target(features, targets)
+    for b in range(2):
+        for i in range(20):
+            cosine = [torch.cosine_similarity(features[b, i], features[b, t], dim=0) for t in targets[b]]
+            assert ours[b, i] == max(range(3), key=lambda j: cosine[j])
+
+
+def test_a_target_belongs_to_itself_even_beside_its_duplicate() -> None:
+    features = torch.ones(1, 4, 3)
+    assert nearest_target(features, torch.tensor([[1, 3]])).tolist() == [[0, 0, 0, 1]]
+    assert nearest_target(torch.zeros(1, 4, 3), torch.tensor([[1, 3]])).tolist() == [[0, 0, 0, 1]]
+
+
+def test_neighbour_rows() -> None:
+    g = torch.Generator().manual_seed(1)
+    keys, weights = torch.randn(2, 12, 4, generator=g), torch.rand(2, 12, generator=g)
+    kept = torch.tensor([[2, 5], [11, 0]])
+    rows = neighbour_rows(keys, kept, weights, 3)
+    for b in range(2):
+        for k, i in enumerate(kept[b].tolist()):
+            cosine = torch.cosine_similarity(keys[b], keys[b, i : i + 1], dim=-1)
+            nearest = sorted((j for j in range(12) if j != i), key=lambda j: -float(cosine[j]))[:3]
+            expected = torch.zeros(12)
+            expected[nearest] = weights[b, nearest]
+            expected[i] = 1.0
+            assert torch.equal(rows[b, k], expected)
+
+
+def test_fewer_tokens_than_neighbours() -> None:
+    rows = neighbour_rows(torch.ones(1, 3, 2), torch.tensor([[1]]), torch.full((1, 3), 0.5), 32)
+    assert rows.tolist() == [[[0.5, 1.0, 0.5]]]
+    assert neighbour_rows(torch.ones(1, 1, 2), torch.tensor([[0]]), torch.ones(1, 1), 32).tolist() == [[[1.0]]]

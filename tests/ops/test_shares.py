@@ -1,0 +1,37 @@
+"""The device's way of sharing a budget out equals the host's."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+
+from tokprune.budget import share
+from tokprune.ops.shares import share_out
+
+
+def test_equals_the_rule_on_the_host() -> None:
+    chance = random.Random(0)
+    for _ in range(300):
+        members = chance.randint(1, 8)
+        capacities = [chance.randint(0, 12) for _ in range(members)]
+        weights = [chance.choice([0.0, 1.0, 2.0, chance.random(), chance.random() ** 8]) for _ in range(members)]
+        total = chance.randint(0, sum(capacities))
+        wide = torch.tensor([weights], dtype=torch.float64)
+        assert share_out(total, wide, torch.tensor(capacities))[0].tolist() == share(total, weights, capacities)
+
+
+def test_float32_sums_stay_exact() -> None:
+    g = torch.Generator().manual_seed(1)
+    weights = torch.rand(50, 16, generator=g) ** 6
+    capacities = torch.randint(1, 400, (16,), generator=g)
+    for total in (0, 1, 97, int(capacities.sum()) - 1, int(capacities.sum())):
+        out = share_out(total, weights, capacities)
+        assert (out.sum(-1) == total).all()
+        assert (out >= 0).all()
+        assert (out <= capacities).all()
+
+
+def test_useless_weights_are_equal_ones() -> None:
+    bad = torch.tensor([[0.0, 0, 0], [1, torch.nan, 1], [1, -1, 1], [torch.inf, 1, 1]])
+    assert share_out(6, bad, torch.tensor([5, 5, 5])).tolist() == [[2, 2, 2]] * 4

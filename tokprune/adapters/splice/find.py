@@ -1,0 +1,75 @@
+"""From a model to its vision tower, and what of the tower its connector uses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from tokprune.adapters.base import unwrap
+from tokprune.adapters.splice import hf_vit, openclip, timm_vit
+from tokprune.adapters.splice.tower import Tower
+from tokprune.errors import UnsupportedModelError
+
+TOWERS = ("vision_tower", "vision_model", "visual")
+KNOWN = "timm and open_clip ViTs, and CLIP, SigLIP, SigLIP 2, InternVL and Qwen-VL towers of transformers, alone or in a VLM"
+
+
+def used_depth(config: Any, blocks: int) -> int:
+    """How many blocks feed the features that a VLM selects (`vision_feature_layer`, one or a list of hidden states)."""
+    layer = getattr(config, "vision_feature_layer", None)
+    if layer is None:
+        return blocks
+    chosen = [layer] if isinstance(layer, int) else list(layer)
+    depth = max(n if n >= 0 else blocks + 1 + n for n in chosen)
+    if not 1 <= depth <= blocks:
+        raise UnsupportedModelError(f"vision_feature_layer={layer!r} does not fit a tower of {blocks} blocks.")
+    return depth
+
+
+def joined_side(model: Any, config: Any) -> int:
+    """Side of the square of patches that the connector of a VLM with a batched tower joins to one token."""
+    kind = getattr(config, "model_type", "")
+    if kind == "internvl":
+        return round(1 / config.downsample_ratio)
+    if kind in ("idefics3", "smolvlm"):
+        return int(config.scale_factor)
+    if kind in ("aya_vision", "cohere2_vision"):
+        return int(config.downsample_factor)
+    projector = getattr(model, "multi_modal_projector", None)
+    if kind == "gemma3" and projector is not None:
+        return int(projector.kernel_size)
+    return 1
+
+
+def find_tower(model: nn.Module) -> Tower:
+    """The tower of a timm, open_clip or Hugging Face model, or an error that says why it has none that can be spliced."""
+    inner: Any = unwrap(model)
+    if timm_vit.is_tower(inner):
+        return timm_vit.tower(inner)
+    visual = getattr(inner, "visual", None)
+    for candidate in (inner, visual):
+        if isinstance(candidate, nn.Module) and openclip.is_tower(candidate):
+            return openclip.tower(candidate, inner)
+        trunk = getattr(candidate, "trunk", None)
+        if isinstance(trunk, nn.Module) and timm_vit.is_tower(trunk):  # open_clip with a tower of timm
+            return timm_vit.tower(trunk, inner)
+    if hf_vit.layers(inner) is not None:
+        return hf_vit.tower(inner, inner)
+    base = getattr(inner, "base_model", inner)
+    vlm = hasattr(base, "get_image_features") and any(hasattr(base, n) for n in ("language_model",)) or hasattr(base, "connector")
+    for name in TOWERS:
+        candidate = getattr(base, name, None)
+        if not isinstance(candidate, nn.Module):
+            continue
+        found = hf_vit.layers(candidate)
+        if found is not None:
+            if not vlm:
+                return hf_vit.tower(candidate, inner)
+            depth = used_depth(inner.config, len(found))
+            return hf_vit.tower(candidate, inner, depth, joined_side(base, inner.config), vlm=True)
+        raise UnsupportedModelError(
+            f"the vision tower {type(candidate).__name__} of {type(inner).__name__} cannot be reduced inside; known are {KNOWN}. Methods of the "
+            "connector stage work on its output."
+        )
+    raise UnsupportedModelError(f"{type(inner).__name__} has no vision tower that can be reduced inside; known are {KNOWN}.")

@@ -1,0 +1,107 @@
+"""What a user holds of the encoder stage."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from tokprune.adapters.splice.batched import BatchedSplice
+from tokprune.adapters.splice.find import find_tower
+from tokprune.adapters.splice.run import EncoderTrace
+from tokprune.budget import check_budget, check_ratio
+from tokprune.errors import BudgetError, OptionError, UnsupportedModelError
+from tokprune.methods.base import Method
+from tokprune.methods.encoder_base import EncoderMethod
+from tokprune.registry import get_method
+
+HANDLE = "_tokprune_encoder"  # attribute of the model that holds its EncoderPruning
+
+
+class EncoderPruning:
+    """A vision tower that runs on fewer tokens: the handle that `apply_encoder` returns, also a context manager.
+
+    expand: whether the tower gives its output at full length, each merged token repeated at the places of its members.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        method: EncoderMethod,
+        ratio: float | None = None,
+        budget: int | None = None,
+        expand: bool | None = None,
+    ) -> None:
+        self.model, self.method = model, method
+        self.tower = find_tower(model)
+        pools = self.tower.pools
+        if expand is None:
+            expand = self.tower.vlm or (method.info.merges and not method.info.adaptive)
+        if method.info.adaptive and pools and not self.tower.vlm:
+            raise UnsupportedModelError(
+                f"{method.info.name!r} keeps another count in each image, and {self.tower.family} pools over all patches, padding "
+                "included; it needs a tower that reads its output from [CLS]."
+            )
+        self.expand = expand
+        self.ratio = None if ratio is None else check_ratio(ratio)
+        self.budget = None if budget is None else check_budget(budget)
+        if ratio is not None and budget is not None:
+            raise BudgetError(f"both ratio={ratio!r} and budget={budget!r} given; choose one.")
+        self._splice = BatchedSplice(self.tower, method, self.ratio, self.budget, expand)
+
+    @property
+    def trace(self) -> EncoderTrace | None:
+        """The last run: which patch is in which group, where each group sits; None before the first."""
+        return self._splice.trace
+
+    @property
+    def active(self) -> bool:
+        """Whether the model is reduced through this handle now."""
+        return self.model.__dict__.get(HANDLE) is self
+
+    def remove(self) -> None:
+        """Give the model back untouched. Calling it twice is harmless."""
+        self._splice.remove()
+        if self.active:
+            del self.model.__dict__[HANDLE]
+
+    def __enter__(self) -> EncoderPruning:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+
+def apply_encoder(
+    model: Any,
+    method: str | Method = "tome",
+    *,
+    ratio: float | None = None,
+    budget: int | None = None,
+    expand: bool | None = None,
+    **options: Any,
+) -> EncoderPruning:
+    """Let the vision tower of `model` run on fewer tokens, in place."""
+    if isinstance(method, str):
+        method = get_method(method, **options)
+    elif options:
+        raise OptionError(f"options {sorted(options)} need the method by name.")
+    if not isinstance(method, EncoderMethod):
+        raise OptionError(f"method {method.info.name!r} belongs to the stage {method.stage!r}, not to the encoder stage.")
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"apply_encoder takes a model (a torch.nn.Module), not {type(model).__name__}.")
+    pruning = EncoderPruning(model, method, ratio, budget, expand)
+    remove_encoder(model)
+    pruning._splice.install()
+    model.__dict__[HANDLE] = pruning
+    return pruning
+
+
+def remove_encoder(model: Any) -> None:
+    """Take the encoder stage off `model`; a model without one stays as it is."""
+    pruning = getattr(model, "__dict__", {}).get(HANDLE)
+    if pruning is not None:
+        pruning.remove()

@@ -1,0 +1,59 @@
+"""Structure facts of open_clip's own vision transformers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from tokprune.adapters.splice.tower import BlockParts, Heads, Tower
+from tokprune.errors import UnsupportedModelError
+
+
+def is_tower(module: nn.Module) -> bool:
+    """Whether this is the vision tower of an open_clip model."""
+    return any(c.__module__.startswith("open_clip.") and c.__name__ == "VisionTransformer" for c in type(module).__mro__)
+
+
+def _heads(attention: nn.MultiheadAttention, seen: Mapping[str, Tensor]) -> Heads:
+    """The packed projection keeps q, k and v to itself: it is applied again to the attention's input."""
+    x = seen["x"]
+    packed = nn.functional.linear(x, attention.in_proj_weight.to(x.dtype), attention.in_proj_bias)
+    packed = packed.unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    q, k, v = packed.unbind(0)
+    return q, k, v
+
+
+def _parts(block: nn.Module) -> BlockParts:
+    if type(block).__name__ != "ResidualAttentionBlock" or not isinstance(block.attn, nn.MultiheadAttention):
+        raise UnsupportedModelError(f"open_clip blocks of the kind {type(block).__name__} cannot be spliced; ResidualAttentionBlock can.")
+    if not block.attn.batch_first:
+        raise UnsupportedModelError("this open_clip tower runs with the batch second; build it with batch_first=True.")
+    return BlockParts(
+        block=block,
+        entry=block.ln_1,
+        attention=block.attn,
+        middle=block.ln_2,
+        tail=block.ls_2,
+        seen={"x": block.ln_1},
+        heads=functools.partial(_heads, block.attn),
+        scale=float(block.attn.head_dim**-0.5),
+    )
+
+
+def tower(root: nn.Module, owner: nn.Module) -> Tower:
+    """The tower of an open_clip model."""
+    blocks = tuple(_parts(b) for b in root.transformer.resblocks)
+    return Tower(
+        family="open_clip VisionTransformer",
+        root=root,
+        owner=owner,
+        blocks=blocks,
+        depth=len(blocks),
+        prefix=1,
+        cls=True,
+        mask="key_padding_mask",
+        padding=True,
+        pools=root.attn_pool is not None or root.pool_type in ("avg", "none"),
+    )

@@ -1,0 +1,95 @@
+"""CATP: for several images in one prompt, share the tokens by what each image still has to say."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokprune.errors import OptionError
+from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
+from tokprune.methods.question import word_embeddings
+from tokprune.ops.coverage import greedy_coverage_gains
+from tokprune.ops.distance import cosine_similarity
+from tokprune.registry import register_method
+from tokprune.tokens import Selection, VisualTokens
+
+
+@torch.no_grad()
+def catp(features: Tensor, text: Tensor, keep: int, relevance: float = 0.7) -> tuple[Tensor, Tensor]:
+    """Greedy choice of a set Y that stands for its image and is close to the text (stage 1 of the paper).
+
+    Maximises sum over tokens x of max over y in Y of sim(x, y), plus relevance * sum over y of sim(y, v), with
+    sim = (1 + cosine) / 2 and v the mean of the text's embeddings. features: (N, D), text: (T, D). Returns (keep,) indices in
+    the order of choice and (keep,) what each added, which only falls.
+    """
+    similarity = (1 + cosine_similarity(features)) / 2
+    meaning = cosine_similarity(features, text.to(similarity.dtype).mean(0, keepdim=True))[:, 0]  # (N,)
+    order, gains = greedy_coverage_gains(similarity[None], keep, bonus=relevance * (1 + meaning[None]) / 2)
+    return order[0], gains[0]
+
+
+def pooled_budgets(gains: Sequence[Tensor], total: int) -> list[int]:
+    """How many of the `total` largest gains belong to each image; the first one of each image always counts.
+
+    gains: one falling sequence per image, together at least `total` long, `total` at least the number of images. Ties go to
+    the earlier image. One host synchronisation.
+    """
+    first = [torch.cat([g.new_full((1,), torch.inf), g[1:]]) for g in gains]
+    owner = torch.cat([torch.full_like(g, i, dtype=torch.long) for i, g in enumerate(first)])
+    best = torch.sort(torch.cat(first), descending=True, stable=True).indices[:total]
+    counts: list[int] = torch.bincount(owner[best], minlength=len(gains)).tolist()
+    return counts
+
+
+@register_method(
+    "catp",
+    paper="CATP: Contextually Adaptive Token Pruning for Efficient and Enhanced Multimodal In-Context Learning",
+    year=2026,
+    url="https://arxiv.org/abs/2508.07871",
+    complexity="O(N²(D + K))",
+    query_aware=True,
+)
+@dataclass(frozen=True)
+class CATP(ConnectorMethod):
+    """CATP (AAAI 2026), stage 1: diverse tokens that fit the text, and budgets over the images of one prompt.
+
+    Within an image the choice is the paper's (relevance = lambda_1 = 0.7); the text is the prompt's question for every image,
+    where the paper has one text per in-context example. Stage 2 of the paper works inside the LLM (layers 6 and 7) and
+    belongs to the decoder stage; here the whole budget is spent in front of it.
+
+    Budgets between images: the paper gives each image the same ratio in stage 1 and lets the share of an image vary in
+    stage 2. Here, ours, they vary before the LLM: the tokens of all images of the prompt compete by what each adds to its own
+    image's objective, so an image gets more when it is more varied, closer to the question or larger. stretch: an
+    image never gets more than this multiple of what the common ratio would give it (1 switches the sharing off), and at least
+    one token always stays.
+    """
+
+    relevance: float = 0.7
+    stretch: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not self.relevance >= 0:
+            raise OptionError(f"relevance={self.relevance!r} must be 0 (diversity alone) or more; the paper uses 0.7.")
+        if not 1 <= self.stretch < math.inf:
+            raise OptionError(f"stretch={self.stretch!r} must be a number from 1 (equal ratios) upwards, such as 2.")
+
+    def budgets(self, batch: Sequence[VisualTokens], keeps: Sequence[int]) -> list[int]:
+        """Share the prompt's tokens between its images by the gain of each further token."""
+        if len(batch) < 2 or self.stretch == 1:
+            return list(keeps)
+        limits = [min(len(t), math.ceil(self.stretch * k)) for t, k in zip(batch, keeps, strict=True)]
+        gains = [self._choose(tokens, limit)[1] for tokens, limit in zip(batch, limits, strict=True)]
+        return pooled_budgets(gains, sum(keeps))
+
+    def select(self, tokens: VisualTokens, keep: int) -> Selection:
+        """Choose `keep` tokens of one image."""
+        check_keep(keep, len(tokens))
+        return Selection(self._choose(tokens, keep)[0].sort().values)
+
+    def _choose(self, tokens: VisualTokens, keep: int) -> tuple[Tensor, Tensor]:
+        features = check_finite(tokens.features, "the visual features")
+        return catp(features, word_embeddings(tokens), keep, self.relevance)

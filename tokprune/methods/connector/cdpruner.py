@@ -1,0 +1,115 @@
+"""CDPruner: keep the most diverse set among the tokens that the question is about."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokprune.budget import equal
+from tokprune.errors import OptionError
+from tokprune.methods.base import Compat, ConnectorMethod, check_finite, check_keep
+from tokprune.methods.question import CLIP_SIGNALS, Relevance, check_space, question_relevance
+from tokprune.ops.distance import cosine_similarity
+from tokprune.ops.dpp import greedy_map
+from tokprune.registry import register_method
+from tokprune.tokens import Selection, VisualTokens
+
+
+def quality(relevance: Tensor, theta: float | None = None) -> Tensor:
+    """Raw relevance as the weight of each token: min-max over everything given, smallest about 1e-6, largest 1.
+
+    relevance: (..., N), any scale -> same shape; all equal: 1 for every token. theta: in [0, 1), stresses relevance over
+    diversity by exp(alpha r) with alpha = theta / (2 (1 - theta)); None leaves the weights linear, as published. A common
+    factor of all weights does not change the choice; it is set so that nothing overflows.
+    """
+    low, high = relevance.amin(), relevance.amax()
+    weight = (relevance - low + 1e-6) / (high - low + 1e-6)
+    return weight if theta is None else torch.exp(theta / (2 * (1 - theta)) * (weight - 1))
+
+
+def cdpruner(features: Tensor, weight: Tensor, keep: int) -> Tensor:
+    """Greedy MAP of the determinantal point process whose kernel is w_i cos(x_i, x_j) w_j (section 3 of the paper).
+
+    features: (B, N, D), weight: (B, N) from `quality` -> (B, keep) indices in the order of choice. When the features span no
+    further direction, the tokens of largest weight follow.
+    """
+    kernel = weight[..., :, None] * cosine_similarity(features) * weight[..., None, :]  # (B, N, N)
+    return greedy_map(kernel, keep, weight)
+
+
+@register_method(
+    "cdpruner",
+    paper="Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs",
+    year=2025,
+    url="https://arxiv.org/abs/2506.10967",
+    complexity="O(N²D + K²N)",
+    query_aware=True,
+)
+@dataclass(frozen=True)
+class CDPruner(ConnectorMethod):
+    """CDPruner (NeurIPS 2025): a determinantal point process over visual tokens, conditioned on the question.
+
+    relevance: "clip" is the published form (patch and text embeddings of the CLIP model whose tower the LLaVA models use);
+    "embeddings" compares the projected features with the LLM embeddings of the question's words: ours, for models without a
+    CLIP text tower, and the default because it works on every model. sign: the published code takes the negative
+    cosine in CLIP's space, where patches of the named object score low (its authors report this for CLIP only); None does
+    so for "clip" and takes the plain cosine for "embeddings". theta: the paper's relevance-diversity balance, off by default
+    as in the published code.
+
+    compat="published" gives each tile the same budget; the default lets all tiles or frames of a stream compete, so that the
+    thumbnail and its tiles do not keep the same things twice. Always corrected, because the published result is not usable:
+    more tokens asked than the kernel's rank (NaN or arbitrary picks there; relevance order here) and equal relevance
+    everywhere (0/0 and repeated picks there; pure diversity here).
+    """
+
+    relevance: Relevance = "embeddings"
+    sign: int | None = None
+    theta: float | None = None
+    compat: Compat = "corrected"
+
+    def __post_init__(self) -> None:
+        check_space(self.relevance)
+        if self.sign not in (None, 1, -1):
+            raise OptionError(
+                f"sign={self.sign!r}: write 1 (near the question = relevant), -1 (the reverse) or None (by relevance)."
+            )
+        if self.theta is not None and not 0 <= self.theta < 1:
+            raise OptionError(
+                f"theta={self.theta!r} is not in [0, 1); 0 is pure diversity, towards 1 relevance dominates."
+            )
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The scorer's embeddings, when they decide what is relevant."""
+        return CLIP_SIGNALS if self.relevance == "clip" else ()
+
+    def select(self, tokens: VisualTokens, keep: int) -> Selection:
+        """Choose `keep` tokens of the stream."""
+        return self.select_batch([tokens], [keep])[0]
+
+    def select_batch(self, batch: Sequence[VisualTokens], keeps: Sequence[int]) -> list[Selection]:
+        """Choose for several streams; parts of equal size and budget share one greedy loop."""
+        jobs: dict[tuple[torch.Size, int, torch.device], list[tuple[int, int, Tensor, Tensor]]] = {}
+        scores = []
+        for i, (tokens, keep) in enumerate(zip(batch, keeps, strict=True)):
+            check_keep(keep, len(tokens))
+            features = check_finite(tokens.features, "the visual features").detach()
+            sign = self.sign or (-1 if self.relevance == "clip" else 1)
+            scores.append(quality(sign * question_relevance(tokens, self.relevance), self.theta))
+            parts = [slice(0, len(tokens))] if self.compat == "corrected" else tokens.layout.group_slices()
+            for part, share in zip(parts, equal(keep, [p.stop - p.start for p in parts]), strict=True):
+                if share:
+                    x = features[part]
+                    jobs.setdefault((x.shape, share, x.device), []).append((i, part.start, x, scores[i][part]))
+        found: list[list[Tensor]] = [[] for _ in batch]
+        for (_, share, _), members in jobs.items():
+            order = cdpruner(torch.stack([m[2] for m in members]), torch.stack([m[3] for m in members]), share)
+            for (i, start, _, _), picks in zip(members, order, strict=True):
+                found[i].append(picks + start)
+        return [
+            Selection(torch.cat(picks).sort().values, info={"scores": score})
+            for picks, score in zip(found, scores, strict=True)
+        ]

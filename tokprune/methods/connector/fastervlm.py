@@ -1,0 +1,53 @@
+"""FasterVLM: keep what the vision tower's [CLS] token attends to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tokprune.budget import equal
+from tokprune.methods.base import ScoreMethod, top
+from tokprune.ops.topk import grouped_top
+from tokprune.ops.wide import wide
+from tokprune.registry import register_method
+from tokprune.tokens import VisualTokens
+
+
+def fastervlm(cls_attention: Tensor, keep: int) -> Tensor:
+    """The `keep` patches of each tile with the highest mean [CLS] attention (section 3.3).
+
+    cls_attention: (B, H, N) rows of every head, or (B, N) their mean -> (B, keep) ascending indices.
+    """
+    scores = wide(cls_attention)
+    return top(scores.mean(-2) if scores.dim() == 3 else scores, keep)
+
+
+@register_method(
+    "fastervlm",
+    paper="[CLS] Attention is All You Need for Training-Free Visual Token Pruning: Make VLM Inference Faster",
+    year=2024,
+    url="https://arxiv.org/abs/2412.01818v1",
+    complexity="O(N log N)",
+)
+@dataclass(frozen=True)
+class FasterVLM(ScoreMethod):
+    """FasterVLM: the top tokens by [CLS] attention, with equal budgets for all tiles or frames.
+
+    A total that does not divide by the number of tiles gives the first ones one token more; what a tile cut short by
+    unpadding cannot take goes to the others. The published code asks each tile for the same absolute number and lets
+    padding patches compete.
+    """
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The [CLS] row of the layer whose output the model selects."""
+        return ("cls_attention",)
+
+    def scores(self, tokens: VisualTokens) -> Tensor:
+        """[CLS] attention of each token. Returns (N,)."""
+        return wide(tokens.signal("cls_attention"))
+
+    def choose(self, tokens: VisualTokens, scores: Tensor, keep: int) -> Tensor:
+        """The best of each tile or frame, the budget shared equally."""
+        return grouped_top(scores, tokens.layout.group, equal(keep, tokens.layout.group_sizes))

@@ -1,0 +1,96 @@
+"""FlowCut: importance of a token as it builds up along the layers of the vision tower."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokprune.budget import equal
+from tokprune.errors import OptionError
+from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
+from tokprune.ops.ranking import group_sum
+from tokprune.ops.topk import grouped_top
+from tokprune.ops.wide import wide
+from tokprune.registry import register_method
+from tokprune.tokens import Selection, VisualTokens
+
+# Every second block up to 21 of a tower with 24 blocks (1, 3, 5 … 21), as relative depths.
+ODD_BLOCKS = ("0.043", "0.13", "0.217", "0.304", "0.391", "0.478", "0.565", "0.652", "0.739", "0.826", "0.913")
+
+
+def flowcut_scores(
+    attention: Tensor,
+    value_attention: Tensor,
+    value_norm: Tensor,
+    momentum: float = 0.5,
+    group: Tensor | None = None,
+    groups: int = 1,
+) -> Tensor:
+    """Importance after the last of L blocks, a running mean over them (sections 3.3 and 3.4 of the paper).
+
+    attention: (L, N) [CLS] rows a. value_attention: (L, N), s, similarity of [CLS]'s value to each token's, after softmax.
+    value_norm: (L, N) L1 norm of the values. Score of a block: (a / sum of a + s / sum of s) * norm; what came before counts
+    `momentum`, the block 1 - momentum. group: (N,), within which the sums are taken, None for one. Returns (N,).
+    """
+    if group is None:
+        group = torch.zeros(attention.shape[-1], dtype=torch.long, device=attention.device)
+    tiny = torch.finfo(attention.dtype).tiny
+    share = attention / group_sum(attention, group, groups).clamp_min(tiny)
+    likeness = value_attention / group_sum(value_attention, group, groups).clamp_min(tiny)
+    score = (share + likeness) * value_norm
+    total = score[0]
+    for block in score[1:]:
+        total = momentum * total + (1 - momentum) * block
+    return total
+
+
+@register_method(
+    "flowcut",
+    paper="FlowCut: Rethinking Redundancy via Information Flow for Efficient Vision-Language Models",
+    year=2025,
+    url="https://arxiv.org/abs/2505.19536",
+    complexity="O(LN + N log N)",
+)
+@dataclass(frozen=True)
+class FlowCut(ConnectorMethod):
+    """FlowCut (NeurIPS 2025), connector form: attention, value likeness and value norm accumulated over blocks, then one cut.
+
+    blocks: where scores are taken, as relative depths; the default is every second block up to 21 of CLIP-L's 24. momentum:
+    weight of the past, 0.5 as published. Tiles and frames get equal budgets.
+
+    What differs from the publication, which prunes inside the tower: there the listed blocks drop tokens step by step (how
+    many follows from the entropy of the block's attention), so later blocks see fewer tokens, their features and scores
+    change, and a dropped token is never scored again. Here the tower runs in full: scores are those of the unpruned tower, all
+    tokens compete to the end, the features are untouched, the entropy schedule has no place, and encoder time is not
+    saved. The choice is therefore a relative of the published one, not a reproduction; published numbers do not carry over.
+    The stage that the authors add inside the LLM for LLaVA-NeXT is not part of it.
+    """
+
+    blocks: tuple[str, ...] = ODD_BLOCKS
+    momentum: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not self.blocks or isinstance(self.blocks, str):
+            raise OptionError(
+                f"blocks={self.blocks!r}; write a tuple of blocks of the vision tower, such as ('0.478', '0.913')."
+            )
+        if not 0 <= self.momentum < 1:
+            raise OptionError(f"momentum={self.momentum!r} is not in [0, 1); 0.5 is the published weight of the past.")
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        kinds = ("cls_attention", "value_attention", "value_norm")
+        return tuple(f"{kind}:{block}" for kind in kinds for block in self.blocks)
+
+    def select(self, tokens: VisualTokens, keep: int) -> Selection:
+        """Choose `keep` tokens of the stream."""
+        check_keep(keep, len(tokens))
+        signals = torch.stack([wide(tokens.signal(name)) for name in self.needs])  # (3 L, N)
+        attention, likeness, norm = check_finite(signals, "the signals of the vision tower").chunk(3)
+        layout = tokens.layout
+        group = layout.group.to(signals.device)
+        scores = flowcut_scores(attention, likeness, norm, self.momentum, group, layout.num_groups)
+        budgets = equal(keep, layout.group_sizes)
+        return Selection(grouped_top(scores, group, budgets), info={"scores": scores})

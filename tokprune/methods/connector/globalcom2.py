@@ -1,0 +1,171 @@
+"""GlobalCom2: the thumbnail tells how much, and what, each high-resolution crop should keep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tokprune.errors import OptionError
+from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
+from tokprune.ops.ranking import group_sum, top_in_groups
+from tokprune.ops.shares import share_out
+from tokprune.ops.wide import wide
+from tokprune.registry import register_method
+from tokprune.tokens import Layout, Selection, VisualTokens
+
+
+def crop_scales(thumbnail: Tensor, tiles: tuple[int, int], ratio: float, temperature: float = 10.0) -> Tensor:
+    """Keep ratio of each crop from the sum of the thumbnail's scores in its region.
+
+    thumbnail: (H, W) scores. tiles: (down, across). Returns (down * across,), raster order: min(1, ratio * (1 + softmax(sum /
+    temperature) - its mean)), so that ratios spread around `ratio`.
+    """
+    height, width = thumbnail.shape
+    down, across = tiles
+    row = torch.arange(height, device=thumbnail.device) // max(1, height // down)
+    col = torch.arange(width, device=thumbnail.device) // max(1, width // across)
+    region = row.clamp(max=down - 1)[:, None] * across + col.clamp(max=across - 1)
+    sums = thumbnail.new_zeros(down * across).index_add_(0, region.flatten(), thumbnail.flatten())
+    spread = (sums / temperature).softmax(0)
+    return (ratio * (1 + spread - spread.mean())).clamp(max=1.0)
+
+
+def guide(thumbnail: Tensor, tiles: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """The thumbnail's scores at the crops' resolution. thumbnail: (H, W), grid: (h, w) of a crop -> (down * h, across * w)."""
+    size = (tiles[0] * grid[0], tiles[1] * grid[1])
+    return F.interpolate(thumbnail[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
+
+
+def unpadded(canvas: tuple[int, int], size: tuple[int, int]) -> tuple[slice, slice]:
+    """Rows and columns of a canvas that show the picture, not the padding around it. size: (width, height) of the picture."""
+    height, width = canvas
+    if size[0] / size[1] > width / height:
+        pad = (height - int(size[1] * (width / size[0]))) // 2
+        return slice(pad, height - pad), slice(0, width)
+    pad = (width - int(size[0] * (height / size[1]))) // 2
+    return slice(0, height), slice(pad, width - pad)
+
+
+def globalcom2_published(
+    thumbnail: Tensor,
+    crops: Tensor,
+    features: Tensor,
+    tiles: tuple[int, int],
+    size: tuple[int, int],
+    newline: Tensor,
+    ratio: float = 0.25,
+    temperature: float = 10.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the published code keeps of one tiled image on square grids.
+
+    thumbnail: (N,) and crops: (T, N) scores. features: (T, N, D) of the crops. tiles: (down, across). size: (width, height) of
+    the picture. newline: (D,). Returns the scales (T,), the thumbnail's kept tokens, best first, and the crops' tokens in
+    raster order of the canvas with a newline after every canvas row, padded ones too, rounded to float16. Counts follow from
+    values: the host waits for them.
+    """
+    down, across = tiles
+    count, n, _ = features.shape
+    side = round(n**0.5)
+    scales = crop_scales(thumbnail.view(side, side), tiles, ratio, temperature)
+    kept = torch.sort(thumbnail, descending=True, stable=True).indices[: int(n * ratio)]
+    shown = torch.zeros(down * side, across * side, dtype=torch.bool, device=crops.device)
+    shown[unpadded((down * side, across * side), size)] = True
+
+    def cut(canvas: Tensor) -> Tensor:  # (down * side, across * side) -> (T, N)
+        return canvas.view(down, side, across, side).transpose(1, 2).reshape(count, n)
+
+    def lay(x: Tensor) -> Tensor:  # (T, N, ...) -> (down * side, across * side, ...)
+        return x.view(down, across, side, side, -1).transpose(1, 2).reshape(down * side, across * side, -1)
+
+    score = F.normalize(crops, dim=-1) + F.normalize(
+        cut(guide(thumbnail.view(side, side), tiles, (side, side))), dim=-1
+    )
+    visible = cut(shown)
+    mask = torch.zeros_like(visible)
+    ranked = torch.sort(score.masked_fill(~visible, -torch.inf), dim=-1, descending=True, stable=True).indices
+    for t, (scale, present) in enumerate(zip(scales.tolist(), visible.sum(-1).tolist(), strict=True)):
+        mask[t, ranked[t, : int(present * scale)]] = True
+    canvas, stays = lay(features), lay(mask)[..., 0]
+    canvas = torch.cat([canvas, newline.expand(down * side, 1, -1)], dim=1)
+    stays = F.pad(stays, (0, 1), value=True)
+    return scales, kept, canvas[stays].half().to(features.dtype)
+
+
+def _group_norm(values: Tensor, group: Tensor, groups: int) -> Tensor:
+    """Each token's value over the L2 norm of its group. values: (N,) -> (N,)."""
+    return values / group_sum(values.square(), group, groups).sqrt().clamp_min(torch.finfo(values.dtype).tiny)
+
+
+@register_method(
+    "globalcom2",
+    paper="Global Compression Commander: Plug-and-Play Inference Acceleration for High-Resolution Large Vision-Language Models",
+    year=2026,
+    url="https://arxiv.org/abs/2501.05179",
+    complexity="O(N log N)",
+)
+@dataclass(frozen=True)
+class GlobalCom2(ConnectorMethod):
+    """GlobalCom2 (AAAI 2026): crops keep more where the thumbnail is interested, by their own and the thumbnail's scores.
+
+    Scores are the [CLS] row before softmax, mean over heads, of the block `layer` ("-1", the last). temperature: 10 as published.
+    For tiled images with a thumbnail: the thumbnail keeps the overall ratio, crop t that ratio times its scale, and the
+    shares are rounded to the exact budget. Other streams (one tile, no thumbnail, video) have no global guide: every group
+    keeps the same ratio by its own scores.
+
+    What differs from the published code, without a compat mode since counts cannot be both: it rounds each crop's count
+    down on its own; it keeps the newline of every canvas row, also of padding rows (`globalcom2_published` does), where our
+    separators follow the framework's rule and cost nothing of `keep`; it feeds the thumbnail in order of score and casts to
+    float16; norms run over a crop with its padding, here over its candidates. It reads wrong scores from the second image of
+    a batch on, and its LLaVA-1.5 path fails.
+    """
+
+    layer: str = "-1"
+    temperature: float = 10.0
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise OptionError(f"temperature={self.temperature!r} is not above 0; 10 is the published one.")
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (f"cls_logits:{self.layer}",)
+
+    def select(self, tokens: VisualTokens, keep: int) -> Selection:
+        """Choose `keep` tokens of the stream."""
+        check_keep(keep, len(tokens))
+        own = check_finite(wide(tokens.signal(self.needs[0])), "the [CLS] scores of the vision tower")
+        layout = tokens.layout
+        group = layout.group.to(own.device)
+        sizes = torch.tensor(layout.group_sizes, device=own.device)
+        weights, scores = sizes.to(own.dtype), own
+        if layout.thumbnail and layout.canvas is not None and _regular(layout.grids, layout.canvas):
+            scales, scores = self._guided(own, layout, layout.canvas, keep / len(tokens))
+            weights = weights * scales
+        quota = share_out(keep, weights[None], sizes)
+        return Selection(top_in_groups(scores, group, quota[0], keep), info={"scores": scores, "quota": quota[0]})
+
+    def _guided(self, own: Tensor, layout: Layout, canvas: tuple[int, int], ratio: float) -> tuple[Tensor, Tensor]:
+        """Keep ratio of each group (G,) and score of each token (N,) under the thumbnail's guidance."""
+        down, across = canvas
+        group = layout.group.to(own.device)
+        height, width = layout.grids[0]
+        row, col = layout.row.to(own.device), layout.col.to(own.device)
+        first = layout.group_sizes[0]
+        thumbnail = own.new_zeros(height, width).index_put((row[:first], col[:first]), own[:first])
+        h, w = layout.grids[1]
+        tile = (group - 1).clamp_min(0)
+        canvas_row = (tile // across * h + row).clamp(max=down * h - 1)  # the thumbnail's own tokens look up nonsense,
+        canvas_col = (tile % across * w + col).clamp(max=across * w - 1)  # which the last line throws away
+        seen = guide(thumbnail, canvas, (h, w))[canvas_row, canvas_col]
+        both = _group_norm(own, group, layout.num_groups) + _group_norm(seen, group, layout.num_groups)
+        scales = crop_scales(thumbnail, canvas, ratio, self.temperature)
+        return torch.cat([scales.new_full((1,), ratio), scales]), torch.where(group == 0, own, both)
+
+
+def _regular(grids: Sequence[tuple[int, int]], canvas: tuple[int, int]) -> bool:
+    """Whether the groups are a thumbnail and a full canvas of equal crops."""
+    return len(grids) == 1 + canvas[0] * canvas[1] and len(set(grids[1:])) == 1

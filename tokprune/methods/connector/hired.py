@@ -1,0 +1,124 @@
+"""HiRED: an early block says how much each tile may keep, a late block says what."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokprune.budget import equal
+from tokprune.errors import OptionError, unknown
+from tokprune.methods.base import Compat, ScoreMethod, check_finite
+from tokprune.ops.ranking import top_in_groups
+from tokprune.ops.regions import check_canvas, region_sums
+from tokprune.ops.shares import share_out
+from tokprune.ops.wide import wide
+from tokprune.registry import register_method
+from tokprune.tokens import Layout, VisualTokens
+
+COMPAT = ("corrected", "published")
+
+
+def hired_budgets(early: Tensor, layout: Layout, keep: int, alpha: float = 0.5) -> Tensor:
+    """Tokens for the thumbnail and for each tile: exactly `keep` in sum (algorithm 1 of the paper).
+
+    The thumbnail gets the share alpha. The tiles share the rest by the attention mass that the early block's [CLS] pays
+    to the region of the thumbnail that each tile shows, rounded by largest remainders; what a full tile cannot take flows
+    to the others, and what all of them cannot take goes back to the thumbnail.
+
+    early: (N,) one value per token of the stream, read for the thumbnail only. Returns (1 + tiles,) counts.
+    """
+    sizes = layout.group_sizes
+    thumbnail = max(min(math.floor(keep * alpha), sizes[0]), keep - sum(sizes[1:]))
+    mass = region_sums(early, layout)
+    capacities = torch.tensor(sizes[1:], device=mass.device)
+    tiles = share_out(keep - thumbnail, mass[None], capacities)[0]
+    return torch.cat([tiles.new_tensor([thumbnail]), tiles])
+
+
+def hired_published_budgets(early: Tensor, tiles: int, keep: int, alpha: float = 0.5) -> Tensor:
+    """The counts of the published code, which differ from the paper.
+
+    It counts how many of the N (1 - alpha) best early tokens fall into each of `tiles` contiguous runs of the raster
+    (horizontal bands, whatever the canvas), cuts the shares to whole numbers and clamps them without handing the rest
+    out again, so that the sum may stay below `keep`. alpha = 1 leaves nothing to count and is refused.
+
+    early: (N,) [CLS] row of the thumbnail, heads summed or averaged. Returns (1 + tiles,) counts.
+    """
+    n = early.shape[0]
+    if n % tiles:
+        raise OptionError(
+            f"compat='published' cuts the thumbnail's {n} tokens into {tiles} equal runs, which does not divide; "
+            "use compat='corrected'."
+        )
+    thumbnail = min(int(keep * alpha), n)
+    rest = min(keep - thumbnail, tiles * n)
+    counts = torch.zeros(tiles, dtype=torch.long, device=early.device)
+    if rest > 0:
+        best = torch.sort(wide(early), descending=True, stable=True).indices[: int(n * (1 - alpha))]
+        if len(best) == 0:
+            raise OptionError(f"compat='published' divides by zero at alpha={alpha}; use compat='corrected'.")
+        hits = torch.bincount(torch.div(best * tiles, n, rounding_mode="floor"), minlength=tiles)
+        counts = (hits.float() / hits.sum().float() * rest).long().clamp(max=n)
+    return torch.cat([counts.new_tensor([thumbnail]), counts])
+
+
+@register_method(
+    "hired",
+    paper="HiRED: Attention-Guided Token Dropping for Efficient Inference of High-Resolution Vision-Language Models",
+    year=2025,
+    url="https://arxiv.org/abs/2408.10945",
+    complexity="O(N log N)",
+)
+@dataclass(frozen=True)
+class HiRED(ScoreMethod):
+    """HiRED (AAAI 2025): budgets over tiles from block `init_layer`'s [CLS] row of the thumbnail, picks by the late row.
+
+    alpha: the thumbnail's share (0.5 in the paper, section 4.3). init_layer: block of the vision tower (0, the first).
+    Without tiles it is the top of the late row. Frames of a video, and tiles without a thumbnail, have no map that says
+    how much each is worth: they share equally.
+
+    compat="published" keeps the counts of the published code: bands instead of regions, hits instead of attention mass,
+    truncation without handing the rest out, so that fewer than the budget may stay. (It also chose padding and dropped it
+    afterwards, and swapped height and width when unpadding; padding never reaches a method here.)
+    """
+
+    alpha: float = 0.5
+    init_layer: int | str = 0
+    compat: Compat = "corrected"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise OptionError(f"alpha={self.alpha!r} is the thumbnail's share of the budget: 0 <= alpha <= 1.")
+        if self.compat not in COMPAT:
+            raise unknown("compat", self.compat, COMPAT)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The [CLS] rows of the selected layer and of the early block."""
+        return ("cls_attention", f"cls_attention:{self.init_layer}")
+
+    def scores(self, tokens: VisualTokens) -> Tensor:
+        """Late [CLS] attention of each token. Returns (N,)."""
+        return wide(tokens.signal("cls_attention"))
+
+    def choose(self, tokens: VisualTokens, scores: Tensor, keep: int) -> Tensor:
+        """The best of each tile by late attention, as many as the early attention grants it."""
+        budgets = self.shares(tokens, keep)
+        total = keep if self.compat == "corrected" else int(budgets.sum())
+        return top_in_groups(scores, tokens.layout.group.to(scores.device), budgets.to(scores.device), total)
+
+    def shares(self, tokens: VisualTokens, keep: int) -> Tensor:
+        """Tokens that each tile or frame may keep. Returns (groups,) counts."""
+        layout = tokens.layout
+        if not layout.thumbnail or layout.num_groups == 1:
+            return torch.tensor(equal(keep, layout.group_sizes), device=tokens.features.device)
+        early = check_finite(wide(tokens.signal(f"cls_attention:{self.init_layer}")), "the early attention")
+        if self.compat == "corrected":
+            return hired_budgets(early, layout.to(early.device), keep, self.alpha)
+        canvas = check_canvas(layout)
+        sizes = torch.tensor(layout.group_sizes, device=early.device)
+        own = early[: layout.group_sizes[0]]
+        return hired_published_budgets(own, canvas[0] * canvas[1], keep, self.alpha).minimum(sizes)

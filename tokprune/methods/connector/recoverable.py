@@ -1,0 +1,133 @@
+"""Recoverable Compression: keep what stands out to the eye, recover what the question is about, merge the rest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokprune.errors import OptionError
+from tokprune.methods.base import Compat, ConnectorMethod, check_finite, check_keep
+from tokprune.methods.question import CLIP_SIGNALS, Relevance, check_space, question_relevance
+from tokprune.ops.distance import unit
+from tokprune.ops.outliers import outliers
+from tokprune.ops.ranking import rank_in_group, top_by_tier
+from tokprune.ops.wide import wide
+from tokprune.registry import register_method
+from tokprune.tokens import Merge, Selection, VisualTokens
+
+
+def _places(scores: Tensor) -> Tensor:
+    """Place of each score in descending order, 0 for the best, ties to the lower index. (N,) -> (N,)."""
+    return rank_in_group(scores, torch.zeros_like(scores, dtype=torch.long))
+
+
+def _share(scores: Tensor, of: Tensor, neighbours: int, high_only: bool) -> Tensor:
+    """floor(of * share of outliers among the scores), a 0-d tensor. high_only: outliers below the median do not count."""
+    found = outliers(scores, neighbours)
+    if high_only:
+        found &= scores > scores.median()
+    return (of * (found.sum().double() / len(scores))).floor().long()
+
+
+@torch.no_grad()
+def recoverable(
+    attention: Tensor, relevance: Tensor, neighbours: int = 20, high_only: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Which tokens stand out visually and which the question brings back (sections on filtering and recovery).
+
+    attention: (N,) single-head [CLS] row. relevance: (N,) similarity to the question. The share of local outliers among the
+    scores says how many of the highest scores stay: first of the attention, then, among the others (the chosen ones' relevance
+    is set to the minimum), of the relevance. Returns two disjoint (N,) bool masks, visual and text.
+    """
+    n = torch.tensor(len(attention), device=attention.device)
+    visual_count = _share(attention, n, neighbours, high_only)
+    visual = _places(attention) < visual_count
+    left = torch.where(visual, relevance.amin(), relevance)
+    text_count = _share(left, n - visual_count, neighbours, high_only)
+    text = _places(left.masked_fill(visual, -torch.inf)) < text_count
+    return visual, text
+
+
+@register_method(
+    "recoverable",
+    paper="Recoverable Compression: A Multimodal Vision Token Recovery Mechanism Guided by Text Information",
+    year=2025,
+    url="https://arxiv.org/abs/2409.01179",
+    complexity="O(KNC)",
+    query_aware=True,
+    merges=True,
+)
+@dataclass(frozen=True)
+class Recoverable(ConnectorMethod):
+    """Recoverable Compression (AAAI 2025): visual outliers, text-guided recovery, and merging of what remains.
+
+    relevance: "clip" is the published form; "embeddings" (the default, ours) compares projected features with the LLM
+    embeddings of the question's words and works on every model. neighbours = 20 for the outlier factor and 32 for merging
+    are the published numbers; text_weight is how much the question counts against the keys when neighbours are sought
+    (published: 50 / sqrt(768), on cosines).
+
+    Here the count is exact. Outliers beyond `keep` are cut in proportion; slots that outliers leave free go to the remaining
+    tokens of highest attention, each of which takes up its nearest dropped tokens, weighted by attention. Merging happens on
+    projected features, before the projector in the publication, and without its extra slot for the sum of the rest.
+
+    Differences of the published code, whose counts compat="published" keeps: it counts outliers at the low end as well (here
+    only those above the median), and adds neighbours to a token without normalising (here a weighted mean). Its merging
+    stage overwrites the number of tokens, so that it mostly finds no centres, and reads keys at wrong places; its
+    text vector is that of the last padded position. These are not reproduced.
+    """
+
+    relevance: Relevance = "embeddings"
+    neighbours: int = 20
+    merge_neighbours: int = 32
+    text_weight: float = 50 / 768**0.5
+    compat: Compat = "corrected"
+
+    def __post_init__(self) -> None:
+        check_space(self.relevance)
+        if self.neighbours < 1 or self.merge_neighbours < 0:
+            raise OptionError(
+                f"neighbours={self.neighbours!r} must be at least 1 and merge_neighbours={self.merge_neighbours!r} at least 0; "
+                "the paper uses 20 and 32."
+            )
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """[CLS] row and keys of the tower's last block, and the scorer's embeddings when they decide what is relevant."""
+        return ("cls_attention_1head:-1", "keys:-1", *(CLIP_SIGNALS if self.relevance == "clip" else ()))
+
+    def select(self, tokens: VisualTokens, keep: int) -> Selection:
+        """Choose `keep` tokens of the stream and merge the others into those that are not outliers."""
+        check_keep(keep, len(tokens))
+        attention = wide(check_finite(tokens.signal("cls_attention_1head:-1"), "the [CLS] attention"))
+        score = question_relevance(tokens, self.relevance)
+        visual, text = recoverable(attention, score, self.neighbours, self.compat == "corrected")
+        # More outliers than slots: the same share of both kinds. Tensors throughout, so that the host need not wait.
+        counts = torch.stack([visual.sum(), text.sum()]).double()
+        fit = (keep / counts.sum().clamp_min(1)).clamp_max(1.0)
+        first = (counts[0] * fit + 0.5).floor()
+        visual &= _places(attention.masked_fill(~visual, -torch.inf)) < first
+        text &= _places(score.masked_fill(~text, -torch.inf)) < keep - first
+        main = visual | text
+        indices = top_by_tier(main.long(), attention, keep)
+        rows = self._rows(tokens, indices, main, attention, score)
+        return Selection(indices, Merge(rows=rows), info={"scores": attention, "visual": visual, "text": text})
+
+    def _rows(self, tokens: VisualTokens, kept: Tensor, main: Tensor, attention: Tensor, score: Tensor) -> Tensor:
+        """Merge weights (K, N): outliers as they are, each other kept token with its nearest dropped ones."""
+        keys = unit(wide(check_finite(tokens.signal("keys:-1"), "the keys")).flatten(1))
+        n = len(tokens)
+        dropped = torch.ones(n, dtype=torch.bool, device=kept.device).scatter(0, kept, False)
+        near = (keys[kept] @ keys.T + self.text_weight * score).masked_fill(~dropped, -torch.inf)  # (K, N)
+        value, pick = (x[:, : self.merge_neighbours] for x in torch.sort(near, dim=-1, descending=True, stable=True))
+        open_to_merge = (~main[kept])[:, None] & ~torch.isneginf(value)
+        own, brought = attention[kept][:, None], attention[pick] * open_to_merge
+        if self.compat == "published":
+            own = torch.ones_like(own)
+        else:  # a weighted mean; without any weight, the token itself
+            total = own + brought.sum(-1, keepdim=True)
+            alone = main[kept][:, None] | (total <= 0)
+            own, brought = torch.where(alone, 1.0, own / total), torch.where(alone, 0.0, brought / total)
+        rows = torch.zeros_like(near).scatter(1, pick, brought.to(near.dtype))
+        return rows.scatter(1, kept[:, None], own.to(near.dtype))

@@ -1,0 +1,48 @@
+"""TextMonkey's filter: drop the tokens that a later token repeats."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokprune.methods.base import ScoreMethod, check_finite, top
+from tokprune.ops.distance import cosine_similarity
+from tokprune.registry import register_method
+from tokprune.tokens import VisualTokens
+
+
+@torch.no_grad()
+def uniqueness(features: Tensor) -> Tensor:
+    """1 minus the largest cosine with any *later* token, and 3, above all others, for the last. features: (..., N, D) -> (..., N)."""
+    similarity = cosine_similarity(features)
+    n = similarity.shape[-1]
+    later = torch.ones(n, n, dtype=torch.bool, device=similarity.device).triu(1)
+    return 1 - similarity.masked_fill(~later, -2.0).amax(-1)
+
+
+def textmonkey(features: Tensor, keep: int) -> Tensor:
+    """The `keep` tokens that no later token resembles. features: (B, N, D) -> (B, keep) ascending."""
+    return top(uniqueness(features), keep)
+
+
+@register_method(
+    "textmonkey",
+    paper="TextMonkey: An OCR-Free Large Multimodal Model for Understanding Document",
+    year=2024,
+    url="https://arxiv.org/abs/2403.04473",
+    complexity="O(N²D)",
+)
+@dataclass(frozen=True)
+class TextMonkey(ScoreMethod):
+    """TextMonkey (2024), the similarity filter of its token resampler: of similar tokens the last one stays.
+
+    It looks at the projected features only. In the publication the filter picks the queries of a trained perceiver, which
+    then attends to all tokens (512 are kept by its default); the filter alone is what works without training. Tiles or frames
+    of a stream are one sequence. The last token of the stream always stays.
+    """
+
+    def scores(self, tokens: VisualTokens) -> Tensor:
+        """How little each token resembles a later one. Returns (N,)."""
+        return uniqueness(check_finite(tokens.features, "the visual features"))

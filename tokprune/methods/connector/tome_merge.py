@@ -1,0 +1,74 @@
+"""ToMe merging in front of the LLM: similar tokens become their mean until the asked number is left."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokprune.errors import OptionError
+from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
+from tokprune.ops.bipartite import bipartite_matching, cap, merge_weighted
+from tokprune.ops.wide import wide
+from tokprune.registry import register_method
+from tokprune.tokens import Merge, Selection, VisualTokens
+
+
+@torch.no_grad()
+def tome_merge(features: Tensor, keep: int, share: float = 0.25) -> tuple[Tensor, Tensor]:
+    """Repeat bipartite soft matching until `keep` tokens are left.
+
+    features: (B, N, D). Each round merges at most `share` of the tokens that are left (at least one, and never more than
+    half), weighted by how many originals each stands for; the survivors stay in raster order. Returns the positions (B, keep)
+    at which they sit, ascending, and (B, N) which of them each original has gone to.
+    """
+    x, size = wide(features), None
+    batch, n, _ = x.shape
+    rep = torch.arange(n, device=x.device).expand(batch, n)
+    assign = rep
+    while n > keep:
+        matching = bipartite_matching(x, min(n - keep, max(1, int(share * n)), cap(n)), ordered=True)
+        x, size = merge_weighted(matching, x, size)
+        rep = rep.gather(-1, matching.rep)
+        assign = matching.assign.gather(-1, assign)
+        n = rep.shape[-1]
+    return rep, assign
+
+
+@register_method(
+    "tome_merge",
+    paper="Token Merging: Your ViT But Faster",
+    year=2023,
+    url="https://arxiv.org/abs/2210.09461",
+    complexity="O(N²D)",
+    merges=True,
+)
+@dataclass(frozen=True)
+class ToMeMerge(ConnectorMethod):
+    """ToMe's bipartite soft matching (ICLR 2023, section 3) on the projected features, repeated to an exact count.
+
+    The publication merges inside the vision tower, a few tokens per block, by the similarity of keys (that is the encoder
+    stage); here all merging happens behind the projector, by the similarity of the projected features. Each output is the
+    plain mean of the originals that went into it and sits where its last destination sat. share: how much of what is left
+    one round may merge; ours. A small share takes more rounds and better partners, 0.5 is the published
+    maximum per round. All tiles or frames of a stream may merge with each other.
+    """
+
+    share: float = 0.25
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 0.5:
+            raise OptionError(
+                f"share={self.share!r} is not in (0, 0.5]; one round can merge at most half of the tokens."
+            )
+
+    def select(self, tokens: VisualTokens, keep: int) -> Selection:
+        """Merge the stream down to `keep` tokens."""
+        check_keep(keep, len(tokens))
+        features = check_finite(tokens.features, "the visual features")
+        rep, assign = (x[0] for x in tome_merge(features[None], keep, self.share))
+        size = torch.zeros(keep, device=assign.device).index_add(
+            0, assign, torch.ones_like(assign, dtype=torch.float32)
+        )
+        return Selection(rep, Merge(target=assign, scale=1 / size[assign]), info={"sizes": size})

@@ -1,0 +1,149 @@
+"""VisionZip: keep the tokens that [CLS] attends to, merge the rest into a few context tokens."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokprune.budget import equal
+from tokprune.errors import OptionError
+from tokprune.methods.base import Compat, ConnectorMethod, check_finite, check_keep
+from tokprune.ops.nearest import nearest_target
+from tokprune.ops.ranking import true_indices
+from tokprune.ops.stacks import stacks
+from tokprune.ops.wide import wide
+from tokprune.registry import register_method
+from tokprune.tokens import Merge, Selection, VisualTokens
+
+
+def visionzip_plan(
+    attention: Tensor, keys: Tensor, dominant: int, contextual: int, compat: Compat = "corrected"
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Which patches stay, and which flow together (section 3.2 of the paper).
+
+    attention: (B, N). keys: (B, N, d), compared by cosine. Returns the dominant patches (B, dominant), best first; the
+    contextual targets (B, contextual), ascending: every step-th of the remaining patches; for each patch the position of the
+    patch it flows into, itself when it stays and -1 when it flows nowhere, and its weight there (B, N). Weights of a context
+    token: target and mean of the others, half each; "published": both in full, so that they add up to two.
+    """
+    batch, n = attention.shape
+    order = torch.sort(attention, dim=-1, descending=True, stable=True).indices
+    best = order[:, :dominant]
+    stays = torch.zeros_like(attention, dtype=torch.bool).scatter_(1, best, True)
+    into = torch.where(stays, torch.arange(n, device=order.device), -1)
+    weight = stays.to(attention.dtype)
+    if contextual == 0:
+        return best, best[:, :0], into, weight
+    remaining = true_indices(~stays, n - dominant)  # (B, M) in raster order
+    m = n - dominant
+    places = torch.arange(contextual, device=order.device) * max(1, m // contextual)
+    targets = places.expand(batch, -1)
+    context = nearest_target(keys.gather(1, remaining[..., None].expand(-1, -1, keys.shape[-1])), targets)  # (B, M)
+    is_target = torch.zeros(m, dtype=torch.bool, device=order.device).scatter_(0, places, True)
+    others = weight.new_zeros(batch, contextual).scatter_add_(1, context, (~is_target).to(weight).expand(batch, -1))
+    count = others.gather(1, context)  # (B, M) how many share the context token with it, the target not counted
+    part = torch.where(is_target, 1.0, 1.0 / count.clamp_min(1))
+    if compat == "corrected":
+        part = torch.where(count > 0, part / 2, part)
+    target_position = remaining.gather(1, targets)
+    into = into.scatter(1, remaining, target_position.gather(1, context))
+    return best, target_position, into, weight.scatter(1, remaining, part)
+
+
+def visionzip(
+    attention: Tensor, hidden: Tensor, metric: Tensor, dominant: int, contextual: int
+) -> tuple[Tensor, Tensor]:
+    """The published token set before the projector: [CLS], dominant patches in raster order, context tokens.
+
+    attention: (B, H, N) [CLS] rows. hidden: (B, N + 1, C) and metric: (B, N + 1, d) head-mean keys, [CLS] first. dominant
+    counts [CLS]. Returns tokens (B, dominant + contextual, C) and the kept indices (B, dominant) with [CLS] = 0, best first.
+    """
+    patches = hidden[:, 1:]
+    best, targets, into, weight = visionzip_plan(
+        wide(attention).sum(1), wide(metric[:, 1:]), dominant - 1, contextual, "published"
+    )
+    slots = torch.cat([best.sort(-1).values, targets], dim=1)  # (B, K)
+    rows = (into[:, None, :] == slots[:, :, None]).to(weight) * weight[:, None, :]  # (B, K, N)
+    out = torch.cat([hidden[:, :1], (rows @ patches.to(rows)).to(hidden)], dim=1)
+    cls = best.new_zeros(best.shape[0], 1)
+    return out, torch.cat([cls, best + 1], dim=1)
+
+
+def visionzip_canvas(tokens: Tensor, kept: Tensor, tiles: tuple[int, int], side: int = 24) -> Tensor:
+    """The published order of a tiled image: patches of all tiles in raster order of the canvas, all [CLS], all context tokens.
+
+    tokens: (T, P, D), per tile as `visionzip` returns them. kept: (T, K) with [CLS] = 0. tiles: across, down. side: of a tile's
+    grid. Returns (T * P, D).
+    """
+    across, _ = tiles
+    k = kept.shape[1]
+    patch = kept.sort(-1).values[:, 1:] - 1  # (T, K - 1)
+    tile = torch.arange(kept.shape[0], device=kept.device)[:, None]
+    row = tile // across * side + patch // side
+    place = row * (across * side) + tile % across * side + patch % side
+    patches = tokens[:, 1:k].flatten(0, 1)[place.flatten().argsort()]
+    return torch.cat([patches, tokens[:, 0], tokens[:, k:].flatten(0, 1)])
+
+
+@register_method(
+    "visionzip",
+    paper="VisionZip: Longer is Better but Not Necessary in Vision Language Models",
+    year=2025,
+    url="https://arxiv.org/abs/2412.04467",
+    complexity="O(N log N + NKd)",
+    merges=True,
+)
+@dataclass(frozen=True)
+class VisionZip(ConnectorMethod):
+    """VisionZip (CVPR 2025): dominant tokens by [CLS] attention, the rest merged into contextual tokens by key similarity.
+
+    contextual_share: share of the budget that goes to context tokens; 10/64 is the published 54 + 10, 108 + 20, 162 + 30.
+    Tiles and frames get equal budgets, as published. A context token sits at the position of its target.
+
+    What differs from the published code:
+    - It always feeds the projected [CLS] state and counts it among the dominant ones. Our streams hold patches only: the
+      whole budget is spent on patches.
+    - It merges before the projector; here the weights act on projected features (and DeepStack planes), an approximation
+      wherever the projector is not linear.
+    - It adds the mean of the merged tokens to the target, which about doubles the norm; here target and mean count half
+      each, so that the token stays in the range that the LLM knows. compat="published" adds.
+    - It divides by zero without context tokens, prunes nothing when images come as a list, and knows only 24 x 24 grids.
+    """
+
+    contextual_share: float = 10 / 64
+    compat: Compat = "corrected"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.contextual_share < 1:
+            raise OptionError(
+                f"contextual_share={self.contextual_share!r} is not in [0, 1); 10/64 is the published share."
+            )
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("cls_attention", "keys:-2")
+
+    def select(self, tokens: VisualTokens, keep: int) -> Selection:
+        """Choose `keep` slots and say what flows into each."""
+        n = len(tokens)
+        check_keep(keep, n)
+        attention = check_finite(wide(tokens.signal("cls_attention")), "the [CLS] attention values")
+        keys = check_finite(wide(tokens.signal("keys:-2")).mean(1), "the keys of the vision tower")
+        sizes = tokens.layout.group_sizes
+        into = torch.full((n,), -1, device=attention.device)
+        weight = torch.zeros_like(attention)
+        slots = []
+        for where, count, _ in stacks(sizes, equal(keep, sizes), attention.device):
+            contextual = min(count - 1, math.floor(self.contextual_share * count + 0.5))
+            best, targets, local, part = visionzip_plan(
+                attention[where], keys[where], count - contextual, contextual, self.compat
+            )
+            slots.append(where.gather(1, torch.cat([best, targets], dim=1)).flatten())
+            into[where] = torch.where(local >= 0, where.gather(1, local.clamp(min=0)), -1)
+            weight[where] = part
+        indices = torch.cat(slots).sort().values
+        row = torch.where(into >= 0, torch.searchsorted(indices, into), -1)
+        return Selection(indices, Merge(target=row, scale=weight), info={"scores": attention})

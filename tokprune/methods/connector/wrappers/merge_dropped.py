@@ -1,0 +1,54 @@
+"""MergeDropped: dropped tokens are averaged into the kept one nearest to them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from tokprune.errors import unknown
+from tokprune.methods.base import check_finite
+from tokprune.methods.connector.wrappers.base import Wrapper
+from tokprune.ops.joining import merge_dropped
+from tokprune.registry import register_method
+from tokprune.tokens import Selection, VisualTokens
+
+INTO = ("nearest", "none")
+
+
+@register_method(
+    "merge",
+    paper="wrapper: dropped tokens are averaged into the kept one nearest to them",
+    complexity="the method's + O(NKD)",
+    merges=True,
+    wrapper=True,
+)
+@dataclass(frozen=True)
+class MergeDropped(Wrapper):
+    """Average what the method drops into what it keeps: y = (y + sum of its dropped tokens) / (1 + how many).
+
+    A dropped token goes to the kept token of highest cosine similarity. The average is handed on as merge weights, so
+    DeepStack planes follow. A method that merges itself keeps its merge: only tokens that flow nowhere in it are averaged
+    into its outputs, on top. into="none" leaves the dropped tokens out, for an ablation with one switch.
+    """
+
+    into: Literal["nearest", "none"] = "nearest"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.into not in INTO:
+            raise unknown("into", self.into, INTO)
+
+    def select(self, tokens: VisualTokens, keep: int) -> Selection:
+        """Choose and merge to `keep` tokens."""
+        return self.select_batch([tokens], [keep])[0]
+
+    def select_batch(self, batch: Sequence[VisualTokens], keeps: Sequence[int]) -> list[Selection]:
+        """Choose for several streams, then merge in each."""
+        chosen = self.method.select_batch(batch, keeps)
+        if self.into == "none":
+            return chosen
+        return [
+            merge_dropped(c, check_finite(t.features, "the visual features"))
+            for c, t in zip(chosen, batch, strict=True)
+        ]

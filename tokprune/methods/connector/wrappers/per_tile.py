@@ -1,0 +1,108 @@
+"""PerTile: each tile or frame on its own, with a share of the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from tokprune.budget import equal, share
+from tokprune.errors import OptionError, unknown
+from tokprune.methods.base import check_finite, check_keep
+from tokprune.methods.connector.globalcom2 import crop_scales
+from tokprune.methods.connector.hired import hired_budgets
+from tokprune.methods.connector.wrappers.base import Wrapper
+from tokprune.ops.joining import join
+from tokprune.ops.regions import check_canvas
+from tokprune.ops.wide import wide
+from tokprune.registry import register_method
+from tokprune.tokens import Selection, VisualTokens
+
+SPLITS = ("equal", "proportional", "hired", "globalcom2")
+
+
+@register_method(
+    "per_tile",
+    paper="wrapper: each tile or frame on its own, with a share of the budget",
+    complexity="the method's, per tile",
+    wrapper=True,
+)
+@dataclass(frozen=True)
+class PerTile(Wrapper):
+    """Run the method on each tile or frame as on a picture of its own.
+
+    split says who gets how much of the exact total:
+    "equal": as much each (FasterVLM, VisPruner, CDPruner and VisionZip do so); what a small tile cannot take flows on.
+    "proportional": in proportion to the tokens that unpadding left.
+    "hired": HiRED's: `alpha` to the thumbnail, the rest by the early attention to each tile's region.
+    "globalcom2": GlobalCom2's: the thumbnail keeps the overall ratio, a tile more or less by the last block's [CLS] scores of
+    its region; scaled to the exact total.
+    The last two read a thumbnail; streams without one (a plain picture, the frames of a video) are split equally. A tile
+    whose share is 0 (a budget below the number of tiles) drops out.
+    """
+
+    split: Literal["equal", "proportional", "hired", "globalcom2"] = "equal"
+    alpha: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.split not in SPLITS:
+            raise unknown("split", self.split, SPLITS)
+        if not 0 <= self.alpha <= 1:
+            raise OptionError(f"alpha={self.alpha!r} is the thumbnail's share of the budget: 0 <= alpha <= 1.")
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What the method needs, and the [CLS] row that the split reads."""
+        own = {"hired": ("cls_attention:0",), "globalcom2": ("cls_logits:-1",)}.get(self.split, ())
+        return tuple(dict.fromkeys([*self.method.needs, *own]))
+
+    def shares(self, tokens: VisualTokens, keep: int) -> list[int]:
+        """Tokens that each tile or frame may keep; the sum is `keep`."""
+        layout = tokens.layout
+        sizes = layout.group_sizes
+        if self.split == "proportional":
+            return share(keep, sizes, sizes)
+        if self.split == "equal" or not layout.thumbnail or layout.num_groups == 1:
+            return equal(keep, sizes)
+        name = "cls_attention:0" if self.split == "hired" else "cls_logits:-1"
+        row = check_finite(wide(tokens.signal(name)), f"the signal {name}")
+        layout = layout.to(row.device)
+        if self.split == "hired":
+            out: list[int] = hired_budgets(row, layout, keep, self.alpha).tolist()
+            return out
+        own = layout.group_slices()[0]
+        shown = row.new_zeros(layout.grids[0]).index_put((layout.row[own], layout.col[own]), row[own])
+        ratio = keep / len(tokens)
+        density = [ratio, *crop_scales(shown, check_canvas(layout), ratio).tolist()]
+        return share(keep, [d * n for d, n in zip(density, sizes, strict=True)], sizes)
+
+    def select(self, tokens: VisualTokens, keep: int) -> Selection:
+        """Choose `keep` tokens of the stream."""
+        return self.select_batch([tokens], [keep])[0]
+
+    def select_batch(self, batch: Sequence[VisualTokens], keeps: Sequence[int]) -> list[Selection]:
+        """Choose for several streams: all tiles of all of them go to the method in one call."""
+        parts: list[VisualTokens] = []
+        counts: list[int] = []
+        places: list[list[slice]] = []
+        for tokens, keep in zip(batch, keeps, strict=True):
+            check_keep(keep, len(tokens))
+            used = [
+                (where, count)
+                for where, count in zip(tokens.layout.group_slices(), self.shares(tokens, keep), strict=True)
+                if count > 0
+            ]
+            places.append([where for where, _ in used])
+            counts += [count for _, count in used]
+            parts += [tokens.part(where) for where, _ in used]
+        chosen = iter(self.method.select_batch(parts, counts))
+        out = []
+        for tokens, slices in zip(batch, places, strict=True):
+            device = tokens.features.device
+            found = [(torch.arange(s.start, s.stop, device=device), next(chosen)) for s in slices]
+            whole = len(found) == 1 and len(found[0][0]) == len(tokens)
+            out.append(found[0][1] if whole else join(found, tokens.features))
+        return out

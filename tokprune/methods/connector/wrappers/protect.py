@@ -1,0 +1,73 @@
+"""Protect: given tokens always stay, the method chooses the rest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokprune.errors import OptionError
+from tokprune.methods.base import check_keep
+from tokprune.methods.connector.wrappers.base import Wrapper
+from tokprune.ops.joining import join
+from tokprune.ops.ranking import true_indices
+from tokprune.registry import register_method
+from tokprune.tokens import Selection, VisualTokens
+
+
+@register_method(
+    "protect",
+    paper="wrapper: given tokens always stay, the rest by the method",
+    complexity="the method's",
+    wrapper=True,
+)
+@dataclass(frozen=True)
+class Protect(Wrapper):
+    """Always keep the tokens at the edge of each tile or frame, or at given places; the method chooses the rest.
+
+    border: width of the protected frame, in tokens of the grid. indices: places in the stream, negative ones from its end.
+    The method sees the stream without the protected tokens. If they are more than the budget, the method chooses among
+    them: the count stays exact.
+    """
+
+    border: int = 1
+    indices: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.border, bool) or not isinstance(self.border, int) or self.border < 0:
+            raise OptionError(f"border={self.border!r} is not a width in tokens; write border=1, or border=0 for none.")
+        if isinstance(self.indices, str) or any(isinstance(i, bool) or not isinstance(i, int) for i in self.indices):
+            raise OptionError(f"indices={self.indices!r} are not whole numbers; write indices=(0, 1, 2).")
+        object.__setattr__(self, "indices", tuple(self.indices))
+        if self.border == 0 and not self.indices:
+            raise OptionError("nothing to protect: border=0 and no indices; write border=1, or indices=(0, 1, 2).")
+
+    def protected(self, tokens: VisualTokens) -> Tensor:
+        """Which tokens must stay. Returns (N,) bool."""
+        layout, n, device = tokens.layout, len(tokens), tokens.features.device
+        size = torch.tensor(layout.grids, device=layout.group.device)[layout.group]  # (N, 2)
+        place = torch.stack([layout.row, layout.col], -1)
+        edge = ((place < self.border) | (place >= size - self.border)).any(-1).to(device)
+        wrong = [i for i in self.indices if not -n <= i < n]
+        if wrong:
+            raise OptionError(f"indices {wrong} do not lie in this stream of {n} tokens: {-n} <= index < {n}.")
+        if self.indices:
+            edge[torch.tensor([i % n for i in self.indices], device=device)] = True
+        return edge
+
+    def select(self, tokens: VisualTokens, keep: int) -> Selection:
+        """Choose `keep` tokens of the stream."""
+        n = len(tokens)
+        check_keep(keep, n)
+        must = self.protected(tokens)
+        count = int(must.sum())
+        held = true_indices(must, count)
+        if count == 0 or count == n:
+            return self.method.select(tokens, keep)
+        if count >= keep:
+            return join([(held, self.method.select(tokens.part(held), keep))], tokens.features)
+        rest = true_indices(~must, n - count)
+        every = Selection(torch.arange(count, device=held.device))
+        return join([(held, every), (rest, self.method.select(tokens.part(rest), keep - count))], tokens.features)

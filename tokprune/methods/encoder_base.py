@@ -1,0 +1,193 @@
+"""The contract of an encoder method: what it sees of one block of a vision tower, and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from tokprune.errors import OptionError
+from tokprune.methods.base import Method
+from tokprune.ops.bipartite import Matching, merge_weighted
+from tokprune.ops.wide import wide
+
+Place = Literal["middle", "end"]
+
+
+@dataclass
+class BlockView:
+    """One block of a vision tower, as an encoder method sees it.
+
+    A row of `x` is a token, or, where the connector joins `fold` tokens to one (2 x 2 mergers, pixel shuffle), such a unit
+    with its tokens' channels side by side; then the prefix is not among the rows.
+
+    x: (B, N, C) hidden states where the cut is made. index: 0-based block. depth: how many blocks feed the output that is
+    used. prefix: leading rows that are no patches ([CLS], distillation, registers). start: patch rows at the tower's
+    entrance. target: patch rows wanted at its end, if the user gave a ratio or budget. size: (B, N, 1) original tokens that
+    each row stands for, None before the first merge; 0 marks padding. qkv: makes this block's queries, keys and values,
+    each (B, H, S, hd) token by token, the prefix first. scale: of the attention logits. hidden_prefix: prefix tokens that
+    stand in qkv. cls: whether the first of them is a [CLS] token. before: (B, N, C) hidden states at the block's entrance.
+    bias: what the block added to its attention logits, (B, 1, 1, S) or None.
+    """
+
+    x: Tensor
+    index: int
+    depth: int
+    prefix: int
+    start: int
+    qkv: Callable[[], tuple[Tensor, Tensor, Tensor]]
+    scale: float
+    target: int | None = None
+    size: Tensor | None = None
+    fold: int = 1
+    hidden_prefix: int = 0
+    cls: bool = False
+    before: Tensor | None = None
+    bias: Tensor | None = None
+
+    @property
+    def patches(self) -> int:
+        """Patch rows that enter the cut."""
+        return self.x.shape[1] - self.prefix
+
+    @cached_property
+    def _heads(self) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.qkv()
+        return wide(q), wide(k), wide(v)
+
+    def _folded(self, values: Tensor, dim: int) -> Tensor:
+        """Mean over the tokens of each unit. values: tokens without the prefix along `dim`."""
+        return values if self.fold == 1 else values.unflatten(dim, (-1, self.fold)).mean(dim + 1)
+
+    def metric(self) -> Tensor:
+        """Keys, mean over heads: what token merging compares. (B, N, hd) in float32, the prefix included."""
+        keys = self._heads[1].mean(1)
+        return keys if self.fold == 1 else self._folded(keys[:, self.hidden_prefix :], 1)
+
+    def cls_attention(self) -> Tensor:
+        """What [CLS] pays to each patch row, per head: softmax over all keys, the prefix dropped. (B, H, patches).
+
+        A tower without [CLS] answers with the mean attention that each row receives.
+        """
+        q, k, _ = self._heads
+        if not self.cls:
+            return self._folded(self.attention_map().mean(-2)[..., self.hidden_prefix :], 2)
+        logits = q[:, :, :1] @ k.transpose(-1, -2) * self.scale
+        if self.bias is not None:
+            logits = logits + self.bias.to(logits.dtype)
+        return self._folded(logits.softmax(-1)[:, :, 0, self.hidden_prefix :], 2)
+
+    def value_norm(self) -> Tensor:
+        """Length of each patch row's value, heads side by side. (B, patches) in float32."""
+        norm = self._heads[2].square().sum((1, 3)).sqrt()
+        return self._folded(norm[:, self.hidden_prefix :], 1)
+
+    def attention_map(self) -> Tensor:
+        """The whole attention of the block, token by token. (B, H, S, S) in float32; rows are queries."""
+        q, k, _ = self._heads
+        logits = q @ k.transpose(-1, -2) * self.scale
+        return (logits if self.bias is None else logits + self.bias.to(logits.dtype)).softmax(-1)
+
+    def attention(self) -> Tensor:
+        """Attention between the rows of `x`, (B, H, N, N); of units: summed over keys, mean over queries, rows sum to 1."""
+        full = self.attention_map()
+        if self.fold == 1:
+            return full
+        full = full[..., self.hidden_prefix :, self.hidden_prefix :]
+        full = full.unflatten(-1, (-1, self.fold)).sum(-1).unflatten(-2, (-1, self.fold)).mean(-2)
+        return full / full.sum(-1, keepdim=True)
+
+    def sizes(self) -> Tensor:
+        """`size`, or ones. (B, N, 1) in float32 at least."""
+        return wide(self.x).new_ones(*self.x.shape[:2], 1) if self.size is None else self.size
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """K rows in place of N.
+
+    x: (B, K, C). rep: (B, K) input row at which each output row sits, -1 for padding. assign: (B, N) output row into which
+    each input flows, -1 when it is dropped. size: (B, K, 1) original tokens in each row, 0 for padding.
+    """
+
+    x: Tensor
+    rep: Tensor
+    assign: Tensor
+    size: Tensor
+
+    @staticmethod
+    def merged(block: BlockView, matching: Matching) -> Reduction:
+        """Rows merged by a matching, each the mean of its inputs weighted by size."""
+        x, size = merge_weighted(matching, block.x, block.size)
+        return Reduction(x, matching.rep, matching.assign, size)
+
+    @staticmethod
+    def kept(block: BlockView, rows: Tensor, real: Tensor | None = None) -> Reduction:
+        """Some rows, the others dropped. rows: (B, K) in the order of output. real: (B, K) False for padding."""
+        x = block.x.gather(1, rows[..., None].expand(-1, -1, block.x.shape[2]))
+        size = block.sizes().gather(1, rows[..., None])
+        assign = torch.full(block.x.shape[:2], -1, dtype=torch.long, device=rows.device)
+        out = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
+        if real is None:
+            return Reduction(x, rows, assign.scatter(1, rows, out), size)
+        assign = assign.scatter_reduce(1, rows, torch.where(real, out, -1), "amax")  # padding loses against a real row
+        x = x * real[..., None].to(x.dtype)
+        return Reduction(x, torch.where(real, rows, -1), assign, size * real[..., None])
+
+
+@dataclass(frozen=True)
+class EncoderMethod(Method):
+    """Base of methods that reduce tokens between the blocks of a vision tower.
+
+    Subclasses implement `reduce`, and `active` when not every block reduces. `place`: where the block is cut, between
+    attention and MLP or at its end.
+    """
+
+    stage: ClassVar[str] = "encoder"
+    place: ClassVar[Place] = "middle"
+
+    @property
+    def size_bias(self) -> bool:
+        """Whether attention counts a merged row as often as it has members (proportional attention)."""
+        return False
+
+    def check(self, depth: int, target: bool) -> None:
+        """Refuse settings that do not fit a tower of `depth` blocks. target: a ratio or budget was given."""
+
+    def active(self, index: int, depth: int) -> bool:
+        """Whether block `index` of `depth` may reduce."""
+        return True
+
+    def reduce(self, block: BlockView) -> Reduction | None:
+        """What to leave of the block's rows; None leaves them alone."""
+        raise OptionError(f"{type(self).__name__} does not implement reduce(block).")
+
+
+def even_steps(total: int, steps: int) -> list[int]:
+    """`total` in `steps` whole numbers as equal as can be, the larger ones first."""
+    if steps < 1:
+        return []
+    quotient, rest = divmod(max(total, 0), steps)
+    return [quotient + (i < rest) for i in range(steps)]
+
+
+def geometric_counts(start: int, target: int, steps: int) -> list[int]:
+    """Rows left after each of `steps` reductions by the same share, from `start` to exactly `target`."""
+    target = min(target, start)
+    return [round(start * (target / start) ** ((i + 1) / steps)) if i + 1 < steps else target for i in range(steps)]
+
+
+def at_depths(blocks: Sequence[int | float], depth: int) -> tuple[int, ...]:
+    """0-based block numbers, ascending. Whole numbers stand for themselves, fractions in (0, 1) for a relative depth."""
+    out = set()
+    for block in blocks:
+        number = round(block * depth) if isinstance(block, float) and 0 < block < 1 else int(block)
+        number += depth if number < 0 else 0
+        if not 0 <= number < depth:
+            raise OptionError(f"block {block!r} is not in a tower of which {depth} blocks feed the output (0 to {depth - 1}).")
+        out.add(number)
+    return tuple(sorted(out))

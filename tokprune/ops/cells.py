@@ -1,0 +1,91 @@
+"""Even pieces of a token stream: exact numbers of runs along the raster, or of near-square cells on the grid."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tokprune.tokens import Layout
+
+
+def even_runs(layout: Layout, budgets: Sequence[int]) -> Tensor:
+    """Cut each group, in raster order, into budgets[g] runs whose lengths differ by at most one.
+
+    Returns (N,) the number of each token's run, ascending from group to group; -1 in groups without a budget.
+    """
+    return _cut(layout, budgets, torch.arange(layout.group.shape[0], device=layout.group.device))
+
+
+def even_cells(layout: Layout, budgets: Sequence[int]) -> Tensor:
+    """Cut each group's grid into budgets[g] near-square cells whose token counts differ by at most one.
+
+    The raster is cut into bands, as many as make the cells square, each as high as its number of cells asks for, and each
+    band is cut across. So the count is exact for every budget and every shape of hole that unpadding left, and where budget
+    and grid divide the cells are the rectangles one would draw by hand.
+
+    Returns (N,) the number of each token's cell; -1 in groups without a budget. The host waits only for streams with holes.
+    """
+    group, device, extents = layout.group, layout.group.device, _extents(layout)
+    bands = [min(max(round(math.sqrt(k * h / w)), 1), h, max(k, 1)) for k, (h, w) in zip(budgets, extents, strict=True)]
+    cells, high = [max(k, 1) for k in budgets], max(h for h, _ in layout.grids)
+    count, across = torch.tensor([cells, bands], device=device)
+    run = _cut(layout, cells, torch.arange(group.shape[0], device=device)) - (count.cumsum(0) - count)[group]
+    band = torch.div(run * across[group], count[group], rounding_mode="floor")
+    walk = ((group * max(bands) + band) * max(w for _, w in layout.grids) + layout.col) * high + layout.row
+    return _cut(layout, budgets, torch.sort(walk, stable=True).indices)
+
+
+def centres(cell: Tensor, k: int, layout: Layout) -> Tensor:
+    """The token of each cell that lies nearest to the middle of its cell, ties to the lower index.
+
+    cell: (N,) cell numbers 0 … k-1, or -1. Returns (k,) indices, in the order of the cells.
+    """
+    n, device = cell.shape[0], cell.device
+    inside = cell >= 0
+    slot = cell.clamp(min=0)
+    size = torch.zeros(k, dtype=torch.long, device=device).index_add(0, slot, inside.long())
+    off = torch.zeros(n, device=device)
+    for place in (layout.row, layout.col):
+        mean = torch.zeros(k, dtype=torch.long, device=device).index_add(0, slot, place * inside) / size
+        off = off + (place - mean[slot]) ** 2
+    off = off.masked_fill(~inside, torch.inf)
+    least = torch.full((k,), torch.inf, device=device).scatter_reduce(0, slot, off, "amin")
+    index = torch.where(inside & (off == least[slot]), torch.arange(n, device=device), n)
+    return torch.full((k,), n, device=device).scatter_reduce(0, slot, index, "amin")
+
+
+def middles(cell: Tensor, k: int) -> Tensor:
+    """The middle token of each run: the floor of the mean index. cell: (N,) run numbers or -1 -> (k,) indices."""
+    n, device = cell.shape[0], cell.device
+    slot, index = cell.clamp(min=0), torch.arange(n, device=device)
+    first = torch.full((k,), n, device=device).scatter_reduce(0, slot, torch.where(cell >= 0, index, n), "amin")
+    last = torch.full((k,), -1, device=device).scatter_reduce(0, slot, torch.where(cell >= 0, index, -1), "amax")
+    return torch.div(first + last, 2, rounding_mode="floor")
+
+
+def _cut(layout: Layout, budgets: Sequence[int], order: Tensor) -> Tensor:
+    """Cut each group, walked through in `order`, into equal runs. order: (N,) permutation that keeps groups together."""
+    group, device = layout.group, layout.group.device
+    sizes = torch.tensor(layout.group_sizes, device=device)
+    count = torch.tensor(list(budgets), device=device)
+    rank = torch.arange(group.shape[0], device=device) - (sizes.cumsum(0) - sizes)[group]
+    run = (count.cumsum(0) - count)[group] + torch.div(rank * count[group], sizes[group], rounding_mode="floor")
+    run = torch.where(count[group] > 0, run, -1)
+    return torch.empty_like(run).scatter(0, order, run)
+
+
+def _extents(layout: Layout) -> list[tuple[int, int]]:
+    """Height and width of the box that each group's tokens fill."""
+    sizes = layout.group_sizes
+    if all(n == h * w for n, (h, w) in zip(sizes, layout.grids, strict=True)):
+        return list(layout.grids)
+    far = max(max(grid) for grid in layout.grids)
+    extents = []
+    for place in (layout.row, layout.col):
+        low = torch.full((len(sizes),), far, device=place.device).scatter_reduce(0, layout.group, place, "amin")
+        high = torch.full((len(sizes),), -1, device=place.device).scatter_reduce(0, layout.group, place, "amax")
+        extents.append((high - low + 1).clamp(min=1))
+    return [(h, w) for h, w in torch.stack(extents, -1).tolist()]
