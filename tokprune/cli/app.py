@@ -97,3 +97,19 @@ def methods(
         explain(name, as_json)
     else:
         show(stage, query_aware, merges, as_json)
+
+
+@app.command()
+def show(
+    image: Annotated[Path, typer.Option(help="The picture.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the sheet goes (PNG, JPEG, ...).")] = Path("kept.png"),
+    methods: Annotated[str, typer.Option(help="Methods, separated by commas.")] = "random,divprune,hired,visionzip",
+    ratio: Annotated[float, typer.Option(help="Share of visual tokens kept.")] = 0.1,
+    question: Annotated[str, typer.Option(help="The question, which some methods read.")] = "what is in this picture ?",
+    model: Annotated[str, typer.Option(help="A hub id or path, or the embedded demo VLM.")] = "demo",
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+) -> None:
+    """Draw which tokens of a picture each method keeps."""
+    from tokprune.cli.show import run_show
+
+    run_show(model, image, question, names(methods), ratio, device, out)

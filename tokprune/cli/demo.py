@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from tokprune.cli.show import kept_sheet, open_picture
 from tokprune.errors import OptionError
 
 SHOWN = 4  # pictures in the overlay sheet
@@ -70,7 +71,7 @@ def run_demo(
     examples = held_out(questions, seed)
     # Neighbours in a batch need not share a scene; the same order for every cell keeps the comparison paired.
     plan = plan_cells(methods, ratios)
-    scorer = _scorer(own, methods, device)
+    scorer = scorer_for(own, methods, device)
     cells = []
     columns = (
         TextColumn("{task.description}"),
@@ -111,7 +112,7 @@ def run_demo(
     console.print(f"{len(plan)} cells of {len(examples)} questions in {time.perf_counter() - started:.0f} s")
 
 
-def _scorer(own: bool, methods: Sequence[str], device: str) -> Any:
+def scorer_for(own: bool, methods: Sequence[str], device: str) -> Any:
     """The demo's own text-image scorer, when a method compares the question with the patches."""
     from tokprune.registry import method_class
 
@@ -187,27 +188,6 @@ def save_overlays(
     return paths
 
 
-def kept_sheet(image: Any, question: str, panels: Sequence[tuple[str, str, Any]], processor: Any, subtitle: str) -> Any:
-    """The picture beside what each method kept of it, with its answer. panels: (method, answer, StreamRecord)."""
-    from tokprune.viz.geometry import of_processor
-    from tokprune.viz.sheet import method_sheet
-
-    geometry = of_processor(processor, (image.height, image.width))
-    selections = {method: stream.selection for method, _, stream in panels}
-    captions = {method: f"answer: {answer}" for method, answer, _ in panels}
-    layout = panels[0][2].layout
-    return method_sheet(
-        image,
-        layout,
-        selections,
-        geometry,
-        title=question,
-        subtitle=subtitle,
-        captions=captions,
-        columns=len(panels) + 1,
-    )
-
-
 def run_own_picture(
     name: str,
     image: Path,
@@ -218,17 +198,12 @@ def run_own_picture(
     overlays: Path | None,
 ) -> None:
     """The user's own picture and question, at every method and ratio."""
-    from PIL import Image, UnidentifiedImageError
-
     from tokprune.demo.models import load_model
     from tokprune.demo.sweep import ANSWER_TOKENS, FREE_ANSWER_TOKENS, ask_at, plan_cells
 
-    try:
-        picture = Image.open(image).convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise OptionError(f"cannot read the picture {image}: {error}") from error
+    picture = open_picture(image)
     model, processor, own = load_model(name, device)
-    scorer = _scorer(own, methods, device)
+    scorer = scorer_for(own, methods, device)
     console = Console()
     table = Table(title=escape(question), title_justify="left", header_style="bold")
     for column in ("method", "keep ratio", "tokens", "answer"):

@@ -43,6 +43,12 @@ class ConnectorMethod(Method):
         """Whether `select` reads the question (a wrapper answers for what it wraps)."""
         return self.info.query_aware
 
+    @property
+    def exact(self) -> bool:
+        """Whether `select` keeps exactly what it is asked to; published code that under-fills its budget may not."""
+        inner = [v for v in vars(self).values() if isinstance(v, ConnectorMethod)]
+        return getattr(self, "compat", "corrected") == "corrected" and not self.info.adaptive and all(m.exact for m in inner)
+
     def budgets(self, batch: Sequence[VisualTokens], keeps: Sequence[int]) -> list[int]:
         """Share the tokens of one prompt's images out anew, before `select_batch`; as given unless a method has a rule.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
@@ -48,16 +47,19 @@ class BlockView:
     cls: bool = False
     before: Tensor | None = None
     bias: Tensor | None = None
+    _made: tuple[Tensor, Tensor, Tensor] | None = None
 
     @property
     def patches(self) -> int:
         """Patch rows that enter the cut."""
         return self.x.shape[1] - self.prefix
 
-    @cached_property
+    @property
     def _heads(self) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.qkv()
-        return wide(q), wide(k), wide(v)
+        if self._made is None:
+            q, k, v = self.qkv()
+            self._made = wide(q), wide(k), wide(v)
+        return self._made
 
     def _folded(self, values: Tensor, dim: int) -> Tensor:
         """Mean over the tokens of each unit. values: tokens without the prefix along `dim`."""

@@ -19,6 +19,11 @@ class NoPruning(ConnectorMethod):
     For the unpruned row of a table, measured through the same code path as all others.
     """
 
+    @property
+    def exact(self) -> bool:
+        """No: the budget is ignored."""
+        return False
+
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         """All tokens of the stream; `keep` is not read."""
         return Selection(torch.arange(len(tokens), device=tokens.features.device))

@@ -1,0 +1,99 @@
+"""EViT: keep the patches that [CLS] looks at, fold the others into one token."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokprune.errors import OptionError
+from tokprune.methods.base import Compat
+from tokprune.methods.encoder_base import BlockView, EncoderMethod, Reduction, at_depths, geometric_counts
+from tokprune.registry import register_method
+
+
+def attentive(cls_attention: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    """Patches with the most attention from [CLS], best first, and the others in ascending order; ties to the lower index.
+
+    cls_attention: (B, n) -> (B, keep) and (B, n - keep).
+    """
+    order = torch.sort(cls_attention, dim=-1, descending=True, stable=True).indices
+    return order[:, :keep], order[:, keep:].sort(-1).values
+
+
+def inattentive_token(x: Tensor, cls_attention: Tensor, dropped: Tensor) -> Tensor:
+    """The dropped patches as one token: their sum weighted by attention, not normalised (section 3.3).
+
+    x: (B, n, C), cls_attention: (B, n), dropped: (B, m) -> (B, 1, C) in x's dtype.
+    """
+    rows = x.gather(1, dropped[..., None].expand(-1, -1, x.shape[2]))
+    weight = cls_attention.gather(1, dropped)
+    return (weight[:, None] @ rows.to(weight.dtype)).to(x.dtype)
+
+
+@register_method(
+    "evit",
+    paper="Not All Patches are What You Need: Expediting Vision Transformers via Token Reorganizations",
+    year=2022,
+    url="https://arxiv.org/abs/2202.07800",
+    complexity="O(NC)",
+    merges=True,
+)
+@dataclass(frozen=True)
+class EViT(EncoderMethod):
+    """EViT (ICLR 2022): at a few blocks, between attention and MLP, the patches with the most attention from [CLS] stay.
+
+    keep: share of patches that stays at each of `blocks` (rounded up); with `ratio` or `budget` the share is computed from it. blocks:
+    0-based, or fractions of the depth; 3, 6 and 9 of 12 in the paper. fuse: the others become one token, which counts as
+    a patch from then on and sits at the place of the one with the most attention.
+    The paper trains with it; applied to a finished model it costs more accuracy than merging. A tower without [CLS] ranks by
+    the attention that patches receive. Kept patches stay in raster order; compat="published" puts the best first, as the
+    published code does (the outputs are the same but for their order).
+    """
+
+    keep: float = 0.7
+    blocks: tuple[int | float, ...] = (0.25, 0.5, 0.75)
+    fuse: bool = True
+    compat: Compat = "corrected"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep <= 1:
+            raise OptionError(f"keep={self.keep!r} is not a share in (0, 1]; write keep=0.7.")
+        if not self.blocks:
+            raise OptionError("blocks is empty; name the blocks that reduce, such as blocks=(3, 6, 9).")
+
+    def check(self, depth: int, target: bool) -> None:
+        at_depths(self.blocks, depth)
+
+    def active(self, index: int, depth: int) -> bool:
+        return index in at_depths(self.blocks, depth)
+
+    def reduce(self, block: BlockView) -> Reduction | None:
+        blocks, n = at_depths(self.blocks, block.depth), block.patches
+        keep = math.ceil(self.keep * n)
+        if block.target is not None:
+            left = geometric_counts(block.start, block.target, len(blocks))[blocks.index(block.index)]
+            keep = max(left - self.fuse, 1)
+        if keep >= n:
+            return None
+        attention = block.cls_attention().mean(1)  # (B, n)
+        kept, dropped = attentive(attention, keep)
+        if self.compat != "published":
+            kept = kept.sort(-1).values
+        batch, device, prefix = len(kept), kept.device, block.prefix
+        rows = torch.cat([torch.arange(prefix, device=device).expand(batch, -1), kept + prefix], 1)
+        out = Reduction.kept(block, rows)
+        if not self.fuse:
+            return out
+        fused = inattentive_token(block.x[:, prefix:], attention, dropped)
+        best = dropped.gather(1, attention.gather(1, dropped).argmax(1, keepdim=True)) + prefix
+        size = block.sizes()[:, prefix:].gather(1, dropped[..., None]).sum(1, keepdim=True)
+        last = rows.shape[1]
+        return Reduction(
+            torch.cat([out.x, fused], 1),
+            torch.cat([out.rep, best], 1),
+            torch.where(out.assign < 0, last, out.assign),
+            torch.cat([out.size, size], 1),
+        )

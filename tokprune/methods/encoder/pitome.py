@@ -1,0 +1,106 @@
+"""PiToMe: merge only tokens that have much company, and leave lone ones alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tokprune.errors import OptionError, unknown
+from tokprune.methods.encoder_base import BlockView, EncoderMethod, Reduction, geometric_counts
+from tokprune.ops.bipartite import Matching
+from tokprune.ops.distance import unit
+from tokprune.ops.energy import energy
+from tokprune.registry import register_method
+
+VARIANTS = ("auto", "energy", "bipartite")
+
+
+@torch.no_grad()
+def energy_matching(metric: Tensor, r: int, margin: float, prefix: int = 0, bipartite: bool = False) -> Matching:
+    """Merge `r` tokens into alike ones, choosing by energy who may merge.
+
+    metric: (B, N, d). r: at most half of the patches. The patches are ranked by energy, highest first. Default: the first 2 r
+    merge, each of those at even ranks into the most similar one at an odd rank; the others are protected. bipartite: all even ranks
+    look for a partner among all odd ranks and the r most similar pairs merge. Output rows: the prefix, the protected ones (default: by
+    energy; bipartite: the even ranks that stay, most similar first), the odd ranks. Equal values: lower index first.
+    """
+    batch, n, _ = metric.shape
+    device = metric.device
+    r = min(r, (n - prefix) // 2)
+    if r <= 0:
+        same = torch.arange(n, device=device).expand(batch, n)
+        return Matching(same, same)
+    rows = unit(metric[:, prefix:])
+    ranked = torch.sort(energy(metric[:, prefix:], margin), dim=-1, descending=True, stable=True).indices
+    even, odd = (ranked[:, 0::2], ranked[:, 1::2]) if bipartite else (ranked[:, 0 : 2 * r : 2], ranked[:, 1 : 2 * r : 2])
+
+    def take(index: Tensor) -> Tensor:
+        return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[2]))
+
+    value, partner = (take(even) @ take(odd).transpose(1, 2)).max(-1)
+    target = odd.gather(1, partner)
+    if bipartite:
+        best_first = torch.sort(value, dim=-1, descending=True, stable=True).indices
+        alone = even.gather(1, best_first[:, r:])
+        source, target = even.gather(1, best_first[:, :r]), target.gather(1, best_first[:, :r])
+    else:
+        alone, source = ranked[:, 2 * r :], even
+    head = torch.arange(prefix, device=device).expand(batch, -1)
+    rep = torch.cat([head, alone + prefix, odd + prefix], 1)
+    row = torch.arange(rep.shape[1], device=device).expand_as(rep)
+    assign = torch.empty(batch, n, dtype=torch.long, device=device).scatter(1, rep, row)
+    return Matching(rep, assign.scatter(1, source + prefix, assign.gather(1, target + prefix)))
+
+
+@register_method(
+    "pitome",
+    paper="Accelerating Transformers with Spectrum-Preserving Token Merging",
+    year=2024,
+    url="https://arxiv.org/abs/2405.16148",
+    complexity="O(LN²d)",
+    merges=True,
+)
+@dataclass(frozen=True)
+class PiToMe(EncoderMethod):
+    """PiToMe (NeurIPS 2024): every block keeps the same share; tokens with the highest energy (most neighbours alike) merge.
+
+    keep: share of patches that each block leaves (at least 0.5); `ratio` or `budget` sets it from what is left in the end. margin: similarity
+    above which a neighbour counts, in the first block; it falls linearly to 0 in the last. 0.75 for DeiT and MAE, 0.9 for CLIP, as
+    published. variant: "energy" merges among the 2 r of highest energy; "bipartite" ranks by energy and then matches halves as ToMe
+    does; "auto": bipartite in the first half of the blocks, energy in the second, as published for DeiT.
+    proportional: attention weighted by size; the published code passes sizes on but never uses them there, so it is off.
+    """
+
+    keep: float = 0.9125
+    margin: float = 0.75
+    alpha: float = 1.0
+    variant: Literal["auto", "energy", "bipartite"] = "auto"
+    proportional: bool = False
+
+    def __post_init__(self) -> None:
+        if self.variant not in VARIANTS:
+            raise unknown("variant", self.variant, VARIANTS)
+        if not 0.5 <= self.keep <= 1:
+            raise OptionError(f"keep={self.keep!r}: a block can merge at most half of its patches; keep is in [0.5, 1].")
+
+    @property
+    def size_bias(self) -> bool:
+        return self.proportional
+
+    def left(self, block: BlockView) -> int:
+        """Patches that this block leaves."""
+        if block.target is None:
+            return block.patches - int(block.patches - block.patches * self.keep)
+        return geometric_counts(block.start, block.target, block.depth)[block.index]
+
+    def reduce(self, block: BlockView) -> Reduction | None:
+        r = block.patches - self.left(block)
+        if r <= 0:
+            return None
+        halves = self.variant == "bipartite" or (self.variant == "auto" and block.index < -(-block.depth // 2))
+        margin = self.margin * (1 - block.index / block.depth)
+        matching = energy_matching(block.metric(), r, margin, block.prefix, halves)
+        return None if matching.rep.shape[1] == block.x.shape[1] else Reduction.merged(block, matching)

@@ -1,0 +1,123 @@
+"""ToMe: merge the most similar tokens, a few in every block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from tokprune.errors import OptionError, unknown
+from tokprune.methods.base import Compat
+from tokprune.methods.encoder_base import BlockView, EncoderMethod, Reduction, even_steps
+from tokprune.ops.bipartite import Matching, bipartite_matching
+from tokprune.ops.partners import kth_matching, random_matching
+from tokprune.registry import register_method
+
+MATCHINGS = ("bipartite", "kth", "random")
+
+
+def merge_schedule(r: int | Sequence[int], depth: int, inflection: float = 0.0, exact: bool = True) -> tuple[int, ...]:
+    """Tokens to merge away in each of `depth` blocks.
+
+    r: the mean per block, or a list (filled up with zeros, what is beyond the depth is ignored). inflection: slope from
+    -1 (2 r in the first block, 0 in the last: the paper's decreasing schedule) over 0 (constant) to 1. exact: the sum is r times
+    the depth; the published code truncates each step and so loses some (r = 8, -1, 12 blocks: 91 for 96).
+    """
+    if not isinstance(r, int):
+        return tuple((list(r) + [0] * depth)[:depth])
+    low = r * (1.0 - inflection)
+    if not exact:
+        first = int(low)
+        step = (2 * r - 2 * first) / max(depth - 1, 1)
+        return tuple(int(first + step * i) for i in range(depth))
+    step = 2 * (r - low) / max(depth - 1, 1)
+    done, out = 0, []
+    for i in range(depth):
+        total = r * depth if i + 1 == depth else round((i + 1) * low + step * i * (i + 1) / 2)
+        out.append(total - done)
+        done = total
+    return tuple(out)
+
+
+@register_method(
+    "tome",
+    paper="Token Merging: Your ViT But Faster",
+    year=2023,
+    url="https://arxiv.org/abs/2210.09461",
+    complexity="O(LN²d)",
+    merges=True,
+)
+@dataclass(frozen=True)
+class ToMe(EncoderMethod):
+    """ToMe (ICLR 2023): between attention and MLP of every block, tokens at even places merge into similar ones at odd places.
+
+    r: tokens merged away per block, or a list with one number per block; without it, `ratio` or `budget` says how many
+    patches are left in the end, spread evenly over the blocks. A block merges at most half of its patches; [CLS] and other
+    prefix tokens never merge. inflection: -1 merges most in the first blocks (table 10 of the paper), 1 in the last ones.
+    proportional: attention counts a merged token as often as it has members (equation 1); switch it off for MAE models
+    that were not trained with it. matching: "bipartite", or the paper's rivals "random" and "kth" (every k-th patch is a destination, so
+    a block keeps 1 / k; r is not used). k, seed: for those two.
+    compat="published" truncates sloping schedules as the published code does. That code also drops LayerScale and
+    query/key normalisation of the models it patches and protects two prefix tokens at most; here blocks stay as they are.
+    """
+
+    r: int | tuple[int, ...] | None = None
+    inflection: float = 0.0
+    proportional: bool = True
+    matching: Literal["bipartite", "kth", "random"] = "bipartite"
+    k: int = 2
+    seed: int = 0
+    compat: Compat = "corrected"
+
+    def __post_init__(self) -> None:
+        if self.matching not in MATCHINGS:
+            raise unknown("matching", self.matching, MATCHINGS)
+        if not -1 <= self.inflection <= 1:
+            raise OptionError(f"inflection={self.inflection!r} is not between -1 (merge early) and 1 (merge late).")
+        if isinstance(self.r, list):
+            object.__setattr__(self, "r", tuple(self.r))
+        rs = self.r if isinstance(self.r, tuple) else () if self.r is None else (self.r,)
+        if any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in rs):
+            raise OptionError(f"r={self.r!r} is not a number of tokens to merge per block; write r=8, or r=(16, 8, 0).")
+
+    @property
+    def size_bias(self) -> bool:
+        return self.proportional
+
+    def check(self, depth: int, target: bool) -> None:
+        if self.matching == "kth" and target:
+            raise OptionError("matching='kth' keeps 1 / k of the patches in every block and cannot meet a ratio; leave it out.")
+        if (self.r is None) != target and self.matching != "kth":
+            given = "both r and a ratio or budget are" if target else "neither r nor a ratio or budget is"
+            raise OptionError(f"{given} given; write r=8 (merged per block), or ratio=0.5 (left in the end).")
+
+    def count(self, block: BlockView) -> int:
+        """How many rows this block shall merge away."""
+        if self.r is None:
+            gone = 0 if block.target is None else block.start - block.target
+            return even_steps(gone, block.depth)[block.index]
+        schedule = merge_schedule(self.r, block.depth, self.inflection, self.compat != "published")
+        return schedule[block.index]
+
+    def active(self, index: int, depth: int) -> bool:
+        if self.r is None or self.matching == "kth":
+            return True
+        return merge_schedule(self.r, depth, self.inflection, self.compat != "published")[index] > 0
+
+    def match(self, block: BlockView) -> Matching:
+        """Who merges into whom."""
+        if self.matching == "kth":
+            return kth_matching(block.metric(), self.k, block.prefix)
+        if self.matching == "random":
+            generator = torch.Generator().manual_seed(self.seed + block.index)
+            order = torch.randperm(block.patches, generator=generator).to(block.x.device)  # the same for every image
+            return random_matching(block.metric(), self.count(block), order.expand(len(block.x), -1), block.prefix)
+        return bipartite_matching(block.metric(), self.count(block), block.prefix)
+
+    def reduce(self, block: BlockView) -> Reduction | None:
+        if self.matching != "kth" and self.count(block) <= 0:
+            return None
+        matching = self.match(block)
+        return None if matching.rep.shape[1] == block.x.shape[1] else Reduction.merged(block, matching)
