@@ -66,6 +66,8 @@ def share(total: int, weights: Sequence[float] | Tensor, capacities: Sequence[in
         raise BudgetError(f"{len(values)} weights for {len(caps)} members.")
     if not all(math.isfinite(v) and v >= 0 for v in values) or sum(values) <= 0:
         values = [1.0] * len(caps)
+    peak = max(values, default=1.0)
+    values = [v / peak for v in values]  # so that sums and products of huge or tiny weights stay finite
     out = [0] * len(caps)
     for i, cap in enumerate(caps):
         out[i] = min(floor, cap, total - sum(out[:i]))

@@ -19,26 +19,35 @@ POSITIONS = ("auto", "keep", "compact")
 
 
 def method_to_dict(method: Method) -> dict[str, Any]:
-    """A method as {"name": ..., "options": {...}}; options that are methods themselves are nested."""
-    options = {}
-    for f in dataclasses.fields(method):
-        value = getattr(method, f.name)
-        options[f.name] = method_to_dict(value) if isinstance(value, Method) else value
-    return {"name": method.info.name, "options": options}
+    """A method as {"name": ..., "options": {...}}; options that are methods themselves, or hold some, are nested."""
+    return {
+        "name": method.info.name,
+        "options": {f.name: _plain(getattr(method, f.name)) for f in dataclasses.fields(method) if f.init},
+    }
 
 
 def method_from_dict(data: Any) -> Method:
     """The method that `method_to_dict` wrote."""
-    if not isinstance(data, dict) or "name" not in data:
+    if not isinstance(data, dict) or "name" not in data or not isinstance(data.get("options", {}), dict):
         raise OptionError(f'a method is written as {{"name": ..., "options": {{...}}}}, not {data!r}.')
-    options = {}
-    for key, value in data.get("options", {}).items():
-        if isinstance(value, dict) and "name" in value:
-            value = method_from_dict(value)
-        elif isinstance(value, list):
-            value = tuple(value)
-        options[key] = value
-    return get_method(data["name"], **options)
+    for key in data:
+        if key not in ("name", "options"):
+            raise unknown("field of a method", key, ("name", "options"))
+    return get_method(data["name"], **{key: _built(value) for key, value in data.get("options", {}).items()})
+
+
+def _plain(value: Any) -> Any:
+    """An option as plain data."""
+    if isinstance(value, Method):
+        return method_to_dict(value)
+    return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
+
+
+def _built(value: Any) -> Any:
+    """An option from plain data: lists are tuples in frozen dataclasses."""
+    if isinstance(value, dict) and "name" in value:
+        return method_from_dict(value)
+    return tuple(_built(v) for v in value) if isinstance(value, tuple | list) else value
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,10 @@ class PruneConfig:
     def __post_init__(self) -> None:
         if not self.methods:
             raise OptionError("no method given; name one, such as method='divprune'.")
+        object.__setattr__(self, "methods", tuple(self.methods))
+        for m in self.methods:
+            if not isinstance(m, Method):
+                raise OptionError(f"method is a name or a method object, not {type(m).__name__}: {m!r}.")
         if self.ratio is not None and self.budget is not None:
             raise BudgetError(f"both ratio={self.ratio!r} and budget={self.budget!r} given; choose one.")
         if self.ratio is None and self.budget is None:
@@ -69,6 +82,9 @@ class PruneConfig:
             object.__setattr__(self, "budget", check_budget(self.budget))
         if self.positions not in POSITIONS:
             raise unknown("positions", self.positions, POSITIONS)
+        questions = self.query if isinstance(self.query, tuple) else (self.query,)
+        if self.query is not None and not all(isinstance(q, str) for q in questions):
+            raise OptionError(f"query={self.query!r} is neither a question nor a list of questions, one per prompt.")
         stages = [m.stage for m in self.methods]
         for stage in stages:
             if stages.count(stage) > 1:
@@ -86,22 +102,15 @@ class PruneConfig:
         **options: Any,
     ) -> PruneConfig:
         """The config that `apply` makes from its arguments; options go to the one method that is named."""
-        given = [method] if isinstance(method, str | Method) else list(method)
+        given = list(method) if isinstance(method, list | tuple) else [method]
         if options and (len(given) != 1 or not isinstance(given[0], str)):
             raise OptionError(
                 f"options {sorted(options)} need one method given by name; build the others yourself: "
                 "method=[tokprune.get_method('divprune'), ...]."
             )
-        methods = []
-        for m in given:
-            if isinstance(m, Method):
-                methods.append(m)
-            elif isinstance(m, str):
-                methods.append(get_method(m, **options))
-            else:
-                raise OptionError(f"method is a name or a method object, not {type(m).__name__}: {m!r}.")
-        question = query if query is None or isinstance(query, str) else tuple(query)
-        return PruneConfig(tuple(methods), ratio, budget, positions, question)
+        methods = tuple(get_method(m, **options) if isinstance(m, str) else m for m in given)
+        question = tuple(query) if isinstance(query, list) else query
+        return PruneConfig(methods, ratio, budget, positions, question)  # type: ignore[arg-type]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data with type and version."""
@@ -146,6 +155,6 @@ class PruneConfig:
         """Read a config that `save` wrote."""
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise OptionError(f"cannot read the pruning config {path}: {error}") from error
         return PruneConfig.from_dict(data)

@@ -217,10 +217,19 @@ class VideoLlama3(Adapter):
         mask, output = call.get("video_compression_mask"), encoded.get("video")
         if mask is None or output is None:
             return {}
-        output = copy.copy(output)
+        call["video_compression_mask"] = None
+        if bool(mask.all()):
+            return {}
         sizes = [f.shape[0] for f in output.pooler_output]
+        record = getattr(output, "tokprune_record", None)
+        if record is not None and sum(record.sizes) != sum(sizes):
+            raise UnsupportedModelError(
+                "VideoLLaMA3 drops repeated patches of this clip, and transformers mixes up that choice when beams or several return "
+                "sequences repeat the prompt (it fails without tokprune, too). Use num_beams=1 and num_return_sequences=1."
+            )
+        output = copy.copy(output)
         output.pooler_output = [f[m.to(f.device)] for f, m in zip(output.pooler_output, mask.split(sizes), strict=True)]
-        encoded["video"], call["video_compression_mask"] = output, None
+        encoded["video"] = output
         return {"video": mask}
 
 

@@ -23,7 +23,8 @@ class StreamRecord:
     """What happened to one image or video in the last prefill.
 
     row: prompt of the batch. total, kept: candidate tokens. separators, separators_kept: newline tokens beside them.
-    columns: (total + separators,) prompt columns of the stream's rows, in encoder order.
+    columns: (total + separators,) prompt columns of the stream's rows, in encoder order. candidates: (total,) the column of
+    each token as `layout` and `selection` number them.
     """
 
     row: int
@@ -35,6 +36,7 @@ class StreamRecord:
     layout: Layout
     selection: Selection
     columns: Tensor
+    candidates: Tensor
     question: str | None = None
     question_source: str | None = None
     sources: Mapping[str, str] = field(default_factory=dict)
@@ -151,6 +153,7 @@ def make_plan(
                     layout=stream.geometry.layout,
                     selection=selection,
                     columns=span[:, 1],
+                    candidates=span[stream.geometry.rows.to(device), 1],
                     question=None if query is None else query.text,
                     question_source=None if query is None else query.source,
                     sources=stream.sources,

@@ -122,7 +122,9 @@ def build_queries(
             words, pieces = _tokens(tokenizer_of(processor), text)
             device = next((p.device for p in table.parameters() if p.device.type != "meta"), torch.device("cpu"))
             with torch.no_grad():
-                embeddings = table(torch.tensor(words, dtype=torch.long, device=ids.device if ids is not None else device))
+                embeddings = table(
+                    torch.tensor(words, dtype=torch.long, device=ids.device if ids is not None else device)
+                )
         clip = None if scorer is None else scorer.embed_text([text])
         out.append(Query(text, embeddings, clip, source, pieces))
     return out

@@ -12,7 +12,7 @@ import inspect
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 from tokprune.adapters.base import TYPE_IDS, Adapter, mask_2d
 from tokprune.adapters.plan import Frame, Plan, StreamRecord, clear_raw, columns_of, execute, make_plan
 from tokprune.adapters.query import build_queries, tokenizer_of
-from tokprune.adapters.state import attach_state, get_state, logical_length, physical_length
+from tokprune.adapters.state import PruneState, Reader, attach_state, get_state, logical_length, physical_length
 from tokprune.adapters.streams import Recorder, build_streams, choose
 from tokprune.methods.base import ConnectorMethod
 from tokprune.tokens import Query
@@ -53,9 +53,25 @@ class Options:
     scorer: Any = None
 
 
+class Mode:
+    """Rides from prepare_inputs_for_generation to the base model as a keyword.
+
+    physical: the call is translated already. records: what was seen of the encoder; accelerate's hooks rebuild encoder
+    outputs on the way and would lose what rides on them, but leave an object like this one alone.
+    """
+
+    def __init__(self, physical: bool, encoded: Any = None) -> None:
+        self.physical = physical
+        self.records = {
+            modality: record
+            for modality, output in (encoded or {}).items()
+            if (record := getattr(output, "tokprune_record", None)) is not None
+        }
+
+
 @dataclass
 class _Thread:
-    frames: list[Frame | None] = field(default_factory=list)
+    frame: Frame | None = None
     physical_prefill: bool = False
     rope: tuple[Tensor, Tensor] | None = None
 
@@ -83,10 +99,12 @@ class Seam:
         self.patched: list[tuple[Any, str]] = []
         self.recorder = Recorder(adapter, options.method.needs, options.scorer)
         self.last: LastRun | None = None
+        self.reader = Reader()
 
     def install(self) -> None:
         """Put the hooks on; undone completely when one of them fails."""
         base, model = self.adapter.base, self.adapter.model
+        self.reader.active = True
         try:
             self.handles.append(base.register_forward_pre_hook(self._pre, with_kwargs=True))
             self.handles.append(base.register_forward_hook(self._post, with_kwargs=True, always_call=True))
@@ -106,12 +124,20 @@ class Seam:
 
     def remove(self) -> None:
         """Take every hook and instance attribute away."""
+        self.reader.active = False
         for handle in self.handles:
             handle.remove()
         for owner, name in self.patched:
             owner.__dict__.pop(name, None)
         self.handles, self.patched = [], []
         self.recorder.remove()
+
+    def _state(self, cache: Any) -> PruneState | None:
+        """The pruning record of a cache, which this seam reads from now on."""
+        state = get_state(cache)
+        if state is not None:
+            state.reader = self.reader
+        return state
 
     def _patch(self, owner: Any, name: str, replacement: Any) -> None:
         original = getattr(owner, name)
@@ -125,15 +151,15 @@ class Seam:
 
     def _prepare(self, original: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
         cache = kwargs.get("past_key_values")
-        state = get_state(cache)
+        state = self._state(cache)
         if self.threads.now.physical_prefill:
             out = original(input_ids, *args, **kwargs)
-            out[MODE] = "physical"
+            out[MODE] = Mode(physical=True)
             return out
         if kwargs.get("is_first_iteration", False) and self.adapter.has_visual(kwargs):
             out = original(input_ids, *args, **kwargs)
             out["attention_mask"] = kwargs.get("attention_mask")  # the 2-D one: a 4-D one would have logical lengths
-            out[MODE] = "generate"
+            out[MODE] = Mode(physical=False, encoded=kwargs.get("mm_encoder_outputs"))
             return out
         if state is None:
             return original(input_ids, *args, **kwargs)
@@ -143,7 +169,7 @@ class Seam:
         out = original(input_ids, *args, **kwargs)
         if out.get("position_ids") is not None:
             out["position_ids"] = out["position_ids"] - state.shift.to(out["position_ids"].device)
-        out[MODE] = "physical"
+        out[MODE] = Mode(physical=True)
         return out
 
     def _chunked_prefill(
@@ -154,7 +180,7 @@ class Seam:
         if generation_config.prefill_chunk_size is None or not any(v is not None for v in encoded.values()):
             return original(input_ids, generation_config, model_kwargs, **kwargs)
         cache: Any = model_kwargs.get("past_key_values")
-        state = get_state(cache)
+        state = self._state(cache)
         mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
         total = mask.shape[1] if mask is not None else getattr(generation_config, "_mask_length", input_ids.shape[1])
         length = total - logical_length(cache)
@@ -186,6 +212,7 @@ class Seam:
             thread.physical_prefill, thread.rope = False, None
             if state is not None:
                 cache._tokprune_view = "logical"
+        frame.state.reader = self.reader
         attach_state(out.past_key_values, frame.state)
         return out
 
@@ -194,8 +221,10 @@ class Seam:
     def _pre(self, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         mode = kwargs.pop(MODE, None)
         thread = self.threads.now
-        thread.frames.append(None)
-        if mode == "physical":
+        thread.frame = None  # an interrupt may have left one behind: torch does not call hooks after a BaseException
+        if not thread.physical_prefill:
+            thread.rope = None
+        if mode is not None and mode.physical:
             return args, kwargs
         call = dict(self.adapter.signature.bind_partial(module, *args, **kwargs).arguments)
         call.pop("self", None)
@@ -203,16 +232,19 @@ class Seam:
         x = columns_of(call) if call.get("input_ids") is not None or call.get("inputs_embeds") is not None else None
         if x is not None and self.adapter.has_visual(call):
             encoded = self.adapter.encode(call)
+            for modality, record in ({} if mode is None else mode.records).items():
+                if encoded.get(modality) is not None:
+                    encoded[modality].tokprune_record = record
             plan = self._plan(call, encoded)
             if plan is None or plan.untouched:  # only avoid encoding twice
                 call["mm_encoder_outputs"] = encoded
                 clear_raw(call)
                 return (), call
             new, frame, thread.rope = execute(self.adapter, plan, call, self._hide_positions())
-            frame.for_generate = mode == "generate"
-            thread.frames[-1] = frame
+            frame.for_generate = mode is not None
+            thread.frame = frame
             return (), new
-        state = get_state(call.get("past_key_values"))
+        state = self._state(call.get("past_key_values"))
         if x is not None and state is not None:  # a hand-written decode loop, or a text-only turn on a kept cache
             cache = call["past_key_values"]
             mask = mask_2d(call.get("attention_mask"), logical_length(cache) + x.shape[1])
@@ -226,7 +258,7 @@ class Seam:
 
     def _post(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         thread = self.threads.now
-        frame = thread.frames.pop() if thread.frames else None
+        frame, thread.frame = thread.frame, None
         if not thread.physical_prefill:
             thread.rope = None
         if frame is None or output is None:
@@ -234,6 +266,7 @@ class Seam:
         cache = output.get("past_key_values")
         cache = frame.past if cache is None else cache
         if cache is not None and physical_length(cache) > 0:
+            frame.state.reader = self.reader
             attach_state(cache, frame.state)
         if frame.for_generate:  # only the last position is read
             return output

@@ -9,11 +9,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from tokprune.errors import TokpruneError
+
+
+class Reader:
+    """Whether the pruning that translates for a cache is still on its model."""
+
+    def __init__(self) -> None:
+        self.active = True
 
 
 @dataclass
@@ -21,13 +30,19 @@ class PruneState:
     """The link between physical keys and logical prompt columns.
 
     kept: (B, P) logical column of each physical key, -1 for filler. shift: (B, 1) logical minus physical position of the
-    next text token. n_logical: logical length covered by `kept`. has_fill: some physical key must stay masked.
+    next text token. n_logical: logical length covered by `kept`. has_fill: some physical key must stay masked. reader: of
+    the pruning that reads the cache now; without one a model would take prompt columns for keys.
     """
 
     kept: Tensor
     shift: Tensor
     n_logical: int
     has_fill: bool
+    reader: Reader = field(default_factory=Reader)
+
+    def __deepcopy__(self, memo: Any) -> PruneState:
+        """A copied cache is read by the same pruning; a copied model has one of its own."""
+        return PruneState(self.kept.clone(), self.shift.clone(), self.n_logical, self.has_fill, self.reader)
 
     @property
     def removed(self) -> int:
@@ -36,7 +51,7 @@ class PruneState:
 
     def index(self, fn: Callable[[Tensor], Tensor]) -> PruneState:
         """The state after `fn` picked or repeated batch rows."""
-        return PruneState(fn(self.kept), fn(self.shift), self.n_logical, self.has_fill)
+        return PruneState(fn(self.kept), fn(self.shift), self.n_logical, self.has_fill, self.reader)
 
     def cropped(self, length: int) -> PruneState:
         """The state after the cache lost all but its first `length` physical keys."""
@@ -44,7 +59,7 @@ class PruneState:
             return self
         kept = self.kept[:, :length]
         logical = int(kept.max()) + 1 if kept.numel() else 0
-        return PruneState(kept, self.shift, logical, self.has_fill)
+        return PruneState(kept, self.shift, logical, self.has_fill, self.reader)
 
     def columns(self, length: int) -> Tensor:
         """(B, length) logical column of every physical key, tokens appended after the prefill included."""
@@ -84,6 +99,15 @@ class PrunedCacheMixin:
         """Physical length: every mask builder uses it."""
         length: int = super().get_seq_length(layer_idx)  # type: ignore[misc]
         return length
+
+    def get_mask_sizes(self, *args: Any, **kwargs: Any) -> Any:
+        """Asked for by every forward; the place to refuse a model that is no longer pruned."""
+        if not self._tokprune.reader.active:
+            raise TokpruneError(
+                "this cache was filled by a pruned model, whose pruning has been removed since: prompt columns and keys no longer "
+                "match. Apply a pruning again (any can read it), or start with a new cache."
+            )
+        return super().get_mask_sizes(*args, **kwargs)  # type: ignore[misc]
 
     def physical_length(self, layer_idx: int = 0) -> int:
         """Keys that are really held."""

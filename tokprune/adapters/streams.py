@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -50,6 +51,19 @@ class _Busy(threading.local):
         return (_Busy, ())
 
 
+class _Turn:
+    """One encoder call at a time: what a probe sees belongs to one thread's call. A copied model has a lock of its own."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+
+    def __deepcopy__(self, memo: Any) -> _Turn:
+        return _Turn()
+
+    def __reduce__(self) -> Any:
+        return (_Turn, ())
+
+
 class Recorder:
     """Observes get_image_features and get_video_features of one model: generate() encodes before the prefill, and drops
     pixels, grids and sizes afterwards, so layout and signals must be taken there."""
@@ -58,6 +72,7 @@ class Recorder:
         self.adapter, self.scorer = adapter, scorer
         self.needs = tuple(n for n in needs if n not in QUERY_NEEDS)
         self.busy = _Busy()
+        self.turn = _Turn()
         self.patched: list[str] = []
         self.probe: AttentionProbe | None = None
 
@@ -87,6 +102,13 @@ class Recorder:
         if self.busy.value:  # Qwen3-VL encodes videos with its own get_image_features
             return original(*args, **kwargs)
         self.busy.value = True
+        try:
+            with self.turn.lock if self.probe is not None else contextlib.nullcontext():
+                return self._observe(original, modality, args, kwargs)
+        finally:
+            self.busy.value = False
+
+    def _observe(self, original: Any, modality: str, args: Any, kwargs: Any) -> Any:
         start = time.perf_counter()
         try:
             output = original(*args, **kwargs)
@@ -97,7 +119,6 @@ class Recorder:
                 self._record(modality, arguments, output, seconds)
             return output
         finally:
-            self.busy.value = False
             if self.probe is not None:
                 self.probe.clear()
 
@@ -277,7 +298,7 @@ def choose(method: ConnectorMethod, streams: Sequence[Stream], keep_of: Any) -> 
         chosen = method.select_batch([s.tokens for s in active], [s.keep for s in active])
         for stream, selection in zip(active, chosen, strict=True):
             n, k = len(stream.tokens), len(selection)
-            if k != stream.keep and not method.info.adaptive:
+            if k != stream.keep and (method.exact or not 0 < k <= n):
                 raise TokpruneError(
                     f"method {method.info.name!r} kept {k} tokens of {n} where {stream.keep} were asked for."
                 )

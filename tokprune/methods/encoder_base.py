@@ -24,13 +24,13 @@ class BlockView:
     A row of `x` is a token, or, where the connector joins `fold` tokens to one (2 x 2 mergers, pixel shuffle), such a unit
     with its tokens' channels side by side; then the prefix is not among the rows.
 
-    x: (B, N, C) hidden states where the cut is made. index: 0-based block. depth: how many blocks feed the output that is
+    x: (B, N, C) hidden states where the cut is made. index: 0-based block. depth: how many of the `blocks` feed the output that is
     used. prefix: leading rows that are no patches ([CLS], distillation, registers). start: patch rows at the tower's
     entrance. target: patch rows wanted at its end, if the user gave a ratio or budget. size: (B, N, 1) original tokens that
     each row stands for, None before the first merge; 0 marks padding. qkv: makes this block's queries, keys and values,
     each (B, H, S, hd) token by token, the prefix first. scale: of the attention logits. hidden_prefix: prefix tokens that
-    stand in qkv. cls: whether the first of them is a [CLS] token. before: (B, N, C) hidden states at the block's entrance.
-    bias: what the block added to its attention logits, (B, 1, 1, S) or None.
+    stand in qkv. cls: whether the first of them is a [CLS] token. rotate: turns q and k as
+    the block's rotary embedding does. bias: what the block added to its attention logits, (B, 1, 1 or S, S) or None.
     """
 
     x: Tensor
@@ -45,7 +45,8 @@ class BlockView:
     fold: int = 1
     hidden_prefix: int = 0
     cls: bool = False
-    before: Tensor | None = None
+    blocks: int = 0
+    rotate: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     bias: Tensor | None = None
     _made: tuple[Tensor, Tensor, Tensor] | None = None
 
@@ -54,12 +55,11 @@ class BlockView:
         """Patch rows that enter the cut."""
         return self.x.shape[1] - self.prefix
 
-    @property
-    def _heads(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _head(self, which: int) -> Tensor:
+        """Queries (0), keys (1) or values (2) in float32 at least."""
         if self._made is None:
-            q, k, v = self.qkv()
-            self._made = wide(q), wide(k), wide(v)
-        return self._made
+            self._made = self.qkv()
+        return wide(self._made[which])
 
     def _folded(self, values: Tensor, dim: int) -> Tensor:
         """Mean over the tokens of each unit. values: tokens without the prefix along `dim`."""
@@ -67,7 +67,7 @@ class BlockView:
 
     def metric(self) -> Tensor:
         """Keys, mean over heads: what token merging compares. (B, N, hd) in float32, the prefix included."""
-        keys = self._heads[1].mean(1)
+        keys = self._head(1).mean(1)
         return keys if self.fold == 1 else self._folded(keys[:, self.hidden_prefix :], 1)
 
     def cls_attention(self) -> Tensor:
@@ -75,9 +75,9 @@ class BlockView:
 
         A tower without [CLS] answers with the mean attention that each row receives.
         """
-        q, k, _ = self._heads
         if not self.cls:
             return self._folded(self.attention_map().mean(-2)[..., self.hidden_prefix :], 2)
+        q, k = self._head(0), self._head(1)
         logits = q[:, :, :1] @ k.transpose(-1, -2) * self.scale
         if self.bias is not None:
             logits = logits + self.bias.to(logits.dtype)
@@ -85,12 +85,14 @@ class BlockView:
 
     def value_norm(self) -> Tensor:
         """Length of each patch row's value, heads side by side. (B, patches) in float32."""
-        norm = self._heads[2].square().sum((1, 3)).sqrt()
+        norm = self._head(2).square().sum((1, 3)).sqrt()
         return self._folded(norm[:, self.hidden_prefix :], 1)
 
     def attention_map(self) -> Tensor:
         """The whole attention of the block, token by token. (B, H, S, S) in float32; rows are queries."""
-        q, k, _ = self._heads
+        q, k = self._head(0), self._head(1)
+        if self.rotate is not None:
+            q, k = self.rotate(q, k)
         logits = q @ k.transpose(-1, -2) * self.scale
         return (logits if self.bias is None else logits + self.bias.to(logits.dtype)).softmax(-1)
 
@@ -187,9 +189,11 @@ def at_depths(blocks: Sequence[int | float], depth: int) -> tuple[int, ...]:
     """0-based block numbers, ascending. Whole numbers stand for themselves, fractions in (0, 1) for a relative depth."""
     out = set()
     for block in blocks:
-        number = round(block * depth) if isinstance(block, float) and 0 < block < 1 else int(block)
+        number = min(round(block * depth), depth - 1) if isinstance(block, float) and 0 < block < 1 else int(block)
         number += depth if number < 0 else 0
         if not 0 <= number < depth:
-            raise OptionError(f"block {block!r} is not in a tower of which {depth} blocks feed the output (0 to {depth - 1}).")
+            raise OptionError(
+                f"block {block!r} is not in a tower of which {depth} blocks feed the output (0 to {depth - 1})."
+            )
         out.add(number)
     return tuple(sorted(out))

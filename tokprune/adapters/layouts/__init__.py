@@ -23,6 +23,7 @@ from tokprune.adapters.layouts.core import (
 from tokprune.adapters.layouts.grids import GRIDS, Fallback
 from tokprune.adapters.layouts.llava import LLAVA
 from tokprune.adapters.layouts.minicpm import MINICPM
+from tokprune.adapters.layouts.molmo import MOLMO
 from tokprune.adapters.layouts.qwen import QWEN, Packed
 from tokprune.adapters.layouts.tiles import TILES
 from tokprune.tokens import Layout
@@ -41,7 +42,7 @@ __all__ = [
     "stream_layouts",
 ]
 
-FAMILIES: Mapping[str, Family] = LLAVA | QWEN | TILES | GRIDS | MINICPM
+FAMILIES: Mapping[str, Family] = LLAVA | QWEN | TILES | GRIDS | MINICPM | MOLMO
 """The families with a geometry of their own, by the `model_type` of their config."""
 
 

@@ -187,6 +187,14 @@ def tiled(
     return StreamLayout(rows, count * n, layout, stream.separators, stream.separator_line, stream.line, note)
 
 
+def mixed_tiles(grids: list[tuple[int, int]], canvas: tuple[int, int]) -> Layout:
+    """Layout of a thumbnail, the first of `grids`, and tiles whose grids may differ from it."""
+    parts = [Layout.grid(*grid) for grid in grids]
+    group = torch.cat([torch.full_like(part.row, i) for i, part in enumerate(parts)])
+    row, col = (torch.cat([getattr(part, name) for part in parts]) for name in ("row", "col"))
+    return Layout(group, row, col, tuple(grids), "tiles", canvas=canvas, thumbnail=True)
+
+
 def frames(count: int, grid: tuple[int, int], timestamps: Sequence[float] | None = None) -> Layout:
     """Layout of a video of `count` frames of `grid` tokens."""
     return Layout.grid(*grid, count, "video", timestamps=None if timestamps is None else tuple(timestamps))

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from tokprune.adapters.layouts.canvas import canvas_from_shape
-from tokprune.adapters.layouts.core import Call, Run, StreamLayout, UnknownGeometryError, frames, plain, pool
+from tokprune.adapters.layouts.core import (
+    Call,
+    Run,
+    StreamLayout,
+    UnknownGeometryError,
+    frames,
+    mixed_tiles,
+    plain,
+    pool,
+)
 from tokprune.adapters.layouts.grids import SizedImages
 from tokprune.adapters.layouts.tiles import APART
 from tokprune.tokens import Layout
@@ -79,18 +88,7 @@ class MiniCPM(SizedImages):
             if len(set(grids)) > 1:
                 raise UnknownGeometryError("frames are cut into slices")
             return plain(frames(count, tile))
-        canvas = canvas_from_shape(count - 1, tile, grids[0])
-        parts = [Layout.grid(*grid) for grid in grids]
-        layout = Layout(
-            torch.cat([torch.full_like(part.row, i) for i, part in enumerate(parts)]),
-            torch.cat([part.row for part in parts]),
-            torch.cat([part.col for part in parts]),
-            tuple(grids),
-            "tiles",
-            canvas=canvas,
-            thumbnail=True,
-        )
-        return plain(layout)
+        return plain(mixed_tiles(grids, canvas_from_shape(count - 1, tile, grids[0])))
 
 
 MINICPM: dict[str, Any] = {"minicpmv4_6": MiniCPM()}

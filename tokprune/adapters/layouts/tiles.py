@@ -7,14 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from tokprune.adapters.layouts.canvas import canvas_from_pixels, canvases
 from tokprune.adapters.layouts.core import (
     Call,
-    Family,
     Run,
     StreamLayout,
     UnknownGeometryError,
@@ -33,12 +31,14 @@ APART = "which tiles make one picture is not known without the prompt: every til
 class Picture:
     """Consecutive tower units that belong together.
 
-    count: units. across: tiles in a line where the prompt tells it, else 0. video: the units are frames.
+    count: units. across: tiles in a line where the prompt tells it, else 0. video: the units are frames, shown at
+    `seconds` where the prompt tells it.
     """
 
     count: int
     across: int = 0
     video: bool = False
+    seconds: tuple[float, ...] | None = None
 
 
 class Tiles(Units):
@@ -77,7 +77,7 @@ class Tiles(Units):
     def stream(self, call: Call, picture: Picture, grid: tuple[int, int], start: int) -> StreamLayout:
         """The stream of one picture whose first unit is `start`."""
         if picture.video:
-            return plain(frames(picture.count, grid))
+            return plain(frames(picture.count, grid, picture.seconds))
         if picture.count == 1:
             return plain(Layout.grid(*grid))
         thumbnail = picture.count - 1 if self.thumbnail_last else 0
@@ -154,6 +154,28 @@ class Idefics(Tiles):
         return pixels[(pixels != 0).flatten(1).any(1)]  # all-zero pictures are padding; the model skips them
 
 
+class SmolVLM(Idefics):
+    """SmolVLM: as Idefics3; video frames are pictures after "Frame from mm:ss:", told apart when ids can be decoded."""
+
+    def pictures(self, call: Call, runs: list[Run], n: int) -> Iterator[Picture]:
+        index = 0
+        seconds: tuple[float, ...] = ()
+        for picture in super().pictures(call, runs, n):
+            text = "" if call.decode is None or picture.count > 1 else call.decode(list(runs[index].before))
+            found = re.search(r"Frame from (\d+):(\d+):[^:]*$", text)
+            index += picture.count
+            # Between two frames of a video there is nothing but the closing tag and a line break.
+            if seconds and not (found and re.match(r"\S+\nFrame from", text)):
+                yield Picture(len(seconds), video=True, seconds=seconds)
+                seconds = ()
+            if found:
+                seconds += (60.0 * int(found.group(1)) + int(found.group(2)),)
+            else:
+                yield picture
+        if seconds:
+            yield Picture(len(seconds), video=True, seconds=seconds)
+
+
 class Aya(Tiles):
     """Aya Vision: the tag before the thumbnail, which comes last, is the one before the last run of a sample."""
 
@@ -228,58 +250,13 @@ class PerceptionLM(Tiles):
         return [self.stream(call, picture, grid, i * count) for i in range(items)]
 
 
-class Molmo2(Family):
-    """Molmo2: a low-resolution picture, then the whole picture in full resolution, stitched from overlapping crops; the
-    call says which patches each token pools."""
-
-    def grids(self, call: Call) -> list[list[int]]:
-        """(low height, low width, height, width) of each image, (frames, height, width) of each video."""
-        return call.rows_of(f"{call.modality}_grids")
-
-    def streams(self, call: Call) -> list[StreamLayout]:
-        if call.modality == "video":
-            return [plain(frames(t, (h, w))) for t, h, w in self.grids(call)]
-        return [plain(_two_scales((a, b), (c, d))) for a, b, c, d in self.grids(call)]
-
-    def arrange(self, call: Call, values: Tensor, fill: float = 0.0) -> Tensor:
-        pooling: Tensor = call.kwargs[f"{call.modality}_token_pooling"].to(values.device)  # (rows, patches), -1: none
-        used = pooling >= 0
-        total = (values[pooling.clamp(min=0)] * used[..., None]).sum(1)
-        mean = total / used.sum(1, keepdim=True).clamp(min=1)
-        return mean[used.any(1)]
-
-    def patches(self, call: Call) -> int | None:
-        return None if call.pixels is None else call.pixels.shape[-2]
-
-    def feature_layers(self, call: Call) -> list[int] | None:
-        # Molmo2 counts blocks from 0; hidden state i + 1 is the output of block i.
-        return [i + 1 if i >= 0 else i for i in call.config.adapter_config.vision_feature_layer]
-
-
-def _two_scales(low: tuple[int, int], high: tuple[int, int]) -> Layout:
-    """A thumbnail grid and one tile with the whole picture in full resolution."""
-    parts = [Layout.grid(*low), Layout.grid(*high)] if low[0] * low[1] else [Layout.grid(*high)]
-    if len(parts) == 1:
-        return parts[0]
-    return Layout(
-        torch.cat([torch.full_like(part.row, i) for i, part in enumerate(parts)]),
-        torch.cat([part.row for part in parts]),
-        torch.cat([part.col for part in parts]),
-        (low, high),
-        "tiles",
-        canvas=(1, 1),
-        thumbnail=True,
-    )
-
-
 TILES: dict[str, Any] = {
     "internvl": InternVL(),
     "qianfan_ocr": InternVL(),
     "aya_vision": Aya(),
     "cohere2_vision": Cohere2(),
     "idefics3": Idefics(),
-    "smolvlm": Idefics(),
+    "smolvlm": SmolVLM(),
     "ovis2": Ovis2(),
     "perception_lm": PerceptionLM(),
-    "molmo2": Molmo2(),
 }

@@ -25,23 +25,11 @@ class BatchedSplice(Splice):
     def start(self, x: Tensor, kwargs: Mapping[str, Any]) -> Run:
         tokens, prefix, fold = x.shape[1], self.tower.prefix, self.tower.fold
         if fold > 1 and (tokens - prefix) % fold:
-            raise UnsupportedModelError(f"{tokens - prefix} patches are no whole units of {fold} in {self.tower.family}.")
+            raise UnsupportedModelError(
+                f"{tokens - prefix} patches are no whole units of {fold} in {self.tower.family}."
+            )
         rows = tokens if fold == 1 else (tokens - prefix) // fold
         return Run(rows, tokens, x.shape[0])
-
-    def block_arguments(self, run: Run, index: int, args: Any, kwargs: dict[str, Any]) -> Any:
-        """A padding mask that hides nothing is dropped; one that hides something cannot be right, images would need own counts."""
-        mask = kwargs.get(self.tower.mask)
-        if mask is None:
-            return None
-        if index == 0:
-            visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-            if not bool(visible.all()):
-                raise UnsupportedModelError(
-                    f"{self.tower.family}: the batch pads images to one length with an attention mask, which an encoder-stage method cannot "
-                    "follow; run images of equal size together, or one by one."
-                )
-        return args, {**kwargs, self.tower.mask: None}
 
     def order(self, run: Run, device: torch.device) -> Tensor:
         """(N0,) tokens in unit order, the prefix first."""
@@ -80,6 +68,7 @@ class BatchedSplice(Splice):
             hidden_prefix=prefix,
             cls=tower.cls,
             bias=self.bias(run, index),
+            blocks=len(tower.blocks),
         )
         out = self.method.reduce(view)
         if out is None:
@@ -104,11 +93,21 @@ class BatchedSplice(Splice):
         return size.log()[:, None, None, :]
 
     def attend(self, run: Run, index: int, args: Any, kwargs: dict[str, Any]) -> Any:
-        bias = self.bias(run, index)
-        if bias is None:
+        if run.states[index].assign is None:
             return None
-        if kwargs.get(self.tower.mask) is not None:
-            raise UnsupportedModelError(f"{self.tower.family} was given an attention mask, which merged tokens cannot follow.")
+        bias, mask = self.bias(run, index), kwargs.get(self.tower.mask)
+        if (
+            mask is not None and not run.unmasked
+        ):  # a mask that hides nothing is dropped; reduced rows could not follow another
+            visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+            if not bool(visible.all()):
+                raise UnsupportedModelError(
+                    f"{self.tower.family}: the batch pads images to one length with an attention mask, which an encoder-stage method cannot "
+                    "follow; run images of equal size together, or one by one."
+                )
+            run.unmasked = True
+        if bias is None:
+            return None if mask is None else (args, {**kwargs, self.tower.mask: None})
         x = args[0] if args else kwargs["hidden_states"]
         bias = bias.to(x.dtype)
         if self.tower.padding:

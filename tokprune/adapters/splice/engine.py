@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokprune.adapters.splice.intermediates import NAME, forward_intermediates
 from tokprune.adapters.splice.run import EncoderTrace, Run, State
 from tokprune.adapters.splice.tower import Tower
 from tokprune.budget import kept
@@ -76,6 +77,11 @@ class Splice:
             return min(patches, self.budget)
         return None if self.ratio is None else kept(patches, self.ratio)
 
+    def full_length(self, index: int, x: Tensor) -> Tensor:
+        """The output of block `index` of the current run at full length."""
+        run = self._run(index)
+        return x if x.shape[-2] == run.tokens else self.widen(run, run.states[index + 1], x)
+
     # -- hooks ----------------------------------------------------------------------------------------------------------------
 
     def install(self) -> None:
@@ -98,14 +104,19 @@ class Splice:
                 # Before all other hooks: transformers captures hidden states by hooks of its own.
                 on(parts.block.register_forward_hook(pre(self._leave, i, i in active), prepend=True))
             for module, index in tower.taps:
-                on(module.register_forward_pre_hook(pre(self._tap, index)))
-            on(tower.root.register_forward_hook(self._root))
+                self.handles.append(module.register_forward_pre_hook(functools.partial(self._tap, index)))
+            self.handles.append(tower.root.register_forward_hook(self._root))
+            if tower.intermediates:
+                original = getattr(tower.root, NAME)
+                tower.root.__dict__[NAME] = functools.partial(forward_intermediates, original, self)
         except BaseException:
             self.remove()
             raise
 
     def remove(self) -> None:
         """Take every hook away."""
+        if self.handles and self.tower.intermediates:  # a handle that was replaced must not take its successor's away
+            self.tower.root.__dict__.pop(NAME, None)
         for handle in self.handles:
             handle.remove()
         self.handles = []
@@ -119,7 +130,8 @@ class Splice:
                 raise UnsupportedModelError(f"the blocks of {self.tower.family} were called in an unknown way.")
             for old in self.past:  # what recomputed blocks left behind
                 if old.done:
-                    old.merged.clear(), old.branch.clear(), old.seen.clear()
+                    for left in (old.merged, old.branch, old.seen):
+                        left.clear()
             run = self.start(x, kwargs)
             run.states[0] = State()
             self.current[thread()] = run
@@ -142,9 +154,9 @@ class Splice:
 
     def _enter(self, index: int, module: nn.Module, args: Any) -> None:
         (x,) = args
-        if recomputing():  # which of the last forwards is it? Its saved input lies where it lay.
+        if recomputing():  # which of the last forwards is it? The newest one whose input, still saved, lies there.
             place = x.data_ptr()
-            run = next((r for r in self.past if r.entries.get(index) == place), None)
+            run = next((r for r in reversed(self.past) if r.entries.get(index) == place), None)
             if run is None:
                 raise TokpruneError(
                     "gradient checkpointing recomputes a forward that is too old, or checkpoints in the reentrant way; use "

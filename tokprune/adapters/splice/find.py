@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from tokprune.adapters.base import unwrap
-from tokprune.adapters.splice import hf_vit, openclip, timm_vit
+from tokprune.adapters.splice import hf_vit, openclip, qwen, timm_vit
 from tokprune.adapters.splice.tower import Tower
 from tokprune.errors import UnsupportedModelError
 
@@ -56,12 +56,18 @@ def find_tower(model: nn.Module) -> Tower:
             return timm_vit.tower(trunk, inner)
     if hf_vit.layers(inner) is not None:
         return hf_vit.tower(inner, inner)
+    if qwen.is_tower(inner):
+        return qwen.tower(inner, inner)
     base = getattr(inner, "base_model", inner)
-    vlm = hasattr(base, "get_image_features") and any(hasattr(base, n) for n in ("language_model",)) or hasattr(base, "connector")
+    vlm = any(hasattr(base, name) for name in ("language_model", "text_model")) and not hasattr(
+        base, "visual_projection"
+    )
     for name in TOWERS:
         candidate = getattr(base, name, None)
         if not isinstance(candidate, nn.Module):
             continue
+        if qwen.is_tower(candidate):
+            return qwen.tower(candidate, inner)
         found = hf_vit.layers(candidate)
         if found is not None:
             if not vlm:
@@ -72,4 +78,6 @@ def find_tower(model: nn.Module) -> Tower:
             f"the vision tower {type(candidate).__name__} of {type(inner).__name__} cannot be reduced inside; known are {KNOWN}. Methods of the "
             "connector stage work on its output."
         )
-    raise UnsupportedModelError(f"{type(inner).__name__} has no vision tower that can be reduced inside; known are {KNOWN}.")
+    raise UnsupportedModelError(
+        f"{type(inner).__name__} has no vision tower that can be reduced inside; known are {KNOWN}."
+    )

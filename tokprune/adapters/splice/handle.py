@@ -7,8 +7,11 @@ from typing import Any
 
 from torch import nn
 
+from tokprune.adapters.base import unwrap
 from tokprune.adapters.splice.batched import BatchedSplice
 from tokprune.adapters.splice.find import find_tower
+from tokprune.adapters.splice.packed import PackedSplice
+from tokprune.adapters.splice.report import EncoderReport
 from tokprune.adapters.splice.run import EncoderTrace
 from tokprune.budget import check_budget, check_ratio
 from tokprune.errors import BudgetError, OptionError, UnsupportedModelError
@@ -33,8 +36,8 @@ class EncoderPruning:
         budget: int | None = None,
         expand: bool | None = None,
     ) -> None:
-        self.model, self.method = model, method
         self.tower = find_tower(model)
+        self.model, self.method = self.tower.owner, method
         pools = self.tower.pools
         if expand is None:
             expand = self.tower.vlm or (method.info.merges and not method.info.adaptive)
@@ -48,7 +51,8 @@ class EncoderPruning:
         self.budget = None if budget is None else check_budget(budget)
         if ratio is not None and budget is not None:
             raise BudgetError(f"both ratio={ratio!r} and budget={budget!r} given; choose one.")
-        self._splice = BatchedSplice(self.tower, method, self.ratio, self.budget, expand)
+        splice = PackedSplice if self.tower.packed else BatchedSplice
+        self._splice = splice(self.tower, method, self.ratio, self.budget, expand)
 
     @property
     def trace(self) -> EncoderTrace | None:
@@ -65,6 +69,17 @@ class EncoderPruning:
         self._splice.remove()
         if self.active:
             del self.model.__dict__[HANDLE]
+
+    def report(self) -> EncoderReport:
+        """What the last run left, block by block; prints as text."""
+        asked = f"ratio {self.ratio:g}" if self.ratio is not None else "its own schedule"
+        asked = f"budget {self.budget}" if self.budget is not None else asked
+        name = type(self.tower.owner).__name__
+        return EncoderReport.build(name, self.tower, self.method, asked, self.expand, self.trace)
+
+    def __repr__(self) -> str:
+        state = "" if self.active else ", removed"
+        return f"<EncoderPruning {type(self.tower.owner).__name__} by {self.method.info.name}{state}>"
 
     def __enter__(self) -> EncoderPruning:
         return self
@@ -84,24 +99,38 @@ def apply_encoder(
     expand: bool | None = None,
     **options: Any,
 ) -> EncoderPruning:
-    """Let the vision tower of `model` run on fewer tokens, in place."""
+    """Let the vision tower of `model` run on fewer tokens, in place.
+
+    model: a timm or open_clip ViT, a CLIP-like tower of transformers, or a VLM with one. method: a name (see
+    list_methods("encoder")) with its fields as `options`, or a method object. ratio, budget: patches left at the tower's end, per image
+    or frame, for methods that have no schedule of their own. expand: whether the tower's output keeps its full length, each merged token repeated
+    at the places of its members (then pooling over patches is the weighted mean, and everything behind the tower still fits); by default
+    for VLMs always, and for bare towers with methods that merge. Dropped tokens are zeros.
+
+    Applying again replaces. Raises UnsupportedModelError for towers that cannot be spliced, OptionError and BudgetError for arguments that
+    cannot be used; the model is then as it was.
+    """
     if isinstance(method, str):
         method = get_method(method, **options)
     elif options:
         raise OptionError(f"options {sorted(options)} need the method by name.")
     if not isinstance(method, EncoderMethod):
-        raise OptionError(f"method {method.info.name!r} belongs to the stage {method.stage!r}, not to the encoder stage.")
+        raise OptionError(
+            f"method {method.info.name!r} belongs to the stage {method.stage!r}, not to the encoder stage."
+        )
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"apply_encoder takes a model (a torch.nn.Module), not {type(model).__name__}.")
     pruning = EncoderPruning(model, method, ratio, budget, expand)
+    method.check(pruning.tower.depth, ratio is not None or budget is not None)
     remove_encoder(model)
     pruning._splice.install()
-    model.__dict__[HANDLE] = pruning
+    pruning.model.__dict__[HANDLE] = pruning
     return pruning
 
 
 def remove_encoder(model: Any) -> None:
     """Take the encoder stage off `model`; a model without one stays as it is."""
-    pruning = getattr(model, "__dict__", {}).get(HANDLE)
+    inner = unwrap(model) if hasattr(model, "modules") else model
+    pruning = getattr(inner, "__dict__", {}).get(HANDLE)
     if pruning is not None:
         pruning.remove()

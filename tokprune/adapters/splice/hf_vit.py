@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
 from tokprune.adapters.splice.tower import BlockParts, Heads, Tower
 from tokprune.adapters.splice.units import blocks as unit_blocks
 
-CLIP_LAYERS = ("CLIPEncoderLayer", "SiglipEncoderLayer", "Siglip2EncoderLayer", "Idefics3EncoderLayer", "SmolVLMEncoderLayer")
+CLIP_LAYERS = (
+    "CLIPEncoderLayer",
+    "SiglipEncoderLayer",
+    "Siglip2EncoderLayer",
+    "Idefics3EncoderLayer",
+    "SmolVLMEncoderLayer",
+)
 INTERNVL_LAYERS = ("InternVLVisionLayer",)
 
 
@@ -19,12 +26,16 @@ def layers(module: nn.Module) -> list[nn.Module] | None:
     encoder = getattr(module, "encoder", None)
     found = getattr(encoder, "layers", getattr(encoder, "layer", None))
     embeddings = getattr(module, "embeddings", None)
-    if found is None or len(found) == 0 or not (hasattr(embeddings, "patch_embedding") or hasattr(embeddings, "patch_embeddings")):
+    if (
+        found is None
+        or len(found) == 0
+        or not (hasattr(embeddings, "patch_embedding") or hasattr(embeddings, "patch_embeddings"))
+    ):
         return None
     return list(found) if type(found[0]).__name__ in CLIP_LAYERS + INTERNVL_LAYERS else None
 
 
-def _heads(attention: nn.Module, seen: Mapping[str, Tensor]) -> Heads:
+def _heads(attention: Any, seen: Mapping[str, Tensor]) -> Heads:
     def split(name: str) -> Tensor:
         x = seen[name]
         return x.reshape(*x.shape[:2], attention.num_heads, -1).transpose(1, 2)
@@ -32,7 +43,7 @@ def _heads(attention: nn.Module, seen: Mapping[str, Tensor]) -> Heads:
     return split("q"), split("k"), split("v")
 
 
-def _parts(block: nn.Module) -> BlockParts:
+def _parts(block: Any) -> BlockParts:
     internvl = type(block).__name__ in INTERNVL_LAYERS
     attention = block.attention if internvl else block.self_attn
     q, k = (attention.q_norm, attention.k_norm) if internvl else (attention.q_proj, attention.k_proj)
@@ -49,7 +60,7 @@ def _parts(block: nn.Module) -> BlockParts:
     )
 
 
-def tower(root: nn.Module, owner: nn.Module, depth: int | None = None, side: int = 1, vlm: bool = False) -> Tower:
+def tower(root: Any, owner: Any, depth: int | None = None, side: int = 1, vlm: bool = False) -> Tower:
     """The tower `root`. depth: blocks that feed the output, all of them unless given. side: the connector joins side x side patches."""
     found = layers(root) or []
     cls = hasattr(root.embeddings, "class_embedding") or getattr(root.embeddings, "cls_token", None) is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,10 +14,12 @@ from tokprune.errors import UnsupportedModelError
 
 def is_tower(module: nn.Module) -> bool:
     """Whether this is the vision tower of an open_clip model."""
-    return any(c.__module__.startswith("open_clip.") and c.__name__ == "VisionTransformer" for c in type(module).__mro__)
+    return any(
+        c.__module__.startswith("open_clip.") and c.__name__ == "VisionTransformer" for c in type(module).__mro__
+    )
 
 
-def _heads(attention: nn.MultiheadAttention, seen: Mapping[str, Tensor]) -> Heads:
+def _heads(attention: Any, seen: Mapping[str, Tensor]) -> Heads:
     """The packed projection keeps q, k and v to itself: it is applied again to the attention's input."""
     x = seen["x"]
     packed = nn.functional.linear(x, attention.in_proj_weight.to(x.dtype), attention.in_proj_bias)
@@ -25,9 +28,11 @@ def _heads(attention: nn.MultiheadAttention, seen: Mapping[str, Tensor]) -> Head
     return q, k, v
 
 
-def _parts(block: nn.Module) -> BlockParts:
+def _parts(block: Any) -> BlockParts:
     if type(block).__name__ != "ResidualAttentionBlock" or not isinstance(block.attn, nn.MultiheadAttention):
-        raise UnsupportedModelError(f"open_clip blocks of the kind {type(block).__name__} cannot be spliced; ResidualAttentionBlock can.")
+        raise UnsupportedModelError(
+            f"open_clip blocks of the kind {type(block).__name__} cannot be spliced; ResidualAttentionBlock can."
+        )
     if not block.attn.batch_first:
         raise UnsupportedModelError("this open_clip tower runs with the batch second; build it with batch_first=True.")
     return BlockParts(
@@ -42,7 +47,7 @@ def _parts(block: nn.Module) -> BlockParts:
     )
 
 
-def tower(root: nn.Module, owner: nn.Module) -> Tower:
+def tower(root: Any, owner: Any) -> Tower:
     """The tower of an open_clip model."""
     blocks = tuple(_parts(b) for b in root.transformer.resblocks)
     return Tower(

@@ -32,7 +32,8 @@ class State:
 
 @dataclass
 class Run:
-    """One call of the tower. states[i]: rows that enter block i. The dictionaries are per block number and emptied as it goes."""
+    """One call of the tower. states[i]: rows that enter block i. The dictionaries are per block number and emptied as it goes.
+    done: the last block has run. unmasked: an attention mask was looked at and hides nothing."""
 
     rows: int
     tokens: int
@@ -41,10 +42,10 @@ class Run:
     seen: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     merged: dict[int, Tensor] = field(default_factory=dict)
     branch: dict[int, Tensor] = field(default_factory=dict)
-    before: dict[int, Tensor] = field(default_factory=dict)
     entries: dict[int, int] = field(default_factory=dict)
     counts: list[int] = field(default_factory=list)
     done: bool = False
+    unmasked: bool = False
 
 
 @dataclass(frozen=True)

@@ -4,29 +4,34 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokprune.adapters.splice.tower import BlockParts, Heads, Tower
 from tokprune.errors import UnsupportedModelError
 
 
-def is_tower(model: nn.Module) -> bool:
+def is_tower(model: Any) -> bool:
     """Whether this is one of timm's vision transformers."""
     return any("timm.models" in c.__module__ and c.__name__ == "VisionTransformer" for c in type(model).__mro__)
 
 
-def _heads(attention: nn.Module, seen: Mapping[str, Tensor]) -> Heads:
+def _heads(attention: Any, seen: Mapping[str, Tensor]) -> Heads:
     batch, n, _ = seen["qkv"].shape
     v = seen["qkv"].reshape(batch, n, 3, attention.num_heads, -1)[:, :, 2].transpose(1, 2)
     return seen["q"], seen["k"], v
 
 
-def _parts(block: nn.Module) -> BlockParts:
-    attention = getattr(block, "attn", None)
+def _parts(block: Any) -> BlockParts:
+    attention: Any = getattr(block, "attn", None)
     needed = ("norm1", "attn", "norm2", "mlp", "drop_path2")
     inner = ("qkv", "q_norm", "k_norm", "num_heads", "scale")
-    if type(block).__name__ != "Block" or not all(hasattr(block, n) for n in needed) or not all(hasattr(attention, n) for n in inner):
+    if (
+        type(block).__name__ != "Block"
+        or not all(hasattr(block, n) for n in needed)
+        or not all(hasattr(attention, n) for n in inner)
+    ):
         raise UnsupportedModelError(
             f"timm blocks of the kind {type(block).__name__} with {type(attention).__name__} cannot be spliced; the plain pre-norm Block of "
             "timm.models.vision_transformer can (ViT, DeiT, DINOv2, SigLIP, CLIP and MAE towers)."
@@ -43,7 +48,7 @@ def _parts(block: nn.Module) -> BlockParts:
     )
 
 
-def tower(model: nn.Module, owner: nn.Module | None = None) -> Tower:
+def tower(model: Any, owner: Any = None) -> Tower:
     """The tower of a timm vision transformer."""
     blocks = tuple(_parts(b) for b in model.blocks)
     cls = getattr(model, "cls_token", None) is not None
@@ -58,4 +63,5 @@ def tower(model: nn.Module, owner: nn.Module | None = None) -> Tower:
         cls=cls,
         mask="attn_mask",
         pools=pools,
+        intermediates=hasattr(model, "forward_intermediates"),
     )

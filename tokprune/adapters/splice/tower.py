@@ -22,7 +22,7 @@ class BlockParts:
 
     block: nn.Module
     entry: nn.Module
-    attention: nn.Module
+    attention: Any
     middle: nn.Module
     tail: nn.Module
     seen: Mapping[str, nn.Module]
@@ -39,8 +39,9 @@ class Tower:
     output that is used. prefix: leading tokens that are no patches; cls: whether the first of them is [CLS]. mask: keyword of the
     attention module that takes an additive mask; padding: it takes one number per key, (B, N), instead. fold: tokens that the connector joins; unit_order: for
     fold > 1 the (N,) patch numbers unit by unit of N patches. packed: all images in one sequence (S, C), with cu_seqlens. pools: the head pools
-    over patches. taps: modules that read the output of a block (by number) beside the main path and need its full length. vlm: it feeds a language model. owner: where
-    the handle is kept.
+    over patches. taps: modules that read the output of a block (by number) beside the main path and need its full length. vlm: it feeds a
+    language model. intermediates: it has timm's forward_intermediates. grids: packed towers that reorder units: raster numbers of the sequence's units, from grid and keywords. owner: where the
+    handle is kept.
     """
 
     family: str
@@ -58,4 +59,5 @@ class Tower:
     pools: bool = False
     taps: tuple[tuple[nn.Module, int], ...] = ()
     vlm: bool = False
+    intermediates: bool = False
     grids: Callable[[Any, Mapping[str, Any]], Tensor] | None = None

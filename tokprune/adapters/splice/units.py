@@ -16,7 +16,9 @@ def block_order(side: int, n: int) -> Tensor:
     """(n,) raster numbers of a square grid, block by block of side x side, each in raster order."""
     width = math.isqrt(n)
     if width * width != n or width % side:
-        raise UnsupportedModelError(f"{n} patches are no square grid of {side} x {side} blocks, which this model's connector joins.")
+        raise UnsupportedModelError(
+            f"{n} patches are no square grid of {side} x {side} blocks, which this model's connector joins."
+        )
     grid = torch.arange(n).view(width // side, side, width // side, side)
     return grid.transpose(1, 2).reshape(-1)
 

@@ -23,8 +23,8 @@ def divprune(features: Tensor, keep: int) -> Tensor:
     are float32 whatever the model's dtype: in half precision the choice is rounding noise.
     """
     distance = cosine_distance(features.detach())  # (B, N, N)
-    apart = distance.clone().diagonal_scatter(torch.full_like(distance[..., 0], torch.inf), dim1=-2, dim2=-1)
-    first = apart.amin(-1).argmax(-1)  # (B,)
+    distance.diagonal(dim1=-2, dim2=-1).fill_(torch.inf)  # nobody is one's own neighbour; the loop never looks there
+    first = distance.amin(-1).argmax(-1)  # (B,)
     return greedy_max_min(distance, first, keep)
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tokprune.budget import equal
-from tokprune.methods.base import ScoreMethod, top
+from tokprune.methods.base import ScoreMethod
+from tokprune.ops.ranking import top_indices
 from tokprune.ops.topk import grouped_top
 from tokprune.ops.wide import wide
 from tokprune.registry import register_method
@@ -20,7 +21,7 @@ def fastervlm(cls_attention: Tensor, keep: int) -> Tensor:
     cls_attention: (B, H, N) rows of every head, or (B, N) their mean -> (B, keep) ascending indices.
     """
     scores = wide(cls_attention)
-    return top(scores.mean(-2) if scores.dim() == 3 else scores, keep)
+    return top_indices(scores.mean(-2) if scores.dim() == 3 else scores, keep)
 
 
 @register_method(

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tokprune.budget import equal
 from tokprune.errors import OptionError
 from tokprune.methods.base import Compat, ConnectorMethod, check_finite, check_keep
-from tokprune.ops.ranking import top_by_tier
+from tokprune.ops.ranking import top_by_tier, top_indices
 from tokprune.ops.stacks import stacks
 from tokprune.ops.wide import wide
 from tokprune.registry import register_method
@@ -20,6 +21,9 @@ from tokprune.tokens import Selection, VisualTokens
 def _around(centre: Tensor, grid: tuple[int, int], cell: Tensor) -> Tensor:
     """Which tokens touch a centre from left, right, above or below. centre: (B, N) bool, cell: (B, N) -> (B, N) bool."""
     height, width = grid
+    if centre.shape[1] == height * width:
+        c = F.pad(centre.unflatten(1, grid), (1, 1, 1, 1))
+        return (c[:, 1:-1, :-2] | c[:, 1:-1, 2:] | c[:, :-2, 1:-1] | c[:, 2:, 1:-1]).flatten(1)
     stride = width + 2  # a border of one cell all around: nothing wraps, nothing needs a clamp
     place = (cell // width + 1) * stride + cell % width + 1
     canvas = torch.zeros(centre.shape[0], (height + 2) * stride, dtype=torch.bool, device=centre.device)
@@ -55,6 +59,8 @@ def hiprune(
     else:
         places = torch.arange(n, device=anchors.device).expand(batch, n) if cell is None else cell
         buffer = _around(centre, grid, places)
+    if 5 * anchors.shape[1] <= keep:  # room for all anchors and buffers, wherever they lie
+        return top_indices(deep_scores.masked_fill(centre | buffer, torch.inf), keep)
     tier = torch.where(centre, 2, buffer.long())
     return top_by_tier(tier, torch.where(centre, object_scores, deep_scores), keep)
 

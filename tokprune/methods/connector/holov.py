@@ -24,20 +24,22 @@ def _crops(n: int, crops: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.arange(crops, device=device).repeat_interleave(sizes, output_size=n), sizes
 
 
-def _diversity(features: Tensor, sizes: Tensor, crop: Tensor, longest: int) -> Tensor:
+def _diversity(features: Tensor, crops: int) -> Tensor:
     """Variance of each token's cosine similarities within its crop, its own counted as 0. (B, N, D) -> (B, N)."""
-    start = sizes.cumsum(0) - sizes
-    offset = torch.arange(longest, device=sizes.device)
-    present = offset < sizes[:, None]  # (P, m)
-    rows = features / (features.norm(dim=-1, keepdim=True) + 1e-6)
-    rows = rows[:, (start[:, None] + offset).clamp(max=features.shape[1] - 1)]  # (B, P, m, D)
-    similarity = rows @ rows.transpose(-1, -2)
-    pairs = present[:, :, None] & present[:, None, :] & (offset[:, None] != offset)
-    similarity = similarity.masked_fill(~pairs, 0.0)
-    others = (sizes - 1).clamp_min(1)[:, None]
-    spread = (similarity - similarity.sum(-1, keepdim=True) / others[..., None]).square()
-    variance = (spread * present[:, None, :]).sum(-1) / others  # (B, P, m)
-    return variance.flatten(1)[:, crop * longest + torch.arange(crop.shape[0], device=crop.device) - start[crop]]
+    longer = features.shape[1] % crops  # crops that are one token longer than the others: two kinds, each without padding
+    split = longer * (features.shape[1] // crops + 1)
+    parts = [(features[:, :split], longer), (features[:, split:], crops - longer)]
+    return torch.cat([_spread(x.unflatten(1, (p, -1))).flatten(1) for x, p in parts if p], dim=1)
+
+
+def _spread(rows: Tensor) -> Tensor:
+    """`_diversity` of crops of equal length. (B, P, m, D) -> (B, P, m)."""
+    product = rows @ rows.transpose(-1, -2)  # (B, P, m, m); lengths are on its diagonal: the features are read once
+    scale = 1 / (product.diagonal(dim1=-2, dim2=-1).sqrt() + 1e-6)
+    similarity = product * scale[..., :, None] * scale[..., None, :]
+    similarity.diagonal(dim1=-2, dim2=-1).fill_(0.0)
+    others = max(rows.shape[2] - 1, 1)
+    return (similarity - similarity.sum(-1, keepdim=True) / others).square().sum(-1) / others
 
 
 def _crop_mean(values: Tensor, crop: Tensor, sizes: Tensor) -> Tensor:
@@ -57,7 +59,7 @@ def holov(
     n = attention.shape[1]
     crops = min(crops, n)
     crop, sizes = _crops(n, crops, attention.device)
-    variance = _diversity(wide(features), sizes, crop, -(-n // crops))
+    variance = _diversity(wide(features), crops)
     tiny = torch.finfo(variance.dtype).tiny
     scale = attention.abs().mean(-1, keepdim=True) / variance.mean(-1, keepdim=True).clamp_min(tiny)
     score = attention + gamma * variance * scale
@@ -73,7 +75,7 @@ def holov_published(features: Tensor, attention: Tensor, keep: int, crops: int =
     """
     n = attention.shape[1]
     crop, sizes = _crops(n, crops, attention.device)
-    variance = _diversity(wide(features), sizes, crop, -(-n // crops))
+    variance = _diversity(wide(features), crops)
     attention = attention * 1e3
     scale = _crop_mean(attention.abs(), crop, sizes) / (_crop_mean(variance.abs(), crop, sizes) + 1e-6)
     weight = _crop_mean(attention + 0.09 * variance * scale[:, crop], crop, sizes)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokprune.errors import OptionError
 from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
-from tokprune.ops.distance import unit
+from tokprune.ops.distance import cosine_similarity, unit
 from tokprune.ops.lowrank import randomised_pca
 from tokprune.ops.ranking import rank_in_group
 from tokprune.ops.wide import wide
@@ -34,8 +34,7 @@ def suppress(features: Tensor, scores: Tensor, group: Tensor, threshold: Tensor,
     In all groups at once, the best token that is left survives and removes those of its group whose cosine with it exceeds
     the threshold; `steps` times, so at most `steps` per group survive. features: (N, C), scores, group: (N,). Returns (N,) bool.
     """
-    rows = unit(features)
-    similarity = rows @ rows.T
+    similarity = cosine_similarity(features)
     n = len(scores)
     place = torch.arange(n, device=scores.device)
     by_order = torch.sort(scores, descending=True, stable=True).indices
@@ -48,6 +47,8 @@ def suppress(features: Tensor, scores: Tensor, group: Tensor, threshold: Tensor,
         survives |= alive & (winner == order)
         close = similarity[place, by_order[winner.clamp_max(n - 1)]] > threshold
         alive &= (winner != order) & ~close
+        if alive.device.type == "cpu" and not alive.any():  # elsewhere the host would have to wait for the answer
+            break
     return survives
 
 

@@ -65,10 +65,11 @@ def visionzip(
     best, targets, into, weight = visionzip_plan(
         wide(attention).sum(1), wide(metric[:, 1:]), dominant - 1, contextual, "published"
     )
-    slots = torch.cat([best.sort(-1).values, targets], dim=1)  # (B, K)
-    rows = (into[:, None, :] == slots[:, :, None]).to(weight) * weight[:, None, :]  # (B, K, N)
-    out = torch.cat([hidden[:, :1], (rows @ patches.to(rows)).to(hidden)], dim=1)
     cls = best.new_zeros(best.shape[0], 1)
+    lead = torch.cat([cls, best.sort(-1).values + 1], dim=1)  # (B, dominant)
+    rows = torch.where(into[:, None, :] == targets[:, :, None], weight[:, None, :], 0.0)  # (B, contextual, N)
+    context = (rows @ patches.to(rows)).to(hidden)
+    out = torch.cat([hidden.gather(1, lead[..., None].expand(-1, -1, hidden.shape[-1])), context], dim=1)
     return out, torch.cat([cls, best + 1], dim=1)
 
 

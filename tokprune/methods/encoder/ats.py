@@ -39,7 +39,9 @@ def inverse_transform_sample(scores: Tensor, samples: int, real: Tensor | None =
     first = padded.sum(-1, keepdim=True).clamp(max=n - 1)
     total = ascending.clamp_min(0).cumsum(-1)
     base = total.gather(-1, first)
-    curve = ((total - base) / (total[:, -1:] - base).clamp_min(torch.finfo(scores.dtype).tiny)).masked_fill(padded, -9.0)
+    curve = ((total - base) / (total[:, -1:] - base).clamp_min(torch.finfo(scores.dtype).tiny)).masked_fill(
+        padded, -9.0
+    )
     low = torch.where(curve > 0, curve, 2.0).amin(-1, keepdim=True).clamp(max=1.0)
     step = torch.arange(max(samples - 1, 1), device=scores.device, dtype=scores.dtype) / max(samples - 2, 1)
     heights = low + step * (1 - low)  # (B, samples - 1)

@@ -35,7 +35,9 @@ def energy_matching(metric: Tensor, r: int, margin: float, prefix: int = 0, bipa
         return Matching(same, same)
     rows = unit(metric[:, prefix:])
     ranked = torch.sort(energy(metric[:, prefix:], margin), dim=-1, descending=True, stable=True).indices
-    even, odd = (ranked[:, 0::2], ranked[:, 1::2]) if bipartite else (ranked[:, 0 : 2 * r : 2], ranked[:, 1 : 2 * r : 2])
+    even, odd = (
+        (ranked[:, 0::2], ranked[:, 1::2]) if bipartite else (ranked[:, 0 : 2 * r : 2], ranked[:, 1 : 2 * r : 2])
+    )
 
     def take(index: Tensor) -> Tensor:
         return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[2]))
@@ -84,7 +86,9 @@ class PiToMe(EncoderMethod):
         if self.variant not in VARIANTS:
             raise unknown("variant", self.variant, VARIANTS)
         if not 0.5 <= self.keep <= 1:
-            raise OptionError(f"keep={self.keep!r}: a block can merge at most half of its patches; keep is in [0.5, 1].")
+            raise OptionError(
+                f"keep={self.keep!r}: a block can merge at most half of its patches; keep is in [0.5, 1]."
+            )
 
     @property
     def size_bias(self) -> bool:

@@ -26,7 +26,9 @@ def norm_merge(
     wide = x if x.dtype == torch.float64 else x.float()
     norm = wide.norm(dim=-1, keepdim=True)
     longest = merge(matching, norm, "amax")
-    length = norm.gather(1, matching.rep[..., None]) if by_destination else mean.to(wide.dtype).norm(dim=-1, keepdim=True)
+    length = (
+        norm.gather(1, matching.rep[..., None]) if by_destination else mean.to(wide.dtype).norm(dim=-1, keepdim=True)
+    )
     length = length.clamp_min(torch.finfo(wide.dtype).tiny)
     company = merge(matching, torch.ones_like(norm), "sum") > 1
     return torch.where(company, (mean * (longest / length)).to(x.dtype), mean), total

@@ -88,7 +88,9 @@ class ToMe(EncoderMethod):
 
     def check(self, depth: int, target: bool) -> None:
         if self.matching == "kth" and target:
-            raise OptionError("matching='kth' keeps 1 / k of the patches in every block and cannot meet a ratio; leave it out.")
+            raise OptionError(
+                "matching='kth' keeps 1 / k of the patches in every block and cannot meet a ratio; leave it out."
+            )
         if (self.r is None) != target and self.matching != "kth":
             given = "both r and a ratio or budget are" if target else "neither r nor a ratio or budget is"
             raise OptionError(f"{given} given; write r=8 (merged per block), or ratio=0.5 (left in the end).")

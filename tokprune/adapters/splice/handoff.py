@@ -1,0 +1,95 @@
+"""From the encoder stage to the connector stage: which of the LLM's tokens are groups' own places, and choosing among these."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tokprune.adapters.layouts import Call, arrange
+from tokprune.adapters.splice.handle import EncoderPruning
+from tokprune.methods.base import ConnectorMethod
+from tokprune.registry import MethodInfo
+from tokprune.tokens import Merge, Selection, VisualTokens
+
+SIGNAL = "encoder_survivor"
+
+
+def survivor_rows(pruning: EncoderPruning, call: Call) -> Tensor:
+    """1 for each row of an encoder call that is the place of a group, 0 for its copies and dropped tokens. (R,) in float32.
+
+    call: the get_image_features or get_video_features call that `pruning` has just seen. Where the connector pools patches of several
+    groups to a token, the token counts as a place when one of them has its place there.
+    """
+    trace, tower = pruning.trace, pruning.tower
+    if trace is None:
+        raise ValueError("the reduced tower has not run yet.")
+    if tower.packed:
+        return trace.survivor.float()
+    values = trace.survivor.float()  # (images, patches or units)
+    if tower.fold > 1 and tower.unit_order is not None:
+        order = tower.unit_order(values.shape[1] * tower.fold).to(values.device)
+        patches = values.repeat_interleave(tower.fold, 1)
+        values = torch.empty_like(patches).index_copy_(1, order, patches)
+    return (arrange(call, values.flatten()) > 0).float()
+
+
+@dataclass(frozen=True)
+class AmongSurvivors(ConnectorMethod):
+    """A connector method that sees only the places of groups; None keeps all of these. Not registered: the encoder stage wraps with it.
+
+    The budget is the whole stream's: `keep` of N tokens, less where fewer survived.
+    """
+
+    inner: ConnectorMethod | None = None
+
+    @property
+    def info(self) -> MethodInfo:  # type: ignore[override]
+        """The wrapped method's facts; the count is the encoder's where it is smaller."""
+        if self.inner is None:
+            return MethodInfo("survivors", "tokens that the encoder stage left", adaptive=True)
+        return replace(self.inner.info, adaptive=True)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (SIGNAL, *(() if self.inner is None else self.inner.needs))
+
+    @property
+    def query_aware(self) -> bool:
+        return self.inner is not None and self.inner.query_aware
+
+    def select_batch(self, batch: Sequence[VisualTokens], keeps: Sequence[int]) -> list[Selection]:
+        """Choose among the survivors of each stream."""
+        places = [self.places(tokens) for tokens in batch]
+        if self.inner is None:
+            return [Selection(place) for place in places]
+        parts = [tokens.part(place) for tokens, place in zip(batch, places, strict=True)]
+        counts = [min(keep, len(place)) for keep, place in zip(keeps, places, strict=True)]
+        chosen = self.inner.select_batch(parts, counts)
+        return [
+            self.outward(selection, place, len(tokens))
+            for selection, place, tokens in zip(chosen, places, batch, strict=True)
+        ]
+
+    def select(self, tokens: VisualTokens, keep: int) -> Selection:
+        return self.select_batch([tokens], [keep])[0]
+
+    def places(self, tokens: VisualTokens) -> Tensor:
+        """Ascending positions of the survivors; all of a stream that lost them (cut away by unpadding)."""
+        place = (tokens.signal(SIGNAL) > 0).nonzero()[:, 0]
+        return place if len(place) else torch.arange(len(tokens), device=place.device)
+
+    @staticmethod
+    def outward(selection: Selection, place: Tensor, n: int) -> Selection:
+        """A selection among `place` as one of the whole stream of `n` tokens."""
+        weights = selection.weights
+        if weights is not None and weights.rows is not None:
+            rows = weights.rows.to_dense() if weights.rows.is_sparse else weights.rows
+            weights = Merge(rows=rows.new_zeros(len(selection), n).index_copy_(1, place, rows))
+        elif weights is not None and weights.target is not None and weights.scale is not None:
+            target = weights.target.new_full((n,), -1).index_copy_(0, place, weights.target)
+            weights = Merge(target, weights.scale.new_zeros(n).index_copy_(0, place, weights.scale))
+        info = {k: v for k, v in selection.info.items() if v.shape[:1] != place.shape}
+        return Selection(place[selection.indices], weights, selection.features, info)

@@ -1,0 +1,284 @@
+"""FastVID: scenes by frame similarity, the attended tokens of each frame, and the rest merged into a few anchor frames."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokprune.budget import equal
+from tokprune.errors import OptionError, unknown
+from tokprune.methods.base import Compat, ConnectorMethod, check_finite, check_keep
+from tokprune.ops.distance import unit
+from tokprune.ops.dpc import euclidean, peaks
+from tokprune.ops.frames import frame_means, in_proportion, raster, spread
+from tokprune.ops.ranking import rank_in_group, ranks, true_indices
+from tokprune.ops.segments import similar_runs
+from tokprune.ops.wide import wide
+from tokprune.registry import register_method
+from tokprune.tokens import Layout, Merge, Selection, VisualTokens
+
+NEIGHBOURS = 4  # of the density of context tokens
+BLOCK = 16  # frames whose distances are in memory together
+
+
+def anchors(length: int, stride: int) -> list[int]:
+    """Frames of a scene that hold its context tokens: every stride-th, counted from the last; the last comes first."""
+    return list(range(length - 1, -1, -stride))
+
+
+def fastvid_split(
+    budget: int, sizes: Sequence[int], share: float = 0.4, stride: int = 4, even: bool = True
+) -> tuple[list[int], list[int]]:
+    """Salient and context tokens of each frame of a scene, with the sum `budget` (section 3.3; the code for LLaVA-Video).
+
+    int(share * budget) tokens are context, in equal parts in the anchor frames, the others salient, in equal parts in all frames.
+    What full anchors cannot take becomes salient elsewhere. even: odd units at even distances; otherwise as published: to the
+    first frames and to the last anchors. sizes: tokens of each frame, together at least `budget`.
+    """
+    places = anchors(len(sizes), stride)
+    wanted = int(share * budget)
+    salient = (spread if even else equal)(budget - wanted, sizes)
+    room = [sizes[t] - salient[t] for t in places]
+    over = max(0, wanted - sum(room))
+    others = [0 if t in set(places) else n - k for t, (n, k) in enumerate(zip(sizes, salient, strict=True))]
+    salient = [k + more for k, more in zip(salient, equal(over, others), strict=True)]
+    context = [0] * len(sizes)
+    for t, count in zip(places, equal(wanted - over, room), strict=True):
+        context[t] = count
+    return salient, context
+
+
+def fastvid_onevision_split(
+    per_frame: int, length: int, share: float = 0.4, stride: int = 4
+) -> tuple[list[int], list[int]]:
+    """The same in the published code for LLaVA-OneVision: counts are cut to whole numbers, and what is cut off is lost."""
+    context, places = int(share * per_frame), anchors(length, stride)
+    each = context * length // len(places)
+    return [per_frame - context] * length, [each if t in places else 0 for t in range(length)]
+
+
+def fastvid_choice(
+    features: Tensor, attention: Tensor, layout: Layout, salient: Sequence[int], context: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Each frame's salient tokens, by attention, and context centres, by density peaks among its other tokens.
+
+    features: (N, C), attention: (N,), salient, context: (T,) counts. Returns two (N,) bool.
+    """
+    device = features.device
+    counts = torch.tensor([list(salient), list(context)], device=device)
+    attended = rank_in_group(attention, layout.group) < counts[0][layout.group]
+    place = raster(layout)
+    centre = torch.zeros_like(attended)
+    for rows in torch.tensor([t for t, k in enumerate(context) if k > 0], dtype=torch.long, device=device).split(BLOCK):
+        cells = place[rows]  # (B, P)
+        free = (cells >= 0) & ~attended[cells.clamp(min=0)]
+        score = peaks(euclidean(features[cells.clamp(min=0)]), NEIGHBOURS, free)
+        chosen = ranks(score) < counts[1][rows][:, None]
+        spot = torch.where(chosen & free, cells, len(centre))  # all others: one place behind the last
+        centre = centre | torch.zeros(len(centre) + 1, dtype=torch.bool, device=device).index_fill(0, spot.flatten(), True)[:-1]
+    return attended, centre
+
+
+def fastvid_rows(
+    features: Tensor,
+    attended: Tensor,
+    centre: Tensor,
+    pieces: Sequence[tuple[slice, int, Sequence[tuple[slice, int]]]],
+    keep: int,
+    beta: float = 0.6,
+    own: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Merge the tokens of a scene that are not salient into the centres of each of its anchor frames.
+
+    pieces: for each scene where its tokens lie, how many are salient, and for each anchor frame where its tokens lie and how
+    many are centres. A token joins the most similar (cosine) centre of every anchor frame; a centre with n members becomes
+    w centre + (1 - w) mean of members, w = max(1 / (n + 1), beta). own: a centre counts among its own frame's members, as in the
+    published code for LLaVA-OneVision.
+
+    Returns the kept positions (keep,) and sparse rows (keep, N).
+    """
+    n, device = features.shape[0], features.device
+    indices = true_indices(attended | centre, keep)
+    slot = torch.full((n,), -1, device=device).scatter(0, indices, torch.arange(keep, device=device))
+    alone = true_indices(attended, sum(count for _, count, _ in pieces))
+    entries = [(slot[alone], alone, features.new_ones(len(alone)))]
+    for where, count, frames in pieces:
+        free = true_indices(~attended[where], where.stop - where.start - count) + where.start
+        rows = unit(features[free])
+        for frame, many in frames:
+            heads = true_indices(centre[frame], many) + frame.start
+            nearest = (rows @ unit(features[heads]).T).argmax(-1)  # (M,)
+            itself = centre[free] & (free >= frame.start) & (free < frame.stop)
+            joins = torch.ones_like(itself) if own else ~itself
+            nearest = torch.where(itself, torch.searchsorted(heads, free).clamp(max=many - 1), nearest)
+            members = features.new_zeros(many).index_add(0, nearest, joins.to(features))
+            stays = (1 / (members + 1)).clamp(min=beta).masked_fill(members == 0, 1.0)
+            value = joins * ((1 - stays) / members.clamp(min=1))[nearest] + itself * stays[nearest]
+            entries.append((slot[heads[nearest]], free, value))
+    row, column, value = (torch.cat([e[i] for e in entries]) for i in range(3))
+    return indices, torch.sparse_coo_tensor(
+        torch.stack([row, column]), value, (keep, n), check_invariants=False
+    ).coalesce()
+
+
+def pieces_of(
+    sizes: Sequence[int], lengths: Sequence[int], salient: Sequence[int], context: Sequence[int]
+) -> list[tuple[slice, int, list[tuple[slice, int]]]]:
+    """The scenes that have centres and those that have not, as `fastvid_rows` takes them. All counts are per frame."""
+    out, frame, start = [], 0, 0
+    for length in lengths:
+        begin, heads, count = start, [], 0
+        for t in range(frame, frame + length):
+            if context[t] > 0:
+                heads.append((slice(start, start + sizes[t]), context[t]))
+            start, count = start + sizes[t], count + salient[t]
+        out.append((slice(begin, start), count, heads))
+        frame += length
+    return out
+
+
+def fastvid(
+    features: Tensor,
+    attention: Tensor,
+    frames: Tensor,
+    ratio: float = 0.1,
+    cuts: int = 7,
+    tau: float = 0.9,
+    share: float = 0.4,
+    stride: int = 4,
+    beta: float = 0.6,
+    model: str = "onevision",
+) -> tuple[Tensor, Tensor]:
+    """The published code, for LLaVA-OneVision or ("video") for LLaVA-Video, which loses no remainder.
+
+    features: (T, N, C). attention: (T, N). frames: (T, D), one vector per frame. Returns kept positions (K,), ascending, and
+    their tokens (K, C).
+    """
+    count, n, _ = features.shape
+    x, per_frame = wide(features).flatten(0, 1), int(ratio * n)
+    lengths = similar_runs(frames, cuts, tau)
+    salient: list[int] = []
+    context: list[int] = []
+    for length in lengths:
+        if model == "onevision":
+            parts = fastvid_onevision_split(per_frame, length, share, stride)
+        else:
+            parts = fastvid_split(per_frame * length, [n] * length, share, stride, even=False)
+        salient, context = salient + parts[0], context + parts[1]
+    layout = Layout.grid(1, n, count, "video").to(x.device)
+    chosen = fastvid_choice(x, wide(attention).flatten(), layout, salient, context)
+    keep = sum(salient) + sum(context)
+    indices, rows = fastvid_rows(
+        x, *chosen, pieces_of([n] * count, lengths, salient, context), keep, beta, own=model == "onevision"
+    )
+    return indices, Merge(rows=rows).apply(x, keep)
+
+
+@register_method(
+    "fastvid",
+    paper="FastVID: Dynamic Density Pruning for Fast Video Large Language Models",
+    year=2025,
+    url="https://arxiv.org/abs/2503.11187",
+    complexity="O(NnD) for n tokens per frame; merging O(NKD) within a scene",
+    merges=True,
+)
+@dataclass(frozen=True)
+class FastVID(ConnectorMethod):
+    """FastVID (NeurIPS 2025): cut into scenes, keep what is attended to, merge the rest of a scene into dense anchor tokens.
+
+    Scenes: cuts at the c - 1 least similar neighbouring frames and wherever the cosine is below tau (section 3.2; here of the
+    frames' mean tokens, there of SigLIP's pooled output). share: context tokens of the budget (d = 0.4), stride: one anchor
+    frame per so many (p = 4), beta: least weight of a context centre against the mean of those that joined it.
+
+    Exact: scenes share the budget in proportion to their tokens, salient and context tokens as in the authors' code for
+    LLaVA-Video. What compat="published" restores, from their code for LLaVA-OneVision: fewer than the budget stay, as each
+    division is cut to whole numbers, and centres are members of themselves. There, and here with an error that says so: fewer
+    frames than c; a share of the budget of less than one context token per frame; more context tokens than an anchor frame
+    has (ratios above 0.45). With the corrected code all of these work; what an anchor cannot hold becomes salient.
+
+    longest: corrected only, frames. Merging compares every token of a scene with all of its centres, which is quadratic in
+    the scene's length; a longer scene merges in pieces of so many frames, and a long still video takes linear time.
+
+    A picture or tile is a scene of one frame, and its own anchor.
+    """
+
+    c: int = 8
+    tau: float = 0.9
+    share: float = 0.4
+    stride: int = 4
+    beta: float = 0.6
+    longest: int = 64
+    compat: Compat = "corrected"
+
+    def __post_init__(self) -> None:
+        for name in ("c", "stride", "longest"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise OptionError(f"{name}={value!r} is not a whole number of at least 1.")
+        for name in ("share", "beta"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise OptionError(f"{name}={getattr(self, name)!r} is a share: 0 <= {name} <= 1.")
+        if self.longest % self.stride:
+            raise OptionError(f"longest={self.longest} must be a multiple of stride={self.stride}, so that anchors stay.")
+        if self.compat not in ("corrected", "published"):
+            raise unknown("compat", self.compat, ("corrected", "published"))
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The attention that the tower pays to each token."""
+        return ("cls_attention",)
+
+    def select(self, tokens: VisualTokens, keep: int) -> Selection:
+        """Choose and merge `keep` tokens of the stream."""
+        check_keep(keep, len(tokens))
+        features = check_finite(wide(tokens.features), "the visual features")
+        attention = check_finite(wide(tokens.signal("cls_attention")), "the attention values").to(features.device)
+        layout = tokens.layout.to(features.device)
+        sizes, published = layout.group_sizes, self.compat == "published"
+        lengths = [1] * layout.num_groups
+        if layout.kind == "video":
+            lengths = similar_runs(frame_means(features, layout), self.c - 1, self.tau)
+        salient, context = self.published_counts(layout, lengths, keep) if published else self.counts(sizes, lengths, keep)
+        if not published:
+            lengths = [part for length in lengths for part in _pieces(length, self.longest)]
+        attended, centre = fastvid_choice(features, attention, layout, salient, context)
+        total = sum(salient) + sum(context)
+        pieces = pieces_of(sizes, lengths, salient, context)
+        indices, rows = fastvid_rows(features, attended, centre, pieces, total, self.beta, own=published)
+        return Selection(indices, Merge(rows=rows), info={"scores": attention, "salient": attended})
+
+    def counts(self, sizes: Sequence[int], lengths: Sequence[int], keep: int) -> tuple[list[int], list[int]]:
+        """Salient and context tokens of each frame, `keep` together."""
+        salient: list[int] = []
+        context: list[int] = []
+        frames = iter(sizes)
+        own = [[next(frames) for _ in range(length)] for length in lengths]
+        shares = in_proportion(keep, torch.tensor([sum(scene) for scene in own])).tolist()
+        for scene, budget in zip(own, shares, strict=True):
+            parts = fastvid_split(budget, scene, self.share, self.stride)
+            salient, context = salient + parts[0], context + parts[1]
+        return salient, context
+
+    def published_counts(self, layout: Layout, lengths: Sequence[int], keep: int) -> tuple[list[int], list[int]]:
+        """The same by the published rule, or the error for what the published code cannot do."""
+        sizes, hint = layout.group_sizes, "use compat='corrected'."
+        if len(set(sizes)) > 1 or (layout.kind == "video" and len(sizes) < self.c):
+            raise OptionError(f"compat='published' needs at least {self.c} frames, all of one size; {hint}")
+        per_frame = keep // len(sizes)
+        parts = [fastvid_onevision_split(per_frame, length, self.share, self.stride) for length in lengths]
+        salient, context = [k for s, _ in parts for k in s], [k for _, c in parts for k in c]
+        if max(context) == 0 or max(s + c for s, c in zip(salient, context, strict=True)) > sizes[0]:
+            raise OptionError(
+                f"compat='published' cannot keep {per_frame} of {sizes[0]} tokens per frame: an anchor frame would hold "
+                f"{max(context)} context tokens; {hint}"
+            )
+        return salient, context
+
+
+def _pieces(length: int, longest: int) -> list[int]:
+    """A scene in pieces of `longest` frames from its end, so that anchor frames stay what they are."""
+    rest = length % longest
+    return ([rest] if rest else []) + [longest] * (length // longest)

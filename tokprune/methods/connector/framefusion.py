@@ -1,0 +1,180 @@
+"""FrameFusion: tokens that look like the one before at the same place merge into it, then the least attended go."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tokprune.errors import BudgetError, OptionError
+from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
+from tokprune.ops.frames import similarity_to
+from tokprune.ops.ranking import ranks, top_by_tier
+from tokprune.ops.wide import wide
+from tokprune.registry import register_method
+from tokprune.tokens import Merge, Selection, VisualTokens
+
+TEXT = -1  # patch type of tokens that are no part of the video
+FIRST = -2.0  # similarity of a token with nothing before it
+
+
+class Fusion(NamedTuple):
+    """How far the published procedure is: shares merged by the calls so far, and which of its two parts are over."""
+
+    sparsities: tuple[float, ...] = ()
+    merged: bool = False
+    pruned: bool = False
+
+
+def framefusion_sparsity(done: Sequence[float], cost: float, layers: int = 28) -> float:
+    """Share of the tokens that has to go now, so that all `layers` together cost the share `cost` (section 3.4).
+
+    done: shares removed by each layer so far. The published code counts 28 layers for every model.
+    """
+    left, spent = 1.0, 0.0
+    for share in done:
+        left *= 1 - share
+        spent += left
+    ahead = cost * layers - spent
+    if ahead < 0:
+        raise BudgetError(f"cost={cost} is too small: {len(done)} layers have already taken {spent / layers:.3f} of the whole.")
+    return max(0.0, 1 - ahead / ((layers - len(done)) * left))
+
+
+def framefusion_order(patch: Tensor) -> Tensor:
+    """Positions patch type by patch type, each in order; text (-1) comes first. patch: (L,) -> (L,)."""
+    return torch.sort(patch, stable=True).indices
+
+
+def framefusion_similarity(hidden: Tensor, patch: Tensor) -> Tensor:
+    """Cosine with the previous token of the same patch type; -2 for the first of its type and for text.
+
+    hidden: (L, C). patch: (L,) type of each token, -1 for text. Returns (L,), in the order of the sequence.
+    """
+    order = framefusion_order(patch)
+    sorted_patch = patch[order]
+    follows = torch.cat([torch.zeros_like(patch[:1]), (sorted_patch[1:] == sorted_patch[:-1]).long()]).bool()
+    before = torch.where(follows & (sorted_patch != TEXT), torch.cat([order[:1], order[:-1]]), -1)
+    return similarity_to(hidden, torch.empty_like(order).scatter(0, order, before), FIRST)
+
+
+def framefusion_heads(patch: Tensor, merges: Tensor) -> Tensor:
+    """The token into which each one flows: itself, or for those that merge the last one of its type that does not.
+
+    patch: (L,). merges: (L,) bool, false for the first of each type. Returns (L,) positions.
+    """
+    order = framefusion_order(patch)
+    place = torch.arange(len(order), device=order.device)
+    head = torch.where(merges[order], 0, place).cummax(0).values
+    return torch.empty_like(order).scatter(0, order, order[head])
+
+
+def framefusion_merge(hidden: Tensor, heads: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens that are left, each the mean of those that flow into it. heads: (L,) -> positions (K,), tokens (K, C)."""
+    at = torch.arange(len(heads), device=heads.device)
+    kept = (heads == at).nonzero()[:, 0]
+    slot = torch.searchsorted(kept, heads)
+    size = torch.zeros(len(kept), device=heads.device).index_add(0, slot, torch.ones_like(slot, dtype=torch.float32))
+    return kept, Merge(target=slot, scale=1 / size[slot]).apply(hidden, len(kept))
+
+
+def framefusion_step(
+    hidden: Tensor,
+    patch: Tensor,
+    state: Fusion,
+    cost: float,
+    attention: Tensor | None = None,
+    threshold: float = 0.6,
+    least: float = 0.1,
+    layers: int = 28,
+) -> tuple[Tensor, Tensor, Fusion]:
+    """One call of the published procedure: before the first layer of the LLM, and behind the attention of each.
+
+    hidden: (L, C), patch: (L,). attention: (L,) mean over heads and queries of what each token receives; read by the one call
+    that prunes. While it merges: the tokens above `threshold`, or, when these are more than have to go, the most similar ones as
+    many as that, and all is over. Merging ends when less than the share `least` is above. The call after that prunes.
+
+    Returns the positions that are left (K,), their tokens (K, C) and the new state.
+    """
+    visual = patch != TEXT
+    count = int(visual.sum())
+    everything = torch.arange(len(patch), device=patch.device)
+    if not state.merged:
+        share = framefusion_sparsity(state.sparsities, cost, layers)
+        similarity = framefusion_similarity(hidden, patch)
+        above = similarity > threshold
+        found = int(above.sum()) / max(count, 1)
+        if found < share:
+            state = Fusion((*state.sparsities, found), merged=found < least)
+        else:
+            above = ranks(similarity) < int(share * count)
+            state = Fusion(state.sparsities, merged=True, pruned=True)
+        kept, out = framefusion_merge(hidden, framefusion_heads(patch, above & (similarity > FIRST)))
+        return kept, out, state
+    if not state.pruned:
+        if attention is None:
+            raise OptionError("this call prunes: give the attention that each token received, (L,).")
+        keep = round(count * (1 - framefusion_sparsity(state.sparsities, cost, layers)))
+        kept = top_by_tier((~visual).long(), attention, len(patch) - count + keep)
+        return kept, hidden[kept], state._replace(pruned=True)
+    return everything, hidden, state
+
+
+@register_method(
+    "framefusion",
+    paper="FrameFusion: Combining Similarity and Importance for Video Token Reduction on Large Visual Language Models",
+    year=2025,
+    url="https://arxiv.org/abs/2501.01986",
+    complexity="O(ND)",
+    merges=True,
+)
+@dataclass(frozen=True)
+class FrameFusion(ConnectorMethod):
+    """FrameFusion (ICCV 2025) before the first layer: what repeats the frame before merges, then the least attended goes.
+
+    Each token is compared with the previous one at the same place; those above `threshold` (0.6), the most similar first and no
+    more than have to go, merge into it, and runs of them into one mean at the run's first token. If more tokens are left
+    than asked, the most attended stay.
+
+    The publication spreads this over the first layers of the LLM, with a budget of FLOPs, and prunes by the LLM's attention
+    (`framefusion_step` is one such call, exact to it). Here all of it happens in front of the LLM, where a count is asked
+    for: merging happens once, and importance is the tower's attention, averaged over what was merged. That also avoids what
+    ails the published code: 28 layers assumed for every model; sums in half precision; the mean over all queries of a causal
+    map, which favours early tokens; and one video at a time. Videos of two or three frames, of which at most a half or two
+    thirds can merge, are pruned more.
+
+    A picture or tile has nothing before it: the most attended tokens.
+    """
+
+    threshold: float = 0.6
+
+    def __post_init__(self) -> None:
+        if not -1 <= self.threshold <= 1 or math.isnan(self.threshold):
+            raise OptionError(f"threshold={self.threshold!r} is no cosine: -1 <= threshold <= 1, 0.6 as published.")
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The attention that the tower pays to each token."""
+        return ("cls_attention",)
+
+    def select(self, tokens: VisualTokens, keep: int) -> Selection:
+        """Merge and choose `keep` tokens of the stream."""
+        check_keep(keep, len(tokens))
+        features = check_finite(wide(tokens.features), "the visual features")
+        attention = check_finite(wide(tokens.signal("cls_attention")), "the attention values").to(features.device)
+        layout, n = tokens.layout.to(features.device), len(tokens)
+        patch = layout.row * max(w for _, w in layout.grids) + layout.col
+        if layout.kind != "video":
+            patch = torch.arange(n, device=patch.device)  # nothing comes before anything
+        similarity = framefusion_similarity(features, patch)
+        merges = (similarity > max(self.threshold, FIRST)) & (ranks(similarity) < n - keep)
+        heads = framefusion_heads(patch, merges)
+        size = torch.zeros_like(attention).index_add(0, heads, torch.ones_like(attention))
+        worth = torch.zeros_like(attention).index_add(0, heads, attention) / size.clamp(min=1)
+        indices = top_by_tier((heads == torch.arange(n, device=heads.device)).long(), worth, keep)
+        slot = torch.full((n,), -1, device=heads.device).scatter(0, indices, torch.arange(keep, device=heads.device))
+        return Selection(indices, Merge(target=slot[heads], scale=1 / size[heads]), info={"scores": worth})

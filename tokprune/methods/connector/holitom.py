@@ -1,0 +1,155 @@
+"""HoliTom: the cut into scenes that saves most, still places merged, moving tokens by attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokprune.errors import OptionError, unknown
+from tokprune.methods.base import Compat, ConnectorMethod, check_finite, check_keep
+from tokprune.ops.dpc import dpc_knn
+from tokprune.ops.frames import earlier, raster, similarity_to
+from tokprune.ops.pools import Pools, selection, still_and_moving
+from tokprune.ops.ranking import ranks
+from tokprune.ops.segments import static_runs
+from tokprune.ops.wide import wide
+from tokprune.registry import register_method
+from tokprune.tokens import Merge, Selection, VisualTokens
+
+NEIGHBOURS = 7  # of DPC-kNN
+NEVER = -2.0  # below every cosine: nothing to compare with
+
+
+def holitom_constancy(similarity: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Least similarity of each place between neighbouring frames of a scene. (T, P), row t with t - 1 -> (S, P)."""
+    return torch.stack(
+        [frames[1:].amin(0) if len(frames) > 1 else frames[0] for frames in similarity.split(list(lengths))]
+    )
+
+
+def holitom_ratio(retain: float, saved: int, tokens: int) -> float:
+    """Share to keep of what is left after still places are merged over time, so that `retain` of all tokens stay."""
+    return min(retain * tokens / (tokens - saved), 1.0)
+
+
+def holitom_counts(groups: Pools, ratio: float) -> Tensor:
+    """Tokens of each pool by the published rule: ceil(ratio n) moving ones, round(ratio n) still ones. (T + S,)."""
+    frames = len(groups.scene)
+    wish = groups.sizes.double() * ratio
+    return torch.cat([wish[:frames].ceil(), wish[frames:].round()]).long().minimum(groups.sizes)
+
+
+def holitom_flow(
+    features: Tensor, attention: Tensor, groups: Pools, counts: Tensor, beta: float | None = 0.6, published: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Choose by attention among the moving tokens of each frame, and cluster the still places of each scene.
+
+    features: (N, C). attention: (N,). counts: (T + S,). A cluster is beta times its centre plus (1 - beta) times the mean of its
+    other members; beta None: the plain mean. published: as many neighbours as clusters, at most seven.
+
+    Returns, (T + S, P): the cell that each cell flows into, -1 for none, and its weight there.
+    """
+    frames, device = len(groups.scene), features.device
+    cell = torch.arange(groups.place.shape[1], device=device)
+    worth = attention[groups.place.clamp(min=0)].masked_fill(~groups.moving, -torch.inf)
+    moving = torch.where(ranks(worth) < counts[:frames, None], cell, -1)
+    k = counts[frames:].clamp(1, NEIGHBOURS) if published else NEIGHBOURS
+    centre, still, _ = dpc_knn(groups.means(features), counts[frames:], k, groups.still)
+    slot = still.clamp(min=0)
+    size = features.new_zeros(slot.shape).scatter_add(1, slot, (still >= 0).to(features)).gather(1, slot).clamp(min=1)
+    if beta is None:
+        weight = 1 / size
+    else:
+        weight = torch.where(centre, torch.where(size > 1, beta, 1.0), (1 - beta) / (size - 1).clamp(min=1))
+    return torch.cat([moving, still]), torch.cat([torch.ones_like(worth), weight])
+
+
+def holitom(
+    features: Tensor, attention: Tensor, retain: float = 0.15, tau: float = 0.8, beta: float | None = 0.6
+) -> tuple[Tensor, Tensor, list[int], float]:
+    """The published outer stage without its contextual share (D = 0). features: (T, N, C), attention: (T, N).
+
+    Returns the merged tokens (K, C), scene by scene the still ones, then each frame's; the position of each in the video;
+    the scenes' lengths; the ratio applied within them.
+    """
+    frames, n, _ = features.shape
+    x = wide(features).flatten(0, 1)
+    at = torch.arange(frames * n, device=x.device)
+    similarity = similarity_to(x, (at - n).clamp(min=-1), NEVER).unflatten(0, (frames, n))
+    lengths, saved = static_runs(similarity[1:] > tau)
+    groups = still_and_moving(at.unflatten(0, (frames, n)), frames * n, lengths, holitom_constancy(similarity, lengths), tau)
+    ratio = holitom_ratio(retain, saved, frames * n)
+    into, weight = holitom_flow(x, attention.flatten(), groups, holitom_counts(groups, ratio), beta, published=True)
+    target, much = groups.flow(into, weight)
+    home = groups.home[groups.order][(into == torch.arange(n, device=x.device))[groups.order]]
+    row = torch.empty_like(target).scatter(0, home, at[: len(home)])
+    out = Merge(target=torch.where(target >= 0, row[target.clamp(min=0)], -1), scale=much).apply(x, len(home))
+    return out, home, lengths, ratio
+
+
+@register_method(
+    "holitom",
+    paper="HoliTom: Holistic Token Merging for Fast Video Large Language Models",
+    year=2025,
+    url="https://arxiv.org/abs/2505.21334",
+    complexity="O(ND + T² + SnnD) for S scenes, n tokens per frame",
+    merges=True,
+)
+@dataclass(frozen=True)
+class HoliTom(ConnectorMethod):
+    """HoliTom (NeurIPS 2025), its outer stage: global cut into scenes, still places merged in time and space, others by attention.
+
+    tau: cosine with the frame before, above which a place stands still (0.8; the authors take 0.65 to keep 10 %). The scenes are
+    those that together save most tokens (section 3.2, a dynamic programme over scene ends). In each scene the still places become
+    their mean over time and are clustered by DPC-kNN; beta: weight of a cluster's centre against the mean of its other members
+    (None: plain mean). Each frame's other tokens stay by attention. Merging in the LLM (layer 18) is the inner stage.
+
+    What differs from the published code, which compat="published" restores: it rounds pool by pool and misses the budget (80 for
+    75); with one cluster, one neighbour, it leaves the centre to random noise. Here pools share the budget in proportion to
+    their sizes, with an exact sum, and seven neighbours count (or all, if fewer). Where the pools hold fewer tokens than
+    asked, tau is raised: the least constant places move again. Its contextual share (D) is 0 by default and crashes
+    otherwise: not offered. The attention map is the stream's own (there: of all videos of a batch together). Tokens stay in the
+    order of the stream (there, without newlines: still ones of a scene first, see `holitom`).
+
+    A picture or tile is a scene of one frame: the top of its attention.
+    """
+
+    tau: float = 0.8
+    beta: float | None = 0.6
+    compat: Compat = "corrected"
+
+    def __post_init__(self) -> None:
+        if self.beta is not None and not 0 < self.beta <= 1:
+            raise OptionError(f"beta={self.beta!r} is the weight of a cluster's centre: 0 < beta <= 1, or None for the mean.")
+        if self.compat not in ("corrected", "published"):
+            raise unknown("compat", self.compat, ("corrected", "published"))
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The attention that the tower pays to each token."""
+        return ("cls_attention",)
+
+    def select(self, tokens: VisualTokens, keep: int) -> Selection:
+        """Merge the stream to `keep` tokens."""
+        check_keep(keep, len(tokens))
+        features = check_finite(wide(tokens.features), "the visual features")
+        attention = check_finite(wide(tokens.signal("cls_attention")), "the attention values").to(features.device)
+        layout = tokens.layout.to(features.device)
+        place = raster(layout)
+        similarity = similarity_to(features, earlier(layout), NEVER)[place.clamp(min=0)].masked_fill(place < 0, NEVER)
+        lengths, saved = [1] * layout.num_groups, 0
+        if layout.kind == "video":
+            lengths, saved = static_runs(similarity[1:] > self.tau)
+        constancy = holitom_constancy(similarity, lengths)
+        published = self.compat == "published"
+        groups = still_and_moving(place, len(tokens), lengths, constancy, self.tau, 0 if published else keep)
+        if published:
+            counts = holitom_counts(groups, holitom_ratio(keep / len(tokens), saved, len(tokens)))
+            keep = int(counts.sum())
+        else:
+            counts = groups.shares(keep)
+        into, weight = holitom_flow(features, attention, groups, counts, self.beta, published)
+        return selection(*groups.flow(into, weight), keep, scores=attention, scene=groups.scene[layout.group])

@@ -1,0 +1,170 @@
+"""PruneVid: scenes; in each, what stands still once, what moves frame by frame, both as a few clusters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokprune.errors import OptionError, unknown
+from tokprune.methods.base import Compat, ConnectorMethod, check_finite, check_keep
+from tokprune.ops.distance import unit
+from tokprune.ops.dpc import dpc_knn
+from tokprune.ops.frames import frame_means, raster
+from tokprune.ops.pools import Pools, selection, still_and_moving
+from tokprune.ops.segments import frame_clusters, refine, runs
+from tokprune.ops.wide import wide
+from tokprune.registry import register_method
+from tokprune.tokens import Merge, Selection, VisualTokens
+
+NEIGHBOURS = 7  # of DPC-kNN
+SMALL = 14  # the published code clusters only what has more tokens
+BLOCK = 16  # frames whose distances are in memory together
+
+
+def prunevid_scenes(means: Tensor, share: float = 0.25) -> list[int]:
+    """Lengths of the scenes: the frames' means in int(share T) clusters, made contiguous. means: (T, C)."""
+    return runs(refine(frame_clusters(means, max(1, int(len(means) * share)), NEIGHBOURS).tolist()))
+
+
+def prunevid_constancy(features: Tensor, place: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Mean cosine of each place over all pairs of a scene's frames; 0 in scenes of one frame.
+
+    features: (N, C). place: (T, P) positions, -1 for none. Returns (S, P). Linear in the frames: the sum over pairs is the
+    squared length of the sum of unit vectors, less the vectors' own.
+    """
+    out = []
+    for frames in place.split(list(lengths)):
+        rows = unit(features[frames.clamp(min=0)])
+        pairs = max(1, len(frames) * (len(frames) - 1))
+        out.append((rows.sum(0).square().sum(-1) - rows.square().sum((0, 2))) / pairs)
+    return torch.stack(out)
+
+
+def prunevid_counts(groups: Pools, cluster_ratio: float = 0.5) -> Tensor:
+    """Clusters of each pool by the published rule: int(ratio n), or all n where there are at most 14. (T + S,)."""
+    sizes = groups.sizes
+    return torch.where(sizes > SMALL, (sizes.double() * cluster_ratio).long(), sizes)
+
+
+def prunevid_clusters(features: Tensor, groups: Pools, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cluster each pool into counts[pool] clusters. features: (N, C), counts: (T + S,).
+
+    Returns, (T + S, P): the cell of the centre of each cell's cluster, its weight in the cluster's mean, its score as a centre.
+    """
+    frames = len(groups.scene)
+    found = [
+        dpc_knn(features[place.clamp(min=0)], count, NEIGHBOURS, valid)
+        for place, count, valid in zip(
+            groups.place.split(BLOCK), counts[:frames].split(BLOCK), groups.moving.split(BLOCK), strict=True
+        )
+    ]
+    found.append(dpc_knn(groups.means(features), counts[frames:], NEIGHBOURS, groups.still))
+    into, score = (torch.cat([f[i] for f in found]) for i in (1, 2))
+    size = torch.zeros_like(score).scatter_add(1, into.clamp(min=0), (into >= 0).to(score))
+    return into, 1 / size.gather(1, into.clamp(min=0)).clamp(min=1), score
+
+
+def prunevid(
+    features: Tensor, tau: float = 0.8, scene_share: float = 0.25, cluster_ratio: float = 0.5
+) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    """The published first stage. features: (T, N, C).
+
+    Returns the merged tokens (K, C) in the published order (scene by scene the still ones, then each frame's; clusters by
+    score, best first), how many each scene has of the still and of the moving ones, and the scenes' lengths.
+    """
+    frames, n, _ = features.shape
+    x = wide(features).flatten(0, 1)
+    place = torch.arange(frames * n, device=x.device)
+    lengths = prunevid_scenes(wide(features).mean(1), scene_share)
+    raster_of = place.unflatten(0, (frames, n))
+    groups = still_and_moving(raster_of, frames * n, lengths, prunevid_constancy(x, raster_of, lengths), tau)
+    counts = prunevid_counts(groups, cluster_ratio)
+    into, weight, score = prunevid_clusters(x, groups, counts)
+    target, much = groups.flow(into, weight)
+    # Tokens in the order in which they leave: pool after pool, clusters by score where there are clusters, else in place.
+    cell = torch.arange(n, device=x.device)
+    rank = torch.where((counts < groups.sizes)[:, None], -score, cell.to(score))[groups.order]
+    centre = (into == cell)[groups.order]
+    home = groups.home[groups.order].gather(1, torch.sort(rank, stable=True).indices)
+    home = home[centre.gather(1, torch.sort(rank, stable=True).indices)]
+    row = torch.empty_like(target).scatter(0, home, place[: len(home)])
+    out = Merge(target=torch.where(target >= 0, row[target.clamp(min=0)], -1), scale=much).apply(x, len(home))
+    moving = torch.zeros_like(groups.length).index_add(0, groups.scene, counts[:frames])
+    return out, counts[frames:], moving, lengths
+
+
+def prunevid_second_stage(attention: Tensor, groups: Sequence[int], alpha: float = 0.4) -> Tensor:
+    """Which of the merged tokens the LLM goes on with: int(alpha n) of each group, by the question's attention (section 3.3).
+
+    attention: (heads, text, K) of one layer, from the words behind the video to the video. groups: sizes of the runs of tokens
+    that compete, in order: each scene's still ones and each frame's. Returns ascending indices.
+    """
+    kept, begin = [], 0
+    for worth in attention.amax((0, 1)).split(list(groups)):
+        best = torch.sort(worth, descending=True, stable=True).indices[: int(alpha * len(worth))]
+        kept.append(best.sort().values + begin)
+        begin += len(worth)
+    return torch.cat(kept)
+
+
+@register_method(
+    "prunevid",
+    paper="PruneVid: Visual Token Pruning for Efficient Video Large Language Models",
+    year=2025,
+    url="https://arxiv.org/abs/2412.16117",
+    complexity="O(NnD) for n tokens per frame",
+    merges=True,
+)
+@dataclass(frozen=True)
+class PruneVid(ConnectorMethod):
+    """PruneVid (ACL Findings 2025), its first stage: scenes, still and moving tokens, clusters.
+
+    The frames' means are clustered into `scene_share` as many scenes (section 3.2). Places that look the same throughout a
+    scene (mean cosine above tau) become one token each, their mean over time. These, and each frame's other tokens, are then
+    clustered by DPC-kNN (k = 7), and each cluster becomes its mean. Question-guided pruning in the LLM is the second stage
+    (`prunevid_second_stage` has its choice).
+
+    The published count depends on the video: half (cluster_ratio) of each pool of more than 14 tokens. Here the budget is
+    given, and pools share it in proportion to their sizes. Where the pools hold fewer tokens than asked, tau is raised:
+    the least constant places move again. A budget below the number of pools drops some of them, at even distances.
+
+    compat="published" keeps the published counts, whatever the budget. In both, tokens stay in the order of the stream (published:
+    by cluster score, see `prunevid`), a still cluster at its centre's place in the scene's first frame; videos of fewer than
+    seven frames use all of them as neighbours (published: an error); equal densities go to the lower index (published: to
+    random noise). A picture or tile is a scene of one frame, all moving.
+    """
+
+    tau: float = 0.8
+    scene_share: float = 0.25
+    cluster_ratio: float = 0.5
+    compat: Compat = "corrected"
+
+    def __post_init__(self) -> None:
+        for name in ("scene_share", "cluster_ratio"):
+            if not 0 < getattr(self, name) <= 1:
+                raise OptionError(f"{name}={getattr(self, name)!r} is a share: 0 < {name} <= 1.")
+        if self.compat not in ("corrected", "published"):
+            raise unknown("compat", self.compat, ("corrected", "published"))
+
+    def select(self, tokens: VisualTokens, keep: int) -> Selection:
+        """Merge the stream to `keep` tokens."""
+        check_keep(keep, len(tokens))
+        features = check_finite(wide(tokens.features), "the visual features")
+        layout = tokens.layout.to(features.device)
+        lengths = [1] * layout.num_groups
+        if layout.kind == "video":
+            lengths = prunevid_scenes(frame_means(features, layout), self.scene_share)
+        place = raster(layout)
+        constancy = prunevid_constancy(features, place, lengths)
+        if self.compat == "published":
+            groups = still_and_moving(place, len(tokens), lengths, constancy, self.tau)
+            counts = prunevid_counts(groups, self.cluster_ratio)
+            keep = int(counts.sum())
+        else:
+            groups = still_and_moving(place, len(tokens), lengths, constancy, self.tau, keep)
+            counts = groups.shares(keep)
+        into, weight, _ = prunevid_clusters(features, groups, counts)
+        return selection(*groups.flow(into, weight), keep, scene=groups.scene[layout.group])

@@ -1,0 +1,102 @@
+"""STORM's test-time reduction: fewer frames by sampling or averaging, and pooling inside them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tokprune.errors import OptionError, unknown
+from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
+from tokprune.ops.cells import centres, even_cells
+from tokprune.ops.frames import raster, spread
+from tokprune.registry import register_method
+from tokprune.tokens import Layout, Merge, Selection, VisualTokens
+
+MODES = ("sample", "pool")
+
+
+def temporal_sample(features: Tensor, stride: int = 2) -> Tensor:
+    """Every `stride`-th frame, from the first (section 3.3). features: (T, N, C) -> (ceil(T / stride), N, C)."""
+    return features[::stride]
+
+
+def temporal_pool(features: Tensor, stride: int = 4) -> Tensor:
+    """Mean of every `stride` frames; a shorter rest is averaged over what there is. (T, N, C) -> (ceil(T / stride), N, C)."""
+    wide = features if features.dtype == torch.float64 else features.float()
+    return torch.stack([part.mean(0) for part in wide.split(stride)]).to(features.dtype)
+
+
+def spatial_pool(features: Tensor, grid: tuple[int, int], size: int = 2) -> Tensor:
+    """Mean of every size x size cells of the grid, which `size` must divide. (T, H W, C) -> (T, H W / size², C)."""
+    height, width = grid
+    if height % size or width % size:
+        raise OptionError(f"size={size} does not divide the grid of {height} x {width} tokens.")
+    wide = features if features.dtype == torch.float64 else features.float()
+    cells = wide.unflatten(1, (height // size, size, width // size, size))
+    return cells.mean((2, 4)).flatten(1, 2).to(features.dtype)
+
+
+@register_method(
+    "storm",
+    paper="STORM: Token-Efficient Long Video Understanding for Multimodal LLMs",
+    year=2025,
+    url="https://arxiv.org/abs/2503.04130",
+    complexity="O(ND)",
+    merges=True,
+)
+@dataclass(frozen=True)
+class Storm(ConnectorMethod):
+    """STORM (ICCV 2025), what it does without training: keep every `stride`-th frame, then pool inside the frames.
+
+    mode "sample": the others are dropped (the paper's temporal token sampling, stride 2). mode "pool": each run of `stride`
+    frames becomes its mean (the paper trains with it, stride 4). The frames that are left share the budget equally, and each
+    is averaged over as many near-square cells as it may keep. stride is lowered where the frames left could not fill the
+    budget, so that every budget is met: 1/stride of all tokens is plain sampling, keeping all changes nothing.
+
+    A baseline. STORM's numbers come from a Mamba layer between tower and LLM that writes the dropped frames into the
+    kept ones; without it, sampling behind the tower is sampling fewer frames. Frames of different sizes are averaged where
+    both have a token. Tiles and pictures do not follow one another in time: they are pooled in space only.
+    """
+
+    stride: int = 2
+    mode: Literal["sample", "pool"] = "sample"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stride, bool) or not isinstance(self.stride, int) or self.stride < 1:
+            raise OptionError(f"stride={self.stride!r} is not a whole number of frames; 2 keeps every other one.")
+        if self.mode not in MODES:
+            raise unknown("mode", self.mode, MODES)
+
+    def select(self, tokens: VisualTokens, keep: int) -> Selection:
+        """Sample or pool the stream to `keep` tokens."""
+        check_keep(keep, len(tokens))
+        check_finite(tokens.features, "the visual features")
+        device = tokens.features.device
+        layout = tokens.layout.to(device)
+        frames, sizes = layout.num_groups, layout.group_sizes
+        stride = self.stride if layout.kind == "video" else 1
+        while sum(sizes[::stride]) < keep:
+            stride -= 1
+        shares = iter(spread(keep, sizes[::stride]))
+        budgets = [next(shares) if t % stride == 0 else 0 for t in range(frames)]
+        cell = even_cells(layout, budgets)
+        middle = centres(cell, keep, layout)
+        if self.mode == "pool" and stride > 1:
+            cell = _follow(cell, layout, stride)
+        inside, slot_of = cell >= 0, cell.clamp(min=0)
+        indices, order = middle.sort()
+        slot = torch.empty_like(order).scatter(0, order, torch.arange(keep, device=device))
+        size = torch.zeros(keep, device=device).index_add(0, slot_of, inside.float())
+        return Selection(indices, Merge(target=torch.where(inside, slot[slot_of], -1), scale=inside / size[slot_of]))
+
+
+def _follow(cell: Tensor, layout: Layout, stride: int) -> Tensor:
+    """The cell of each token, in frames without cells that of the same place in the last frame that has some."""
+    places = raster(layout)  # (T, P)
+    width = max(w for _, w in layout.grids)
+    first = torch.div(layout.group, stride, rounding_mode="floor") * stride
+    leader = places[first, layout.row * width + layout.col]
+    return torch.where(leader >= 0, cell[leader.clamp(min=0)], -1)
