@@ -14,26 +14,17 @@ from tests.golden_vectors import GoldenCase, cases_of, claimed, claims, files, f
 PLANNED: frozenset[str] = frozenset(
     [
         "aks",
-        "dycoke",
-        "evs",
         "fastv",
-        "fastvid",
         "fitprune",
-        "flashvid",
-        "frame_indices",
-        "framefusion",
         "gemfilter",
-        "holitom",
         "mustdrop",
         "promptdistill",
         "proposal",
-        "prunevid",
         "pyramiddrop",
         "quecc",
         "quota",
         "scenetilling",
         "sparsevlm",
-        "vidcom2",
         "wfs_sb",
     ]
 )

@@ -13,6 +13,7 @@ from tokprune.adapters.seam import LastRun, Options, Seam
 from tokprune.config import PruneConfig
 from tokprune.errors import OptionError, TokpruneError
 from tokprune.methods.base import ConnectorMethod, Method
+from tokprune.methods.encoder_base import EncoderMethod
 from tokprune.report import Report
 
 HANDLE = "_tokprune"  # attribute of the model that holds its Pruning
@@ -29,9 +30,31 @@ class Pruning:
         self.processor = processor
         self.adapter = get_adapter(model)
         self.model = self.adapter.model
-        self._seam = Seam(
-            self.adapter, Options(_connector(config), self._keep, config.positions, config.query, processor, scorer)
-        )
+        connector, encoder = _stages(config)
+        self.encoder: Any = None
+        method: Any = connector
+        if encoder is not None:
+            from tokprune.adapters.splice import EncoderPruning
+            from tokprune.adapters.splice.handoff import AmongSurvivors
+
+            # The budget is one: the connector's when there is one, and the encoder then follows its own schedule.
+            amount = (None, None) if connector is not None else (config.ratio, config.budget)
+            self.encoder = EncoderPruning(model, encoder, *amount)
+            encoder.check(self.encoder.tower.depth, amount != (None, None))
+            method = AmongSurvivors(connector)
+        keep_of = self._keep if connector is not None else lambda n: n
+        options = Options(method, keep_of, config.positions, config.query, processor, scorer, self.encoder)
+        self._seam = Seam(self.adapter, options)
+
+    def _install(self) -> None:
+        if self.encoder is not None:
+            self.encoder.install()
+        try:
+            self._seam.install()
+        except BaseException:
+            self.remove()
+            raise
+        self.model.__dict__[HANDLE] = self
 
     def _keep(self, n: int) -> int:
         if self.config.budget is not None:
@@ -51,6 +74,8 @@ class Pruning:
     def remove(self) -> None:
         """Give the model back untouched. Calling it twice is harmless."""
         self._seam.remove()
+        if self.encoder is not None:
+            self.encoder.remove()
         if self.active:
             del self.model.__dict__[HANDLE]
 
@@ -76,6 +101,8 @@ class Pruning:
         """What the last prefill kept, how, and what it cost; prints as a table."""
         kind = getattr(self.model.config, "model_type", "?")
         notes = [] if kind in VERIFIED else [f"{kind} runs through the generic adapter; it is not in the verified list"]
+        if self.encoder is not None and self.last is not None:
+            notes += str(self.encoder.report()).splitlines()
         return Report.build(self.config, type(self.model).__name__, self.last, notes)
 
     def __repr__(self) -> str:
@@ -84,17 +111,26 @@ class Pruning:
         return f"<Pruning {type(self.model).__name__} by {methods}, {amount}{'' if self.active else ', removed'}>"
 
 
-def _connector(config: PruneConfig) -> ConnectorMethod:
+def _stages(config: PruneConfig) -> tuple[ConnectorMethod | None, EncoderMethod | None]:
+    """The connector and the encoder method of a config; other stages are refused."""
+    connector: ConnectorMethod | None = None
+    encoder: EncoderMethod | None = None
     for method in config.methods:
-        if method.stage != "connector":
+        if method.stage == "connector" and isinstance(method, ConnectorMethod):
+            connector = method
+        elif method.stage == "encoder" and isinstance(method, EncoderMethod):
+            encoder = method
+        elif method.stage in ("connector", "encoder"):
             raise OptionError(
-                f"method {method.info.name!r} belongs to the stage {method.stage!r}, which this version cannot run in a model yet; "
-                "the connector stage can: tokprune.list_methods(stage='connector')."
+                f"{type(method).__name__} must derive from tokprune.methods.base.ConnectorMethod or "
+                "tokprune.methods.encoder_base.EncoderMethod."
             )
-    method = config.methods[0]
-    if not isinstance(method, ConnectorMethod):
-        raise OptionError(f"{type(method).__name__} must derive from tokprune.methods.base.ConnectorMethod.")
-    return method
+        else:
+            raise OptionError(
+                f"method {method.info.name!r} belongs to the stage {method.stage!r}, which this version cannot run in a model yet; the "
+                "stages encoder and connector can."
+            )
+    return connector, encoder
 
 
 def apply(
@@ -118,6 +154,10 @@ def apply(
     embed_text and embed_image, or "open_clip:<model>/<weights>", for methods that compare text with patches. options: the
     method's own fields.
 
+    A method of the encoder stage reduces the vision tower itself, and a VLM's LLM then gets one token per group. Stages compose:
+    method=[get_method("tome", r=1), "divprune"]; the ratio is the connector's then. `model` may also be a timm or open_clip
+    ViT: ratio is optional for methods with a schedule of their own (`apply(vit, "tome", r=8)`), the handle an EncoderPruning.
+
     Applying again replaces. Raises UnsupportedModelError for models that cannot be pruned, OptionError and BudgetError for
     arguments that cannot be used; the model is then as it was.
     """
@@ -133,16 +173,29 @@ def apply(
         from tokprune.adapters.scorers import load_scorer
 
         scorer = load_scorer(scorer, processor)
+    if all(m.stage == "encoder" for m in config.methods) and not _is_vlm(model):
+        from tokprune.adapters.splice import apply_encoder
+
+        remove(model)
+        return apply_encoder(model, config.methods[0], ratio=config.ratio, budget=config.budget)  # type: ignore[return-value]
     pruning = Pruning(model, config, processor, scorer)
     remove(pruning.model)
-    pruning._seam.install()
-    pruning.model.__dict__[HANDLE] = pruning
+    pruning._install()
     return pruning
+
+
+def _is_vlm(model: Any) -> bool:
+    """Whether a model has an LLM behind its vision tower, so that its tokens can be pruned there, too."""
+    inner = unwrap(model) if hasattr(model, "modules") else model
+    return hasattr(getattr(inner, "base_model", None), "get_image_features") and hasattr(inner.config, "text_config")
 
 
 def remove(model: Any) -> None:
     """Take the pruning off `model`, whoever applied it; a model that is not pruned stays as it is."""
+    from tokprune.adapters.splice import remove_encoder
+
     inner = unwrap(model) if hasattr(model, "modules") else model
+    remove_encoder(model)
     pruning = getattr(inner, "__dict__", {}).get(HANDLE)
     if pruning is None:
         return

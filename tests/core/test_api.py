@@ -222,3 +222,29 @@ def test_wrong_number_of_placeholders_is_explained(model, inputs):
     ids[0, (ids[0] == model.config.image_token_id).nonzero()[0]] = 5
     with tokprune.apply(model, "divprune", ratio=0.5), pytest.raises(tokprune.TokpruneError, match="placeholder"):
         model(**{**cut, "input_ids": ids})
+
+
+@torch.no_grad()
+def test_encoder_stage_by_the_same_line(model, inputs):
+    before = model(**inputs).logits
+    with tokprune.apply(model, "tome", ratio=0.5) as pruning:
+        assert not torch.equal(model(**inputs).logits, before)
+        assert "tome" in str(pruning.report())
+        tokprune.apply(model, "divprune", ratio=0.5)  # replaces it
+        assert not pruning.active
+    tokprune.remove(model)
+    assert clean(model)
+    assert torch.equal(model(**inputs).logits, before)
+
+
+@torch.no_grad()
+def test_plain_vision_transformer():
+    timm = pytest.importorskip("timm", reason="tokprune[vision]")
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3).eval()
+    pixels = torch.randn(2, 3, 64, 64)
+    before = vit(pixels)
+    with tokprune.apply(vit, "tome", r=2):
+        assert not torch.equal(vit(pixels), before)
+    assert torch.equal(vit(pixels), before)
+    with pytest.raises(UnsupportedModelError, match="VLM"):
+        tokprune.apply(vit, "divprune", ratio=0.5)

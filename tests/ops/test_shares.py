@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import random
 
+import pytest
 import torch
 
 from tokprune.budget import share
-from tokprune.ops.shares import share_out
+from tokprune.ops.shares import share_on_device, share_out
+
+BOTH = pytest.mark.parametrize("split", [share_out, share_on_device])
 
 
-def test_equals_the_rule_on_the_host() -> None:
+@BOTH
+def test_equals_the_rule_on_the_host(split) -> None:  # type: ignore[no-untyped-def]
     chance = random.Random(0)
     for _ in range(300):
         members = chance.randint(1, 8)
@@ -18,20 +22,22 @@ def test_equals_the_rule_on_the_host() -> None:
         weights = [chance.choice([0.0, 1.0, 2.0, chance.random(), chance.random() ** 8]) for _ in range(members)]
         total = chance.randint(0, sum(capacities))
         wide = torch.tensor([weights], dtype=torch.float64)
-        assert share_out(total, wide, torch.tensor(capacities))[0].tolist() == share(total, weights, capacities)
+        assert split(total, wide, torch.tensor(capacities))[0].tolist() == share(total, weights, capacities)
 
 
-def test_float32_sums_stay_exact() -> None:
+@BOTH
+def test_float32_sums_stay_exact(split) -> None:  # type: ignore[no-untyped-def]
     g = torch.Generator().manual_seed(1)
     weights = torch.rand(50, 16, generator=g) ** 6
     capacities = torch.randint(1, 400, (16,), generator=g)
     for total in (0, 1, 97, int(capacities.sum()) - 1, int(capacities.sum())):
-        out = share_out(total, weights, capacities)
+        out = split(total, weights, capacities)
         assert (out.sum(-1) == total).all()
         assert (out >= 0).all()
         assert (out <= capacities).all()
 
 
-def test_useless_weights_are_equal_ones() -> None:
+@BOTH
+def test_useless_weights_are_equal_ones(split) -> None:  # type: ignore[no-untyped-def]
     bad = torch.tensor([[0.0, 0, 0], [1, torch.nan, 1], [1, -1, 1], [torch.inf, 1, 1]])
-    assert share_out(6, bad, torch.tensor([5, 5, 5])).tolist() == [[2, 2, 2]] * 4
+    assert split(6, bad, torch.tensor([5, 5, 5])).tolist() == [[2, 2, 2]] * 4

@@ -51,6 +51,7 @@ class Options:
     query: str | Sequence[str] | None = None
     processor: Any = None
     scorer: Any = None
+    encoder: Any = None  # the EncoderPruning of the same model, whose survivors are the candidates
 
 
 class Mode:
@@ -97,7 +98,7 @@ class Seam:
         self.threads = _Threads()
         self.handles: list[Any] = []
         self.patched: list[tuple[Any, str]] = []
-        self.recorder = Recorder(adapter, options.method.needs, options.scorer)
+        self.recorder = Recorder(adapter, options.method.needs, options.scorer, options.encoder)
         self.last: LastRun | None = None
         self.reader = Reader()
 

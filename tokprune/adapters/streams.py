@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tokprune.adapters.base import Adapter, flatten
-from tokprune.adapters.layouts import Run, StreamLayout, placeholder_runs, reads_runs, stream_layouts
+from tokprune.adapters.layouts import Call, Run, StreamLayout, placeholder_runs, reads_runs, stream_layouts
 from tokprune.adapters.probe import AttentionProbe
 from tokprune.adapters.signals import SignalSet, compute_signals, required_blocks
 from tokprune.errors import MissingSignalError, TokpruneError
@@ -25,6 +25,8 @@ from tokprune.tokens import Layout, Query, Selection, VisualTokens
 
 # Needs that do not come from the vision tower's call.
 QUERY_NEEDS = ("clip_text",)
+# Which rows the encoder stage left as groups' own places; given by its handle, not by a probe.
+SURVIVORS = "encoder_survivor"
 
 
 @dataclass
@@ -68,9 +70,9 @@ class Recorder:
     """Observes get_image_features and get_video_features of one model: generate() encodes before the prefill, and drops
     pixels, grids and sizes afterwards, so layout and signals must be taken there."""
 
-    def __init__(self, adapter: Adapter, needs: Sequence[str], scorer: Any = None) -> None:
-        self.adapter, self.scorer = adapter, scorer
-        self.needs = tuple(n for n in needs if n not in QUERY_NEEDS)
+    def __init__(self, adapter: Adapter, needs: Sequence[str], scorer: Any = None, encoder: Any = None) -> None:
+        self.adapter, self.scorer, self.encoder = adapter, scorer, encoder
+        self.needs = tuple(n for n in needs if n not in QUERY_NEEDS and n != SURVIVORS)
         self.busy = _Busy()
         self.turn = _Turn()
         self.patched: list[str] = []
@@ -130,6 +132,13 @@ class Recorder:
         if self.needs:
             signals = compute_signals(
                 self.adapter.base, modality, arguments, output, self.probe, self.needs, scorer=self.scorer
+            )
+        if self.encoder is not None:
+            from tokprune.adapters.splice.handoff import survivor_rows
+
+            signals = SignalSet() if signals is None else signals
+            signals.values[SURVIVORS] = survivor_rows(
+                self.encoder, Call(self.adapter.base, modality, arguments, output)
             )
         sizes = [f.shape[0] for f in flatten(output.pooler_output)]
         output.tokprune_record = EncoderRecord(modality, arguments, copy.copy(output), sizes, signals, seconds)
@@ -290,9 +299,9 @@ def choose(method: ConnectorMethod, streams: Sequence[Stream], keep_of: Any) -> 
         keeps = method.budgets([s.tokens for s in members], [s.keep for s in members])
         for stream, keep in zip(members, keeps, strict=True):
             stream.keep = int(keep)
-    active = [s for s in streams if s.keep < len(s.tokens)]
+    active = [s for s in streams if s.keep < len(s.tokens) or method.narrows]
     for stream in streams:
-        if stream.keep >= len(stream.tokens):
+        if stream.keep >= len(stream.tokens) and not method.narrows:
             stream.selection = Selection(torch.arange(len(stream.tokens), device=stream.tokens.features.device))
     if active:
         chosen = method.select_batch([s.tokens for s in active], [s.keep for s in active])

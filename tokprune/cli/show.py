@@ -26,12 +26,11 @@ def kept_sheet(image: Any, question: str, panels: Sequence[tuple[str, str, Any]]
     from tokprune.viz.geometry import of_processor
     from tokprune.viz.sheet import method_sheet
 
-    geometry = of_processor(processor, (image.height, image.width))
+    layout = panels[0][2].layout
+    geometry = of_processor(processor, (image.height, image.width), None, layout)
     selections = {method: stream.selection for method, _, stream in panels}
     captions = {method: f"answer: {answer}" for method, answer, _ in panels if answer}
-    return method_sheet(
-        image, panels[0][2].layout, selections, geometry, title=question, subtitle=subtitle, captions=captions
-    )
+    return method_sheet(image, layout, selections, geometry, title=question, subtitle=subtitle, captions=captions)
 
 
 def run_show(

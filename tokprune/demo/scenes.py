@@ -37,6 +37,8 @@ VALIDATION_SEED = 1_000_000
 HELD_OUT_SEED = 10_000_000
 _HELD_OUT_SPAN = 1_000_000
 _QUESTIONS_PER_SCENE = 3
+# At least so many answers share a held-out type: no constant answer may pass for understanding.
+_LEAST_ANSWERS = {"exist": 2, "where": 4, "count": 3}
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,8 @@ def ask(objects: Sequence[SceneObject], question_type: QuestionType, rng: random
 def held_out(n_questions: int, seed: int = 0, types: Sequence[QuestionType] = QUESTION_TYPES) -> list[Example]:
     """A balanced list of examples from scenes that training never sees.
 
-    Every type gets the same number of questions (give or take one); the answers of "exist" and "where" are balanced too.
+    Every type gets the same number of questions (give or take one); the answers of "exist" and "where" are balanced
+    too, and no number answers more than a third of "count" (give or take one).
     A longer list with the same seed is not an extension of a shorter one. At most three questions share a scene.
     """
     if n_questions < 1 or not types:
@@ -134,8 +137,8 @@ def held_out(n_questions: int, seed: int = 0, types: Sequence[QuestionType] = QU
     if not 0 <= seed < 1000:
         raise ValueError(f"seed must be in 0..999, got {seed}")
     share, extra = divmod(n_questions, len(types))
-    missing = Counter({kind: share + (i < extra) for i, kind in enumerate(types)})
-    limits = {"exist": -(-missing["exist"] // 2), "where": -(-missing["where"] // 4)}
+    missing: Counter[str] = Counter({kind: share + (i < extra) for i, kind in enumerate(types)})
+    limits = {kind: -(-missing[kind] // least) for kind, least in _LEAST_ANSWERS.items()}
     answers: Counter[tuple[str, str]] = Counter()
     examples: list[Example] = []
     scene_seed = HELD_OUT_SEED + seed * _HELD_OUT_SPAN
@@ -160,7 +163,8 @@ def held_out(n_questions: int, seed: int = 0, types: Sequence[QuestionType] = QU
 
 def _sample_objects(rng: random.Random) -> list[SceneObject]:
     """One to MAX_OBJECTS objects that do not touch each other and stay off the middle lines."""
-    wanted, objects = rng.randint(1, MAX_OBJECTS), []
+    wanted = rng.randint(1, MAX_OBJECTS)
+    objects: list[SceneObject] = []
     for _ in range(200):
         if len(objects) == wanted:
             break

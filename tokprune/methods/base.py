@@ -47,7 +47,16 @@ class ConnectorMethod(Method):
     def exact(self) -> bool:
         """Whether `select` keeps exactly what it is asked to; published code that under-fills its budget may not."""
         inner = [v for v in vars(self).values() if isinstance(v, ConnectorMethod)]
-        return getattr(self, "compat", "corrected") == "corrected" and not self.info.adaptive and all(m.exact for m in inner)
+        return (
+            getattr(self, "compat", "corrected") == "corrected"
+            and not self.info.adaptive
+            and all(m.exact for m in inner)
+        )
+
+    @property
+    def narrows(self) -> bool:
+        """Whether `select` must be asked even when all tokens may stay."""
+        return False
 
     def budgets(self, batch: Sequence[VisualTokens], keeps: Sequence[int]) -> list[int]:
         """Share the tokens of one prompt's images out anew, before `select_batch`; as given unless a method has a rule.
@@ -97,7 +106,9 @@ def check_keep(keep: int, n: int) -> None:
 def check_finite(values: Tensor, what: str) -> Tensor:
     """Return `values`, or refuse NaN and infinity, which would make any choice meaningless."""
     if not torch.isfinite(values).all():
-        raise OptionError(f"{what} hold NaN or infinity; the model's forward is broken before pruning (overflow in half precision?).")
+        raise OptionError(
+            f"{what} hold NaN or infinity; the model's forward is broken before pruning (overflow in half precision?)."
+        )
     return values
 
 

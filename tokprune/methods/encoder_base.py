@@ -21,16 +21,17 @@ Place = Literal["middle", "end"]
 class BlockView:
     """One block of a vision tower, as an encoder method sees it.
 
-    A row of `x` is a token, or, where the connector joins `fold` tokens to one (2 x 2 mergers, pixel shuffle), such a unit
-    with its tokens' channels side by side; then the prefix is not among the rows.
+    A row of `x` is a token, or, where the connector joins `fold` tokens to one (2 x 2 mergers, pixel shuffle), such a
+    unit with its tokens' channels side by side; then the prefix is not among the rows.
 
-    x: (B, N, C) hidden states where the cut is made. index: 0-based block. depth: how many of the `blocks` feed the output that is
-    used. prefix: leading rows that are no patches ([CLS], distillation, registers). start: patch rows at the tower's
-    entrance. target: patch rows wanted at its end, if the user gave a ratio or budget. size: (B, N, 1) original tokens that
-    each row stands for, None before the first merge; 0 marks padding. qkv: makes this block's queries, keys and values,
-    each (B, H, S, hd) token by token, the prefix first. scale: of the attention logits. hidden_prefix: prefix tokens that
-    stand in qkv. cls: whether the first of them is a [CLS] token. rotate: turns q and k as
-    the block's rotary embedding does. bias: what the block added to its attention logits, (B, 1, 1 or S, S) or None.
+    x: (B, N, C) hidden states where the cut is made. index: 0-based block. depth: how many of the `blocks` feed the
+    output that is used. prefix: leading rows that are no patches ([CLS], distillation, registers). start: patch rows at
+    the tower's entrance. target: patch rows wanted at its end, if the user gave a ratio or budget. size: (B, N, 1)
+    original tokens that each row stands for, None before the first merge; 0 marks padding. qkv: makes this block's
+    queries, keys and values, each (B, H, S, hd) token by token, the prefix first. scale: of the attention logits.
+    hidden_prefix: prefix tokens that stand in qkv. cls: whether the first of them is a [CLS] token. rotate: turns q and
+    k as the block's rotary embedding does. bias: what the block added to its attention logits, (B, 1, 1 or S, S) or
+    None.
     """
 
     x: Tensor
@@ -97,7 +98,9 @@ class BlockView:
         return (logits if self.bias is None else logits + self.bias.to(logits.dtype)).softmax(-1)
 
     def attention(self) -> Tensor:
-        """Attention between the rows of `x`, (B, H, N, N); of units: summed over keys, mean over queries, rows sum to 1."""
+        """Attention between the rows of `x`, (B, H, N, N); of units: summed over keys, mean over queries, rows sum
+        to 1.
+        """
         full = self.attention_map()
         if self.fold == 1:
             return full
@@ -114,8 +117,8 @@ class BlockView:
 class Reduction:
     """K rows in place of N.
 
-    x: (B, K, C). rep: (B, K) input row at which each output row sits, -1 for padding. assign: (B, N) output row into which
-    each input flows, -1 when it is dropped. size: (B, K, 1) original tokens in each row, 0 for padding.
+    x: (B, K, C). rep: (B, K) input row at which each output row sits, -1 for padding. assign: (B, N) output row into
+    which each input flows, -1 when it is dropped. size: (B, K, 1) original tokens in each row, 0 for padding.
     """
 
     x: Tensor
@@ -186,7 +189,9 @@ def geometric_counts(start: int, target: int, steps: int) -> list[int]:
 
 
 def at_depths(blocks: Sequence[int | float], depth: int) -> tuple[int, ...]:
-    """0-based block numbers, ascending. Whole numbers stand for themselves, fractions in (0, 1) for a relative depth."""
+    """0-based block numbers, ascending. Whole numbers stand for themselves, fractions in (0, 1) for a relative
+    depth.
+    """
     out = set()
     for block in blocks:
         number = min(round(block * depth), depth - 1) if isinstance(block, float) and 0 < block < 1 else int(block)

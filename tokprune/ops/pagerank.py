@@ -1,4 +1,6 @@
-"""Weighted PageRank on the attention graph: a token is important when important tokens look at it (Zero-TPrune, section 3.2)."""
+"""Weighted PageRank on the attention graph: a token is important when important tokens look at it (Zero-TPrune,
+section 3.2).
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,8 @@ from torch import Tensor
 def weighted_page_rank(attention: Tensor, rounds: int, start: Tensor | None = None) -> Tensor:
     """Importance after `rounds` votes, in each of which a token hands its importance on to those it attends to.
 
-    attention: (..., N, N), rows (queries) sum to 1. start: (..., N) importance before the first vote, None for equal ones.
-    Returns (..., N) with the sum of `start`, or 1. O(rounds N²).
+    attention: (..., N, N), rows (queries) sum to 1. start: (..., N) importance before the first vote, None for equal
+    ones. Returns (..., N) with the sum of `start`, or 1. O(rounds N²).
     """
     if start is None:
         start = torch.full_like(attention[..., 0, :], 1 / attention.shape[-1])
@@ -21,10 +23,11 @@ def weighted_page_rank(attention: Tensor, rounds: int, start: Tensor | None = No
 
 
 def head_consensus(scores: Tensor, low: float | None = None, high: float | None = None) -> Tensor:
-    """Root mean square over heads, so that one head's strong interest counts. scores: (B, H, N), each summing to 1 -> (B, N).
+    """Root mean square over heads, so that one head's strong interest counts. scores: (B, H, N), each summing to 1 ->
+    (B, N).
 
-    low, high: heads whose scores, scaled to mean 1, vary less than `low` or more than `high` (variance over tokens) are left out;
-    when all would be, none is.
+    low, high: heads whose scores, scaled to mean 1, vary less than `low` or more than `high` (variance over tokens) are
+    left out; when all would be, none is.
     """
     if low is None and high is None:
         return scores.square().mean(-2).sqrt()

@@ -1,4 +1,6 @@
-"""Other ways than bipartite halves to pair tokens: every k-th token, or random ones, as destinations (ToMe, section 4.1)."""
+"""Other ways than bipartite halves to pair tokens: every k-th token, or random ones, as destinations (ToMe, section
+4.1).
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ def _join(metric: Tensor, source: Tensor, target: Tensor) -> Matching:
 
 @torch.no_grad()
 def kth_matching(metric: Tensor, k: int, prefix: int = 0) -> Matching:
-    """Every k-th token is a destination, the others flow into the most similar one. metric: (B, N, d) -> K = P + (N - P) // k.
+    """Every k-th token is a destination, the others flow into the most similar one. metric: (B, N, d) -> K = P + (N -
+    P) // k.
 
     The first `prefix` tokens stay out of it. Tokens behind the last whole group of k are sources like the others (the
     published code drops them: give it only the first (N // k) * k rows). k of 1 or less merges nothing.
@@ -38,7 +41,9 @@ def kth_matching(metric: Tensor, k: int, prefix: int = 0) -> Matching:
     patch = place[prefix:]
     destination = ((patch - prefix) % k == k - 1)[: (n - prefix) // k * k]
     target = patch[: destination.shape[0]].unflatten(0, (-1, k))[:, -1]
-    source = torch.cat([patch[: destination.shape[0]].unflatten(0, (-1, k))[:, :-1].flatten(), patch[destination.shape[0] :]])
+    source = torch.cat(
+        [patch[: destination.shape[0]].unflatten(0, (-1, k))[:, :-1].flatten(), patch[destination.shape[0] :]]
+    )
     return _with_prefix(metric, source.expand(batch, -1), target.expand(batch, -1), prefix)
 
 
@@ -46,8 +51,8 @@ def kth_matching(metric: Tensor, k: int, prefix: int = 0) -> Matching:
 def random_matching(metric: Tensor, r: int, order: Tensor, prefix: int = 0) -> Matching:
     """`r` random tokens flow each into the most similar of the others, which stay in random order.
 
-    metric: (B, N, d). order: (B, N - prefix) a permutation of the tokens behind the prefix, 0-based; its first r are the
-    sources. r is reduced so that a destination is left; 0 or less merges nothing.
+    metric: (B, N, d). order: (B, N - prefix) a permutation of the tokens behind the prefix, 0-based; its first r are
+    the sources. r is reduced so that a destination is left; 0 or less merges nothing.
     """
     batch, n, _ = metric.shape
     r = min(r, n - prefix - 1)

@@ -12,8 +12,20 @@ def true_indices(mask: Tensor, count: int) -> Tensor:
     For a known count: unlike nonzero() it needs no host synchronisation. A row with fewer True entries is filled up with
     its lowest False ones.
     """
+    if mask.device.type == "cpu" and bool((mask.sum(-1) == count).all()):  # nothing to wait for: no sort either
+        return mask.nonzero()[:, -1].view(*mask.shape[:-1], count)
     found = torch.sort(mask.to(torch.int8), dim=-1, descending=True, stable=True).indices[..., :count]
     return found.sort(-1).values
+
+
+def top_indices(scores: Tensor, keep: int) -> Tensor:
+    """The `keep` best of (..., N) scores as ascending indices, (..., keep); equal scores: lower index first."""
+    if scores.device.type == "cpu" and keep > 0:  # a partial sort decides unless equal scores straddle the border
+        found = (scores >= scores.topk(keep, dim=-1).values[..., -1:]).nonzero()  # `keep` per row, more with ties
+        if found.shape[0] * scores.shape[-1] == scores.numel() * keep:
+            return found[:, -1].view(*scores.shape[:-1], keep)
+    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
+    return order[..., :keep].sort(-1).values
 
 
 def ranks(scores: Tensor) -> Tensor:
@@ -48,6 +60,14 @@ def top_in_groups(scores: Tensor, group: Tensor, quota: Tensor, keep: int) -> Te
 
     scores: (..., N). group: (N,), 0-based. quota: (..., G) whole numbers that add up to `keep`, none above its group's size.
     """
+    if scores.device.type == "cpu" and scores.dim() == 1 and bool((group[1:] >= group[:-1]).all()):
+        # Nothing to wait for: a partial sort per group decides unless equal scores straddle a border.
+        parts = scores.split(torch.bincount(group, minlength=quota.shape[-1]).tolist())
+        counts = zip(parts, quota.tolist(), strict=True)
+        reach = [x >= x.topk(k).values[-1] if k > 0 else torch.zeros_like(x, dtype=torch.bool) for x, k in counts]
+        found = torch.cat(reach).nonzero()[:, 0]
+        if found.shape[0] == keep:
+            return found
     ranks = rank_in_group(scores, group)
     return true_indices(ranks < quota.gather(-1, group.expand(scores.shape)), keep)
 

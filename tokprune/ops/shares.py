@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tokprune.budget import share
 from tokprune.ops.ranking import ranks
 
 
@@ -13,8 +14,16 @@ def share_out(total: int, weights: Tensor, capacities: Tensor) -> Tensor:
 
     weights: (B, P). capacities: (P,) long, sum at least `total`. Returns (B, P) long. The same rule as `budget.share`:
     largest remainders (ties: lower index), what a full member cannot take flows to the others in proportion, and weights
-    that are negative, NaN or all zero count as equal. P rounds of element-wise work, no host synchronisation.
+    that are negative, NaN or all zero count as equal. On a CPU it is that function, elsewhere `share_on_device`.
     """
+    if weights.device.type == "cpu":
+        caps = capacities.tolist()
+        return torch.tensor([share(total, row, caps) for row in weights.tolist()], dtype=torch.long)
+    return share_on_device(total, weights, capacities)
+
+
+def share_on_device(total: int, weights: Tensor, capacities: Tensor) -> Tensor:
+    """`share_out` by P rounds of element-wise work, without host synchronisation."""
     usable = (torch.isfinite(weights) & (weights >= 0)).all(-1, keepdim=True) & (weights.sum(-1, keepdim=True) > 0)
     weights = torch.where(usable, weights, 1.0)
     out = torch.zeros_like(weights, dtype=torch.long)

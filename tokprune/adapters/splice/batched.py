@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,8 +19,8 @@ from tokprune.methods.encoder_base import BlockView
 class BatchedSplice(Splice):
     """timm, open_clip, CLIP, SigLIP, InternVL: all images of a batch have the same number of tokens.
 
-    With fold > 1 the rows of the states are units of the connector, without the prefix, and after the first reduction the
-    sequence is prefix, then unit after unit.
+    With fold > 1 the rows of the states are units of the connector, without the prefix, and after the first reduction
+    the sequence is prefix, then unit after unit.
     """
 
     def start(self, x: Tensor, kwargs: Mapping[str, Any]) -> Run:
@@ -127,14 +128,17 @@ class BatchedSplice(Splice):
         return wide[:, self.order(run, x.device).argsort()]
 
     def record(self, run: Run, state: State) -> EncoderTrace:
+        places = run.rows - (self.tower.prefix if self.tower.fold == 1 else 0)
+        side = math.isqrt(places)  # grids that are not square come out as one line
+        cells = ((side, side) if side * side == places else (1, places),) * run.batch
         prefix = self.tower.prefix if self.tower.fold == 1 else 0
         if state.assign is None or state.rep is None or state.size is None:
             assign = torch.arange(run.rows - prefix).expand(run.batch, -1)
             there = torch.ones_like(assign, dtype=torch.bool)
-            return EncoderTrace(assign, there, there.float(), self.tower.fold, prefix, tuple(run.counts))
+            return EncoderTrace(assign, there, there.float(), self.tower.fold, prefix, tuple(run.counts), cells)
         real = state.rep >= 0
         survivor = torch.zeros_like(state.assign)
         survivor = survivor.scatter_reduce(1, state.rep.clamp(min=0), real.long(), "amax").bool()
         assign = torch.where(state.assign >= 0, state.assign - prefix, -1)[:, prefix:]
         size = state.size[:, prefix:, 0]
-        return EncoderTrace(assign, survivor[:, prefix:], size, self.tower.fold, prefix, tuple(run.counts))
+        return EncoderTrace(assign, survivor[:, prefix:], size, self.tower.fold, prefix, tuple(run.counts), cells)

@@ -1,8 +1,9 @@
 """The residual splice: hooks that shorten a tower's sequence inside its own blocks, without a copy of any forward.
 
-Three hooks change the token count between attention and MLP. Before the MLP's norm, the reduced rows replace its input; behind the
-last module of the MLP branch the result is put aside and a zero returned, which the block's own residual addition broadcasts; at the block's end
-that sum is thrown away for reduced rows + branch. Other hooks observe q, k, v and hand the attention a bias.
+Three hooks change the token count between attention and MLP. Before the MLP's norm, the reduced rows replace its input;
+behind the last module of the MLP branch the result is put aside and a zero returned, which the block's own residual
+addition broadcasts; at the block's end that sum is thrown away for reduced rows + branch. Other hooks observe q, k, v
+and hand the attention a bias.
 """
 
 from __future__ import annotations
@@ -24,6 +25,10 @@ from tokprune.errors import TokpruneError, UnsupportedModelError
 from tokprune.methods.encoder_base import EncoderMethod
 
 KEPT_RUNS = 8  # runs whose backward may still recompute blocks (gradient checkpointing)
+REENTRANT = (
+    "gradient checkpointing in the reentrant way, or of a forward that is too old, cannot be recomputed with an encoder-stage method; "
+    'use gradient_checkpointing_kwargs={"use_reentrant": False} and run backward before more forwards.'
+)
 
 
 def thread() -> int:
@@ -56,7 +61,9 @@ class Splice:
         raise TokpruneError(f"{type(self).__name__} does not implement start.")
 
     def shrink(self, run: Run, index: int, x: Tensor) -> Tensor | None:
-        """The rows that the method leaves of `x` in block `index`, with run.states[index + 1] set; None: all of them."""
+        """The rows that the method leaves of `x` in block `index`, with run.states[index + 1] set; None: all of
+        them.
+        """
         raise TokpruneError(f"{type(self).__name__} does not implement shrink.")
 
     def widen(self, run: Run, state: State, x: Tensor) -> Tensor:
@@ -81,6 +88,11 @@ class Splice:
         """The output of block `index` of the current run at full length."""
         run = self._run(index)
         return x if x.shape[-2] == run.tokens else self.widen(run, run.states[index + 1], x)
+
+    def entering(self, index: int, x: Tensor) -> Tensor:
+        """What enters block `index` of the current run, at full length."""
+        run = self._run(index)
+        return x if x.shape[-2] == run.tokens else self.widen(run, run.states[index], x)
 
     # -- hooks ----------------------------------------------------------------------------------------------------------------
 
@@ -158,10 +170,7 @@ class Splice:
             place = x.data_ptr()
             run = next((r for r in reversed(self.past) if r.entries.get(index) == place), None)
             if run is None:
-                raise TokpruneError(
-                    "gradient checkpointing recomputes a forward that is too old, or checkpoints in the reentrant way; use "
-                    'gradient_checkpointing_kwargs={"use_reentrant": False} and run backward before more forwards.'
-                )
+                raise UnsupportedModelError(REENTRANT)
             self.current[thread()] = run
         elif torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._run(index).entries[index] = x.data_ptr()
@@ -195,6 +204,8 @@ class Splice:
             branch = run.branch.pop(index)
             factor = self.tower.blocks[index].after()
             x = run.merged.pop(index) + (branch if factor is None else factor * branch)
+            if before.requires_grad and not x.requires_grad:  # made without a graph, inside a reentrant checkpoint
+                raise UnsupportedModelError(REENTRANT)
         elif active and self.method.place == "end":
             rows = self.shrink(run, index, x)
             run.seen.pop(index, None)

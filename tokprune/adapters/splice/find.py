@@ -43,7 +43,9 @@ def joined_side(model: Any, config: Any) -> int:
 
 
 def find_tower(model: nn.Module) -> Tower:
-    """The tower of a timm, open_clip or Hugging Face model, or an error that says why it has none that can be spliced."""
+    """The tower of a timm, open_clip or Hugging Face model, or an error that says why it has none that can be
+    spliced.
+    """
     inner: Any = unwrap(model)
     if timm_vit.is_tower(inner):
         return timm_vit.tower(inner)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from tokprune.adapters.base import unwrap
 from tokprune.adapters.splice.batched import BatchedSplice
@@ -64,11 +64,25 @@ class EncoderPruning:
         """Whether the model is reduced through this handle now."""
         return self.model.__dict__.get(HANDLE) is self
 
+    def install(self) -> None:
+        """Put the hooks on the tower."""
+        self._splice.install()
+        self.model.__dict__[HANDLE] = self
+
     def remove(self) -> None:
         """Give the model back untouched. Calling it twice is harmless."""
         self._splice.remove()
         if self.active:
             del self.model.__dict__[HANDLE]
+
+    def widen(self, block: int, x: Tensor) -> Tensor:
+        """Rows that entered block `block` in this thread's last run, at full length. x: (B, K, C), packed towers (K,
+        C).
+
+        For whoever looks at a reduced block from outside (its queries and keys, say) and wants one row per original
+        token.
+        """
+        return self._splice.entering(block, x)
 
     def report(self) -> EncoderReport:
         """What the last run left, block by block; prints as text."""
@@ -102,13 +116,14 @@ def apply_encoder(
     """Let the vision tower of `model` run on fewer tokens, in place.
 
     model: a timm or open_clip ViT, a CLIP-like tower of transformers, or a VLM with one. method: a name (see
-    list_methods("encoder")) with its fields as `options`, or a method object. ratio, budget: patches left at the tower's end, per image
-    or frame, for methods that have no schedule of their own. expand: whether the tower's output keeps its full length, each merged token repeated
-    at the places of its members (then pooling over patches is the weighted mean, and everything behind the tower still fits); by default
-    for VLMs always, and for bare towers with methods that merge. Dropped tokens are zeros.
+    list_methods("encoder")) with its fields as `options`, or a method object. ratio, budget: patches left at the
+    tower's end, per image or frame, for methods that have no schedule of their own. expand: whether the tower's output
+    keeps its full length, each merged token repeated at the places of its members (then pooling over patches is the
+    weighted mean, and everything behind the tower still fits); by default for VLMs always, and for bare towers with
+    methods that merge. Dropped tokens are zeros.
 
-    Applying again replaces. Raises UnsupportedModelError for towers that cannot be spliced, OptionError and BudgetError for arguments that
-    cannot be used; the model is then as it was.
+    Applying again replaces. Raises UnsupportedModelError for towers that cannot be spliced, OptionError and BudgetError
+    for arguments that cannot be used; the model is then as it was.
     """
     if isinstance(method, str):
         method = get_method(method, **options)
@@ -123,8 +138,7 @@ def apply_encoder(
     pruning = EncoderPruning(model, method, ratio, budget, expand)
     method.check(pruning.tower.depth, ratio is not None or budget is not None)
     remove_encoder(model)
-    pruning._splice.install()
-    pruning.model.__dict__[HANDLE] = pruning
+    pruning.install()
     return pruning
 
 

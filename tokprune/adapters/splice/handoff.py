@@ -1,4 +1,6 @@
-"""From the encoder stage to the connector stage: which of the LLM's tokens are groups' own places, and choosing among these."""
+"""From the encoder stage to the connector stage: which of the LLM's tokens are groups' own places, and choosing
+among these.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,11 @@ SIGNAL = "encoder_survivor"
 
 
 def survivor_rows(pruning: EncoderPruning, call: Call) -> Tensor:
-    """1 for each row of an encoder call that is the place of a group, 0 for its copies and dropped tokens. (R,) in float32.
+    """1 for each row of an encoder call that is the place of a group, 0 for its copies and dropped tokens. (R,) in
+    float32.
 
-    call: the get_image_features or get_video_features call that `pruning` has just seen. Where the connector pools patches of several
-    groups to a token, the token counts as a place when one of them has its place there.
+    call: the get_image_features or get_video_features call that `pruning` has just seen. Where the connector pools
+    patches of several groups to a token, the token counts as a place when one of them has its place there.
     """
     trace, tower = pruning.trace, pruning.tower
     if trace is None:
@@ -38,7 +41,8 @@ def survivor_rows(pruning: EncoderPruning, call: Call) -> Tensor:
 
 @dataclass(frozen=True)
 class AmongSurvivors(ConnectorMethod):
-    """A connector method that sees only the places of groups; None keeps all of these. Not registered: the encoder stage wraps with it.
+    """A connector method that sees only the places of groups; None keeps all of these. Not registered: the encoder
+    stage wraps with it.
 
     The budget is the whole stream's: `keep` of N tokens, less where fewer survived.
     """
@@ -55,6 +59,10 @@ class AmongSurvivors(ConnectorMethod):
     @property
     def needs(self) -> tuple[str, ...]:
         return (SIGNAL, *(() if self.inner is None else self.inner.needs))
+
+    @property
+    def narrows(self) -> bool:
+        return True
 
     @property
     def query_aware(self) -> bool:

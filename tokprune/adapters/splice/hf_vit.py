@@ -61,7 +61,9 @@ def _parts(block: Any) -> BlockParts:
 
 
 def tower(root: Any, owner: Any, depth: int | None = None, side: int = 1, vlm: bool = False) -> Tower:
-    """The tower `root`. depth: blocks that feed the output, all of them unless given. side: the connector joins side x side patches."""
+    """The tower `root`. depth: blocks that feed the output, all of them unless given. side: the connector joins side
+    x side patches.
+    """
     found = layers(root) or []
     cls = hasattr(root.embeddings, "class_embedding") or getattr(root.embeddings, "cls_token", None) is not None
     return Tower(

@@ -26,7 +26,9 @@ def forward_intermediates(
     output_dict: bool = False,
     **more: Any,
 ) -> Any:
-    """What `original`, the method of a timm vision transformer, returns; it would reshape shortened sequences to a grid itself."""
+    """What `original`, the method of a timm vision transformer, returns; it would reshape shortened sequences to a
+    grid itself.
+    """
     from timm.models._features import feature_take_indices
 
     prefix, model = splice.tower.prefix, original.__self__

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,8 +25,9 @@ PAD = 8  # channels added to each head for the size bias: flash kernels want mul
 class PackedRun(Run):
     """segment: per border tensor of the model, (U,) segment of each unit. kinds[i]: border tensor of block i.
 
-    position: cos and sin of all tokens at the entrance. order: (U,) raster number of each unit of the sequence; None: raster order.
-    lengths[i]: units of each frame that enter block i, known to the host so that a reduction need not ask the device.
+    position: cos and sin of all tokens at the entrance. order: (U,) raster number of each unit of the sequence; None:
+    raster order. cells: height and width of each frame in units. lengths[i]: units of each frame that enter block i,
+    known to the host so that a reduction need not ask the device.
     """
 
     segment: dict[int, Tensor] = field(default_factory=dict)
@@ -33,6 +35,7 @@ class PackedRun(Run):
     kinds: dict[int, int] = field(default_factory=dict)
     position: tuple[Tensor, Tensor] | None = None
     order: Tensor | None = None
+    cells: list[tuple[int, int]] = field(default_factory=list)
     lengths: dict[int, list[int]] = field(default_factory=dict)
 
 
@@ -48,10 +51,11 @@ def still(table: Tensor, value: float) -> Tensor:
 
 
 class PackedSplice(Splice):
-    """Qwen2-VL, Qwen2.5-VL, Qwen3-VL: frames of all images behind one another, window by window where there are windows.
+    """Qwen2-VL, Qwen2.5-VL, Qwen3-VL: frames of all images behind one another, window by window where there are
+    windows.
 
-    The rows of the states are units of `fold` tokens, which the model's merger joins. Frames of equal size are matched together,
-    never across frames, and survivors keep their order, so that frames and windows stay contiguous.
+    The rows of the states are units of `fold` tokens, which the model's merger joins. Frames of equal size are matched
+    together, never across frames, and survivors keep their order, so that frames and windows stay contiguous.
     """
 
     def start(self, x: Tensor, kwargs: Mapping[str, Any]) -> PackedRun:
@@ -60,12 +64,13 @@ class PackedSplice(Splice):
             raise UnsupportedModelError(f"the blocks of {self.tower.family} were called without borders or positions.")
         run = PackedRun(tokens // fold, tokens, 1)
         run.position = kwargs["position_embeddings"]
-        run.lengths[0], run.order = self.entrance[thread()]
+        run.cells, run.order = self.entrance[thread()]
+        run.lengths[0] = [height * width for height, width in run.cells]
         return run
 
     def install(self) -> None:
         """Also watch the tower's entrance: there, and only there, the sizes of images and frames are known."""
-        self.entrance: dict[int, tuple[list[int], Tensor | None]] = {}
+        self.entrance: dict[int, tuple[list[tuple[int, int]], Tensor | None]] = {}
         super().install()
         self.handles.append(self.tower.root.register_forward_pre_hook(self._grids, with_kwargs=True))
         if self.method.size_bias:
@@ -76,12 +81,15 @@ class PackedSplice(Splice):
 
     def _grids(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         grid = args[1] if len(args) > 1 else kwargs["grid_thw"]
-        frames = [height * width // self.tower.fold for count, height, width in grid.tolist() for _ in range(count)]
         order = None if self.tower.grids is None else self.tower.grids(grid, kwargs)
-        self.entrance[thread()] = (frames, order)
+        side = math.isqrt(self.tower.fold)
+        cells = [(height // side, width // side) for count, height, width in grid.tolist() for _ in range(count)]
+        self.entrance[thread()] = (cells, order)
 
     def _add_channel(self, index: int, module: Any, args: Any, output: Tensor) -> Any:
-        """The logarithm of each key's size as one more channel of q (1) and k; attention itself stays as it is, flash included."""
+        """The logarithm of each key's size as one more channel of q (1) and k; attention itself stays as it is,
+        flash included.
+        """
         size = self._run(index).states[index].size
         if size is None:
             return None
@@ -108,7 +116,8 @@ class PackedSplice(Splice):
         if key < 0:
             key = len(run.borders)
             run.borders[key] = borders
-            units = (borders[1:] - borders[:-1]).long() // self.tower.fold
+            x = args[0] if args else kwargs["hidden_states"]
+            units = (borders[1:] - borders[:-1]).to(x.device, torch.long) // self.tower.fold
             run.segment[key] = torch.repeat_interleave(torch.arange(len(units), device=units.device), units)
         run.kinds[index] = key
         run.lengths.setdefault(index, run.lengths.get(index - 1, []))
@@ -117,7 +126,7 @@ class PackedSplice(Splice):
         counts = torch.bincount(run.segment[key][state.rep])
         counts = counts[counts > 0] * self.tower.fold
         new = dict(kwargs)
-        new["cu_seqlens"] = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(borders.dtype)
+        new["cu_seqlens"] = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(borders)
         if kwargs.get("max_seqlen") is not None:
             new["max_seqlen"] = int(counts.max())
         cos, sin = (p[self.tokens(state.rep)] for p in run.position)
@@ -198,7 +207,9 @@ class PackedSplice(Splice):
         return x[order].view(-1, x.shape[1] // self.tower.fold)
 
     def view(self, run: Any, index: int, x: Tensor, size: Tensor, at: Tensor, place: Tensor, start: int) -> BlockView:
-        """What the method sees of frames of one size. x: (F, n, C of a unit), at: (F, n) rows now, place: (F, n) rows at the entrance."""
+        """What the method sees of frames of one size. x: (F, n, C of a unit), at: (F, n) rows now, place: (F, n)
+        rows at the entrance.
+        """
         tower, fold = self.tower, self.tower.fold
         offsets = torch.arange(fold, device=x.device)
         token = (at[..., None] * fold + offsets).flatten(1)  # (F, S)
@@ -247,7 +258,7 @@ class PackedSplice(Splice):
         if state.assign is None or state.rep is None or state.size is None:
             everything = torch.arange(units)
             there = torch.ones(units, dtype=torch.bool)
-            return EncoderTrace(everything, there, there.float(), self.tower.fold, 0, counts)
+            return EncoderTrace(everything, there, there.float(), self.tower.fold, 0, counts, tuple(run.cells))
         survivor = torch.zeros(units, dtype=torch.bool, device=state.rep.device)
         survivor[state.rep] = True
         assign = state.assign
@@ -257,4 +268,4 @@ class PackedSplice(Splice):
                 torch.empty_like(assign).scatter_(0, order, assign),
                 survivor.new_empty(units).scatter_(0, order, survivor),
             )
-        return EncoderTrace(assign, survivor, state.size[:, 0], self.tower.fold, 0, counts)
+        return EncoderTrace(assign, survivor, state.size[:, 0], self.tower.fold, 0, counts, tuple(run.cells))

@@ -15,9 +15,9 @@ from tokprune.methods.encoder_base import EncoderMethod
 class EncoderReport:
     """The last run of a reduced tower.
 
-    start: patches per image (packed towers: of all images together, in units of the connector), left: how many places are left, one number
-    per image. counts: rows behind each block, prefix included. work: rows that the blocks' MLPs saw, as a share of the unreduced tower's.
-    expanded: the tower's output has full length.
+    start: patches per image (packed towers: of all images together, in units of the connector), left: how many places
+    are left, one number per image. counts: rows behind each block, prefix included. work: rows that the blocks' MLPs
+    saw, as a share of the unreduced tower's. expanded: the tower's output has full length.
     """
 
     model: str

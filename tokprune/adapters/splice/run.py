@@ -1,4 +1,6 @@
-"""What is known while a tower runs: how many original tokens each row stands for, and which row each original token is in."""
+"""What is known while a tower runs: how many original tokens each row stands for, and which row each original token
+is in.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +9,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from tokprune.errors import OptionError
+
 
 @dataclass(frozen=True)
 class State:
     """The rows between two blocks. All None before the first reduction.
 
-    Batched towers: size (B, K, 1), assign (B, N0) row of each original row or -1, rep (B, K) original row at which each row sits or
-    -1 (padding). Packed towers: the same without B. ragged: some rows are padding (size 0).
+    Batched towers: size (B, K, 1), assign (B, N0) row of each original row or -1, rep (B, K) original row at which each
+    row sits or -1 (padding). Packed towers: the same without B. ragged: some rows are padding (size 0).
     """
 
     size: Tensor | None = None
@@ -32,8 +36,9 @@ class State:
 
 @dataclass
 class Run:
-    """One call of the tower. states[i]: rows that enter block i. The dictionaries are per block number and emptied as it goes.
-    done: the last block has run. unmasked: an attention mask was looked at and hides nothing."""
+    """One call of the tower. states[i]: rows that enter block i. The dictionaries are per block number and emptied
+    as it goes. done: the last block has run. unmasked: an attention mask was looked at and hides nothing.
+    """
 
     rows: int
     tokens: int
@@ -52,10 +57,11 @@ class Run:
 class EncoderTrace:
     """The last run of a tower.
 
-    assign: (images, patches) group number of each patch, in the tower's patch order, -1 when it was dropped: what a merge map draws.
-    survivor: (images, patches) True at the one patch of each group where the group's token sits. size: (images, groups) patches in each
-    group, 0 for padding. Packed towers: one dimension over all images. fold: patches that share a place in all of these (units of the
-    connector). counts: tokens (or units) that left each block, prefix included.
+    assign: (images, patches) group number of each patch, in the tower's patch order, -1 when it was dropped: what a
+    merge map draws. survivor: (images, patches) True at the one patch of each group where the group's token sits. size:
+    (images, groups) patches in each group, 0 for padding. Packed towers: one dimension over all images. fold: patches
+    that share a place in all of these (units of the connector). counts: tokens (or units) that left each block, prefix
+    included. cells: height and width of each image or frame in places.
     """
 
     assign: Tensor
@@ -64,3 +70,18 @@ class EncoderTrace:
     fold: int
     prefix: int
     counts: tuple[int, ...]
+    cells: tuple[tuple[int, int], ...] = ()
+
+    def merge_map(self, image: int = 0) -> Tensor:
+        """Group of each place of one image (packed towers: of one frame) on its grid, (height, width); -1 where it
+        was dropped.
+        """
+        if not 0 <= image < len(self.cells):
+            raise OptionError(
+                f"image {image} is not among the {len(self.cells)} of the last run (0 to {len(self.cells) - 1})."
+            )
+        height, width = self.cells[image]
+        if self.assign.ndim == 2:
+            return self.assign[image].view(height, width)
+        start = sum(h * w for h, w in self.cells[:image])
+        return self.assign[start : start + height * width].view(height, width)

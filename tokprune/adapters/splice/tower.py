@@ -1,4 +1,6 @@
-"""What the splice must know of a vision tower: where its blocks are cut, where q, k and v can be seen, what feeds the output."""
+"""What the splice must know of a vision tower: where its blocks are cut, where q, k and v can be seen, what feeds
+the output.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,10 @@ Heads = tuple[Tensor, Tensor, Tensor]
 class BlockParts:
     """One transformer block `x += attention(entry(x)); x += after * tail(...(middle(x)))`, by its modules.
 
-    entry: norm before attention. attention: takes the bias of the logits as a keyword. middle: norm before the MLP. tail: last module
-    of the MLP branch. after: parameter that multiplies the branch behind `tail`, if any. seen: modules whose outputs are
-    recorded, by name. heads: makes queries, keys and values, (B, H, N, hd) or packed (S, H, hd), of the record; scale: of the logits.
+    entry: norm before attention. attention: takes the bias of the logits as a keyword. middle: norm before the MLP.
+    tail: last module of the MLP branch. after: parameter that multiplies the branch behind `tail`, if any. seen:
+    modules whose outputs are recorded, by name. heads: makes queries, keys and values, (B, H, N, hd) or packed (S, H,
+    hd), of the record; scale: of the logits.
     """
 
     block: nn.Module
@@ -35,13 +38,14 @@ class BlockParts:
 class Tower:
     """A vision tower that can be spliced.
 
-    family: for messages. root: module whose call is one run and whose output may list hidden states. depth: how many of the blocks feed the
-    output that is used. prefix: leading tokens that are no patches; cls: whether the first of them is [CLS]. mask: keyword of the
-    attention module that takes an additive mask; padding: it takes one number per key, (B, N), instead. fold: tokens that the connector joins; unit_order: for
-    fold > 1 the (N,) patch numbers unit by unit of N patches. packed: all images in one sequence (S, C), with cu_seqlens. pools: the head pools
-    over patches. taps: modules that read the output of a block (by number) beside the main path and need its full length. vlm: it feeds a
-    language model. intermediates: it has timm's forward_intermediates. grids: packed towers that reorder units: raster numbers of the sequence's units, from grid and keywords. owner: where the
-    handle is kept.
+    family: for messages. root: module whose call is one run and whose output may list hidden states. depth: how many of
+    the blocks feed the output that is used. prefix: leading tokens that are no patches; cls: whether the first of them
+    is [CLS]. mask: keyword of the attention module that takes an additive mask; padding: it takes one number per key,
+    (B, N), instead. fold: tokens that the connector joins; unit_order: for fold > 1 the (N,) patch numbers unit by unit
+    of N patches. packed: all images in one sequence (S, C), with cu_seqlens. pools: the head pools over patches. taps:
+    modules that read the output of a block (by number) beside the main path and need its full length. vlm: it feeds a
+    language model. intermediates: it has timm's forward_intermediates. grids: packed towers that reorder units: raster
+    numbers of the sequence's units, from grid and keywords. owner: where the handle is kept.
     """
 
     family: str

@@ -80,7 +80,9 @@ class DyCoke(ConnectorMethod):
 
     def __post_init__(self) -> None:
         if not 0 <= self.merging_ratio < 1:
-            raise OptionError(f"merging_ratio={self.merging_ratio!r} is not in [0, 1); 0.7 drops 70 % of a thinned frame.")
+            raise OptionError(
+                f"merging_ratio={self.merging_ratio!r} is not in [0, 1); 0.7 drops 70 % of a thinned frame."
+            )
         if self.compat not in ("corrected", "published"):
             raise unknown("compat", self.compat, ("corrected", "published"))
 

@@ -78,7 +78,10 @@ def fastvid_choice(
         score = peaks(euclidean(features[cells.clamp(min=0)]), NEIGHBOURS, free)
         chosen = ranks(score) < counts[1][rows][:, None]
         spot = torch.where(chosen & free, cells, len(centre))  # all others: one place behind the last
-        centre = centre | torch.zeros(len(centre) + 1, dtype=torch.bool, device=device).index_fill(0, spot.flatten(), True)[:-1]
+        centre = (
+            centre
+            | torch.zeros(len(centre) + 1, dtype=torch.bool, device=device).index_fill(0, spot.flatten(), True)[:-1]
+        )
     return attended, centre
 
 
@@ -222,7 +225,9 @@ class FastVID(ConnectorMethod):
             if not 0 <= getattr(self, name) <= 1:
                 raise OptionError(f"{name}={getattr(self, name)!r} is a share: 0 <= {name} <= 1.")
         if self.longest % self.stride:
-            raise OptionError(f"longest={self.longest} must be a multiple of stride={self.stride}, so that anchors stay.")
+            raise OptionError(
+                f"longest={self.longest} must be a multiple of stride={self.stride}, so that anchors stay."
+            )
         if self.compat not in ("corrected", "published"):
             raise unknown("compat", self.compat, ("corrected", "published"))
 
@@ -241,7 +246,9 @@ class FastVID(ConnectorMethod):
         lengths = [1] * layout.num_groups
         if layout.kind == "video":
             lengths = similar_runs(frame_means(features, layout), self.c - 1, self.tau)
-        salient, context = self.published_counts(layout, lengths, keep) if published else self.counts(sizes, lengths, keep)
+        salient, context = (
+            self.published_counts(layout, lengths, keep) if published else self.counts(sizes, lengths, keep)
+        )
         if not published:
             lengths = [part for length in lengths for part in _pieces(length, self.longest)]
         attended, centre = fastvid_choice(features, attention, layout, salient, context)

@@ -41,7 +41,9 @@ def framefusion_sparsity(done: Sequence[float], cost: float, layers: int = 28) -
         spent += left
     ahead = cost * layers - spent
     if ahead < 0:
-        raise BudgetError(f"cost={cost} is too small: {len(done)} layers have already taken {spent / layers:.3f} of the whole.")
+        raise BudgetError(
+            f"cost={cost} is too small: {len(done)} layers have already taken {spent / layers:.3f} of the whole."
+        )
     return max(0.0, 1 - ahead / ((layers - len(done)) * left))
 
 
@@ -171,7 +173,7 @@ class FrameFusion(ConnectorMethod):
         if layout.kind != "video":
             patch = torch.arange(n, device=patch.device)  # nothing comes before anything
         similarity = framefusion_similarity(features, patch)
-        merges = (similarity > max(self.threshold, FIRST)) & (ranks(similarity) < n - keep)
+        merges = (similarity > self.threshold) & (ranks(similarity) < n - keep)
         heads = framefusion_heads(patch, merges)
         size = torch.zeros_like(attention).index_add(0, heads, torch.ones_like(attention))
         worth = torch.zeros_like(attention).index_add(0, heads, attention) / size.clamp(min=1)

@@ -43,7 +43,12 @@ def holitom_counts(groups: Pools, ratio: float) -> Tensor:
 
 
 def holitom_flow(
-    features: Tensor, attention: Tensor, groups: Pools, counts: Tensor, beta: float | None = 0.6, published: bool = False
+    features: Tensor,
+    attention: Tensor,
+    groups: Pools,
+    counts: Tensor,
+    beta: float | None = 0.6,
+    published: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Choose by attention among the moving tokens of each frame, and cluster the still places of each scene.
 
@@ -80,7 +85,9 @@ def holitom(
     at = torch.arange(frames * n, device=x.device)
     similarity = similarity_to(x, (at - n).clamp(min=-1), NEVER).unflatten(0, (frames, n))
     lengths, saved = static_runs(similarity[1:] > tau)
-    groups = still_and_moving(at.unflatten(0, (frames, n)), frames * n, lengths, holitom_constancy(similarity, lengths), tau)
+    groups = still_and_moving(
+        at.unflatten(0, (frames, n)), frames * n, lengths, holitom_constancy(similarity, lengths), tau
+    )
     ratio = holitom_ratio(retain, saved, frames * n)
     into, weight = holitom_flow(x, attention.flatten(), groups, holitom_counts(groups, ratio), beta, published=True)
     target, much = groups.flow(into, weight)
@@ -123,7 +130,9 @@ class HoliTom(ConnectorMethod):
 
     def __post_init__(self) -> None:
         if self.beta is not None and not 0 < self.beta <= 1:
-            raise OptionError(f"beta={self.beta!r} is the weight of a cluster's centre: 0 < beta <= 1, or None for the mean.")
+            raise OptionError(
+                f"beta={self.beta!r} is the weight of a cluster's centre: 0 < beta <= 1, or None for the mean."
+            )
         if self.compat not in ("corrected", "published"):
             raise unknown("compat", self.compat, ("corrected", "published"))
 

@@ -26,7 +26,9 @@ def _crops(n: int, crops: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 def _diversity(features: Tensor, crops: int) -> Tensor:
     """Variance of each token's cosine similarities within its crop, its own counted as 0. (B, N, D) -> (B, N)."""
-    longer = features.shape[1] % crops  # crops that are one token longer than the others: two kinds, each without padding
+    longer = (
+        features.shape[1] % crops
+    )  # crops that are one token longer than the others: two kinds, each without padding
     split = longer * (features.shape[1] // crops + 1)
     parts = [(features[:, :split], longer), (features[:, split:], crops - longer)]
     return torch.cat([_spread(x.unflatten(1, (p, -1))).flatten(1) for x, p in parts if p], dim=1)

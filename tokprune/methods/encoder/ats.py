@@ -14,7 +14,8 @@ from tokprune.registry import register_method
 
 
 def significance(cls_attention: Tensor, value_norm: Tensor) -> Tensor:
-    """Worth of each patch: attention from [CLS] summed over heads times the length of its value (equation 3), summing to 1.
+    """Worth of each patch: attention from [CLS] summed over heads times the length of its value (equation 3), summing
+    to 1.
 
     cls_attention: (B, H, n), value_norm: (B, n) -> (B, n).
     """
@@ -25,11 +26,11 @@ def significance(cls_attention: Tensor, value_norm: Tensor) -> Tensor:
 def inverse_transform_sample(scores: Tensor, samples: int, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Patches hit by `samples` - 1 even steps through the cumulated scores (section 3.2).
 
-    The scores are sorted ascending and cumulated, the curve scaled to run from 0 (first) to 1 (last); the steps run from
-    its smallest value above 0 to 1, and each takes the nearest patch, the first of equals. Distinct patches count once.
-    The patch with the lowest score is never hit. scores: (B, n), higher is better. real: (B, n) False for padding.
-    Returns hit patches in ascending order of score, padded to the largest count: (B, K), and which of them are real: (B, K).
-    One host synchronisation, for K.
+    The scores are sorted ascending and cumulated, the curve scaled to run from 0 (first) to 1 (last); the steps run
+    from its smallest value above 0 to 1, and each takes the nearest patch, the first of equals. Distinct patches count
+    once. The patch with the lowest score is never hit. scores: (B, n), higher is better. real: (B, n) False for
+    padding. Returns hit patches in ascending order of score, padded to the largest count: (B, K), and which of them are
+    real: (B, K). One host synchronisation, for K.
     """
     n = scores.shape[1]
     if real is not None:
@@ -65,9 +66,10 @@ class ATS(EncoderMethod):
     """ATS (ECCV 2022): from the fourth block on, [CLS] attention times value length is sampled; busy images keep more.
 
     first: the block from which on all blocks sample, 0-based or a fraction of the depth; 3 of 12 as published. samples:
-    tokens that may stay, [CLS] included; None: as many as enter the tower. A `ratio` or `budget` sets it: images keep at most that many. Each such block drops at least one patch. A batch is padded to its richest image.
-    A tower without [CLS] ranks by received attention. The published code counts padding rows as the lowest scores, so an
-    image's result depends on its batch (compat="published"); here padding does not count.
+    tokens that may stay, [CLS] included; None: as many as enter the tower. A `ratio` or `budget` sets it: images keep
+    at most that many. Each such block drops at least one patch. A batch is padded to its richest image. A tower without
+    [CLS] ranks by received attention. The published code counts padding rows as the lowest scores, so an image's result
+    depends on its batch (compat="published"); here padding does not count.
     """
 
     first: int | float = 0.25

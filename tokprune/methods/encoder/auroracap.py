@@ -22,13 +22,14 @@ from tokprune.registry import register_method
 )
 @dataclass(frozen=True)
 class AuroraCap(EncoderMethod):
-    """AuroraCap (ICLR 2025): ToMe in every block of the tower, the same number each time, for a kept share of the tokens.
+    """AuroraCap (ICLR 2025): ToMe in every block of the tower, the same number each time, for a kept share of the
+    tokens.
 
-    keep: share of patches left in the end, unless `ratio` or `budget` says it. The authors advise 0.2 to 0.4 for captions, more than 0.5 for
-    questions and more than 0.8 for text in pictures.
-    compat="published" does what the released code does, on which its weights were trained: the count per block is
-    truncated and computed for all blocks although the last one is not used (asked 0.1 of 729 patches, 48 blocks: 0.162 stay), and
-    its proportional attention adds a number that is the same for all keys, so that attention is not weighted at all.
+    keep: share of patches left in the end, unless `ratio` or `budget` says it. The authors advise 0.2 to 0.4 for
+    captions, more than 0.5 for questions and more than 0.8 for text in pictures. compat="published" does what the
+    released code does, on which its weights were trained: the count per block is truncated and computed for all blocks
+    although the last one is not used (asked 0.1 of 729 patches, 48 blocks: 0.162 stay), and its proportional attention
+    adds a number that is the same for all keys, so that attention is not weighted at all.
     """
 
     keep: float = 0.4

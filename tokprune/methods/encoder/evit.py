@@ -15,7 +15,8 @@ from tokprune.registry import register_method
 
 
 def attentive(cls_attention: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-    """Patches with the most attention from [CLS], best first, and the others in ascending order; ties to the lower index.
+    """Patches with the most attention from [CLS], best first, and the others in ascending order; ties to the lower
+    index.
 
     cls_attention: (B, n) -> (B, keep) and (B, n - keep).
     """
@@ -43,13 +44,14 @@ def inattentive_token(x: Tensor, cls_attention: Tensor, dropped: Tensor) -> Tens
 )
 @dataclass(frozen=True)
 class EViT(EncoderMethod):
-    """EViT (ICLR 2022): at a few blocks, between attention and MLP, the patches with the most attention from [CLS] stay.
+    """EViT (ICLR 2022): at a few blocks, between attention and MLP, the patches with the most attention from [CLS]
+    stay.
 
-    keep: share of patches that stays at each of `blocks` (rounded up); with `ratio` or `budget` the share is computed from it. blocks:
-    0-based, or fractions of the depth; 3, 6 and 9 of 12 in the paper. fuse: the others become one token, which counts as
-    a patch from then on and sits at the place of the one with the most attention.
-    The paper trains with it; applied to a finished model it costs more accuracy than merging. A tower without [CLS] ranks by
-    the attention that patches receive. Kept patches stay in raster order; compat="published" puts the best first, as the
+    keep: share of patches that stays at each of `blocks` (rounded up); with `ratio` or `budget` the share is computed
+    from it. blocks: 0-based, or fractions of the depth; 3, 6 and 9 of 12 in the paper. fuse: the others become one
+    token, which counts as a patch from then on and sits at the place of the one with the most attention. The paper
+    trains with it; applied to a finished model it costs more accuracy than merging. A tower without [CLS] ranks by the
+    attention that patches receive. Kept patches stay in raster order; compat="published" puts the best first, as the
     published code does (the outputs are the same but for their order).
     """
 

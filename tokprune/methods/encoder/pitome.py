@@ -22,10 +22,11 @@ VARIANTS = ("auto", "energy", "bipartite")
 def energy_matching(metric: Tensor, r: int, margin: float, prefix: int = 0, bipartite: bool = False) -> Matching:
     """Merge `r` tokens into alike ones, choosing by energy who may merge.
 
-    metric: (B, N, d). r: at most half of the patches. The patches are ranked by energy, highest first. Default: the first 2 r
-    merge, each of those at even ranks into the most similar one at an odd rank; the others are protected. bipartite: all even ranks
-    look for a partner among all odd ranks and the r most similar pairs merge. Output rows: the prefix, the protected ones (default: by
-    energy; bipartite: the even ranks that stay, most similar first), the odd ranks. Equal values: lower index first.
+    metric: (B, N, d). r: at most half of the patches. The patches are ranked by energy, highest first. Default: the
+    first 2 r merge, each of those at even ranks into the most similar one at an odd rank; the others are protected.
+    bipartite: all even ranks look for a partner among all odd ranks and the r most similar pairs merge. Output rows:
+    the prefix, the protected ones (default: by energy; bipartite: the even ranks that stay, most similar first), the
+    odd ranks. Equal values: lower index first.
     """
     batch, n, _ = metric.shape
     device = metric.device
@@ -67,13 +68,15 @@ def energy_matching(metric: Tensor, r: int, margin: float, prefix: int = 0, bipa
 )
 @dataclass(frozen=True)
 class PiToMe(EncoderMethod):
-    """PiToMe (NeurIPS 2024): every block keeps the same share; tokens with the highest energy (most neighbours alike) merge.
+    """PiToMe (NeurIPS 2024): every block keeps the same share; tokens with the highest energy (most neighbours alike)
+    merge.
 
-    keep: share of patches that each block leaves (at least 0.5); `ratio` or `budget` sets it from what is left in the end. margin: similarity
-    above which a neighbour counts, in the first block; it falls linearly to 0 in the last. 0.75 for DeiT and MAE, 0.9 for CLIP, as
-    published. variant: "energy" merges among the 2 r of highest energy; "bipartite" ranks by energy and then matches halves as ToMe
-    does; "auto": bipartite in the first half of the blocks, energy in the second, as published for DeiT.
-    proportional: attention weighted by size; the published code passes sizes on but never uses them there, so it is off.
+    keep: share of patches that each block leaves (at least 0.5); `ratio` or `budget` sets it from what is left in the
+    end. margin: similarity above which a neighbour counts, in the first block; it falls linearly to 0 in the last. 0.75
+    for DeiT and MAE, 0.9 for CLIP, as published. variant: "energy" merges among the 2 r of highest energy; "bipartite"
+    ranks by energy and then matches halves as ToMe does; "auto": bipartite in the first half of the blocks, energy in
+    the second, as published for DeiT. proportional: attention weighted by size; the published code passes sizes on but
+    never uses them there, so it is off.
     """
 
     keep: float = 0.9125

@@ -19,8 +19,9 @@ def norm_merge(
 ) -> tuple[Tensor, Tensor]:
     """MLERP: the mean of each row's inputs, stretched to the length of its longest input (section 3.2).
 
-    x: (B, N, C), size: (B, N, 1) or None -> (B, K, C) in x's dtype and sizes (B, K, 1). Rows without company stay as they are.
-    by_destination: divide by the length of the destination before merging, not of the mean, as the copy in PiToMe's repository does.
+    x: (B, N, C), size: (B, N, 1) or None -> (B, K, C) in x's dtype and sizes (B, K, 1). Rows without company stay as
+    they are. by_destination: divide by the length of the destination before merging, not of the mean, as the copy in
+    PiToMe's repository does.
     """
     mean, total = merge_weighted(matching, x, size)
     wide = x if x.dtype == torch.float64 else x.float()
@@ -44,11 +45,13 @@ def norm_merge(
 )
 @dataclass(frozen=True)
 class ToFu(EncoderMethod):
-    """ToFu (WACV 2024): blocks before `switch` drop the r most similar tokens, later ones merge them keeping the norm (MLERP).
+    """ToFu (WACV 2024): blocks before `switch` drop the r most similar tokens, later ones merge them keeping the norm
+    (MLERP).
 
-    Early blocks are far from linear, so that a mean of tokens is none of theirs; there dropping costs less. r: tokens removed per block, or
-    a list; without it `ratio` or `budget` decides. switch: first merging block, 0-based or a fraction of the depth; 6 of 12 in the paper.
-    There is no official code; the copy in PiToMe's repository divides by another norm and switches one block later.
+    Early blocks are far from linear, so that a mean of tokens is none of theirs; there dropping costs less. r: tokens
+    removed per block, or a list; without it `ratio` or `budget` decides. switch: first merging block, 0-based or a
+    fraction of the depth; 6 of 12 in the paper. There is no official code; the copy in PiToMe's repository divides by
+    another norm and switches one block later.
     """
 
     r: int | tuple[int, ...] | None = None

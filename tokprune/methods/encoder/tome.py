@@ -22,8 +22,8 @@ def merge_schedule(r: int | Sequence[int], depth: int, inflection: float = 0.0, 
     """Tokens to merge away in each of `depth` blocks.
 
     r: the mean per block, or a list (filled up with zeros, what is beyond the depth is ignored). inflection: slope from
-    -1 (2 r in the first block, 0 in the last: the paper's decreasing schedule) over 0 (constant) to 1. exact: the sum is r times
-    the depth; the published code truncates each step and so loses some (r = 8, -1, 12 blocks: 91 for 96).
+    -1 (2 r in the first block, 0 in the last: the paper's decreasing schedule) over 0 (constant) to 1. exact: the sum
+    is r times the depth; the published code truncates each step and so loses some (r = 8, -1, 12 blocks: 91 for 96).
     """
     if not isinstance(r, int):
         return tuple((list(r) + [0] * depth)[:depth])
@@ -51,16 +51,17 @@ def merge_schedule(r: int | Sequence[int], depth: int, inflection: float = 0.0, 
 )
 @dataclass(frozen=True)
 class ToMe(EncoderMethod):
-    """ToMe (ICLR 2023): between attention and MLP of every block, tokens at even places merge into similar ones at odd places.
+    """ToMe (ICLR 2023): between attention and MLP of every block, tokens at even places merge into similar ones at odd
+    places.
 
     r: tokens merged away per block, or a list with one number per block; without it, `ratio` or `budget` says how many
-    patches are left in the end, spread evenly over the blocks. A block merges at most half of its patches; [CLS] and other
-    prefix tokens never merge. inflection: -1 merges most in the first blocks (table 10 of the paper), 1 in the last ones.
-    proportional: attention counts a merged token as often as it has members (equation 1); switch it off for MAE models
-    that were not trained with it. matching: "bipartite", or the paper's rivals "random" and "kth" (every k-th patch is a destination, so
-    a block keeps 1 / k; r is not used). k, seed: for those two.
-    compat="published" truncates sloping schedules as the published code does. That code also drops LayerScale and
-    query/key normalisation of the models it patches and protects two prefix tokens at most; here blocks stay as they are.
+    patches are left in the end, spread evenly over the blocks. A block merges at most half of its patches; [CLS] and
+    other prefix tokens never merge. inflection: -1 merges most in the first blocks (table 10 of the paper), 1 in the
+    last ones. proportional: attention counts a merged token as often as it has members (equation 1); switch it off for
+    MAE models that were not trained with it. matching: "bipartite", or the paper's rivals "random" and "kth" (every
+    k-th patch is a destination, so a block keeps 1 / k; r is not used). k, seed: for those two. compat="published"
+    truncates sloping schedules as the published code does. That code also drops LayerScale and query/key normalisation
+    of the models it patches and protects two prefix tokens at most; here blocks stay as they are.
     """
 
     r: int | tuple[int, ...] | None = None

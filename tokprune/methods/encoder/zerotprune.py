@@ -17,7 +17,8 @@ from tokprune.registry import register_method
 
 
 def similar_half(importance: Tensor, metric: Tensor, drop: int) -> Tensor:
-    """S-stage: of the less important half, drop the tokens most similar to one of the more important half (section 3.3).
+    """S-stage: of the less important half, drop the tokens most similar to one of the more important half (section
+    3.3).
 
     importance: (B, n), metric: (B, n, d), drop: at most n // 2 -> (B, n - drop) ascending indices.
     """
@@ -57,12 +58,13 @@ def importance(attention: Tensor, rounds: int, cls_rows: int, low: float | None,
 class ZeroTPrune(EncoderMethod):
     """Zero-TPrune (CVPR 2024): after a few blocks, similar unimportant tokens go first, then the least important ones.
 
-    blocks: where to prune, at the end of each, 0-based or fractions of the depth. keep: share of patches that each leaves; `ratio` or `budget`
-    sets it. similar: share of the tokens to go that the similarity stage takes (dropped, not merged). rounds: votes of the PageRank
-    at each of `blocks`, the last number for all further ones; many in early blocks, few in deep ones. variance: heads whose scores (scaled
-    to mean 1) vary less or more than this are not asked; None asks all.
-    The whole attention matrix of these blocks is computed beside the model's own attention. The authors published no code of the method;
-    this follows the paper. The published bounds 0.01 and 0.7 of the variance only make sense for scores of mean 1, which is assumed.
+    blocks: where to prune, at the end of each, 0-based or fractions of the depth. keep: share of patches that each
+    leaves; `ratio` or `budget` sets it. similar: share of the tokens to go that the similarity stage takes (dropped,
+    not merged). rounds: votes of the PageRank at each of `blocks`, the last number for all further ones; many in early
+    blocks, few in deep ones. variance: heads whose scores (scaled to mean 1) vary less or more than this are not asked;
+    None asks all. The whole attention matrix of these blocks is computed beside the model's own attention. The authors
+    published no code of the method; this follows the paper. The published bounds 0.01 and 0.7 of the variance only make
+    sense for scores of mean 1, which is assumed.
     """
 
     blocks: tuple[int | float, ...] = (0.25, 0.5, 0.75)

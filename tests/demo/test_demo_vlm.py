@@ -1,0 +1,185 @@
+"""The demo VLM as shipped: loads offline, answers, needs its picture; and its training script runs and resumes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tokprune import demo
+from tokprune.demo.evaluation import accuracy, correct, prompt
+from tokprune.demo.loading import WEIGHTS, DemoScorer
+from tokprune.demo.scenes import Example
+
+N_TOKENS = 256
+
+
+@pytest.fixture(scope="module")
+def vlm():
+    return demo.load()
+
+
+@pytest.fixture(scope="module")
+def scorer() -> DemoScorer:
+    return demo.load_scorer()
+
+
+@pytest.fixture(scope="module")
+def examples() -> list[Example]:
+    return demo.held_out(126)
+
+
+def test_import_is_light() -> None:
+    code = "import sys, tokprune.demo; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == "[]"
+
+
+def test_weights_are_small() -> None:
+    assert sum(path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file()) <= 12e6
+
+
+def test_loads_as_float32_in_evaluation_mode(vlm) -> None:
+    model, processor = vlm
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert not model.training
+    assert type(model).__name__ == "LlavaForConditionalGeneration"
+    assert processor.tokenizer.padding_side == "left"
+
+
+def test_auto_classes_load_the_folder(vlm) -> None:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model = AutoModelForImageTextToText.from_pretrained(WEIGHTS, local_files_only=True)
+    assert model.dtype == torch.float32
+    assert type(AutoProcessor.from_pretrained(WEIGHTS, local_files_only=True)) is type(vlm[1])
+
+
+def test_prompt_holds_one_slot_per_patch(vlm, examples: list[Example]) -> None:
+    model, processor = vlm
+    text = prompt(processor, "What color is the star?")
+    inputs = processor(text=text, images=examples[0].image, return_tensors="pt")
+    assert int((inputs["input_ids"] == model.config.image_token_id).sum()) == N_TOKENS
+    words = [w for w in processor.tokenizer.convert_ids_to_tokens(inputs["input_ids"][0]) if w != "<image>"]
+    assert " ".join(words) == "<s> user: what color is the star ? assistant:"
+
+
+def test_answers_held_out_questions(vlm, examples: list[Example]) -> None:
+    shares = accuracy(examples, correct(*vlm, examples))
+    assert shares["micro"] >= 0.88
+    assert shares["where"] >= 0.8
+
+
+def test_cannot_answer_without_the_picture(vlm, examples: list[Example]) -> None:
+    assert accuracy(examples, correct(*vlm, examples, image="none"))["micro"] <= 0.45
+
+
+def test_wrong_picture_does_not_help(vlm, examples: list[Example]) -> None:
+    assert accuracy(examples, correct(*vlm, examples, image="wrong"))["micro"] <= 0.45
+
+
+def test_unknown_image_condition_is_refused(vlm, examples: list[Example]) -> None:
+    with pytest.raises(ValueError, match="own"):
+        correct(*vlm, examples, image="blurred")  # type: ignore[arg-type]
+
+
+def test_scorer_shares_the_tower(vlm, scorer: DemoScorer) -> None:
+    model = vlm[0]
+    ours, theirs = scorer.clip.vision_model.state_dict(), model.model.vision_tower.state_dict()
+    assert len(ours) == len(theirs) > 0
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_scorer_finds_what_the_text_names(vlm, scorer: DemoScorer) -> None:
+    """The patch that answers best to a colour and a shape lies on that object, nearly always."""
+    processor = vlm[1]
+    scenes = [e.scene for e in demo.held_out(40, seed=3)]
+    pixels = processor.image_processor([scene.image for scene in scenes], return_tensors="pt")["pixel_values"]
+    patches = scorer.embed_image(pixels)  # (B, N, E)
+    texts = scorer.embed_text([f"a {s.objects[0].color} {s.objects[0].shape}" for s in scenes])  # (B, E)
+    assert patches.shape[:2] == (len(scenes), N_TOKENS)
+    assert torch.allclose(patches.norm(dim=-1), torch.ones(patches.shape[:2]), atol=1e-4)
+    assert torch.allclose(texts.norm(dim=-1), torch.ones(len(texts)), atol=1e-4)
+    best = torch.einsum("bne,be->bn", patches, texts).argmax(1).tolist()
+    hits = 0
+    for scene, patch in zip(scenes, best, strict=True):
+        x, y = 8 * (patch % 16) + 4, 8 * (patch // 16) + 4
+        twins = [o for o in scene.objects if (o.color, o.shape) == (scene.objects[0].color, scene.objects[0].shape)]
+        hits += any((x - o.x) ** 2 + (y - o.y) ** 2 < (o.radius + 6) ** 2 for o in twins)
+    assert hits >= 0.85 * len(scenes)
+
+
+def test_scorer_takes_everyday_text(scorer: DemoScorer) -> None:
+    embedded = scorer.embed_text(["What color is the STAR?", "what color is the star ?", "xyzzy"])
+    assert torch.allclose(embedded[0], embedded[1], atol=1e-6)
+    assert torch.isfinite(embedded).all()
+    with pytest.raises(TypeError, match="list"):
+        scorer.embed_text("a star")
+
+
+def test_missing_weights_are_explained(tmp_path: Path) -> None:
+    from tokprune.demo.loading import load_model
+
+    with pytest.raises(FileNotFoundError, match=r"tokprune\.demo\.train"):
+        load_model(tmp_path)
+
+
+class TestTraining:
+    """The script, on a recipe of seconds."""
+
+    @staticmethod
+    def run(out: Path, **options) -> None:
+        from tokprune.demo.train import run
+        from tokprune.demo.training.recipe import miniature
+
+        run(out, miniature(), workers=1, **options)
+
+    def test_whole_pipeline_then_nothing_to_do(self, tmp_path: Path) -> None:
+        self.run(tmp_path)
+        report = json.loads((tmp_path / "report.json").read_text())
+        assert set(report["held_out_accuracy"]) == {"all_tokens", "no_image", "wrong_image"}
+        assert report["stages"]["qa"]["log"][-1]["step"] == 4
+        assert (tmp_path / "model" / "scorer" / "model.safetensors").exists()
+        written = (tmp_path / "qa.pt").stat().st_mtime_ns
+        self.run(tmp_path)
+        assert (tmp_path / "qa.pt").stat().st_mtime_ns == written
+
+    def test_killed_stage_continues_to_the_same_weights(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        from tokprune.demo.training import optimizer
+
+        self.run(tmp_path / "whole", stages=["render", "dense"])
+        self.run(tmp_path / "killed", stages=["render"])
+        step, calls = optimizer.MixedOptimizer.step, []
+
+        def step_until_killed(self, factor: float) -> float:
+            calls.append(factor)
+            if len(calls) == 4:  # the checkpoint is after the second step
+                raise KeyboardInterrupt
+            return step(self, factor)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(optimizer.MixedOptimizer, "step", step_until_killed)
+            with pytest.raises(KeyboardInterrupt):
+                self.run(tmp_path / "killed", stages=["dense"])
+        assert not (tmp_path / "killed" / "dense.json").exists()
+        self.run(tmp_path / "killed", stages=["dense"])
+
+        whole, continued = (torch.load(tmp_path / name / "dense.pt") for name in ("whole", "killed"))
+        assert all(torch.equal(whole[name], continued[name]) for name in whole)
+        steps = [json.loads(line)["step"] for line in (tmp_path / "killed" / "dense.jsonl").read_text().splitlines()]
+        assert steps == [1, 2, 3, 4, 4]  # the last line is the validation
+
+    def test_refuses_what_cannot_work(self, tmp_path: Path) -> None:
+        from tokprune.demo.train import run
+        from tokprune.demo.training.recipe import Recipe
+
+        with pytest.raises(RuntimeError, match="render"):
+            self.run(tmp_path, stages=["dense"])
+        with pytest.raises(RuntimeError, match="another recipe"):
+            run(tmp_path, Recipe(), stages=["render"])
+        with pytest.raises(ValueError, match="unknown stage"):
+            self.run(tmp_path, stages=["sleep"])

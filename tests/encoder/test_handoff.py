@@ -1,0 +1,68 @@
+"""Encoder stage, then connector stage: only one token of each group goes on, and the budget is one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.encoder.test_vlm_towers import encode, rows, two_images
+from tokprune.adapters.layouts import Call, stream_layouts
+from tokprune.adapters.splice import apply_encoder
+from tokprune.adapters.splice.handoff import SIGNAL, AmongSurvivors, survivor_rows
+from tokprune.methods.connector.divprune import DivPrune
+from tokprune.testing import build
+from tokprune.tokens import Layout, Merge, Selection, VisualTokens
+
+FAMILIES = ("llava", "llava_next", "internvl", "gemma3", "idefics3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_survivors_line_up_with_the_features(family: str) -> None:
+    tiny = build(family)
+    inputs = two_images(tiny)
+    names: dict[str, Any] = {k: inputs[k] for k in ("pixel_values", "image_grid_thw", "image_sizes") if k in inputs}
+    with apply_encoder(tiny.model, "tome", ratio=0.4) as pruning:
+        output = encode(tiny, inputs)
+    call = Call(tiny.model.base_model, "image", names, output)
+    flat, place = rows(output.pooler_output), survivor_rows(pruning, call) > 0
+    assert place.shape == flat.shape[:1]
+    unique = torch.unique((flat * 1e4).round(), dim=0).shape[0]
+    if family == "llava_next":  # unpadding drops rows, newlines are added
+        assert len(stream_layouts(tiny.model.base_model, "image", names, output)) == 2
+        assert 0 < int(place.sum()) < int(pruning.trace.survivor.sum())
+        return
+    assert int(place.sum()) == int(pruning.trace.survivor.sum())
+    assert torch.unique((flat[place] * 1e4).round(), dim=0).shape[0] == int(place.sum())  # no two alike
+    assert unique == int(place.sum())  # and none is missing
+
+
+def stream() -> VisualTokens:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(24, 6, generator=generator)
+    alive = torch.zeros(24)
+    alive[torch.randperm(24, generator=generator)[:11]] = 1
+    return VisualTokens(features, Layout.grid(4, 6), {SIGNAL: alive})
+
+
+def test_choice_among_survivors_is_the_choice_of_the_part() -> None:
+    tokens = stream()
+    place = tokens.signals[SIGNAL].nonzero()[:, 0]
+    got = AmongSurvivors(DivPrune()).select(tokens, 5)
+    expected = place[DivPrune().select(tokens.part(place), 5).indices]
+    assert torch.equal(got.indices, expected)
+    assert len(AmongSurvivors(DivPrune()).select(tokens, 20)) == 11
+    assert torch.equal(AmongSurvivors().select(tokens, 3).indices, place)
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_merge_weights_of_the_part_are_those_of_the_stream(dense: bool) -> None:
+    tokens = stream()
+    place = tokens.signals[SIGNAL].nonzero()[:, 0]
+    target = torch.arange(len(place)) % 3
+    merge = Merge(target, torch.full((len(place),), 0.5))
+    inner = Selection(torch.arange(3), Merge(rows=merge.dense(3, len(place))) if dense else merge)
+    outer = AmongSurvivors.outward(inner, place, len(tokens))
+    torch.testing.assert_close(outer.apply(tokens.features), inner.apply(tokens.features[place]))

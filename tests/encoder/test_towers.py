@@ -1,0 +1,380 @@
+"""The splice on every kind of tower: nothing merged changes nothing, removal leaves no trace, merging equals a written-out forward."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+
+from tokprune.adapters.splice import apply_encoder
+from tokprune.errors import UnsupportedModelError
+from tokprune.methods.encoder.tome import ToMe
+from tokprune.ops.bipartite import bipartite_matching, merge_weighted, unmerge
+
+close = torch.testing.assert_close
+
+
+def settle(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Weights that make every mistake visible."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        with torch.no_grad():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * (0.2 if parameter.ndim > 1 else 0.4))
+    return model.eval()
+
+
+def timm_vit(**options: Any) -> nn.Module:
+    timm = pytest.importorskip("timm")
+    base = {"img_size": 32, "patch_size": 4, "embed_dim": 24, "depth": 4, "num_heads": 3, "num_classes": 5}
+    return settle(timm.models.vision_transformer.VisionTransformer(**{**base, **options}))
+
+
+def hf_tower(name: str, **options: Any) -> nn.Module:
+    hf = pytest.importorskip("transformers")
+    base = {
+        "hidden_size": 24,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 3,
+        "image_size": 32,
+        "patch_size": 4,
+    }
+    config = getattr(hf, f"{name}VisionConfig")(**{**base, **options})
+    return settle(getattr(hf, f"{name}VisionModel")(config))
+
+
+def open_clip_tower(**options: Any) -> nn.Module:
+    transformer = pytest.importorskip("open_clip.transformer")
+    base = {"image_size": 32, "patch_size": 4, "width": 24, "layers": 4, "heads": 3, "mlp_ratio": 2.0, "output_dim": 8}
+    return settle(transformer.VisionTransformer(**{**base, **options}))
+
+
+TOWERS: dict[str, Callable[[], nn.Module]] = {
+    "timm": timm_vit,
+    "timm layer scale": lambda: timm_vit(init_values=0.1),
+    "timm qk norm": lambda: timm_vit(qk_norm=True),
+    "timm registers": lambda: timm_vit(reg_tokens=4),
+    "timm average": lambda: timm_vit(class_token=False, global_pool="avg"),
+    "timm map": lambda: timm_vit(class_token=False, global_pool="map"),
+    "timm distilled": lambda: settle(
+        __import__("timm.models.deit", fromlist=["x"]).VisionTransformerDistilled(
+            img_size=32, patch_size=4, embed_dim=24, depth=4, num_heads=3, num_classes=5
+        )
+    ),
+    "clip": lambda: hf_tower("CLIP", projection_dim=8),
+    "siglip": lambda: hf_tower("Siglip"),
+    "internvl": lambda: hf_tower("InternVL", image_size=[32, 32], patch_size=[4, 4]),
+    "internvl qk norm": lambda: hf_tower("InternVL", image_size=[32, 32], patch_size=[4, 4], use_qk_norm=True),
+    "open_clip": open_clip_tower,
+    "open_clip layer scale": lambda: open_clip_tower(ls_init_value=0.1),
+    "open_clip average": lambda: open_clip_tower(pool_type="avg"),
+}
+towers = pytest.mark.parametrize("name", TOWERS)
+
+
+def pixels(batch: int = 2, seed: int = 0) -> Tensor:
+    return torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def output(model: nn.Module, x: Tensor, **kwargs: Any) -> list[Tensor]:
+    out = model(x, **kwargs)
+    if isinstance(out, Tensor):
+        return [out]
+    return [t for t in out.to_tuple() if isinstance(t, Tensor)]
+
+
+def equal(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def hooks(model: nn.Module) -> int:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
+    return sum(len(getattr(m, kind)) for m in model.modules() for kind in kinds)
+
+
+@towers
+@torch.no_grad()
+def test_nothing_merged_is_bit_identical_and_removal_leaves_no_trace(name: str) -> None:
+    model = TOWERS[name]()
+    x = pixels()
+    plain, before = output(model, x), (hooks(model), set(vars(model)))
+    pruning = apply_encoder(model, "tome", r=0)
+    assert equal(output(model, x), plain)
+    pruning.remove()
+    with apply_encoder(model, "tome", r=6):
+        reduced = output(model, x)
+        assert not equal(reduced, plain)
+        assert [t.shape for t in reduced] == [t.shape for t in plain]  # full length outside
+    assert (hooks(model), set(vars(model))) == before
+    assert equal(output(model, x), plain)
+
+
+def parts(block: nn.Module) -> tuple[Callable[..., Tensor], ...]:
+    """entry norm, (x -> q, k, v heads), output projection, middle norm, MLP branch of a block, as plain functions."""
+    kind = type(block).__name__
+
+    def heads(x: Tensor, count: int) -> Tensor:
+        return x.unflatten(-1, (count, -1)).transpose(1, 2)
+
+    if kind == "Block":
+        a = block.attn
+
+        def qkv(x: Tensor) -> tuple[Tensor, ...]:
+            q, k, v = a.qkv(x).chunk(3, -1)
+            return a.q_norm(heads(q, a.num_heads)), a.k_norm(heads(k, a.num_heads)), heads(v, a.num_heads)
+
+        return block.norm1, qkv, lambda y: block.ls1(a.proj(y)), block.norm2, lambda y: block.ls2(block.mlp(y))
+    if kind == "ResidualAttentionBlock":
+        a = block.attn
+
+        def packed(x: Tensor) -> tuple[Tensor, ...]:
+            return tuple(
+                heads(t, a.num_heads) for t in nn.functional.linear(x, a.in_proj_weight, a.in_proj_bias).chunk(3, -1)
+            )
+
+        return block.ln_1, packed, lambda y: block.ls_1(a.out_proj(y)), block.ln_2, lambda y: block.ls_2(block.mlp(y))
+    if kind == "InternVLVisionLayer":
+        a = block.attention
+
+        def normed(x: Tensor) -> tuple[Tensor, ...]:
+            q, k, v = a.q_norm(a.q_proj(x)), a.k_norm(a.k_proj(x)), a.v_proj(x)
+            return tuple(heads(t, a.num_heads) for t in (q, k, v))
+
+        project = lambda y: block.lambda_1 * a.projection_layer(y)  # noqa: E731
+        return block.layernorm_before, normed, project, block.layernorm_after, lambda y: block.lambda_2 * block.mlp(y)
+    a = block.self_attn
+
+    def three(x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(heads(t, a.num_heads) for t in (a.q_proj(x), a.k_proj(x), a.v_proj(x)))
+
+    return block.layer_norm1, three, a.out_proj, block.layer_norm2, block.mlp
+
+
+def written_out(model: nn.Module, x: Tensor, r: int, prefix: int, blocks: Any) -> list[Tensor]:
+    """Outputs of the blocks under ToMe, at full length, without hooks: explicit attention over merged tokens."""
+    size, whole, outs = None, lambda t: t, []
+    for block in blocks:
+        entry, qkv, project, middle, branch = parts(block)
+        q, k, v = qkv(entry(x))
+        logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+        if size is not None:
+            logits = logits + size.log()[:, None, None, :, 0]
+        x = x + project((logits.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        matching = bipartite_matching(k.mean(1), r, prefix)
+        x, size = merge_weighted(matching, x, size)
+        whole = (lambda inner, m: lambda t: inner(unmerge(m, t)))(whole, matching)
+        x = x + branch(middle(x))
+        outs.append(whole(x))
+    return outs
+
+
+@towers
+@torch.no_grad()
+def test_merging_equals_a_written_out_forward(name: str) -> None:
+    model = TOWERS[name]()
+    x, seen = pixels(), {}
+    pruning = apply_encoder(model, "tome", r=7)
+    tower = pruning.tower
+    first = tower.blocks[0].block
+    watch = first.register_forward_pre_hook(lambda m, args, kw: seen.update(x=args[0]), with_kwargs=True)
+    last = tower.blocks[-1].block.register_forward_hook(lambda m, a, out: seen.update(y=out))
+    output(model, x)
+    watch.remove(), last.remove()
+    pruning.remove()
+    prefix = {"timm registers": 5, "timm distilled": 2}.get(name, 0 if "average" in name and "timm" in name else 1)
+    prefix = 0 if name in ("siglip", "timm map") else prefix
+    assert tower.prefix == prefix
+    expected = written_out(model, seen["x"], 7, prefix, [p.block for p in tower.blocks])
+    close(seen["y"], expected[-1], atol=1e-5, rtol=1e-5)
+    n = seen["x"].shape[1]
+    assert pruning.trace.counts == tuple(n - 7 * (i + 1) for i in range(4))
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip", "internvl"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@torch.no_grad()
+def test_hidden_states_have_full_length_and_the_right_values(name: str, attention: str) -> None:
+    model = TOWERS[name]()
+    model.set_attn_implementation(attention)
+    model(pixels(), output_hidden_states=True)  # transformers installs its capturing hooks now
+    seen: dict[str, Tensor] = {}
+    pruning = apply_encoder(model, "tome", r=7)
+    blocks = [p.block for p in pruning.tower.blocks]
+    watch = blocks[0].register_forward_pre_hook(lambda m, args, kw: seen.update(x=args[0]), with_kwargs=True)
+    hidden = model(pixels(), output_hidden_states=True).hidden_states
+    watch.remove(), pruning.remove()
+    expected = written_out(model, seen["x"], 7, pruning.tower.prefix, blocks)
+    for got, want in zip(hidden[1:-1], expected, strict=False):
+        close(got, want, atol=2e-5, rtol=1e-5)
+    assert {h.shape[1] for h in hidden} == {seen["x"].shape[1]}
+
+
+@torch.no_grad()
+def test_what_enters_a_block_can_be_widened_from_outside() -> None:
+    model, seen = TOWERS["clip"](), {}
+    with apply_encoder(model, "tome", r=7) as pruning:
+        block = pruning.tower.blocks[2].block
+        watch = block.self_attn.k_proj.register_forward_hook(lambda m, a, out: seen.update(k=out))
+        before = block.layer_norm1.register_forward_hook(lambda m, a, out: seen.update(x=out))
+        hidden = model(pixels(), output_hidden_states=True).hidden_states
+        watch.remove(), before.remove()
+        assert seen["k"].shape[1] == 65 - 14
+        close(pruning.widen(2, seen["x"]), block.layer_norm1(hidden[2]), atol=1e-5, rtol=1e-5)
+        assert pruning.widen(2, seen["k"]).shape == hidden[2].shape
+
+
+@pytest.mark.parametrize("name", ["timm registers", "timm average"])
+@pytest.mark.parametrize("layout", ["NCHW", "NLC"])
+@torch.no_grad()
+def test_feature_maps_of_timm_have_full_length(name: str, layout: str) -> None:
+    model, x = TOWERS[name](), pixels()
+    plain = model.forward_intermediates(
+        x, [1, -1], return_prefix_tokens=True, norm=True, output_fmt=layout, output_dict=True
+    )
+    with apply_encoder(model, "tome", r=0):
+        same = model.forward_intermediates(
+            x, [1, -1], return_prefix_tokens=True, norm=True, output_fmt=layout, output_dict=True
+        )
+    for key, value in plain.items():
+        assert all(torch.equal(a, b) for a, b in zip(value, same[key], strict=True))
+    with apply_encoder(model, "tome", r=7) as pruning:
+        final, maps = model.forward_intermediates(x, [1, -1], output_fmt=layout)
+        alone = model.forward_intermediates(x, 2, output_fmt=layout, intermediates_only=True)
+        assign = pruning.trace.assign
+    assert final.shape[1] == 64 + pruning.tower.prefix
+    assert [m.shape for m in maps] == [m.shape for m in plain["image_intermediates"]]
+    assert torch.equal(alone[-1], maps[-1])
+    last = maps[-1].flatten(2).transpose(1, 2) if layout == "NCHW" else maps[-1]
+    for group in assign[0].unique().tolist():
+        members = last[0, assign[0] == group]
+        assert torch.equal(members, members[:1].expand_as(members))
+    assert "forward_intermediates" not in vars(model)
+
+
+@torch.no_grad()
+def test_expand_false_gives_the_merged_tokens() -> None:
+    model = TOWERS["clip"]()
+    with apply_encoder(model, "tome", r=7, expand=False) as pruning:
+        out = model(pixels())
+    assert out.last_hidden_state.shape[1] == 65 - 28
+    assert pruning.trace.assign.shape == (2, 64)
+    assert torch.equal(pruning.trace.survivor.sum(1), torch.full((2,), 64 - 28))
+    assert torch.equal(pruning.trace.size.sum(1), torch.full((2,), 64.0))
+
+
+@torch.no_grad()
+def test_ratio_and_budget_are_exact() -> None:
+    for method in ("tome", "tofu", "pitome", "evit", "zerotprune"):
+        for limit in ({"ratio": 0.35}, {"budget": 17}):
+            model = TOWERS["timm"]()
+            with apply_encoder(model, method, **limit) as pruning:
+                model(pixels())
+            left = pruning.trace.survivor.sum(1)
+            assert left.tolist() == [22, 22] if "ratio" in limit else [17, 17], method
+
+
+@pytest.mark.parametrize("method", ["tome", "pitome", "tofu", "evit", "ats", "zerotprune"])
+@pytest.mark.parametrize("name", ["timm", "siglip", "internvl", "open_clip"])
+@torch.no_grad()
+def test_every_method_runs_on_every_kind_of_tower(method: str, name: str) -> None:
+    if method == "ats" and name in ("siglip", "internvl"):
+        with pytest.raises(UnsupportedModelError, match="pools over all patches"):
+            apply_encoder(TOWERS[name](), method)
+        return
+    model, x = TOWERS[name](), pixels()
+    plain = output(model, x)
+    options = {"r": 6} if method in ("tome", "tofu") else {}
+    with apply_encoder(model, method, **options) as pruning:
+        both = output(model, x)
+        counts = pruning.trace.counts
+        alone = output(model, x[1:])
+    assert counts[-1] < 64
+    assert all(t.isfinite().all() for t in both)
+    if len(plain) == 1:  # a pooled output does not depend on the neighbours in the batch
+        close(both[0][1:], alone[0], atol=1e-5, rtol=1e-5)
+
+
+def gradients(model: nn.Module, xs: list[Tensor]) -> list[Tensor]:
+    model.zero_grad()
+    losses = [output(model, x)[-1].square().mean() for x in xs]
+    sum(losses).backward()
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("name", ["timm", "clip", "open_clip"])
+def test_gradient_checkpointing_gives_the_same_gradients(name: str) -> None:
+    model = TOWERS[name]().train()
+    xs = [pixels(2, 1), pixels(2, 2)]  # two forwards before one backward
+    apply_encoder(model, "tome", r=7)
+    plain = gradients(model, xs)
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    else:
+        model.set_grad_checkpointing(True)
+    again = gradients(model, xs)
+    assert len(plain) == len(again)
+    for a, b in zip(plain, again, strict=True):
+        close(a, b, atol=1e-6, rtol=1e-5)
+
+
+def test_reentrant_checkpointing_is_refused() -> None:
+    """It would leave out gradients of the tower without a word."""
+    model = TOWERS["clip"]().train()
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    apply_encoder(model, "tome", r=7)
+    with pytest.raises(UnsupportedModelError, match="use_reentrant"):
+        output(model, pixels())[-1].square().mean().backward()
+    model = TOWERS["timm"]().train()
+    apply_encoder(model, "tome", r=7)
+    x = pixels().requires_grad_()
+    with pytest.raises(UnsupportedModelError, match="use_reentrant"):
+        torch.utils.checkpoint.checkpoint(model, x, use_reentrant=True).sum().backward()
+
+
+@torch.no_grad()
+def test_a_copy_of_a_reduced_model_has_its_own_state() -> None:
+    model = TOWERS["timm"]()
+    apply_encoder(model, "tome", r=7)
+    other = copy.deepcopy(model)
+    expected = model(pixels())
+    close(other(pixels(4, 3))[:1] * 0 + expected[:1], expected[:1])
+    close(other(pixels()), expected)
+    assert other.__dict__["_tokprune_encoder"] is not model.__dict__["_tokprune_encoder"]
+    assert other.__dict__["_tokprune_encoder"].trace is not model.__dict__["_tokprune_encoder"].trace
+
+
+@torch.no_grad()
+def test_applying_again_replaces() -> None:
+    model = TOWERS["timm"]()
+    first = apply_encoder(model, ToMe(r=3))
+    second = apply_encoder(model, ToMe(r=5))
+    model(pixels())
+    assert not first.active
+    assert second.trace.counts[-1] == 65 - 20
+    assert first.trace is None
+
+
+@torch.no_grad()
+def test_half_precision_runs_and_counts_right() -> None:
+    model = TOWERS["timm"]().to(torch.bfloat16)
+    with apply_encoder(model, "tome", r=15) as pruning:
+        out = model(pixels().to(torch.bfloat16))
+    assert out.dtype == torch.bfloat16
+    assert pruning.trace.size.dtype == torch.float32
+    assert torch.equal(pruning.trace.size.sum(1), torch.full((2,), 64.0))
+
+
+@pytest.mark.slow
+def test_compiles_without_a_graph_break() -> None:
+    model = TOWERS["timm"]()
+    x = pixels()
+    with torch.no_grad():
+        expected = apply_encoder(model, "tome", r=7) and model(x)
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        close(compiled(x), expected, atol=1e-6, rtol=1e-6)

@@ -1,0 +1,58 @@
+"""STORM's sampling and pooling: operators, and the exact budget made of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.methods.connector.clips import clip, video
+from tokprune.errors import OptionError
+from tokprune.methods.connector.storm import Storm, spatial_pool, temporal_pool, temporal_sample
+
+
+def test_operators() -> None:
+    features = torch.arange(5 * 4 * 2.0).view(5, 4, 2)
+    assert torch.equal(temporal_sample(features, 2), features[[0, 2, 4]])
+    pooled = temporal_pool(features, 4)
+    torch.testing.assert_close(pooled, torch.stack([features[:4].mean(0), features[4]]))
+    torch.testing.assert_close(spatial_pool(features, (2, 2), 2), features.mean(1, keepdim=True))
+    assert temporal_pool(features.bfloat16(), 4).dtype == torch.bfloat16
+    with pytest.raises(OptionError, match="does not divide"):
+        spatial_pool(features, (1, 4), 2)
+
+
+def test_sampling_is_every_other_frame() -> None:
+    features = clip(8)
+    chosen = Storm().select(video(features, (6, 6)), 4 * 36)
+    torch.testing.assert_close(chosen.apply(features.flatten(0, 1)), features[::2].flatten(0, 1))
+
+
+def test_pooling_is_the_mean_over_time_and_cells() -> None:
+    features = clip(8)
+    tokens = video(features, (6, 6))
+    chosen = Storm(stride=4, mode="pool").select(tokens, 2 * 36)
+    torch.testing.assert_close(chosen.apply(tokens.features), temporal_pool(features, 4).flatten(0, 1))
+    chosen = Storm(stride=4, mode="pool").select(tokens, 2 * 9)
+    expected = spatial_pool(temporal_pool(features, 4), (6, 6), 2).flatten(0, 1)
+    torch.testing.assert_close(chosen.apply(tokens.features), expected)
+
+
+def test_a_budget_that_the_sampled_frames_cannot_hold_lowers_the_stride() -> None:
+    tokens = video(clip(9), (6, 6))
+    frames = tokens.layout.group[Storm(stride=4).select(tokens, 200).indices].unique()
+    assert frames.tolist() == list(range(9))  # stride 3 holds 108, stride 2 holds 180
+    frames = tokens.layout.group[Storm(stride=4).select(tokens, 150).indices].unique()
+    assert frames.tolist() == [0, 2, 4, 6, 8]
+
+
+def test_few_tokens_come_from_the_whole_video() -> None:
+    tokens = video(clip(32), (6, 6))
+    frames = tokens.layout.group[Storm().select(tokens, 4).indices]
+    assert frames.diff().tolist() == [8, 8, 8]
+
+
+def test_options_are_checked() -> None:
+    with pytest.raises(OptionError, match="stride"):
+        Storm(stride=0)
+    with pytest.raises(OptionError, match="mode"):
+        Storm(mode="average")  # type: ignore[arg-type]

@@ -1,0 +1,71 @@
+"""DPC-kNN against a plain loop, with masks and neighbours per row."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from tokprune.ops.dpc import density, dpc_knn, euclidean, peaks
+
+
+def plain(points: list[list[float]], count: int, k: int) -> tuple[set[int], list[int]]:
+    """Centres and the centre of each point, by the definition."""
+    n, width = len(points), len(points[0])
+    d = [[math.dist(a, b) / math.sqrt(width) for b in points] for a in points]
+    rho = [math.exp(-sum(sorted(x * x for x in row)[:k]) / min(k, n)) for row in d]
+    far = max(max(row) for row in d)
+    delta = [min([d[i][j] for j in range(n) if rho[j] > rho[i]], default=far) for i in range(n)]
+    order = sorted(range(n), key=lambda i: (-rho[i] * delta[i], i))
+    centres = sorted(order[:count])
+    return set(centres), [i if i in centres else min(centres, key=lambda c: d[i][c]) for i in range(n)]
+
+
+@pytest.mark.parametrize("k", [1, 3, 7])
+def test_against_the_definition(k: int) -> None:
+    g = torch.Generator().manual_seed(k)
+    points = torch.randn(5, 12, 4, generator=g, dtype=torch.float64)
+    counts = torch.tensor([1, 2, 5, 11, 12])
+    centre, into, _ = dpc_knn(points, counts, k, block=2)
+    for row in range(5):
+        expected, assigned = plain(points[row].tolist(), int(counts[row]), k)
+        if k > 1:  # one neighbour, itself: all densities are equal, and so are the largest scores
+            assert set(centre[row].nonzero()[:, 0].tolist()) == expected
+            assert into[row].tolist() == assigned
+        else:
+            assert centre[row].nonzero()[:, 0].tolist() == list(range(int(counts[row])))
+
+
+def test_invalid_points_are_not_there() -> None:
+    g = torch.Generator().manual_seed(9)
+    points = torch.randn(4, 10, 3, generator=g)
+    valid = torch.rand(4, 10, generator=g) > 0.4
+    valid[3] = False
+    counts = torch.tensor([2, 3, 1, 0])
+    centre, into, score = dpc_knn(points, counts, 4, valid)
+    for row in range(3):
+        spots = valid[row].nonzero()[:, 0]
+        alone = dpc_knn(points[row, spots][None], counts[row][None], 4)
+        assert torch.equal(centre[row, spots], alone[0][0])
+        assert torch.equal(into[row, spots], spots[alone[1][0]])
+        torch.testing.assert_close(score[row, spots], alone[2][0])
+        assert not centre[row, ~valid[row]].any()
+        assert (into[row, ~valid[row]] == -1).all()
+    assert (into[3] == -1).all()
+
+
+def test_neighbours_may_differ_between_rows() -> None:
+    points = torch.randn(3, 9, 4, generator=torch.Generator().manual_seed(4))
+    distance = euclidean(points)
+    k = torch.tensor([1, 4, 7])
+    for row in range(3):
+        one = density(distance[row : row + 1], int(k[row]))
+        torch.testing.assert_close(density(distance, k)[row], one[0])
+        torch.testing.assert_close(peaks(distance, k)[row], peaks(distance[row : row + 1], int(k[row]))[0])
+
+
+def test_duplicates_take_the_lower_index() -> None:
+    centre, into, _ = dpc_knn(torch.ones(1, 6, 3), torch.tensor([2]), 3)
+    assert centre[0].tolist() == [True, True, False, False, False, False]
+    assert into[0].tolist() == [0, 1, 0, 0, 0, 0]

@@ -1,0 +1,90 @@
+"""Frames side by side: rasters, predecessors, means, shares."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.methods.connector.clips import uneven
+from tests.methods.streams import LAYOUTS
+from tokprune.ops.frames import earlier, frame_means, in_proportion, raster, similarity_to, spread
+
+
+def test_raster_of_full_frames_counts_through() -> None:
+    assert torch.equal(raster(LAYOUTS["video"]), torch.arange(60).view(5, 12))
+
+
+def test_raster_and_predecessors_of_uneven_frames() -> None:
+    layout = uneven([(3, 4), (2, 4), (3, 3)], holes=6).layout
+    places = raster(layout)
+    assert places.shape == (3, 12)
+    assert sorted(places[places >= 0].tolist()) == list(range(len(layout.group)))
+    at = {
+        (int(g), int(r), int(c)): i
+        for i, (g, r, c) in enumerate(zip(layout.group, layout.row, layout.col, strict=True))
+    }
+    for step in (1, 2):
+        expected = [
+            at.get((int(g) - step, int(r), int(c)), -1)
+            for g, r, c in zip(layout.group, layout.row, layout.col, strict=True)
+        ]
+        assert earlier(layout, step).tolist() == expected
+
+
+def test_each_frame_may_look_back_differently() -> None:
+    back = earlier(LAYOUTS["video"], torch.tensor([0, 1, 2, 1, 0])).view(5, 12)
+    assert (back[0] == -1).all()
+    assert (back[4] == -1).all()
+    assert torch.equal(back[1], torch.arange(12))
+    assert torch.equal(back[2], torch.arange(12))
+    assert torch.equal(back[3], torch.arange(24, 36))
+
+
+@pytest.mark.parametrize("where", ["image", "tiles", "unpadded"])
+def test_pictures_and_tiles_have_no_past(where: str) -> None:
+    assert (earlier(LAYOUTS[where]) == -1).all()
+
+
+def test_similarity_in_blocks() -> None:
+    g = torch.Generator().manual_seed(0)
+    features, other = torch.randn(50, 8, generator=g), torch.randint(-1, 50, (50,), generator=g)
+    found = similarity_to(features, other, -2.0, block=7)
+    expected = torch.nn.functional.cosine_similarity(features, features[other.clamp(min=0)])
+    torch.testing.assert_close(found, torch.where(other >= 0, expected, -2.0))
+
+
+def test_frame_means() -> None:
+    tokens = uneven([(2, 2), (1, 3)])
+    found = frame_means(tokens.features, tokens.layout)
+    torch.testing.assert_close(found, torch.stack([tokens.features[:4].mean(0), tokens.features[4:].mean(0)]))
+
+
+def test_spread_is_exact_and_even() -> None:
+    assert spread(3, [10] * 9) == [0, 1, 0, 0, 1, 0, 0, 1, 0]
+    assert spread(20, [10] * 9) == [2, 2, 3, 2, 2, 2, 3, 2, 2]
+    assert spread(7, [1, 5, 5]) == [1, 3, 3]
+    g = torch.Generator().manual_seed(1)
+    for _ in range(300):
+        caps = torch.randint(0, 6, (7,), generator=g).tolist()
+        total = int(torch.randint(0, sum(caps) + 1, (1,), generator=g))
+        shares = spread(total, caps)
+        assert sum(shares) == total
+        assert all(0 <= k <= cap for k, cap in zip(shares, caps, strict=True))
+        free = [k for k, cap in zip(shares, caps, strict=True) if k < cap]
+        assert max(free, default=0) >= max(shares) - 1 if free else True
+
+
+def test_in_proportion_is_exact_in_every_group() -> None:
+    g = torch.Generator().manual_seed(2)
+    for _ in range(300):
+        sizes = torch.randint(0, 9, (12,), generator=g)
+        group = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2, 2, 3, 3])
+        whole = torch.zeros(4, dtype=torch.long).index_add(0, group, sizes)
+        totals = (torch.rand(4, generator=g) * (whole + 1)).long().minimum(whole)
+        shares = in_proportion(totals, sizes, group)
+        assert torch.equal(torch.zeros(4, dtype=torch.long).index_add(0, group, shares), totals)
+        assert (shares >= 0).all()
+        assert (shares <= sizes).all()
+        wish = totals[group] * sizes / whole[group].clamp(min=1)
+        assert (shares - wish).abs().max() <= 1
+    assert in_proportion(5, torch.tensor([10] * 10)).tolist() == [1, 0, 1, 0, 1, 0, 1, 0, 1, 0]

@@ -1,0 +1,82 @@
+"""AuroraCap's merging of every frame on its own, in front of the LLM."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokprune.errors import OptionError
+from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
+from tokprune.ops.bipartite import bipartite_matching, cap, merge_weighted
+from tokprune.ops.frames import spread
+from tokprune.ops.pools import selection
+from tokprune.ops.stacks import stacks
+from tokprune.ops.wide import wide
+from tokprune.registry import register_method
+from tokprune.tokens import Selection, VisualTokens
+
+BLOCK = 64  # frames whose similarities are in memory together
+
+
+@torch.no_grad()
+def auroracap_frames(features: Tensor, keep: int, rounds: int = 24) -> tuple[Tensor, Tensor]:
+    """Merge each frame to `keep` tokens by bipartite soft matching, about the same number in every round.
+
+    features: (T, n, C). A merged token is the mean of all originals in it. Returns the positions that are left in each frame
+    (T, keep), ascending, and to which of them each original went (T, n). Rounds are added where matching, which can merge at
+    most half of the tokens at once, would fall short.
+    """
+    x, size = wide(features), None
+    frames, n, _ = x.shape
+    rep = torch.arange(n, device=x.device).expand(frames, n)
+    assign, left = rep, rounds
+    while n > keep:
+        matching = bipartite_matching(x, min(-((keep - n) // max(left, 1)), cap(n)), ordered=True)
+        x, size = merge_weighted(matching, x, size)
+        rep, assign = rep.gather(-1, matching.rep), matching.assign.gather(-1, assign)
+        n, left = rep.shape[-1], left - 1
+    return rep, assign
+
+
+@register_method(
+    "auroracap_frames",
+    paper="AuroraCap: Efficient, Performant Video Detailed Captioning and a New Benchmark",
+    year=2025,
+    url="https://arxiv.org/abs/2410.03051",
+    complexity="O(NnD) for n tokens per frame",
+    merges=True,
+)
+@dataclass(frozen=True)
+class AuroraCapFrames(ConnectorMethod):
+    """AuroraCap's (ICLR 2025) token merging over frames: ToMe on each frame alone, the same number of tokens per round.
+
+    The publication merges inside the vision tower, a constant number per block, by the similarity of keys: that is the
+    encoder method `auroracap`, which also saves work in the tower. Here the same recipe runs behind the projector, on
+    projected features, for towers that cannot be opened and for exact budgets. rounds: how many the merging is spread over
+    (24, the blocks of the tower); few large rounds take worse partners. Frames share the budget equally, odd tokens at even
+    distances; a budget below one token per frame drops frames. Tokens stay in raster order (published: unmerged ones first).
+    Tiles count as frames.
+    """
+
+    rounds: int = 24
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rounds, bool) or not isinstance(self.rounds, int) or self.rounds < 1:
+            raise OptionError(f"rounds={self.rounds!r} is not a whole number of at least 1.")
+
+    def select(self, tokens: VisualTokens, keep: int) -> Selection:
+        """Merge the stream to `keep` tokens."""
+        check_keep(keep, len(tokens))
+        features = check_finite(tokens.features.detach(), "the visual features")
+        sizes = tokens.layout.group_sizes
+        target = torch.full((len(tokens),), -1, device=features.device)
+        weight = torch.zeros(len(tokens), device=features.device)
+        for where, count, _ in stacks(sizes, spread(keep, sizes), features.device):
+            for rows in where.split(BLOCK):
+                rep, assign = auroracap_frames(features[rows], count, self.rounds)
+                members = torch.zeros_like(rep).scatter_add(1, assign, torch.ones_like(assign))
+                target[rows] = rows.gather(1, rep.gather(1, assign))
+                weight[rows] = 1 / members.gather(1, assign).float()
+        return selection(target, weight, keep)

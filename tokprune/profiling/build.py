@@ -1,0 +1,168 @@
+"""Models from presets: on the meta device for arithmetic in seconds, or with random weights for real latency and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from tokprune.errors import OptionError
+from tokprune.profiling import flops, formulas
+from tokprune.profiling.presets import Preset, smart_grid
+from tokprune.profiling.stages import find_stages
+from tokprune.viz.resolution import Size
+
+
+def config_of(preset: Preset) -> Any:
+    """The transformers config object of a preset."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(preset.family, **_copy(preset.config))
+
+
+def _copy(data: Any) -> Any:
+    """Deep copy of plain data: transformers configs change the dictionaries they are given."""
+    if isinstance(data, Mapping):
+        return {key: _copy(value) for key, value in data.items()}
+    return [_copy(value) for value in data] if isinstance(data, list) else data
+
+
+def _from_config(preset: Preset, dtype: torch.dtype, attn: str) -> Any:
+    from transformers import AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText.from_config(config_of(preset), dtype=dtype, attn_implementation=attn).eval()
+
+
+def build_meta(preset: Preset, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """The model without weights (meta device): shapes, parameter counts and FLOPs, also of 78 billion parameters, in seconds."""
+    with torch.device("meta"):
+        return _from_config(preset, dtype, "sdpa")
+
+
+def build_random(
+    preset: Preset,
+    device: torch.device | str = "cuda",
+    dtype: torch.dtype = torch.bfloat16,
+    attn: str = "sdpa",
+    seed: int = 0,
+) -> Any:
+    """The model with small random weights, made directly on `device`; its answers mean nothing, its times and bytes do.
+
+    It never ends an answer by itself, so that every run generates the tokens that were asked for.
+    """
+    place = torch.device(device)
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise OptionError(
+            f"device={str(device)!r}, but torch sees no CUDA GPU here; write device='cpu', or only count FLOPs."
+        )
+    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []), place:
+        torch.manual_seed(seed)
+        model = _from_config(preset, dtype, attn)  # created and initialised on the device itself
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    model.generation_config.do_sample = False
+    return model
+
+
+class _ToMeta(TorchDispatchMode):
+    """Moves host tensors (grids, positions) to the meta device where they meet meta tensors; alone they keep their values."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        places = {leaf.device.type for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        if places >= {"meta", "cpu"}:
+            args, kwargs = tree_map(_host_to_meta, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _host_to_meta(value: Any) -> Any:
+    return value.to("meta") if isinstance(value, Tensor) and value.device.type == "cpu" and value.ndim else value
+
+
+def vision_calls(model: Any, preset: Preset, size: Size, frames: int | None = None) -> tuple[int, int]:
+    """FLOPs of vision tower and projector of a meta model for one picture of `size`, or a clip of `frames` such pictures."""
+    stages = find_stages(model)
+    base: Any = stages.base
+    image, views = preset.image, preset.count(size, frames).views
+    kind, family = image["kind"], preset.family
+    dtype = next(model.parameters()).dtype
+
+    def pixels(*shape: int) -> Tensor:
+        return torch.empty(*shape, device="meta", dtype=dtype)
+
+    side = int(image.get("edge") or image.get("tile") or 0)
+    if kind == "split":  # the model looks for empty tiles by value; its parts are called without that
+        vision: Any = stages.vision
+        cells = side // image["patch"]
+        mask = torch.ones(views, cells, cells, dtype=torch.bool, device="meta")
+
+        def tower() -> Tensor:
+            hidden = vision.embeddings(pixel_values=pixels(views, 3, side, side), patch_attention_mask=mask)
+            return vision.post_layernorm(vision.encoder(inputs_embeds=hidden, attention_mask=None).last_hidden_state)
+
+        hidden: list[Tensor] = []
+        seen, _ = flops.count(lambda: hidden.append(tower()))
+        projected, _ = flops.count(lambda: stages.projectors[0](hidden[0]))
+        return seen, projected
+    if kind == "smart":
+        grid = torch.tensor([smart_grid(preset, size, frames)])
+        width = 3 * image.get("frames_per_group", 1) * image["patch"] ** 2
+        rows = pixels(int(grid.prod()), width)
+
+        def encode() -> None:
+            base.get_image_features(rows, image_grid_thw=grid)
+
+    elif kind == "anyres" and frames is None:
+
+        def encode() -> None:
+            base.get_image_features(pixels(1, views, 3, side, side), image_sizes=torch.tensor([size]))
+
+    elif kind == "anyres":
+
+        def encode() -> None:
+            base.get_video_features(pixels(1, views, 3, side, side))
+
+    else:
+
+        def encode() -> None:
+            base.get_image_features(pixels(views, 3, side, side))
+
+    def run() -> None:
+        with _ToMeta():
+            encode()
+
+    if kind == "anyres" and frames is not None and not hasattr(base, "get_video_features"):
+        raise OptionError(f"{preset.title} ({family}) takes no videos; leave out frames.")
+    return flops.vision_flops(run, stages)
+
+
+def preset_flops(
+    preset: Preset,
+    size: Size,
+    keep: int | None = None,
+    *,
+    frames: int | None = None,
+    text: int = 64,
+    model: Any = None,
+    per_layer: Sequence[int] | None = None,
+) -> flops.StageFlops:
+    """FLOPs by stage of one prompt: a picture (or clip) of `size`, `keep` of its visual tokens, `text` other tokens.
+
+    Tower and projector are counted by torch on the meta device; the LLM in closed form, which tests hold equal to torch's
+    count. per_layer: visual tokens in each layer (decoder-stage methods) instead of `keep`. A method's own scoring is not
+    in a preset's count: `select` is 0. model: a `build_meta` model to use again.
+    """
+    counted = preset.count(size, frames)
+    vision, projector = vision_calls(model if model is not None else build_meta(preset), preset, size, frames)
+    shape = preset.decoder
+    if per_layer is not None:
+        tokens: int | list[int] = [text + int(n) for n in per_layer]
+    else:
+        tokens = text + (counted.placeholders if keep is None else int(keep))
+    return flops.StageFlops(
+        vision, projector, 0, formulas.exact_prefill(shape, tokens), formulas.exact_decode(shape, tokens)
+    )

@@ -1,0 +1,146 @@
+"""Exact FLOPs per stage of a real or meta model: every matrix product, attention and convolution that torch runs.
+
+A multiply-add counts as 2 FLOPs. Counted are matrix products, convolutions and attention (its full square: torch computes
+masked halves too, or skips them by kernel); element-wise work is not. The papers' own formulas, which leave out other
+things, are in `formulas`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from tokprune.profiling.stages import StageModules, find_stages, watch
+
+
+@dataclass(frozen=True)
+class StageFlops:
+    """FLOPs of one call, per stage; decode is one step. `operators` splits the sum of the call by torch operator."""
+
+    vision: int
+    projector: int
+    select: int
+    prefill: int
+    decode: int
+    operators: Mapping[str, int] = field(default_factory=dict)
+    unit: str = "FLOPs"
+
+    def total(self, new_tokens: int = 1) -> int:
+        """FLOPs from pixels to `new_tokens` generated tokens; the first comes with the prefill, later steps cost `decode` each.
+
+        Decode steps grow by a few FLOPs per cached token; the first step's cost is taken for all of them.
+        """
+        return self.vision + self.projector + self.select + self.prefill + max(new_tokens - 1, 0) * self.decode
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for a report."""
+        parts = {name: getattr(self, name) for name in ("vision", "projector", "select", "prefill", "decode")}
+        return {"unit": self.unit, **parts, "operators": dict(self.operators)}
+
+
+def count(call: Callable[[], Any]) -> tuple[int, dict[str, int]]:
+    """FLOPs of `call()`, and their split by torch operator. Works on any device, the meta device included."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops(), _operators(counter)
+
+
+def _operators(counter: FlopCounterMode) -> dict[str, int]:
+    total = counter.get_flop_counts().get("Global", {})
+    return {str(op).removeprefix("aten."): int(n) for op, n in sorted(total.items(), key=lambda kv: -kv[1])}
+
+
+class _Booking:
+    """Books the counter's growth under the innermost stage that is open, and under `outside` when none is."""
+
+    def __init__(self, counter: FlopCounterMode) -> None:
+        self.counter = counter
+        self.open: list[str] = []
+        self.seen = 0
+        self.prefills = 0  # language model calls so far: the first is the prefill, the second a decode step
+        self.booked: dict[str, int] = {}
+
+    def _settle(self) -> None:
+        now = self.counter.get_total_flops()
+        part = self.open[-1] if self.open else "outside"
+        self.booked[part] = self.booked.get(part, 0) + now - self.seen
+        self.seen = now
+
+    def enter(self, part: str) -> None:
+        self._settle()
+        if part == "language":
+            self.prefills += 1
+        self.open.append(("prefill" if self.prefills <= 1 else "decode") if part in ("language", "head") else part)
+
+    def leave(self, part: str) -> None:
+        self._settle()
+        self.open.pop()
+
+
+def stage_flops(model: nn.Module, inputs: Mapping[str, Any], stages: StageModules | None = None) -> StageFlops:
+    """FLOPs of `model.generate(**inputs)` by stage, the decode stage being the second token's step.
+
+    The call is really made (greedy, two new tokens) with whatever pruning is applied to the model, so the count is of what
+    runs: a selection's own products appear under `select`. Not for meta models: see `language_flops` and `vision_flops`.
+    """
+    stages = stages or find_stages(model)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        booking = _Booking(counter)
+        with watch(stages, booking.enter, booking.leave):
+            generate: Callable[..., Any] = model.generate  # type: ignore[assignment]
+            generate(**inputs, max_new_tokens=2, min_new_tokens=2, do_sample=False, num_beams=1)
+        booking._settle()
+    b = booking.booked
+    return StageFlops(
+        b.get("vision", 0),
+        b.get("projector", 0),
+        b.get("outside", 0),
+        b.get("prefill", 0),
+        b.get("decode", 0),
+        _operators(counter),
+    )
+
+
+def language_flops(
+    language: nn.Module, head: nn.Module | None, tokens: int, batch: int = 1, **call: Any
+) -> tuple[int, int]:
+    """FLOPs of the LLM's prefill over `tokens` embeddings and of one decode step after it; meta device allowed.
+
+    language: a transformers decoder without head. head: the output head, run on the last position only (as `generate`
+    does). call: more arguments of its forward.
+    """
+    reference = next(language.parameters())
+    config: Any = language.config
+    width = int(getattr(config, "hidden_size", 0) or config.get_text_config().hidden_size)
+
+    def embeddings(n: int) -> Tensor:
+        return torch.empty(batch, n, width, device=reference.device, dtype=reference.dtype)
+
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        out = language(inputs_embeds=embeddings(tokens), use_cache=True, **call)
+        if head is not None:
+            head(out.last_hidden_state[:, -1:])
+        prefill = counter.get_total_flops()
+        out = language(inputs_embeds=embeddings(1), past_key_values=out.past_key_values, use_cache=True)
+        if head is not None:
+            head(out.last_hidden_state[:, -1:])
+        return prefill, counter.get_total_flops() - prefill
+
+
+def vision_flops(encode: Callable[[], Any], stages: StageModules) -> tuple[int, int]:
+    """FLOPs of the vision tower and of the projector while `encode()` runs, such as a call of `get_image_features`.
+
+    Work outside both modules (pooling, pixel shuffle: no products) is booked under the projector.
+    """
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        booking = _Booking(counter)
+        with watch(stages, booking.enter, booking.leave):
+            encode()
+        booking._settle()
+    b = booking.booked
+    return b.get("vision", 0), b.get("projector", 0) + b.get("outside", 0)

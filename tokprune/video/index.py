@@ -1,0 +1,255 @@
+"""The index of a video file: which frames it shows, when, and from which key frame each can be decoded.
+
+One pass over the packets, without decoding more than the first frame. The file's own claims (frame count, average rate)
+are not used: they are missing in MKV, wrong after cuts, and an average says nothing where the rate varies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tokprune.errors import missing_extra
+from tokprune.video.errors import VideoError
+from tokprune.video.picture import UPRIGHT, Orientation
+
+MOST_ERRORS = 32  # read errors in a row after which the rest of a file counts as lost
+TEXT_AND_STILLS = ("tty", "image2", "_pipe")  # FFmpeg reads text files and single pictures as videos, too
+
+
+@dataclass(frozen=True, eq=False)
+class Index:
+    """What there is to choose from. timestamps: (N,) seconds since the first frame, ascending. size: (height, width), upright."""
+
+    path: Path
+    timestamps: npt.NDArray[np.float64]
+    duration: float
+    size: tuple[int, int]
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def total(self) -> int:
+        """Number of displayed frames."""
+        return len(self.timestamps)
+
+    @property
+    def fps(self) -> float:
+        """Mean rate, from the timestamps."""
+        if self.total > 1 and self.timestamps[-1] > 0:
+            return float((self.total - 1) / self.timestamps[-1])
+        return self.total / self.duration if self.duration > 0 else 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class PacketIndex(Index):
+    """The index of a file with packets.
+
+    pts: (N,) presentation times of the displayed frames in units of time_base, ascending, unique. position: (N,) place of
+    each one's packet in the file's order. key_pts, key_position: (K,) the same of the key frames, ascending in pts.
+    hidden: packets that an edit list hides. ordinal: the packets carry no times, so frames are counted as they are decoded.
+    """
+
+    stream: int = 0
+    codec: str = ""
+    time_base: Fraction = Fraction(1, 1)
+    pts: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    position: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    key_pts: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    key_position: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    hidden: int = 0
+    ordinal: bool = False
+    orientation: Orientation = UPRIGHT
+
+
+def import_av() -> Any:
+    """PyAV, or the error that says how to install it."""
+    try:
+        import av
+    except ImportError as error:
+        raise missing_extra("av", "video", "reading video files") from error
+    return av
+
+
+def open_container(path: Path) -> Any:
+    """Open a local file. The protocol is pinned: a name such as `concat:…` or a playlist inside cannot reach elsewhere."""
+    av = import_av()
+    try:
+        return av.open(f"file:{path}", options={"protocol_whitelist": "file"}, metadata_errors="replace")
+    except av.error.FFmpegError as error:
+        raise VideoError(
+            f"{path} is not a video that FFmpeg can read, or is damaged at its beginning: {error}"
+        ) from error
+
+
+def pick_stream(container: Any, path: Path) -> Any:
+    """The main video stream; cover art of audio files is none."""
+    name = container.format.name
+    if any(name == kind or name.endswith(kind) for kind in TEXT_AND_STILLS):
+        raise VideoError(f"{path} is not a video (FFmpeg takes it for {name!r}).")
+    streams = [s for s in container.streams.video if not is_cover(s)]
+    if not streams:
+        others = ", ".join(f"{s.type}" for s in container.streams) or "none"
+        raise VideoError(f"{path} has no video stream. Streams in it: {others}.")
+    best = container.streams.best("video")
+    chosen = next((s for s in streams if best is not None and s.index == best.index), streams[0])
+    if chosen.codec_context is None:
+        raise VideoError(f"{path} holds a kind of video that this build of FFmpeg cannot decode; convert it to H.264.")
+    return chosen
+
+
+def is_cover(stream: Any) -> bool:
+    """Whether a video stream is the picture of an album."""
+    return bool(stream.disposition.value & 0x400)  # AV_DISPOSITION_ATTACHED_PIC; the name differs between PyAV versions
+
+
+def packets(container: Any, stream: Any, trouble: list[str] | None = None) -> Iterator[Any]:
+    """Packets of a stream in file order. Read errors go to `trouble`; too many in a row end the file. Never endless."""
+    av, failures = import_av(), 0
+    while failures < MOST_ERRORS:
+        try:
+            for packet in container.demux(stream):
+                if packet.size == 0 and packet.dts is None:
+                    return  # PyAV's mark of the end
+                failures = 0
+                yield packet
+            return
+        except av.error.EOFError:
+            return
+        except av.error.FFmpegError as error:
+            failures += 1
+            if trouble is not None:
+                trouble.append(str(error))
+
+
+def shown(packet: Any, codec: str) -> bool:
+    """Whether a packet's frame is displayed: not cut by an edit list, and not one of VP8's invisible reference frames."""
+    return not packet.is_discard and not (codec == "vp8" and packet.size > 0 and not memoryview(packet)[0] & 0x10)
+
+
+def scan_packets(path: Path) -> PacketIndex:
+    """Read the index of a video file. Memory: some numbers per frame.
+
+    Raises VideoError when the file is no video, has no video stream or no decodable frame, MissingExtraError without PyAV.
+    """
+    av = import_av()
+    warnings: list[str] = []
+    trouble: list[str] = []
+    with open_container(path) as container:
+        stream = pick_stream(container, path)
+        codec, time_base = stream.codec_context.name, stream.time_base
+        promised, alone, header = stream.frames, len(container.streams) == 1, container.duration
+        number, rate = stream.index, float(stream.average_rate or 25)  # now: a closed container's streams are dangling
+        first: Any = None
+        pts: list[int] = []
+        place: list[int] = []
+        keys: list[tuple[int, int]] = []
+        hidden = broken = timeless = count = last_duration = 0
+        for count, packet in enumerate(packets(container, stream, trouble), 1):
+            if first is None:
+                with contextlib.suppress(av.error.FFmpegError):  # the next packet may do
+                    first = next(iter(packet.decode()), None)
+            if packet.pts is None:
+                timeless += 1
+                continue
+            if packet.is_keyframe:
+                keys.append((packet.pts, count - 1))
+            if packet.is_corrupt:
+                broken += 1
+            elif shown(packet, codec):
+                pts.append(packet.pts)
+                place.append(count - 1)
+                last_duration = packet.duration or last_duration
+            elif packet.is_discard:
+                hidden += 1
+        if first is None and count:
+            with contextlib.suppress(av.error.FFmpegError):  # a file shorter than the decoder's delay
+                first = next(iter(stream.codec_context.decode(None)), None)
+    if not count:
+        raise VideoError(f"{path} has a video stream without a single frame{cause(trouble)}.")
+    if first is None:
+        raise VideoError(f"{path}: none of the {count} frames can be decoded{cause(trouble)}.")
+    if trouble:
+        warnings.append(f"{len(trouble)} places in the file cannot be read ({trouble[0]})")
+    if broken:
+        warnings.append(f"{broken} frames are stored incompletely and were left out")
+    orientation = Orientation.of(first)
+    common: dict[str, Any] = {
+        "path": path,
+        "size": orientation.size(first.height, first.width),
+        "stream": number,
+        "codec": codec,
+        "hidden": hidden,
+        "orientation": orientation,
+    }
+    if timeless > count // 2:
+        return count_frames(path, rate, warnings, common)
+    times, where = np.unique(np.asarray(pts, np.int64), return_index=True)
+    position = np.asarray(place, np.int64)[where]
+    keys.sort()
+    if keys and len(times):
+        # Pictures before the first key frame, in time or in the file, lack what they refer to.
+        first_key = min(keys, key=lambda k: k[1])
+        usable = (times >= first_key[0]) & (position >= first_key[1])
+        if lost := int((~usable).sum()):
+            warnings.append(f"{lost} frames before the first key frame cannot be decoded and are not counted")
+            times, position = times[usable], position[usable]
+    if not len(times):
+        raise VideoError(f"{path} shows no frame: {hidden} of {count} are hidden by its edit list{cause(trouble)}.")
+    timestamps = (times - times[0]) * float(time_base)
+    gap = float(timestamps[-1] / (len(times) - 1)) if len(times) > 1 else 0.0
+    duration = float(timestamps[-1]) + (float(last_duration * time_base) or gap or 1 / rate)
+    if promised > count:
+        warnings.append(f"the file is cut off: it announces {promised} frames and holds {count}")
+    elif alone and header and header / av.time_base - duration > max(1.0, 2 * gap) and not hidden:
+        warnings.append(
+            f"the file may be cut off: it announces {header / av.time_base:.2f} s and holds {duration:.2f} s"
+        )
+    return PacketIndex(
+        timestamps=timestamps,
+        duration=duration,
+        warnings=tuple(warnings),
+        time_base=time_base,
+        pts=times,
+        position=position,
+        key_pts=np.asarray([k[0] for k in keys], np.int64),
+        key_position=np.asarray([k[1] for k in keys], np.int64),
+        **common,
+    )
+
+
+def count_frames(path: Path, rate: float, warnings: list[str], common: dict[str, Any]) -> PacketIndex:
+    """The index of a file whose packets carry no times (raw streams, some AVI files): decode all, keep none, count."""
+    with open_container(path) as container:
+        stream = container.streams[common["stream"]]
+        stream.thread_type = "AUTO"
+        total = sum(1 for _ in decode_all(container, stream))
+    warnings.append(f"the file carries no timestamps; frames are taken to be 1/{rate:g} s apart")
+    return PacketIndex(
+        timestamps=np.arange(total) / rate, duration=total / rate, warnings=tuple(warnings), ordinal=True, **common
+    )
+
+
+def decode_all(container: Any, stream: Any) -> Iterator[Any]:
+    """Every frame in the order of display; packets that cannot be decoded are passed over."""
+    av = import_av()
+    for packet in packets(container, stream):
+        try:
+            yield from packet.decode()
+        except av.error.FFmpegError:
+            continue
+    try:
+        yield from stream.codec_context.decode(None)
+    except av.error.FFmpegError:
+        return
+
+
+def cause(trouble: list[str]) -> str:
+    """The first read error, as the end of a sentence."""
+    return f" ({trouble[0]})" if trouble else ""

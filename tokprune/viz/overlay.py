@@ -1,0 +1,185 @@
+"""What was kept, painted on the picture: dropped patches fade to dark, kept ones stay bright, merges get colours.
+
+Parts that the processor cropped away are pale: no token ever saw them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from tokprune.errors import OptionError
+from tokprune.tokens import Layout, Selection
+from tokprune.viz import style
+from tokprune.viz.geometry import Geometry, of_layout, rectangles
+
+Mask = NDArray[np.bool_]
+
+
+def cell_map(boxes: Tensor, size: tuple[int, int], factor: float, members: Tensor) -> NDArray[np.int64]:
+    """(H, W) number of the token that lies at each pixel of the picture scaled by `factor`, -1 where there is none.
+
+    boxes: (N, 4) source pixels. members: (M,) tokens to draw, which must not overlap.
+    """
+    height, width = size
+    out = np.full((height, width), -1, dtype=np.int64)
+    # Shared edges are rounded alike, so neighbours neither overlap nor leave a gap.
+    edges = np.floor(boxes.double().numpy() * factor + 0.5).astype(int)
+    for n in members.tolist():
+        left, top, right, bottom = edges[n]
+        out[top:bottom, left:right] = n
+    return out
+
+
+def outline(labels: NDArray[Any], width: int) -> Mask:
+    """Pixels within `width` of a border between different labels, on both sides."""
+    edge = np.zeros(labels.shape, dtype=bool)
+    down, across = labels[1:] != labels[:-1], labels[:, 1:] != labels[:, :-1]
+    edge[1:] |= down
+    edge[:-1] |= down
+    edge[:, 1:] |= across
+    edge[:, :-1] |= across
+    for _ in range(width - 1):
+        grown = edge.copy()
+        grown[1:] |= edge[:-1]
+        grown[:-1] |= edge[1:]
+        grown[:, 1:] |= edge[:, :-1]
+        grown[:, :-1] |= edge[:, 1:]
+        edge = grown
+    return edge
+
+
+def _fade(pixels: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Dropped patches: half grey, then most of the way to the shade."""
+    grey = pixels @ np.array([0.299, 0.587, 0.114])
+    muted = 0.35 * pixels + 0.65 * grey[..., None]
+    return np.asarray(0.3 * muted + 0.7 * np.array(style.SHADE, float))
+
+
+def _unseen(pixels: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Parts that never reached the tower (cropped away): grey on the way to paper."""
+    grey = pixels @ np.array([0.299, 0.587, 0.114])
+    return np.asarray(0.3 * grey[..., None] + 0.7 * np.array(style.PAPER, float))
+
+
+def _indices(kept: Selection | Tensor, total: int) -> Tensor:
+    indices = (kept.indices if isinstance(kept, Selection) else torch.as_tensor(kept)).detach().cpu().long()
+    if indices.numel() and (int(indices.min()) < 0 or int(indices.max()) >= total):
+        raise OptionError(
+            f"kept tokens reach {int(indices.max())}, but the layout has {total}; give indices into the stream."
+        )
+    return indices
+
+
+def merge_targets(selection: Selection, total: int) -> Tensor:
+    """(N,) the output slot that takes most of each input, -1 for inputs that flow nowhere; kept ones without a merge go to themselves."""
+    out = torch.full((total,), -1, dtype=torch.long)
+    indices = selection.indices.detach().cpu().long()
+    if selection.weights is None:
+        out[indices] = torch.arange(len(indices))
+        return out
+    weights = selection.weights.dense(len(indices), total).detach().cpu()
+    best, slot = weights.max(0)
+    return torch.where(best > 0, slot, out)
+
+
+def _views(layout: Layout, geometry: Geometry) -> list[Tensor]:
+    """Tokens of each view: groups that lie side by side share one (tiles), the thumbnail has its own, last."""
+    group = layout.group.cpu()
+    everything = torch.arange(len(group))
+    return [everything[group != 0], everything[group == 0]] if geometry.overview else [everything]
+
+
+def draw_overlay(
+    image: Any,
+    layout: Layout,
+    kept: Selection | Tensor,
+    geometry: Geometry | None = None,
+    *,
+    merged: bool | None = None,
+    longest: int = 640,
+) -> Image.Image:
+    """The picture with its dropped patches faded and the kept ones bright in an amber outline.
+
+    image: the picture as the user gave it (PIL or (H, W, 3) uint8). kept: the selection, or (K,) indices into the stream.
+    geometry: how the processor mapped it (`geometry.of_processor`); read off the layout when not given.
+    merged: colour every patch by the output token it flows into; on by itself when the selection merges. Tiled pictures
+    become two views, the tiles and the thumbnail. longest: length of each view's longer side in pixels.
+    """
+    picture = style.to_rgb(image)
+    where = geometry or of_layout((picture.height, picture.width), layout)
+    if where.size != (picture.height, picture.width):
+        raise OptionError(
+            f"the geometry is of a {where.size[1]} x {where.size[0]} picture, this one is {picture.width} x {picture.height}."
+        )
+    total = len(layout.group)
+    if layout.kind == "video":
+        raise OptionError("this is the layout of a video; draw its frames with tokprune.viz.strip.frame_strip.")
+    indices = _indices(kept, total)
+    by_source = merged if merged is not None else isinstance(kept, Selection) and kept.weights is not None
+    boxes = rectangles(where, layout)
+    large, factor = style.enlarge(picture, longest)
+    pixels = np.asarray(large, dtype=float)
+    views = []
+    for members in _views(layout, where):
+        cells = cell_map(boxes, pixels.shape[:2], factor, members)  # type: ignore[arg-type]
+        if by_source and isinstance(kept, Selection):
+            view = _paint_merge(pixels, cells, merge_targets(kept, total), indices)
+        else:
+            view = _paint_kept(pixels, cells, indices, total)
+        views.append(Image.fromarray(view.round().astype(np.uint8)))
+    return views[0] if len(views) == 1 else beside(views)
+
+
+def _line(shape: tuple[int, ...]) -> int:
+    return max(1, round(max(shape) / 320))
+
+
+def _paint_kept(
+    pixels: NDArray[np.float64], cells: NDArray[np.int64], indices: Tensor, total: int
+) -> NDArray[np.float64]:
+    flags = np.zeros(total + 1, dtype=bool)  # the last one answers for -1: no token there
+    flags[indices.numpy()] = True
+    bright = flags[cells]
+    out = np.where(bright[..., None], pixels, _fade(pixels))
+    out[cells < 0] = _unseen(pixels)[cells < 0]
+    inner = outline(np.where(bright, cells, -1), 1) & bright  # hairlines between kept neighbours
+    out[inner] = 0.75 * out[inner] + 0.25 * np.array(style.SHADE, float)
+    edge = outline(bright, _line(pixels.shape)) & bright
+    out[edge] = style.ACCENT
+    return out
+
+
+def _paint_merge(
+    pixels: NDArray[np.float64], cells: NDArray[np.int64], target: Tensor, indices: Tensor
+) -> NDArray[np.float64]:
+    label = np.append(target.numpy(), -1)[cells]  # (H, W) output slot
+    colours = style.distinct(len(indices)).astype(float)
+    used = label >= 0
+    out = _fade(pixels)
+    out[cells < 0] = _unseen(pixels)[cells < 0]
+    out[used] = 0.45 * pixels[used] + 0.55 * colours[label[used]]
+    border = outline(label, 1)
+    out[border] = 0.4 * out[border] + 0.6 * np.array(style.SHADE, float)
+    centre = np.zeros(len(target) + 1, dtype=bool)
+    centre[indices.numpy()] = True
+    anchored = centre[cells]
+    edge = outline(np.where(anchored, cells, -1), _line(pixels.shape)) & anchored
+    out[edge] = 255.0  # the patch whose slot survives
+    return out
+
+
+def beside(views: list[Image.Image], gap: int = 12) -> Image.Image:
+    """Pictures in a row, centred in height, on paper."""
+    height = max(v.height for v in views)
+    out = Image.new("RGB", (sum(v.width for v in views) + gap * (len(views) - 1), height), style.PAPER)
+    x = 0
+    for view in views:
+        out.paste(view, (x, (height - view.height) // 2))
+        x += view.width + gap
+    return out

@@ -1,0 +1,258 @@
+"""Plots of results: accuracy over ratio, accuracy against cost with the Pareto front, and where the time goes.
+
+They draw from plain records, such as the JSON that sweeps and profiles write, so that every picture can be made again.
+Needs matplotlib (the `plot` extra); no display and no global state.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokprune.errors import OptionError, missing_extra
+from tokprune.viz import style
+from tokprune.viz.style import Colour
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from tokprune.profiling.report import ProfileReport
+
+MARKERS = "osD^vPX*<>"
+SHOWN_STAGES = ("vision", "projector", "select", "prefill", "decode", "other")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One result: a method at a ratio with its score; low and high bound the score's interval; cost is any price (ms, FLOPs)."""
+
+    method: str
+    ratio: float
+    score: float
+    low: float | None = None
+    high: float | None = None
+    cost: float | None = None
+
+    @staticmethod
+    def read(records: str | Path | Sequence[Mapping[str, Any]], cost: str = "cost") -> list[Point]:
+        """Points from records, or from a JSON file of them (a list, or an object with "results" or "cells").
+
+        Each needs method, ratio and score (or accuracy); low, high and the number named `cost` are optional.
+        """
+        if isinstance(records, str | Path):
+            try:
+                data = json.loads(Path(records).read_text(encoding="utf-8"))
+            except (OSError, json.JSONDecodeError) as error:
+                raise OptionError(f"cannot read the results {records}: {error}") from error
+            records = data if isinstance(data, list) else data.get("results", data.get("cells", []))
+        out = []
+        for record in records:  # type: ignore[union-attr]
+            score = record.get("score", record.get("accuracy"))
+            if score is None or "method" not in record or record.get("ratio") is None:
+                raise OptionError(
+                    f'a result needs "method", "ratio" and "score" (or "accuracy"); this one has {sorted(record)}.'
+                )
+            out.append(
+                Point(
+                    str(record["method"]),
+                    float(record["ratio"]),
+                    float(score),
+                    record.get("low"),
+                    record.get("high"),
+                    record.get(cost),
+                )
+            )
+        return out
+
+
+def _axes(width: float, height: float) -> tuple[Figure, Axes]:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise missing_extra("matplotlib", "plot", "drawing plots") from error
+    figure = Figure(figsize=(width, height), dpi=150, facecolor=_hex(style.PAPER), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_facecolor(_hex(style.PAPER))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_hex(style.MUTED))
+    axes.tick_params(colors=_hex(style.MUTED), labelsize=10)
+    axes.grid(axis="y", color=_hex(style.RULE), linewidth=0.8)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _hex(colour: Colour) -> str:
+    return "#{:02x}{:02x}{:02x}".format(*colour)
+
+
+def _name(axes: Axes, title: str, x: str, y: str) -> None:
+    if title:
+        axes.set_title(title, loc="left", fontsize=13, color=_hex(style.INK), pad=12)
+    axes.set_xlabel(x, fontsize=11, color=_hex(style.INK))
+    axes.set_ylabel(y, fontsize=11, color=_hex(style.INK))
+
+
+def _looks(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Colour and marker per method; baselines are grey, so that they read as the floor."""
+    out, used = {}, 0
+    for method in methods:
+        if method in ("random", "uniform", "pool"):
+            out[method] = (_hex(style.MUTED), MARKERS[("random", "uniform", "pool").index(method)])
+        else:
+            out[method] = (_hex(style.SERIES[used % len(style.SERIES)]), MARKERS[used % len(MARKERS)])
+            used += 1
+    return out
+
+
+def _ratio_axis(axes: Axes, ratios: Sequence[float]) -> None:
+    from matplotlib.ticker import NullLocator
+
+    axes.set_xscale("log")
+    ticks = sorted(set(ratios))
+    axes.set_xticks(ticks, [f"{100 * r:.3g} %" for r in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.invert_xaxis()
+
+
+def accuracy_over_ratio(
+    points: Sequence[Point], full: float | None = None, *, title: str = "", score: str = "accuracy"
+) -> Figure:
+    """One line per method over the share of tokens kept, which shrinks to the right; intervals as bars, the unpruned model dashed."""
+    if not points:
+        raise OptionError("no results to plot.")
+    figure, axes = _axes(7.5, 4.6)
+    methods = list(dict.fromkeys(p.method for p in points))
+    for method, (colour, marker) in _looks(methods).items():
+        mine = sorted((p for p in points if p.method == method), key=lambda p: -p.ratio)
+        x, y = [p.ratio for p in mine], [p.score for p in mine]
+        axes.plot(x, y, marker=marker, color=colour, linewidth=1.8, markersize=6, label=method)
+        for p in mine:
+            if p.low is not None and p.high is not None:
+                axes.vlines(p.ratio, p.low, p.high, color=colour, linewidth=1.0, alpha=0.6)
+    if full is not None:
+        axes.axhline(full, color=_hex(style.INK), linewidth=1.0, linestyle=(0, (5, 4)))
+        axes.annotate("all tokens", (0.01, full), xycoords=("axes fraction", "data"), va="bottom", fontsize=9)
+    _ratio_axis(axes, [p.ratio for p in points])
+    _name(axes, title, "visual tokens kept", score)
+    axes.legend(frameon=False, fontsize=10, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def front(points: Sequence[Point]) -> list[Point]:
+    """The points that no other beats in both cost and score, by rising cost."""
+    out: list[Point] = []
+    priced = [p for p in points if p.cost is not None]
+    for p in sorted(priced, key=lambda p: (p.cost, -p.score)):
+        if not out or p.score > out[-1].score:
+            out.append(p)
+    return out
+
+
+def pareto(
+    points: Sequence[Point],
+    full: Point | None = None,
+    *,
+    cost: str = "latency (ms)",
+    title: str = "",
+    score: str = "accuracy",
+) -> Figure:
+    """Score against cost, the Pareto front drawn through the best; points on the front carry their ratio where there is room."""
+    priced = [p for p in points if p.cost is not None]
+    if not priced:
+        raise OptionError(
+            "no result has a cost to plot against; add a number per result and name it: Point.read(..., cost=...)."
+        )
+    figure, axes = _axes(7.5, 4.8)
+    for method, (colour, marker) in _looks(list(dict.fromkeys(p.method for p in priced))).items():
+        mine = [p for p in priced if p.method == method]
+        axes.scatter(
+            [float(p.cost or 0.0) for p in mine],
+            [p.score for p in mine],
+            s=46,
+            color=colour,
+            marker=marker,
+            label=method,
+            zorder=3,
+        )
+    everything = priced + ([full] if full is not None and full.cost is not None else [])
+    best = [(float(p.cost or 0.0), p) for p in front(everything)]
+    axes.step(
+        [x for x, _ in best], [p.score for _, p in best], where="post", color=_hex(style.MUTED), linewidth=1.2, zorder=2
+    )
+    wide = max(float(p.cost or 0.0) for p in everything)
+    tall = max(p.score for p in everything) - min(p.score for p in everything) or 1.0
+    named: list[tuple[float, float]] = []
+    for x, p in reversed(best):  # the space above and left of the front is free
+        if p is not full and all(abs(x - a) > 0.09 * wide or abs(p.score - b) > 0.045 * tall for a, b in named):
+            label = f"{100 * p.ratio:.3g} %"
+            axes.annotate(label, (x, p.score), xytext=(-8, 4), textcoords="offset points", ha="right", fontsize=9)
+            named.append((x, p.score))
+    if full is not None and full.cost is not None:
+        axes.scatter([full.cost], [full.score], s=120, marker="*", color=_hex(style.INK), label="all tokens", zorder=3)
+    axes.set_xlim(left=0)
+    _name(axes, title, cost, score)
+    axes.legend(frameon=False, fontsize=10, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def latency_bars(report: ProfileReport, *, title: str = "", decode: bool = True) -> Figure:
+    """Where the time of each run goes: stacked median ms per stage, the median of the whole beside it. decode: include decoding."""
+    cells = report.cells
+    figure, axes = _axes(8.5, 1.4 + 0.46 * len(cells))
+    axes.grid(axis="y", visible=False)
+    axes.grid(axis="x", color=_hex(style.RULE), linewidth=0.8)
+    stages = [s for s in SHOWN_STAGES if decode or s != "decode"]
+    left = [0.0] * len(cells)
+    names = [c.name for c in cells]
+    for stage in stages:
+        widths = [c.times[stage].median for c in cells]
+        axes.barh(
+            names,
+            widths,
+            left=left,
+            height=0.66,
+            color=_hex(style.STAGES[stage]),
+            label=stage,
+            edgecolor=_hex(style.PAPER),
+        )
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    for i, (cell, end) in enumerate(zip(cells, left, strict=True)):
+        whole = "total" if decode else "ttft"
+        faster = "" if cell.kind == "plain" else f"   {report.speedup(cell, whole):.2f} x"
+        axes.annotate(
+            f"{cell.times[whole].median:.0f} ms{faster}",
+            (end, i),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=10,
+        )
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.22 * max(left, default=1.0))
+    axes.tick_params(axis="y", length=0, labelsize=11, labelcolor=_hex(style.INK))
+    axes.spines["left"].set_visible(False)
+    what = f"ms, median of {report.environment.get('repeats', '?')} runs" + (
+        f", {report.new_tokens} new tokens" if decode else ""
+    )
+    _name(axes, title or report.model, what, "")
+    axes.legend(
+        frameon=False, fontsize=10, ncols=len(stages), loc="upper left", bbox_to_anchor=(0, -0.16 - 0.5 / len(cells))
+    )
+    return figure
+
+
+def save(figure: Figure, path: str | Path) -> Path:
+    """Write a figure as PNG, SVG or PDF by the name's ending; equal figures give equal files."""
+    target = Path(path)
+    kind = target.suffix.lower().lstrip(".")
+    if kind not in ("png", "svg", "pdf"):
+        raise OptionError(f"cannot write {target.name!r}: end the name in .png, .svg or .pdf.")
+    metadata: dict[str, Any] = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[kind]
+    figure.savefig(target, format=kind, metadata=metadata)
+    return target
