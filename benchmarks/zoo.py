@@ -47,7 +47,7 @@ def main() -> None:
     names = (
         args.methods.split(",")
         if args.methods
-        else [n for n in list_methods("connector") if not method_class(n).info.wrapper]
+        else [n for n in list_methods("connector") if n not in VIDEO and not method_class(n).info.wrapper]
     )
     first = [n for n in ("none", "random", "uniform") if n in names]
     names = first + [n for n in names if n not in first]

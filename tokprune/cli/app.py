@@ -113,3 +113,38 @@ def show(
     from tokprune.cli.show import run_show
 
     run_show(model, image, question, names(methods), ratio, device, out)
+
+
+@app.command()
+def profile(
+    model: Annotated[str, typer.Option(help="A hub id or path, or the embedded demo VLM.")] = "demo",
+    preset: Annotated[
+        str | None, typer.Option(help="Arithmetic of a known model instead, without weights; needs --flops-only.")
+    ] = None,
+    flops_only: Annotated[
+        bool, typer.Option("--flops-only", help="Count FLOPs and bytes of --preset on the meta device.")
+    ] = False,
+    methods: Annotated[str, typer.Option("--methods", "--method", help="Methods, separated by commas.")] = "divprune",
+    ratios: Annotated[str, typer.Option("--ratios", "--ratio", help="Keep ratios, separated by commas.")] = "0.5,0.1",
+    image: Annotated[Path | None, typer.Option(help="The picture; a drawn scene by default.")] = None,
+    question: Annotated[str, typer.Option(help="The question about it.")] = "",
+    batch: Annotated[int, typer.Option(help="Prompts at once.")] = 1,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 16,
+    repeats: Annotated[int, typer.Option(help="Timed runs of each cell.")] = 5,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing.")] = False,
+) -> None:
+    """Measure where the time goes and what pruning saves: stages, memory, FLOPs, beside the ideal."""
+    from tokprune.cli.profile import run_arithmetic, run_profile
+
+    if preset is not None or flops_only:
+        if preset is None or not flops_only:
+            raise OptionError(
+                "--preset and --flops-only go together: tokprune profile --preset llava-1.5-7b --flops-only"
+            )
+        run_arithmetic(preset, numbers(ratios), 64, batch, new_tokens, json_file, quiet)
+        return
+    run_profile(
+        model, image, question, names(methods), numbers(ratios), device, batch, new_tokens, repeats, json_file, quiet
+    )
