@@ -13,10 +13,22 @@ from pathlib import Path
 from typing import Any
 
 from tokprune.cli.methods import facts, families_of
-from tokprune.registry import STAGES, list_methods
+from tokprune.registry import STAGES, list_methods, method_class
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+VIDEO = [
+    "auroracap_frames",
+    "dycoke",
+    "evs",
+    "fastvid",
+    "flashvid",
+    "framefusion",
+    "holitom",
+    "prunevid",
+    "storm",
+    "vidcom2",
+]
 
 
 def yes(flag: bool) -> str:
@@ -100,6 +112,21 @@ def cells_table(data: dict[str, Any], times: bool = True) -> str:
     return "\n".join([*lines, "", note])
 
 
+def methods_block() -> str:
+    """The names of README.md, by what they are for."""
+    names = list_methods("connector")
+    wrappers = [n for n in names if method_class(n).info.wrapper]
+    plain = [n for n in names if n not in wrappers and n not in VIDEO]
+    rows = [
+        ("between encoder and LLM", plain),
+        ("the same, for videos", VIDEO),
+        ("around another method", wrappers),
+        ("inside the vision tower", list_methods("encoder")),
+    ]
+    lines = ["| where | methods |", "|---|---|"]
+    return "\n".join([*lines, *(f"| {where} | {', '.join(f'`{n}`' for n in sorted(some))} |" for where, some in rows)])
+
+
 def replace_block(text: str, name: str, content: str) -> str:
     """`text` with what stands between the markers of block `name` exchanged."""
     pattern = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
@@ -116,7 +143,7 @@ def pages() -> dict[Path, str]:
     demo = RESULTS / "demo.json"
     if demo.exists():
         text = replace_block(text, "demo table", cells_table(json.loads(demo.read_text(encoding="utf-8"))))
-    text = replace_block(text, "methods", ", ".join(f"`{n}`" for n in list_methods("connector")))
+    text = replace_block(text, "methods", methods_block())
     out[readme] = text
     zoo = RESULTS / "zoo.json"
     if zoo.exists():
