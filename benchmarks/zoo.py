@@ -18,20 +18,6 @@ from tokprune.demo.scenes import held_out
 from tokprune.demo.sweep import plan_cells, run_cell
 from tokprune.registry import list_methods, method_class
 
-# Made for the frames of a video; on a single picture they say nothing about themselves.
-VIDEO = [
-    "auroracap_frames",
-    "dycoke",
-    "evs",
-    "fastvid",
-    "flashvid",
-    "framefusion",
-    "holitom",
-    "prunevid",
-    "storm",
-    "vidcom2",
-]
-
 
 def main() -> None:
     """Run the missing cells and write the file after each."""
@@ -47,7 +33,9 @@ def main() -> None:
     names = (
         args.methods.split(",")
         if args.methods
-        else [n for n in list_methods("connector") if n not in VIDEO and not method_class(n).info.wrapper]
+        else [
+            n for n in list_methods("connector") if not method_class(n).info.wrapper and not method_class(n).info.video
+        ]
     )
     first = [n for n in ("none", "random", "uniform") if n in names]
     names = first + [n for n in names if n not in first]

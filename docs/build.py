@@ -17,18 +17,6 @@ from tokprune.registry import STAGES, list_methods, method_class
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-VIDEO = [
-    "auroracap_frames",
-    "dycoke",
-    "evs",
-    "fastvid",
-    "flashvid",
-    "framefusion",
-    "holitom",
-    "prunevid",
-    "storm",
-    "vidcom2",
-]
 
 
 def yes(flag: bool) -> str:
@@ -116,10 +104,11 @@ def methods_block() -> str:
     """The names of README.md, by what they are for."""
     names = list_methods("connector")
     wrappers = [n for n in names if method_class(n).info.wrapper]
-    plain = [n for n in names if n not in wrappers and n not in VIDEO]
+    videos = [n for n in names if method_class(n).info.video]
+    plain = [n for n in names if n not in wrappers and n not in videos]
     rows = [
         ("between encoder and LLM", plain),
-        ("the same, for videos", VIDEO),
+        ("the same, for videos", videos),
         ("around another method", wrappers),
         ("inside the vision tower", list_methods("encoder")),
     ]

@@ -25,7 +25,7 @@ class MethodInfo:
     """What a user wants to know of a method before choosing it; the generated tables are made of this.
 
     complexity is for N tokens of width D with K kept. adaptive: the image, not the user, chooses the count unless an exact
-    budget is asked for.
+    budget is asked for. wrapper: it runs another method. video: it is made for frames; a single picture is one frame to it.
     """
 
     name: str
@@ -38,6 +38,7 @@ class MethodInfo:
     deterministic: bool = True
     adaptive: bool = False
     wrapper: bool = False
+    video: bool = False
 
 
 _methods: dict[str, type[Method]] = {}

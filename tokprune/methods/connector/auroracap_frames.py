@@ -44,6 +44,7 @@ def auroracap_frames(features: Tensor, keep: int, rounds: int = 24) -> tuple[Ten
     "auroracap_frames",
     paper="AuroraCap: Efficient, Performant Video Detailed Captioning and a New Benchmark",
     year=2025,
+    video=True,
     url="https://arxiv.org/abs/2410.03051",
     complexity="O(NnD) for n tokens per frame",
     merges=True,

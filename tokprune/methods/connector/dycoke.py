@@ -52,6 +52,7 @@ def dycoke_published(features: Tensor, merging_ratio: float = 0.7) -> Tensor:
     "dycoke",
     paper="DyCoke: Dynamic Compression of Tokens for Fast Video Large Language Models",
     year=2025,
+    video=True,
     url="https://arxiv.org/abs/2411.15024",
     complexity="O(ND)",
 )

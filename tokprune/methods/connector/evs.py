@@ -40,6 +40,7 @@ def evs(features: Tensor, keep: int) -> Tensor:
     "evs",
     paper="Efficient Video Sampling: Pruning Temporally Redundant Tokens for Faster VLM Inference",
     year=2025,
+    video=True,
     url="https://arxiv.org/abs/2510.14624",
     complexity="O(ND)",
 )

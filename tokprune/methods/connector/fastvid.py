@@ -184,6 +184,7 @@ def fastvid(
     "fastvid",
     paper="FastVID: Dynamic Density Pruning for Fast Video Large Language Models",
     year=2025,
+    video=True,
     url="https://arxiv.org/abs/2503.11187",
     complexity="O(NnD) for n tokens per frame; merging O(NKD) within a scene",
     merges=True,

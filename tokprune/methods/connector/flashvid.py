@@ -194,6 +194,7 @@ def flashvid_parts(sizes: Sequence[int], lengths: Sequence[int], keep: int, alph
     "flashvid",
     paper="FlashVID: Efficient Video Large Language Models via Training-free Tree-based Spatiotemporal Token Merging",
     year=2026,
+    video=True,
     url="https://arxiv.org/abs/2602.08024",
     complexity="O(NnD + KNn/T) for n tokens per frame",
     merges=True,

@@ -130,6 +130,7 @@ def framefusion_step(
     "framefusion",
     paper="FrameFusion: Combining Similarity and Importance for Video Token Reduction on Large Visual Language Models",
     year=2025,
+    video=True,
     url="https://arxiv.org/abs/2501.01986",
     complexity="O(ND)",
     merges=True,

@@ -101,6 +101,7 @@ def holitom(
     "holitom",
     paper="HoliTom: Holistic Token Merging for Fast Video Large Language Models",
     year=2025,
+    video=True,
     url="https://arxiv.org/abs/2505.21334",
     complexity="O(ND + T² + SnnD) for S scenes, n tokens per frame",
     merges=True,

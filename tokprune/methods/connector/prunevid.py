@@ -114,6 +114,7 @@ def prunevid_second_stage(attention: Tensor, groups: Sequence[int], alpha: float
     "prunevid",
     paper="PruneVid: Visual Token Pruning for Efficient Video Large Language Models",
     year=2025,
+    video=True,
     url="https://arxiv.org/abs/2412.16117",
     complexity="O(NnD) for n tokens per frame",
     merges=True,

@@ -43,6 +43,7 @@ def spatial_pool(features: Tensor, grid: tuple[int, int], size: int = 2) -> Tens
     "storm",
     paper="STORM: Token-Efficient Long Video Understanding for Multimodal LLMs",
     year=2025,
+    video=True,
     url="https://arxiv.org/abs/2503.04130",
     complexity="O(ND)",
     merges=True,

@@ -73,6 +73,7 @@ def vidcom2(
     "vidcom2",
     paper="Video Compression Commander: Plug-and-Play Inference Acceleration for Video Large Language Models",
     year=2025,
+    video=True,
     url="https://arxiv.org/abs/2505.14454",
     complexity="O(ND)",
 )
