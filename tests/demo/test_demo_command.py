@@ -75,6 +75,17 @@ def test_profile(tmp_path):
     assert {c["name"] for c in data["cells"]} >= {"plain", "divprune 0.1"}
 
 
+def test_plan(tmp_path):
+    out = tmp_path / "plan.json"
+    arguments = ["plan", "--preset", "llava-1.5-7b", "--gpu", "a100", "--target", "ttft", "--limit", "0.03"]
+    result = run(app, [*arguments, "--json", str(out)])
+    assert result.exception is None, result.output
+    assert "connector stage" in result.output
+    made = json.loads(out.read_text())
+    assert 0 < made["connector_tokens"] < 576
+    assert [r["ratio"] for r in made["rows"]] == [1.0, 0.5, 0.25, 0.1, 0.05]
+
+
 @pytest.mark.parametrize("target", ["/proc/nowhere/demo.json"])
 def test_unwritable_file_is_explained(target):
     result = run(app, ["demo", "--questions", "7", "--methods", "none", "--ratios", "1", "--json", target])

@@ -148,3 +148,23 @@ def profile(
     run_profile(
         model, image, question, names(methods), numbers(ratios), device, batch, new_tokens, repeats, json_file, quiet
     )
+
+
+@app.command()
+def plan(
+    preset: Annotated[str, typer.Option(help="The model, such as llava-1.5-7b.")],
+    gpu: Annotated[str, typer.Option(help="The device, such as a100, h100, l4.")],
+    target: Annotated[str | None, typer.Option(help="ttft, total or memory.")] = None,
+    limit: Annotated[float | None, typer.Option(help="Seconds for ttft and total, GiB for memory.")] = None,
+    ratios: Annotated[str, typer.Option(help="Keep ratios, separated by commas.")] = "0.5,0.25,0.1,0.05",
+    text: Annotated[int, typer.Option(help="Text tokens around the picture.")] = 64,
+    batch: Annotated[int, typer.Option(help="Requests at once.")] = 1,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 64,
+    compare: Annotated[bool, typer.Option(help="Also look at larger models at equal cost (slower).")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the plan to this file.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing.")] = False,
+) -> None:
+    """Estimate which keep ratio reaches a target on a GPU, and where pruning stops paying."""
+    from tokprune.cli.plan import run_plan
+
+    run_plan(preset, gpu, target, limit, numbers(ratios), text, batch, new_tokens, compare, json_file, quiet)
