@@ -26,7 +26,7 @@ FREE_ANSWER_TOKENS = 12
 class Cell:
     """One method at one keep ratio. kept, total: visual tokens per question (mean). prefill_ms: LLM prefill per question.
 
-    flops: of one answer, pixels to last token, counted by torch. accuracy and per_type: share answered right.
+    flops: of one answer, pixels to last token, counted by torch (a real model at the longest answer it may give). accuracy and per_type: share answered right.
     """
 
     method: str
@@ -118,7 +118,6 @@ def run_cell(
     kept = total = 0
     started = time.perf_counter()
     clock = _PrefillClock(model.device)
-    first: Any = None
     with tokprune.apply(model, method, ratio=ratio, processor=processor, scorer=scorer) as pruning:
         with watch(find_stages(model), clock.enter, clock.leave):
             for at in range(0, len(examples), batch_size):
@@ -132,7 +131,8 @@ def run_cell(
                 kept, total = kept + report.kept, total + report.total
                 tick(len(batch))
         first = build_inputs(processor, [examples[0].question + suffix], [examples[0].image], model)
-        flops = stage_flops(model, first).total(new_tokens=2)  # a word and the end
+        # The demo VLM says a word and the end; others are counted at the length they may use.
+        flops = stage_flops(model, first).total(new_tokens=2 if own_model else new_tokens)
     right = sum(sum(h) for h in hits.values())
     return Cell(
         method=method,
