@@ -111,22 +111,11 @@ def demo(questions: int, works: list[float]) -> list[dict[str, Any]]:
     import tokprune
     import tokprune.demo
     from tokprune.demo.evaluation import accuracy, correct
-    from tokprune.methods.base import ConnectorMethod
-    from tokprune.registry import MethodInfo
-    from tokprune.tokens import Selection
 
     model, processor = tokprune.demo.load()
     tower = model.model.vision_tower
     examples = tokprune.demo.held_out(questions)
     pixels = processor.image_processor([e.image for e in examples[:16]], return_tensors="pt")["pixel_values"]
-
-    class Places(ConnectorMethod):
-        """One token per group of the tower's last run; one image per prompt."""
-
-        info = MethodInfo("places", "", adaptive=True)
-
-        def select_batch(self, batch: Any, keeps: Any) -> list[Selection]:
-            return [Selection(alive.nonzero()[:, 0]) for alive in pruning.trace.survivor]
 
     plain = min(cpu_seconds(lambda: tower(pixels)) for _ in range(5))
     base = accuracy(examples, correct(model, processor, examples))["micro"]
@@ -139,8 +128,8 @@ def demo(questions: int, works: list[float]) -> list[dict[str, Any]]:
                 seconds = min(cpu_seconds(lambda: tower(pixels)) for _ in range(5))
                 report = pruning.report()
                 copies = accuracy(examples, correct(model, processor, examples))["micro"]
-                with tokprune.apply(model, method=Places(), ratio=0.5):
-                    places = accuracy(examples, correct(model, processor, examples))["micro"]
+            with tokprune.apply(model, method, ratio=ratio):  # the LLM gets one token per group
+                places = accuracy(examples, correct(model, processor, examples))["micro"]
             left = sum(report.left) / len(report.left) / report.start
             row = {
                 "method": method,
