@@ -1,24 +1,25 @@
 """Encoder stage on a plain ViT: CPU time of one thread, ours by hooks against the published formulation written into the forward.
 
-    python benchmarks/encoder_speed.py --out encoder_speed.json
+    python benchmarks/encoder_speed.py --out benchmarks/results/encoder_speed.json
+    python benchmarks/encoder_speed.py --demo 160 --out benchmarks/results/encoder_demo.json
 
 Weights are random: only time is measured, and time does not depend on them. CPU seconds of one thread, the least of several rounds
 that alternate between the variants, are stable on a shared machine where wall time is not. The written-out variant computes what the
 published patch computes (explicit attention with size bias, bipartite matching on mean keys, weighted merge) without hooks.
+--demo is another measurement (encoder_demo.py): accuracy and encoder time of every method on the demo VLM at equal FLOPs.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from encoder_record import save
 from torch import Tensor
 
 from tokprune.adapters.splice import apply_encoder
@@ -88,76 +89,17 @@ def hook_cost(timm: Any, depth: int = 24, calls: int = 60) -> float:
     return (hooked - plain) / calls / depth
 
 
-METHODS = ("tome", "tofu", "pitome", "evit", "ats", "zerotprune")
-
-
-def at_work(model: Any, tower: Any, pixels: Tensor, method: str, work: float) -> float:
-    """The ratio at which the blocks of `tower` see about `work` of their rows; by bisection."""
-    low, high = 0.02, 1.0
-    for _ in range(9):
-        ratio = (low + high) / 2
-        with apply_encoder(model, method, ratio=ratio) as pruning:
-            tower(pixels)
-        low, high = (ratio, high) if pruning.report().work < work else (low, ratio)
-    return (low + high) / 2
-
-
-@torch.no_grad()
-def demo(questions: int, works: list[float]) -> list[dict[str, Any]]:
-    """Accuracy of the demo VLM and CPU time of its tower per method, at equal shares of the tower's work.
-
-    copies: the LLM sees all tokens, merged ones repeated. places: it sees one token per group.
-    """
-    import tokprune
-    import tokprune.demo
-    from tokprune.demo.evaluation import accuracy, correct
-
-    model, processor = tokprune.demo.load()
-    tower = model.model.vision_tower
-    examples = tokprune.demo.held_out(questions)
-    pixels = processor.image_processor([e.image for e in examples[:16]], return_tensors="pt")["pixel_values"]
-
-    plain = min(cpu_seconds(lambda: tower(pixels)) for _ in range(5))
-    base = accuracy(examples, correct(model, processor, examples))["micro"]
-    rows = [{"method": "none", "work": 1.0, "accuracy": base, "tower_speedup": 1.0}]
-    print(f"{'none':12} work 1.00  accuracy {base:.3f}")
-    for work in works:
-        for method in METHODS:
-            ratio = at_work(model, tower, pixels, method, work)
-            with apply_encoder(model, method, ratio=ratio) as pruning:
-                seconds = min(cpu_seconds(lambda: tower(pixels)) for _ in range(5))
-                report = pruning.report()
-                copies = accuracy(examples, correct(model, processor, examples))["micro"]
-            with tokprune.apply(model, method, ratio=ratio):  # the LLM gets one token per group
-                places = accuracy(examples, correct(model, processor, examples))["micro"]
-            left = sum(report.left) / len(report.left) / report.start
-            row = {
-                "method": method,
-                "work": report.work,
-                "left": left,
-                "accuracy": copies,
-                "accuracy_places": places,
-                "tower_speedup": plain / seconds,
-            }
-            rows.append(row)
-            print(
-                f"{method:12} work {report.work:.2f}  left {left:.2f}  accuracy {copies:.3f} copies, {places:.3f} places"
-                f"  tower x{plain / seconds:.2f}"
-            )
-    return rows
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="vit_large_patch16_224", help="a plain timm vision transformer")
     parser.add_argument("--r", type=int, nargs="+", default=[8, 13], help="tokens merged per block")
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, help="of timing; --demo takes 9 unless told")
     parser.add_argument(
         "--demo", type=int, default=0, metavar="N", help="instead: accuracy of the demo VLM on N questions"
     )
     parser.add_argument(
-        "--work", type=float, nargs="+", default=[0.8, 0.6], help="with --demo: shares of the tower's work"
+        "--flops", type=float, nargs="+", default=[0.75, 0.6], help="with --demo: shares of the tower's FLOPs to match"
     )
     parser.add_argument("--out", type=Path, help="write the numbers here as JSON")
     args = parser.parse_args()
@@ -165,11 +107,17 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     if args.demo:
-        save(args.out, {"type": "tokprune.EncoderDemo", "questions": args.demo, "rows": demo(args.demo, args.work)})
+        import encoder_demo
+
+        rounds = args.rounds or 9
+        rows = encoder_demo.run(args.demo, args.flops, rounds)
+        facts = {"questions": args.demo, "rounds": rounds, "pictures": encoder_demo.PICTURES}
+        save(args.out, "tokprune.EncoderDemo", {**facts, "tolerance": encoder_demo.TOLERANCE, "rows": rows})
         return
 
     import timm
 
+    rounds = args.rounds or 4
     model = timm.create_model(args.model, pretrained=False).eval()
     size = model.patch_embed.img_size[0]
     images = torch.randn(args.batch, 3, size, size)
@@ -194,7 +142,7 @@ def main() -> None:
             if gap > 1e-2:
                 raise SystemExit(f"the two formulations differ by {gap} at r={r}; nothing to compare.")
         times: dict[str, list[float]] = {name: [] for name in variants}
-        for _ in range(args.rounds):
+        for _ in range(rounds):
             for name, run in variants.items():
                 times[name].append(run())
     least = {name: min(values) for name, values in times.items()}
@@ -209,16 +157,8 @@ def main() -> None:
         cost = hook_cost(timm)
     share = cost * len(model.blocks) / least["plain"]
     print(f"hooks alone (r=0): {cost * 1e6:.0f} microseconds a block, {share:.2%} of the plain forward")
-    facts = {"model": args.model, "batch": args.batch, "rounds": args.rounds, "hook_seconds_per_block": cost}
-    save(args.out, {"type": "tokprune.EncoderSpeed", **facts, "rows": rows})
-
-
-def save(path: Path | None, data: dict[str, Any]) -> None:
-    """Write numbers as JSON, with what they were measured on."""
-    if path is not None:
-        machine = platform.processor() or platform.machine()
-        data = {"version": 1, "torch": torch.__version__, "machine": machine, **data}
-        path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    facts = {"model": args.model, "batch": args.batch, "rounds": rounds, "hook_seconds_per_block": cost}
+    save(args.out, "tokprune.EncoderSpeed", {**facts, "blocks": len(model.blocks), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -70,11 +70,14 @@ def test_unknown_towers_are_refused(what: str) -> None:
         "swin": lambda: timm.models.swin_transformer.SwinTransformer(
             img_size=32, patch_size=4, embed_dim=8, depths=(1,), num_heads=(2,), window_size=4
         ),
-        "eva": lambda: timm.models.eva.Eva(img_size=32, patch_size=8, embed_dim=16, depth=1, num_heads=2),
+        "eva": lambda: timm.models.eva.Eva(
+            img_size=32, patch_size=8, embed_dim=16, depth=1, num_heads=2, use_post_norm=True
+        ),
         "linear": lambda: nn.Linear(2, 2),
         "llm": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=8, **tiny)),
     }[what]()
-    with pytest.raises(UnsupportedModelError, match="reduced inside"):
+    message = "EvaBlockPostNorm" if what == "eva" else "reduced inside"
+    with pytest.raises(UnsupportedModelError, match=message):
         apply_encoder(model, "tome", r=1)
 
 
@@ -233,6 +236,18 @@ def test_threads_do_not_mix_their_runs() -> None:
 
 def test_list_of_encoder_methods() -> None:
     names = list_methods("encoder")
-    assert {"tome", "tofu", "pitome", "evit", "ats", "zerotprune", "auroracap"} <= set(names)
+    assert {
+        "tome",
+        "tofu",
+        "pitome",
+        "evit",
+        "ats",
+        "zerotprune",
+        "auroracap",
+        "apt",
+        "ipcv",
+        "toc3d",
+        "dynamicvit",
+    } <= set(names)
     for name in names:
         assert get_method(name).info.paper

@@ -257,6 +257,17 @@ def test_feature_maps_of_timm_have_full_length(name: str, layout: str) -> None:
 
 
 @torch.no_grad()
+def test_merge_maps_of_pictures_that_are_not_square() -> None:
+    model = timm_vit(dynamic_img_size=True)
+    x = torch.randn(2, 3, 24, 40, generator=torch.Generator().manual_seed(0))
+    with apply_encoder(model, "tome", r=7) as pruning:
+        model(x)
+        assert pruning.trace.merge_map(1).shape == (6, 10)
+        model(pixels())
+        assert pruning.trace.merge_map(1).shape == (8, 8)
+
+
+@torch.no_grad()
 def test_expand_false_gives_the_merged_tokens() -> None:
     model = TOWERS["clip"]()
     with apply_encoder(model, "tome", r=7, expand=False) as pruning:
@@ -276,6 +287,30 @@ def test_ratio_and_budget_are_exact() -> None:
                 model(pixels())
             left = pruning.trace.survivor.sum(1)
             assert left.tolist() == [22, 22] if "ratio" in limit else [17, 17], method
+
+
+@pytest.mark.parametrize(
+    ("options", "left"),
+    [
+        ({"r": (8, 0, 4)}, (57, 57, 53, 53)),
+        ({"r": [20, 20, 20, 20, 99]}, (45, 25, 13, 7)),
+        ({"r": 8, "inflection": -1.0}, (49, 38, 33, 33)),
+        ({"r": 8, "inflection": -1.0, "compat": "published"}, (49, 39, 34, 34)),
+        ({"matching": "kth", "k": 2}, (33, 17, 9, 5)),
+        ({"matching": "random", "r": 7}, (58, 51, 44, 37)),
+    ],
+)
+@pytest.mark.parametrize("name", ["timm", "siglip", "open_clip"])
+@torch.no_grad()
+def test_tomes_schedules_and_rivals(name: str, options: Any, left: tuple[int, ...]) -> None:
+    """Lists are filled up with zeros, a block merges half of its patches at most, pairs do not depend on the batch."""
+    model, x = TOWERS[name](), pixels()
+    with apply_encoder(model, "tome", **options) as pruning:
+        both = output(model, x)
+        prefix = pruning.tower.prefix
+        assert pruning.trace.counts == tuple(n - 1 + prefix for n in left)
+        alone = output(model, x[1:])
+    close(both[-1][1:], alone[-1], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["tome", "pitome", "tofu", "evit", "ats", "zerotprune"])

@@ -157,10 +157,13 @@ def test_internvl_merges_whole_units() -> None:
     close(got, rows(expected), atol=1e-5, rtol=1e-5)
 
 
-def dense_qwen(tower: Any, calls: list[dict[str, Any]], frames: list[int], r: int) -> tuple[Tensor, list[Tensor]]:
+def dense_qwen(
+    tower: Any, calls: list[dict[str, Any]], frames: list[int], r: int, looks: list[dict[str, Tensor]] | None = None
+) -> tuple[Tensor, list[Tensor]]:
     """Rows (S, C) that leave each block under ToMe of units, at full length; attention by a mask over all pairs.
 
-    calls: what each block was given without any pruning. frames: units of each frame, in order.
+    calls: what each block was given without any pruning. frames: units of each frame, in order. looks: gets, per block, its
+    attention (H, S, S), keys (S, H, hd), the frame of each token, and the row (unit) of every original unit.
     """
 
     def segments(cu: Tensor) -> Tensor:
@@ -184,6 +187,9 @@ def dense_qwen(tower: Any, calls: list[dict[str, Any]], frames: list[int], r: in
         segment = segments(call["cu_seqlens"])[place].repeat_interleave(4)
         logits = torch.einsum("qhd,khd->hqk", turn(q), turn(k)) * a.scaling + size.repeat_interleave(4).log()
         logits = logits.masked_fill(segment[:, None] != segment, -torch.inf)
+        if looks is not None:
+            seen = {"attention": logits.softmax(-1), "keys": k, "group": group}
+            looks.append({**seen, "frame": frame[place].repeat_interleave(4)})
         x = x + a.proj(torch.einsum("hqk,khd->qhd", logits.softmax(-1), v).flatten(1))
         units, metric = x.view(len(place), -1), keys.view(len(place), 4, -1).mean(1)
         keep = torch.ones(len(place), dtype=torch.bool)

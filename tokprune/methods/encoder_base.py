@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
@@ -14,7 +14,20 @@ from tokprune.methods.base import Method
 from tokprune.ops.bipartite import Matching, merge_weighted
 from tokprune.ops.wide import wide
 
-Place = Literal["middle", "end"]
+Place = Literal["entrance", "middle", "end"]
+
+
+@dataclass(frozen=True)
+class Entrance:
+    """What stands before the first block: for methods that choose patch sizes.
+
+    picture: (B, 3, H, W) levels from 0 to 255 in float32. grid: height and width in patches. coarse: 1, 2, ... -> what
+    would enter the first block if patches were 2, 4, ... times as large: (B, h, w, C), of the whole large patches.
+    """
+
+    picture: Tensor
+    grid: tuple[int, int]
+    coarse: Callable[[int], Tensor]
 
 
 @dataclass
@@ -31,7 +44,8 @@ class BlockView:
     queries, keys and values, each (B, H, S, hd) token by token, the prefix first. scale: of the attention logits.
     hidden_prefix: prefix tokens that stand in qkv. cls: whether the first of them is a [CLS] token. rotate: turns q and
     k as the block's rotary embedding does. bias: what the block added to its attention logits, (B, 1, 1 or S, S) or
-    None.
+    None. entering: (B, N, C) what entered the block, for cuts at its end. cut: where this run left the full sequence
+    before, for methods that restore it. entrance: for cuts before the first block, whose index is -1.
     """
 
     x: Tensor
@@ -49,6 +63,9 @@ class BlockView:
     blocks: int = 0
     rotate: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     bias: Tensor | None = None
+    entering: Tensor | None = None
+    cut: Cut | None = None
+    entrance: Entrance | None = None
     _made: tuple[Tensor, Tensor, Tensor] | None = None
 
     @property
@@ -79,6 +96,8 @@ class BlockView:
         if not self.cls:
             return self._folded(self.attention_map().mean(-2)[..., self.hidden_prefix :], 2)
         q, k = self._head(0), self._head(1)
+        if self.rotate is not None:
+            q, k = self.rotate(q, k)
         logits = q[:, :, :1] @ k.transpose(-1, -2) * self.scale
         if self.bias is not None:
             logits = logits + self.bias.to(logits.dtype)
@@ -147,15 +166,37 @@ class Reduction:
 
 
 @dataclass(frozen=True)
+class Cut:
+    """Where a method that restores the full sequence left it.
+
+    x: (B, N, C) rows before. reduction: which of them went on, and as what. notes: for the method's own use.
+    """
+
+    x: Tensor
+    reduction: Reduction
+    notes: dict[str, Tensor] = field(default_factory=dict)
+
+    def put_back(self, rep: Tensor, now: Tensor, full: Tensor | None = None) -> Tensor:
+        """`full` (or the rows as they were) with the rows at `rep` (B, K) as they are `now` (B, K, C); -1 is
+        padding.
+        """
+        full = self.x if full is None else full
+        index = torch.where(rep >= 0, rep, full.shape[1])[..., None].expand_as(now)  # padding goes to a row beyond
+        return torch.nn.functional.pad(full, (0, 0, 0, 1)).scatter(1, index, now.to(full.dtype))[:, :-1]
+
+
+@dataclass(frozen=True)
 class EncoderMethod(Method):
     """Base of methods that reduce tokens between the blocks of a vision tower.
 
     Subclasses implement `reduce`, and `active` when not every block reduces. `place`: where the block is cut, between
-    attention and MLP or at its end.
+    attention and MLP, at its end, or (only before the first block) at the tower's entrance. `restores`: the full
+    sequence comes back at the end of the tower, and wherever `whole` says, by `rebuild`.
     """
 
     stage: ClassVar[str] = "encoder"
     place: ClassVar[Place] = "middle"
+    restores: ClassVar[bool] = False
 
     @property
     def size_bias(self) -> bool:
@@ -168,6 +209,21 @@ class EncoderMethod(Method):
     def active(self, index: int, depth: int) -> bool:
         """Whether block `index` of `depth` may reduce."""
         return True
+
+    def place_at(self, index: int, depth: int) -> Place:
+        """Where block `index` is cut."""
+        return self.place
+
+    def whole(self, index: int, depth: int) -> bool:
+        """Whether block `index` gets the full sequence again, for methods that restore it."""
+        return False
+
+    def rebuild(self, cut: Cut, now: Tensor) -> Tensor:
+        """The full sequence of a method that `restores`: what it was at the cut and what went on is `now`.
+
+        now: (B, K, C) in the order of the cut's reduction -> (B, N, C).
+        """
+        raise OptionError(f"{type(self).__name__} does not implement rebuild(cut, now).")
 
     def reduce(self, block: BlockView) -> Reduction | None:
         """What to leave of the block's rows; None leaves them alone."""

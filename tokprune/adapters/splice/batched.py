@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokprune.adapters.splice.engine import Splice
+from tokprune.adapters.splice.engine import Splice, thread
 from tokprune.adapters.splice.run import EncoderTrace, Run, State
 from tokprune.adapters.splice.tower import Heads
-from tokprune.errors import UnsupportedModelError
-from tokprune.methods.encoder_base import BlockView
+from tokprune.errors import OptionError, UnsupportedModelError
+from tokprune.methods.encoder_base import BlockView, Cut, Entrance
 
 
 class BatchedSplice(Splice):
@@ -32,6 +32,23 @@ class BatchedSplice(Splice):
         rows = tokens if fold == 1 else (tokens - prefix) // fold
         return Run(rows, tokens, x.shape[0])
 
+    def block_arguments(self, run: Run, index: int, args: Any, kwargs: dict[str, Any]) -> Any:
+        """The rotary table of the rows that are left, where the blocks take one."""
+        if self.tower.rope is None or kwargs.get("rope") is None:
+            return None
+        table, state = kwargs["rope"], run.states[index]
+        if table.dim() != 2:
+            raise UnsupportedModelError(
+                f"{self.tower.family} gave a rotary table of shape {tuple(table.shape)} (patch dropout in training?); an encoder-stage method "
+                "can follow one table for all images, (patches, channels)."
+            )
+        if state.rep is None:
+            run.ropes[index] = table
+            return None
+        place = (state.rep[:, self.tower.prefix :] - self.tower.prefix).clamp(min=0)
+        run.ropes[index] = table[place][:, None]  # (B, 1, K, D): a merged row keeps the angle of the one it sits at
+        return args, {**kwargs, "rope": run.ropes[index]}
+
     def order(self, run: Run, device: torch.device) -> Tensor:
         """(N0,) tokens in unit order, the prefix first."""
         prefix = self.tower.prefix
@@ -40,19 +57,58 @@ class BatchedSplice(Splice):
         patches = self.tower.unit_order(run.tokens - prefix).to(device) + prefix
         return torch.cat([torch.arange(prefix, device=device), patches])
 
+    def rows(self, x: Tensor, order: Tensor | None) -> Tensor:
+        """Rows of the states: tokens, or units without the prefix. order: of tokens that lie in raster order."""
+        if self.tower.fold == 1:
+            return x
+        x = x if order is None else x[:, order]
+        return x[:, self.tower.prefix :].unflatten(1, (-1, self.tower.fold)).flatten(2)
+
+    def entrance(self) -> Entrance | None:
+        """The picture of this run and what larger patches of it would be."""
+        pixels = self.pixels.pop(thread(), None)
+        if pixels is None or self.tower.patch is None or self.tower.embed is None:
+            return None
+        embed, side = self.tower.embed, self.tower.patch.kernel_size[0]
+        mean, std = self.normalisation or (None, None)
+        known = getattr(self.method, "mean", None), getattr(self.method, "std", None)
+        mean, std = known[0] or mean, known[1] or std
+        if mean is None or std is None:
+            raise OptionError(
+                f"{self.method.info.name!r} measures the picture's grey levels, and this model does not say how its pixels were normalised: "
+                "give apply its processor, or write mean=(...), std=(...) (image_mean and image_std of the image processor)."
+            )
+        shift, factor = (torch.tensor(v, device=pixels.device).view(1, -1, 1, 1) for v in (mean, std))
+        height, width = pixels.shape[2] // side, pixels.shape[3] // side
+
+        def coarse(level: int) -> Tensor:
+            step = 2**level
+            whole = pixels[:, :, : height // step * step * side, : width // step * step * side]
+            small = torch.nn.functional.interpolate(whole.float(), scale_factor=1 / step, mode="bilinear")
+            out: Tensor = embed(small.to(pixels.dtype), (height, width), step)
+            self.pixels.pop(thread(), None)  # the small picture went through the patch embedding, too
+            return out
+
+        return Entrance((pixels.float() * factor + shift) * 255, (height, width), coarse)
+
     def shrink(self, run: Run, index: int, x: Tensor) -> Tensor | None:
         tower, state = self.tower, run.states[index]
         fold, prefix = tower.fold, tower.prefix
         order = self.order(run, x.device) if fold > 1 and state.assign is None else None
-        head = x[:, :0]
-        rows = x
-        if fold > 1:
-            x = x if order is None else x[:, order]
-            head, rows = x[:, :prefix], x[:, prefix:].unflatten(1, (-1, fold)).flatten(2)
+        rows, head = self.rows(x, order), x[:, : prefix if fold > 1 else 0]
+        before = run.inputs.get(index)
 
         def heads() -> Heads:
             q, k, v = tower.blocks[index].heads(run.seen[index])
             return (q, k, v) if order is None else (q[:, :, order], k[:, :, order], v[:, :, order])
+
+        rope, turn = run.ropes.pop(index, None), tower.rope
+
+        def rotate(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+            if rope is None or turn is None:
+                return q, k
+            attention = tower.blocks[index].attention
+            return turn(attention, prefix, rope, q), turn(attention, prefix, rope, k)
 
         start = run.rows - prefix if fold == 1 else run.rows
         view = BlockView(
@@ -70,12 +126,19 @@ class BatchedSplice(Splice):
             cls=tower.cls,
             bias=self.bias(run, index),
             blocks=len(tower.blocks),
+            rotate=None if rope is None else rotate,
+            entering=None if before is None else self.rows(before, order),
+            cut=run.cuts[0][1] if run.cuts else None,
+            entrance=self.entrance() if index < 0 else None,
         )
         out = self.method.reduce(view)
         if out is None:
             return None
+        detour = self.method.restores
+        if detour and not run.cuts:
+            run.cuts.append((None, Cut(rows, out)))
         ragged = state.ragged or self.method.info.adaptive
-        run.states[index + 1] = state.then(out.rep, out.assign, out.size, ragged)
+        run.states[index + 1] = state.then(out.rep, out.assign, out.size, ragged, detour)
         if fold == 1:
             return out.x
         return torch.cat([head, out.x.unflatten(2, (fold, -1)).flatten(1, 2)], 1)
@@ -115,13 +178,16 @@ class BatchedSplice(Splice):
             return args, {**kwargs, "key_padding_mask": bias[:, 0, 0]}
         return args, {**kwargs, self.tower.mask: bias}
 
-    def widen(self, run: Run, state: State, x: Tensor) -> Tensor:
+    def widen(self, run: Run, state: State, x: Tensor, rebuild: bool = True) -> Tensor:
         if state.assign is None:
             return x
         fold, prefix = self.tower.fold, self.tower.prefix
-        rows = x if fold == 1 else x[:, prefix:].unflatten(1, (-1, fold)).flatten(2)
-        wide = rows.gather(1, state.assign.clamp(min=0)[..., None].expand(-1, -1, rows.shape[2]))
-        wide = wide.masked_fill((state.assign < 0)[..., None], 0)
+        rows = self.rows(x, None)
+        if state.detour and rebuild:
+            wide = self.method.rebuild(run.cuts[0][1], rows)
+        else:
+            wide = rows.gather(1, state.assign.clamp(min=0)[..., None].expand(-1, -1, rows.shape[2]))
+            wide = wide.masked_fill((state.assign < 0)[..., None], 0)
         if fold == 1:
             return wide
         wide = torch.cat([x[:, :prefix], wide.unflatten(2, (fold, -1)).flatten(1, 2)], 1)
@@ -129,10 +195,14 @@ class BatchedSplice(Splice):
 
     def record(self, run: Run, state: State) -> EncoderTrace:
         places = run.rows - (self.tower.prefix if self.tower.fold == 1 else 0)
-        side = math.isqrt(places)  # grids that are not square come out as one line
-        cells = ((side, side) if side * side == places else (1, places),) * run.batch
+        side = math.isqrt(self.tower.fold)
+        height, width = (n // side for n in run.grid or (0, 0))
+        if height * width != places:  # the tower does not show its pictures: square, or else one line
+            height = width = math.isqrt(places)
+            height, width = (height, width) if height * width == places else (1, places)
+        cells = ((height, width),) * run.batch
         prefix = self.tower.prefix if self.tower.fold == 1 else 0
-        if state.assign is None or state.rep is None or state.size is None:
+        if state.assign is None or state.rep is None or state.size is None or state.detour:
             assign = torch.arange(run.rows - prefix).expand(run.batch, -1)
             there = torch.ones_like(assign, dtype=torch.bool)
             return EncoderTrace(assign, there, there.float(), self.tower.fold, prefix, tuple(run.counts), cells)

@@ -29,6 +29,10 @@ REENTRANT = (
     "gradient checkpointing in the reentrant way, or of a forward that is too old, cannot be recomputed with an encoder-stage method; "
     'use gradient_checkpointing_kwargs={"use_reentrant": False} and run backward before more forwards.'
 )
+NO_CHECKPOINTS = (
+    "{} leaves the sequence and restores it, which gradient checkpointing cannot recompute block by block; switch checkpointing off, or "
+    "take a method that merges (tome, pitome, tofu)."
+)
 
 
 def thread() -> int:
@@ -53,6 +57,9 @@ class Splice:
         self.current: dict[int, Run] = {}
         self.past: deque[Run] = deque(maxlen=KEPT_RUNS)
         self.trace: EncoderTrace | None = None
+        self.normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None = None  # of the pixels, if known
+        self.pixels: dict[int, Tensor] = {}  # the picture that this thread's run began with, for cuts at the entrance
+        self.grid: dict[int, tuple[int, int]] = {}  # and its height and width in patches
 
     # -- to be told by the layout -----------------------------------------------------------------------------------------
 
@@ -66,8 +73,10 @@ class Splice:
         """
         raise TokpruneError(f"{type(self).__name__} does not implement shrink.")
 
-    def widen(self, run: Run, state: State, x: Tensor) -> Tensor:
-        """`x` at full length: each original token gets its row, dropped ones get zeros."""
+    def widen(self, run: Run, state: State, x: Tensor, rebuild: bool = True) -> Tensor:
+        """`x` at full length: each original token gets its row, dropped ones get zeros. rebuild: `x` are hidden states,
+        which a method that restores the sequence fills in instead.
+        """
         raise TokpruneError(f"{type(self).__name__} does not implement widen.")
 
     def attend(self, run: Run, index: int, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -78,6 +87,10 @@ class Splice:
         """What the report and the pictures want to know."""
         raise TokpruneError(f"{type(self).__name__} does not implement record.")
 
+    def restored(self, run: Run, index: int) -> None:
+        """Block `index` gets the full sequence again: note it."""
+        run.states[index] = State()
+
     def target(self, patches: int) -> int | None:
         """Patch rows wanted in the end of `patches`, if a ratio or budget was given."""
         if self.budget is not None:
@@ -87,12 +100,19 @@ class Splice:
     def full_length(self, index: int, x: Tensor) -> Tensor:
         """The output of block `index` of the current run at full length."""
         run = self._run(index)
-        return x if x.shape[-2] == run.tokens else self.widen(run, run.states[index + 1], x)
+        done = self.expand and index + 1 == len(self.tower.blocks)
+        return x if done else self.widen(run, run.states[index + 1], x)
 
     def entering(self, index: int, x: Tensor) -> Tensor:
-        """What enters block `index` of the current run, at full length."""
+        """Rows that stand for what enters block `index` of the current run, at full length; nothing is rebuilt."""
         run = self._run(index)
-        return x if x.shape[-2] == run.tokens else self.widen(run, run.states[index], x)
+        return self.widen(run, run.states[index], x, rebuild=False)
+
+    channels = 0
+
+    def places(self, index: int) -> Tensor | None:
+        """Packed towers: original token of each row that enters block `index`, None when all are there."""
+        return None
 
     # -- hooks ----------------------------------------------------------------------------------------------------------------
 
@@ -102,6 +122,11 @@ class Splice:
         try:
             method.check(tower.depth, self.ratio is not None or self.budget is not None)
             active = {i for i in range(tower.depth) if method.active(i, tower.depth)}
+            if method.place == "entrance":
+                self._check_entrance()
+                active = set()
+            if tower.patch is not None:
+                self.handles.append(tower.patch.register_forward_pre_hook(self._picture))
             for i, parts in enumerate(tower.blocks):
                 on, pre = self.handles.append, functools.partial
                 on(parts.block.register_forward_pre_hook(pre(self._enter_block, i), with_kwargs=True))
@@ -110,11 +135,12 @@ class Splice:
                 if i in active:
                     for name, module in parts.seen.items():
                         on(module.register_forward_hook(pre(self._see, i, name)))
-                    if method.place == "middle":
+                    if method.place_at(i, tower.depth) == "middle":
                         on(parts.middle.register_forward_pre_hook(pre(self._middle, i)))
                         on(parts.tail.register_forward_hook(pre(self._tail, i)))
                 # Before all other hooks: transformers captures hidden states by hooks of its own.
-                on(parts.block.register_forward_hook(pre(self._leave, i, i in active), prepend=True))
+                ends = i in active and method.place_at(i, tower.depth) == "end"
+                on(parts.block.register_forward_hook(pre(self._leave, i, ends), prepend=True))
             for module, index in tower.taps:
                 self.handles.append(module.register_forward_pre_hook(functools.partial(self._tap, index)))
             self.handles.append(tower.root.register_forward_hook(self._root))
@@ -132,10 +158,29 @@ class Splice:
         for handle in self.handles:
             handle.remove()
         self.handles = []
+        self.pixels.clear()
         self.current.clear()
         self.past.clear()
 
+    def _check_entrance(self) -> None:
+        """Refuse towers whose patches cannot be made larger."""
+        tower = self.tower
+        if tower.patch is None or tower.embed is None:
+            raise UnsupportedModelError(
+                f"{self.method.info.name!r} chooses patch sizes, which {tower.family} here does not allow: it needs absolute positions, one "
+                "token per patch at the connector and images of one size (ViTs of timm and open_clip, CLIP, SigLIP, LLaVA)."
+            )
+
+    def _picture(self, module: Any, args: Any) -> None:
+        """The picture at the patch embedding: its grid, and for cuts before the first block its pixels."""
+        height, width = args[0].shape[-2:]
+        self.grid[thread()] = (height // module.kernel_size[0], width // module.kernel_size[1])
+        if self.method.place == "entrance":
+            self.pixels[thread()] = args[0]
+
     def _enter_block(self, index: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        if self.method.restores and recomputing():
+            raise UnsupportedModelError(NO_CHECKPOINTS.format(self.method.info.name))
         if index == 0 and not recomputing():
             x = args[0] if args else kwargs.get("hidden_states", kwargs.get("x"))
             if not isinstance(x, Tensor):
@@ -146,10 +191,19 @@ class Splice:
                         left.clear()
             run = self.start(x, kwargs)
             run.states[0] = State()
+            run.grid = self.grid.get(thread())
             self.current[thread()] = run
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 self.past.append(run)
-        return self.block_arguments(self._run(index), index, args, kwargs)
+            if self.method.place == "entrance":
+                run.states[-1] = State()
+                rows = self.shrink(run, -1, x)
+                if rows is not None:
+                    return ((rows, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": rows})
+        run = self._run(index)
+        if self.method.restores and self.method.place_at(index, self.tower.depth) == "end":
+            run.inputs[index] = args[0] if args else kwargs["hidden_states"]
+        return self.block_arguments(run, index, args, kwargs)
 
     def block_arguments(self, run: Run, index: int, args: Any, kwargs: dict[str, Any]) -> Any:
         """The block's arguments; a layout may replace some."""
@@ -197,7 +251,7 @@ class Splice:
         run.branch[index] = output
         return output.new_zeros(1)
 
-    def _leave(self, index: int, active: bool, module: nn.Module, args: Any, output: Any) -> Any:
+    def _leave(self, index: int, ends: bool, module: nn.Module, args: Any, output: Any) -> Any:
         run = self._run(index)
         x = before = output[0] if isinstance(output, tuple) else output
         if index in run.merged:
@@ -206,13 +260,18 @@ class Splice:
             x = run.merged.pop(index) + (branch if factor is None else factor * branch)
             if before.requires_grad and not x.requires_grad:  # made without a graph, inside a reentrant checkpoint
                 raise UnsupportedModelError(REENTRANT)
-        elif active and self.method.place == "end":
+        elif ends:
             rows = self.shrink(run, index, x)
             run.seen.pop(index, None)
             x = x if rows is None else rows
+        run.inputs.pop(index, None)
         run.states.setdefault(index + 1, run.states[index])
         if not recomputing():
             run.counts.append(x.shape[-2])
+        method, depth = self.method, self.tower.depth
+        if method.restores and run.states[index + 1].detour and index + 1 < depth and method.whole(index + 1, depth):
+            x = self.widen(run, run.states[index + 1], x)
+            self.restored(run, index + 1)
         if index + 1 == len(self.tower.blocks):
             if not recomputing():
                 self._finish(run)
@@ -238,7 +297,7 @@ class Splice:
         states = output["hidden_states"]
         if run is None or len(states) != len(self.tower.blocks) + 1:
             return
+        last = len(states) - 1  # widened when it left the last block
         output["hidden_states"] = tuple(
-            h if h is None or h.shape[-2] == run.tokens else self.widen(run, run.states[i], h)
-            for i, h in enumerate(states)
+            h if h is None or i == last else self.widen(run, run.states[i], h) for i, h in enumerate(states)
         )

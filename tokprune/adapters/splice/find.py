@@ -7,12 +7,12 @@ from typing import Any
 from torch import nn
 
 from tokprune.adapters.base import unwrap
-from tokprune.adapters.splice import hf_vit, openclip, qwen, timm_vit
+from tokprune.adapters.splice import eva, hf_vit, openclip, qwen, timm_vit
 from tokprune.adapters.splice.tower import Tower
 from tokprune.errors import UnsupportedModelError
 
 TOWERS = ("vision_tower", "vision_model", "visual")
-KNOWN = "timm and open_clip ViTs, and CLIP, SigLIP, SigLIP 2, InternVL and Qwen-VL towers of transformers, alone or in a VLM"
+KNOWN = "timm (EVA included) and open_clip ViTs, and CLIP, SigLIP, SigLIP 2, InternVL and Qwen-VL towers of transformers, alone or in a VLM"
 
 
 def used_depth(config: Any, blocks: int) -> int:
@@ -49,6 +49,8 @@ def find_tower(model: nn.Module) -> Tower:
     inner: Any = unwrap(model)
     if timm_vit.is_tower(inner):
         return timm_vit.tower(inner)
+    if eva.is_tower(inner):
+        return eva.tower(inner)
     visual = getattr(inner, "visual", None)
     for candidate in (inner, visual):
         if isinstance(candidate, nn.Module) and openclip.is_tower(candidate):
@@ -56,6 +58,8 @@ def find_tower(model: nn.Module) -> Tower:
         trunk = getattr(candidate, "trunk", None)
         if isinstance(trunk, nn.Module) and timm_vit.is_tower(trunk):  # open_clip with a tower of timm
             return timm_vit.tower(trunk, inner)
+        if isinstance(trunk, nn.Module) and eva.is_tower(trunk):
+            return eva.tower(trunk, inner)
     if hf_vit.layers(inner) is not None:
         return hf_vit.tower(inner, inner)
     if qwen.is_tower(inner):

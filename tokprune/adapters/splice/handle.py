@@ -22,6 +22,13 @@ from tokprune.registry import get_method
 HANDLE = "_tokprune_encoder"  # attribute of the model that holds its EncoderPruning
 
 
+def _normal(processor: Any) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and standard deviation by which a processor normalises pixels, if it says so."""
+    image: Any = getattr(processor, "image_processor", processor)
+    mean, std = getattr(image, "image_mean", None), getattr(image, "image_std", None)
+    return None if mean is None or std is None else (tuple(mean), tuple(std))
+
+
 class EncoderPruning:
     """A vision tower that runs on fewer tokens: the handle that `apply_encoder` returns, also a context manager.
 
@@ -35,13 +42,23 @@ class EncoderPruning:
         ratio: float | None = None,
         budget: int | None = None,
         expand: bool | None = None,
+        processor: Any = None,
     ) -> None:
         self.tower = find_tower(model)
         self.model, self.method = self.tower.owner, method
         pools = self.tower.pools
         if expand is None:
-            expand = self.tower.vlm or (method.info.merges and not method.info.adaptive)
-        if method.info.adaptive and pools and not self.tower.vlm:
+            expand = self.tower.vlm or method.info.merges or method.restores
+        if method.restores and not expand:
+            raise OptionError(
+                f"{method.info.name!r} restores the full sequence at the tower's end; expand=False has no meaning."
+            )
+        if (
+            method.info.adaptive
+            and pools
+            and not self.tower.vlm
+            and not (method.restores or (expand and method.info.merges))
+        ):
             raise UnsupportedModelError(
                 f"{method.info.name!r} keeps another count in each image, and {self.tower.family} pools over all patches, padding "
                 "included; it needs a tower that reads its output from [CLS]."
@@ -53,6 +70,7 @@ class EncoderPruning:
             raise BudgetError(f"both ratio={ratio!r} and budget={budget!r} given; choose one.")
         splice = PackedSplice if self.tower.packed else BatchedSplice
         self._splice = splice(self.tower, method, self.ratio, self.budget, expand)
+        self._splice.normalisation = _normal(processor) or self.tower.normal
 
     @property
     def trace(self) -> EncoderTrace | None:
@@ -80,9 +98,24 @@ class EncoderPruning:
         C).
 
         For whoever looks at a reduced block from outside (its queries and keys, say) and wants one row per original
-        token.
+        token: members of a group get the group's row, dropped tokens zeros.
         """
         return self._splice.entering(block, x)
+
+    def output(self, block: int, x: Tensor) -> Tensor:
+        """What block `block` gave in this thread's last run, at full length, rebuilt where the method does that."""
+        return self._splice.full_length(block, x)
+
+    def places(self, block: int) -> Tensor | None:
+        """Packed towers: (K,) original token at which each row that entered `block` sits; None when it was not
+        reduced.
+        """
+        return self._splice.places(block)
+
+    @property
+    def channels(self) -> int:
+        """Channels that ride on the queries and keys of reduced blocks and carry sizes (packed towers)."""
+        return self._splice.channels
 
     def report(self) -> EncoderReport:
         """What the last run left, block by block; prints as text."""
@@ -111,6 +144,7 @@ def apply_encoder(
     ratio: float | None = None,
     budget: int | None = None,
     expand: bool | None = None,
+    processor: Any = None,
     **options: Any,
 ) -> EncoderPruning:
     """Let the vision tower of `model` run on fewer tokens, in place.
@@ -120,7 +154,8 @@ def apply_encoder(
     tower's end, per image or frame, for methods that have no schedule of their own. expand: whether the tower's output
     keeps its full length, each merged token repeated at the places of its members (then pooling over patches is the
     weighted mean, and everything behind the tower still fits); by default for VLMs always, and for bare towers with
-    methods that merge. Dropped tokens are zeros.
+    methods that merge. Dropped tokens are zeros. processor: tells methods that look at the picture (apt) how its pixels
+    were normalised.
 
     Applying again replaces. Raises UnsupportedModelError for towers that cannot be spliced, OptionError and BudgetError
     for arguments that cannot be used; the model is then as it was.
@@ -135,7 +170,7 @@ def apply_encoder(
         )
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"apply_encoder takes a model (a torch.nn.Module), not {type(model).__name__}.")
-    pruning = EncoderPruning(model, method, ratio, budget, expand)
+    pruning = EncoderPruning(model, method, ratio, budget, expand, processor)
     method.check(pruning.tower.depth, ratio is not None or budget is not None)
     remove_encoder(model)
     pruning.install()

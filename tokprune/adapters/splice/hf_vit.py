@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tokprune.adapters.splice.patches import embedder
 from tokprune.adapters.splice.tower import BlockParts, Heads, Tower
 from tokprune.adapters.splice.units import blocks as unit_blocks
 
@@ -60,6 +61,16 @@ def _parts(block: Any) -> BlockParts:
     )
 
 
+def _entrance(root: Any, prefix: int) -> dict[str, Any]:
+    """Facts for methods that choose patch sizes: CLIP and SigLIP. The others have positions by picture, or none."""
+    kind = type(next(iter(layers(root) or ()), None)).__name__
+    patch, table = (getattr(root.embeddings, name, None) for name in ("patch_embedding", "position_embedding"))
+    if kind not in CLIP_LAYERS[:2] or not isinstance(patch, nn.Conv2d) or not isinstance(table, nn.Embedding):
+        return {}
+    after = getattr(root, "pre_layrnorm", None) or nn.Identity()
+    return {"patch": patch, "embed": embedder(patch, lambda: table.weight[prefix:], after)}
+
+
 def tower(root: Any, owner: Any, depth: int | None = None, side: int = 1, vlm: bool = False) -> Tower:
     """The tower `root`. depth: blocks that feed the output, all of them unless given. side: the connector joins side
     x side patches.
@@ -78,4 +89,5 @@ def tower(root: Any, owner: Any, depth: int | None = None, side: int = 1, vlm: b
         unit_order=unit_blocks(side),
         pools=getattr(root, "head", None) is not None or bool(getattr(root.config, "use_mean_pooling", False)),
         vlm=vlm,
+        **(_entrance(root, int(cls)) if side == 1 else {}),
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tokprune.adapters.splice.patches import embedder
 from tokprune.adapters.splice.tower import BlockParts, Heads, Tower
 from tokprune.errors import UnsupportedModelError
 
@@ -50,6 +51,7 @@ def _parts(block: Any) -> BlockParts:
 def tower(root: Any, owner: Any) -> Tower:
     """The tower of an open_clip model."""
     blocks = tuple(_parts(b) for b in root.transformer.resblocks)
+    mean, std = getattr(root, "image_mean", None), getattr(root, "image_std", None)
     return Tower(
         family="open_clip VisionTransformer",
         root=root,
@@ -61,4 +63,7 @@ def tower(root: Any, owner: Any) -> Tower:
         mask="key_padding_mask",
         padding=True,
         pools=root.attn_pool is not None or root.pool_type in ("avg", "none"),
+        patch=root.conv1,
+        embed=embedder(root.conv1, lambda: root.positional_embedding[1:], root.ln_pre),
+        normal=None if mean is None or std is None else (tuple(mean), tuple(std)),
     )

@@ -16,7 +16,7 @@ from tokprune.adapters.splice.engine import Splice, thread
 from tokprune.adapters.splice.run import EncoderTrace, Run, State
 from tokprune.adapters.splice.tower import Heads
 from tokprune.errors import UnsupportedModelError
-from tokprune.methods.encoder_base import BlockView
+from tokprune.methods.encoder_base import BlockView, Cut, Reduction
 
 PAD = 8  # channels added to each head for the size bias: flash kernels want multiples of eight
 
@@ -135,6 +135,18 @@ class PackedSplice(Splice):
         new["position_embeddings"] = (cos, sin)
         return args, new
 
+    @property
+    def channels(self) -> int:  # type: ignore[override]
+        return PAD if self.method.size_bias else 0
+
+    def places(self, index: int) -> Tensor | None:
+        rep = self._run(index).states[index].rep
+        return None if rep is None else self.tokens(rep)
+
+    def restored(self, run: Any, index: int) -> None:
+        super().restored(run, index)
+        run.lengths[index] = run.lengths[0]
+
     def tokens(self, units: Tensor) -> Tensor:
         """Token rows of these units."""
         fold = self.tower.fold
@@ -157,11 +169,19 @@ class PackedSplice(Splice):
         parts: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = []
         left = list(counts)
         changed = False
-        for (start, count), members in groups.items():
+        before = run.inputs.get(index)
+        entering = None if before is None else before.view(units, -1)
+        again = bool(run.cuts)
+        for number, ((start, count), members) in enumerate(groups.items()):
             at = torch.tensor([first[f] for f in members], device=x.device)[:, None]
             at = at + torch.arange(count, device=x.device)  # (F, n) rows of each frame
             view = self.view(run, index, rows[at], size[at], at, place[at], start)
+            view.entering = None if entering is None else entering[at]
+            view.cut = run.cuts[number][1] if again else None
             out = self.method.reduce(view)
+            if self.method.restores and not again:
+                all_of_it = Reduction.kept(view, torch.arange(count, device=x.device).expand_as(at))
+                run.cuts.append((at, Cut(view.x, all_of_it if out is None else out)))
             if out is None:
                 same = torch.arange(count, device=x.device).expand_as(at)
                 parts.append((at, rows[at], same, same, size[at]))
@@ -203,7 +223,7 @@ class PackedSplice(Splice):
         order = torch.sort(rep, stable=True).indices
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         assign = torch.where(assign >= 0, back[assign.clamp(min=0)], -1)
-        run.states[index + 1] = state.then(rep[order], assign, size[order], False)
+        run.states[index + 1] = state.then(rep[order], assign, size[order], False, self.method.restores)
         return x[order].view(-1, x.shape[1] // self.tower.fold)
 
     def view(self, run: Any, index: int, x: Tensor, size: Tensor, at: Tensor, place: Tensor, start: int) -> BlockView:
@@ -244,10 +264,20 @@ class PackedSplice(Splice):
             bias=bias,
         )
 
-    def widen(self, run: Run, state: State, x: Tensor) -> Tensor:
+    def widen(self, run: Run, state: State, x: Tensor, rebuild: bool = True) -> Tensor:
         if state.assign is None:
             return x
-        rows = x.view(-1, x.shape[1] * self.tower.fold)
+        rows = x.reshape(-1, x.shape[1] * self.tower.fold)
+        if state.detour and rebuild:
+            full = rows.new_empty(run.rows, rows.shape[1])
+            for at, cut in run.cuts:
+                if at is None:
+                    continue
+                now = rows[
+                    state.assign[at.gather(1, cut.reduction.rep.clamp(min=0))].clamp(min=0)
+                ]  # (F, K, C) in the cut's order
+                full[at.flatten()] = self.method.rebuild(cut, now).flatten(0, 1)
+            return full.view(-1, x.shape[1])
         wide = rows[state.assign.clamp(min=0)].masked_fill((state.assign < 0)[:, None], 0)
         return wide.view(-1, x.shape[1])
 
@@ -255,7 +285,7 @@ class PackedSplice(Splice):
         """In raster order, frame after frame, whatever windows the tower makes."""
         units = run.rows
         counts = tuple(n // self.tower.fold for n in run.counts)
-        if state.assign is None or state.rep is None or state.size is None:
+        if state.assign is None or state.rep is None or state.size is None or state.detour:
             everything = torch.arange(units)
             there = torch.ones(units, dtype=torch.bool)
             return EncoderTrace(everything, there, there.float(), self.tower.fold, 0, counts, tuple(run.cells))

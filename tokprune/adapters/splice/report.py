@@ -37,10 +37,12 @@ class EncoderReport:
     ) -> EncoderReport:
         """The report of `trace`, or of a tower that has not run yet."""
         notes = []
-        if not tower.cls and method.info.name in ("evit", "ats"):
+        if not tower.cls and method.info.name in ("evit", "ats", "toc3d"):
             notes.append("the tower has no [CLS]; patches are ranked by the attention they receive")
         if tower.fold > 1:
             notes.append(f"{tower.fold} patches are one token of the connector and stay together")
+        if method.restores:
+            notes.append("tokens that were left out come back, rebuilt, at the tower's end: all of them are handed on")
         if trace is None:
             return EncoderReport(
                 model, tower.family, method.info.name, asked, notes=(*notes, "no picture has been seen yet")

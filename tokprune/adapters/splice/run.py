@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tokprune.errors import OptionError
+from tokprune.methods.encoder_base import Cut
 
 
 @dataclass(frozen=True)
@@ -17,27 +18,32 @@ class State:
     """The rows between two blocks. All None before the first reduction.
 
     Batched towers: size (B, K, 1), assign (B, N0) row of each original row or -1, rep (B, K) original row at which each
-    row sits or -1 (padding). Packed towers: the same without B. ragged: some rows are padding (size 0).
+    row sits or -1 (padding). Packed towers: the same without B. ragged: some rows are padding (size 0). detour: the
+    method brings the full sequence back.
     """
 
     size: Tensor | None = None
     assign: Tensor | None = None
     rep: Tensor | None = None
     ragged: bool = False
+    detour: bool = False
 
-    def then(self, rep: Tensor, assign: Tensor, size: Tensor, ragged: bool) -> State:
+    def then(self, rep: Tensor, assign: Tensor, size: Tensor, ragged: bool, detour: bool = False) -> State:
         """The state after a reduction of these rows. rep: (..., K), assign: (..., N), size: (..., K, 1)."""
         if self.assign is None or self.rep is None:
-            return State(size, assign, rep, ragged)
+            return State(size, assign, rep, ragged, detour)
         row = torch.where(self.assign >= 0, assign.gather(-1, self.assign.clamp(min=0)), -1)
         place = torch.where(rep >= 0, self.rep.gather(-1, rep.clamp(min=0)), -1)
-        return State(size, row, place, ragged)
+        return State(size, row, place, ragged, detour)
 
 
 @dataclass
 class Run:
     """One call of the tower. states[i]: rows that enter block i. The dictionaries are per block number and emptied
-    as it goes. done: the last block has run. unmasked: an attention mask was looked at and hides nothing.
+    as it goes. inputs: what entered the blocks that are cut at their end. ropes: rotary tables of the rows that enter
+    each block. cuts: where a method that restores the full sequence left it (packed towers: one per size of frames, with
+    the places of the frames' units). done: the last block has run. unmasked: an attention mask was looked at and hides
+    nothing. grid: height and width of a picture in patches, where the tower shows it.
     """
 
     rows: int
@@ -48,9 +54,13 @@ class Run:
     merged: dict[int, Tensor] = field(default_factory=dict)
     branch: dict[int, Tensor] = field(default_factory=dict)
     entries: dict[int, int] = field(default_factory=dict)
+    inputs: dict[int, Tensor] = field(default_factory=dict)
+    ropes: dict[int, Tensor] = field(default_factory=dict)
+    cuts: list[tuple[Tensor | None, Cut]] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
     done: bool = False
     unmasked: bool = False
+    grid: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from tokprune.adapters.splice.patches import embedder
 from tokprune.adapters.splice.tower import BlockParts, Heads, Tower
 from tokprune.errors import UnsupportedModelError
 
@@ -48,6 +49,26 @@ def _parts(block: Any) -> BlockParts:
     )
 
 
+def _positions(model: Any) -> Tensor | None:
+    table = model.pos_embed
+    if table is None:
+        return None
+    return table[0] if model.no_embed_class else table[0, model.num_prefix_tokens :]  # type: ignore[no-any-return]
+
+
+def _entrance(model: Any) -> dict[str, Any]:
+    """Facts for methods that choose patch sizes, of models that embed patches by one convolution."""
+    patch = getattr(model.patch_embed, "proj", None)
+    if not isinstance(patch, nn.Conv2d) or patch.kernel_size != patch.stride:
+        return {}
+    norm, pre = model.patch_embed.norm, model.norm_pre
+    if not isinstance(norm, nn.Identity):  # it stands before the positions are added
+        return {}
+    config = getattr(model, "pretrained_cfg", None) or {}
+    normal = (tuple(config["mean"]), tuple(config["std"])) if "mean" in config and "std" in config else None
+    return {"patch": patch, "embed": embedder(patch, functools.partial(_positions, model), pre), "normal": normal}
+
+
 def tower(model: Any, owner: Any = None) -> Tower:
     """The tower of a timm vision transformer."""
     blocks = tuple(_parts(b) for b in model.blocks)
@@ -64,4 +85,5 @@ def tower(model: Any, owner: Any = None) -> Tower:
         mask="attn_mask",
         pools=pools,
         intermediates=hasattr(model, "forward_intermediates"),
+        **_entrance(model),
     )

@@ -45,7 +45,11 @@ class Tower:
     of N patches. packed: all images in one sequence (S, C), with cu_seqlens. pools: the head pools over patches. taps:
     modules that read the output of a block (by number) beside the main path and need its full length. vlm: it feeds a
     language model. intermediates: it has timm's forward_intermediates. grids: packed towers that reorder units: raster
-    numbers of the sequence's units, from grid and keywords. owner: where the handle is kept.
+    numbers of the sequence's units, from grid and keywords. owner: where the handle is kept. patch: the convolution that
+    embeds patches; embed: what would enter the first block if patches were `step` times as large, from the picture made
+    `step` times smaller: (pixels (B, 3, H, W), grid of the full picture, step) -> (B, n, C). normal: mean and standard
+    deviation of the pixels, where the model knows them. rope: for towers whose blocks take the keyword `rope`, a table (N,
+    D) of the patches: turns (attention, prefix, table of the rows, queries or keys).
     """
 
     family: str
@@ -65,3 +69,7 @@ class Tower:
     vlm: bool = False
     intermediates: bool = False
     grids: Callable[[Any, Mapping[str, Any]], Tensor] | None = None
+    patch: Any = None
+    embed: Callable[[Tensor, tuple[int, int], int], Tensor] | None = None
+    normal: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    rope: Callable[[Any, int, Tensor, Tensor], Tensor] | None = None

@@ -1,0 +1,279 @@
+"""Methods that leave the full sequence and restore it (IPCV, ToC3D's router, DToP's rule) against forwards written out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.encoder.test_towers import TOWERS, output, parts, pixels, timm_vit
+from tests.encoder.test_vlm_towers import PACKED, encode, rows, two_images
+from tokprune.adapters.splice import apply_encoder
+from tokprune.errors import OptionError, UnsupportedModelError
+from tokprune.methods.encoder.dtop import DToP, undecided
+from tokprune.methods.encoder.ipcv import IPCV, neighbours
+from tokprune.methods.encoder.toc3d import ToC3D
+from tokprune.testing import build
+
+close = torch.testing.assert_close
+
+
+def attend(block: Any, x: Tensor) -> Tensor:
+    """The attention half of a block."""
+    entry, qkv, project, _, _ = parts(block)
+    q, k, v = qkv(entry(x))
+    weight = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
+    return x + project((weight @ v).transpose(1, 2).flatten(2))
+
+
+def think(block: Any, x: Tensor) -> Tensor:
+    """The MLP half."""
+    *_, middle, branch = parts(block)
+    return x + branch(middle(x))
+
+
+def seen_by_blocks(model: Any, pruning: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What entered the first block and left the last one under a splice."""
+    seen: dict[str, Tensor] = {}
+    blocks = [p.block for p in pruning.tower.blocks]
+    handles = [
+        blocks[0].register_forward_pre_hook(lambda m, a, kw: seen.update(x=a[0]), with_kwargs=True),
+        blocks[-1].register_forward_hook(lambda m, a, out: seen.update(y=out)),
+    ]
+    output(model, x)
+    for handle in handles:
+        handle.remove()
+    return seen["x"], seen["y"]
+
+
+@pytest.mark.parametrize("name", ["timm", "timm registers", "clip", "internvl", "open_clip layer scale"])
+@pytest.mark.parametrize("steady", [0, 1, 5])
+@torch.no_grad()
+def test_ipcv_equals_a_written_out_forward(name: str, steady: int) -> None:
+    model = TOWERS[name]()
+    with apply_encoder(model, IPCV(keep=0.4, first=0, steady=steady, neighbours=3)) as pruning:
+        x, got = seen_by_blocks(model, pruning, pixels())
+    blocks, prefix = [p.block for p in pruning.tower.blocks], pruning.tower.prefix
+    old = think(blocks[0], attend(blocks[0], x))
+    for b in range(len(x)):
+        moved = (old[b] - x[b]).norm(dim=-1)[prefix:]
+        kept = sorted([*range(prefix), *(moved.argsort(descending=True)[: round(0.4 * 64)] + prefix).tolist()])
+        others = [i for i in range(x.shape[1]) if i not in kept]
+
+        def restore(now: Tensor, b: int = b, kept: Any = kept, others: Any = others) -> Tensor:
+            full = old[b].clone()
+            for i in others:
+                near = (old[b][kept] - old[b][i]).norm(dim=-1).argsort(stable=True)[:3]
+                full[i] += (now - old[b][kept])[near].mean(0)
+            full[kept] = now
+            return full
+
+        now = old[b][kept]
+        for i, block in enumerate(blocks[1:]):
+            now = attend(block, restore(now)[None])[0][kept] if i < steady else attend(block, now[None])[0]
+            now = think(block, now[None])[0]
+        close(got[b], restore(now), atol=2e-5, rtol=1e-5)
+    assert pruning.trace.survivor.all()
+    assert pruning.trace.counts[-1] == len(kept)
+
+
+def test_neighbours_are_the_nearest_kept_ones() -> None:
+    x = torch.tensor([[[0.0], [10.0], [1.0], [11.0], [20.0]]])
+    gone, nearest = neighbours(x, torch.tensor([[0, 1, 4]]), 2)
+    assert gone.tolist() == [[2, 3]]
+    assert nearest.tolist() == [[[0, 1], [1, 2]]]
+    assert neighbours(x, torch.tensor([[0, 1, 4]]), 9)[1].shape == (1, 2, 3)
+
+
+@pytest.mark.parametrize("name", ["timm", "timm registers", "clip", "open_clip"])
+@torch.no_grad()
+def test_toc3d_equals_a_written_out_forward(name: str) -> None:
+    model = TOWERS[name]()
+    with apply_encoder(model, ToC3D(keep=0.3, first=1)) as pruning:
+        x, got = seen_by_blocks(model, pruning, pixels())
+    blocks, prefix = [p.block for p in pruning.tower.blocks], pruning.tower.prefix
+    x = think(blocks[0], attend(blocks[0], x))
+    entry, qkv, *_ = parts(blocks[1])
+    q, k, _ = qkv(entry(x))
+    score = (q[:, :, :1] @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1).mean(1)[:, 0, prefix:]
+    x = think(blocks[1], attend(blocks[1], x))
+    for b in range(len(x)):
+        kept = sorted((score[b].argsort(descending=True)[: round(0.3 * 64)] + prefix).tolist())
+        others = [i for i in range(prefix, x.shape[1]) if i not in kept]
+        weight = score[b][torch.tensor(others) - prefix]
+        joined = (weight[:, None] * x[b][others]).sum(0) / weight.sum()
+        now = torch.cat([x[b][:prefix], x[b][kept], joined[None]])
+        for block in blocks[2:]:
+            now = think(block, attend(block, now[None]))[0]
+        full = x[b].clone()
+        full[others] += now[-1] - joined
+        full[[*range(prefix), *kept]] = now[:-1]
+        close(got[b], full, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", [IPCV(keep=0.5, first=0, steady=1), ToC3D(keep=0.5, first=0)])
+@pytest.mark.parametrize("family", ["llava", "llava_next", "internvl", "gemma3", *PACKED])
+@torch.no_grad()
+def test_vlm_towers_give_all_tokens_and_do_not_mix_images(family: str, method: Any) -> None:
+    tiny = build(family)
+    both = two_images(tiny)
+    one = tiny.inputs([["a ", ("image", __import__("tokprune.testing", fromlist=["x"]).picture(60, 40)), "?"]])
+    plain = rows(encode(tiny, both).pooler_output)
+    with apply_encoder(tiny.model, method) as pruning:
+        got = rows(encode(tiny, both).pooler_output)
+        alone = rows(encode(tiny, one).pooler_output)
+    assert got.shape == plain.shape
+    assert not torch.allclose(got, plain, atol=1e-4)
+    assert torch.unique((got * 1e4).round(), dim=0).shape[0] > 0.9 * torch.unique((plain * 1e4).round(), dim=0).shape[0]
+    close(got[: len(alone)], alone, atol=2e-5, rtol=1e-4)
+    assert pruning.trace.survivor.all()
+    assert torch.equal(rows(encode(tiny, both).pooler_output), plain)
+
+
+@torch.no_grad()
+def test_ipcv_in_a_packed_tower_equals_a_written_out_forward() -> None:
+    """Units of four tokens leave behind the first block; the rest attends within its image; DeepStack sees rebuilt rows."""
+    tiny = build("qwen3_vl")
+    inputs = two_images(tiny)
+    tower = tiny.model.base_model.visual
+    calls: list[dict[str, Any]] = []
+    watch = [
+        b.register_forward_pre_hook(
+            lambda m, a, kw: calls.append({**kw, "x": a[0] if a else kw["hidden_states"]}), with_kwargs=True
+        )
+        for b in tower.blocks
+    ]
+    encode(tiny, inputs)
+    assert [h.remove() for h in watch]
+    sizes = [int(h * w) for _, h, w in inputs["image_grid_thw"].tolist()]
+    cos, sin = calls[0]["position_embeddings"]
+    old = tower.blocks[0](**{("hidden_states" if k == "x" else k): v for k, v in calls[0].items()})
+    ends = []
+    start = 0
+    planes: dict[int, list[Tensor]] = {}
+    for n in sizes:
+        span = slice(start, start + n)
+        start += n
+        before, then = (t[span].view(n // 4, -1) for t in (calls[0]["x"], old))
+        kept = sorted((then - before).norm(dim=-1).argsort(descending=True)[: round(0.5 * n / 4)].tolist())
+        others = [i for i in range(n // 4) if i not in kept]
+        tokens = torch.tensor([4 * u + i for u in kept for i in range(4)])
+
+        def restore(now: Tensor, then: Tensor = then, kept: Any = kept, others: Any = others) -> Tensor:
+            full = then.clone()
+            now = now.view(len(kept), -1)
+            for i in others:
+                near = (then[kept] - then[i]).norm(dim=-1).argsort(stable=True)[:4]
+                full[i] += (now - then[kept])[near].mean(0)
+            full[kept] = now
+            return full.view(-1, old.shape[1])
+
+        x = old[span][tokens]
+        turn = cos[span][tokens], sin[span][tokens]
+        for index, block in enumerate(tower.blocks):
+            if index > 0:
+                a = block.attn
+                q, k, v = a.qkv(block.norm1(x)).unflatten(1, (3, a.num_heads, -1)).unbind(1)
+
+                def rotated(t: Tensor, turn: Any = turn) -> Tensor:
+                    low, high = t.chunk(2, -1)
+                    return t * turn[0][:, None] + torch.cat([-high, low], -1) * turn[1][:, None]
+
+                weight = (torch.einsum("qhd,khd->hqk", rotated(q), rotated(k)) * a.scaling).softmax(-1)
+                x = x + a.proj(torch.einsum("hqk,khd->qhd", weight, v).flatten(1))
+                x = x + block.mlp(block.norm2(x))
+            if index in tower.deepstack_visual_indexes:
+                planes.setdefault(index, []).append(old[span] if index == 0 else restore(x))
+        ends.append(restore(x))
+    with apply_encoder(tiny.model, IPCV(keep=0.5, first=0, steady=0, neighbours=4)):
+        got = encode(tiny, inputs)
+    close(rows(got.pooler_output), tower.merger(torch.cat(ends)), atol=2e-5, rtol=1e-4)
+    for plane, index, module in zip(
+        got.deepstack_features, tower.deepstack_visual_indexes, tower.deepstack_merger_list, strict=True
+    ):
+        expected = module(torch.cat(planes[index]))
+        close(rows(plane) if isinstance(plane, (list, tuple)) else plane, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["ipcv", "toc3d"])
+@torch.no_grad()
+def test_everything_kept_is_bit_identical(method: str) -> None:
+    model, x = TOWERS["clip"](), pixels()
+    plain = output(model, x)
+    with apply_encoder(model, method, keep=1.0):
+        assert all(torch.equal(a, b) for a, b in zip(output(model, x), plain, strict=True))
+
+
+@pytest.mark.parametrize("method", ["ipcv", "toc3d"])
+def test_what_makes_no_sense_is_refused(method: str) -> None:
+    model = timm_vit()
+    with pytest.raises(OptionError, match=r"keep=0\.5"):
+        apply_encoder(model, method, ratio=0.5)
+    with pytest.raises(OptionError, match="expand=False has no meaning"):
+        apply_encoder(model, method, expand=False)
+    apply_encoder(model.train(), method)
+    model.set_grad_checkpointing(True)
+    with pytest.raises(UnsupportedModelError, match="checkpointing"):
+        model(pixels()).sum().backward()
+
+
+@pytest.mark.parametrize("method", [IPCV(keep=0.3, first=0, steady=1), ToC3D(keep=0.3, first=0)])
+def test_gradients_flow_through_the_detour(method: Any) -> None:
+    """A token that skipped the last block's MLP moved as others did, and so does its gradient."""
+    model = timm_vit()
+    apply_encoder(model, method)
+    last: list[Tensor] = []
+    model.blocks[-1].register_forward_hook(lambda m, a, out: last.append(out))
+    model(pixels())
+    weight = model.blocks[-1].mlp.fc2.weight
+    every = [
+        torch.autograd.grad(last[0][0, n].sum(), weight, retain_graph=True)[0].abs().sum() for n in range(0, 65, 4)
+    ]
+    assert all(g > 0 and g.isfinite() for g in every)
+
+
+# -- DToP ----------------------------------------------------------------------------------------------------------------
+
+
+def test_decided_tokens_stop_but_for_the_surest_of_each_class() -> None:
+    """Class 0: .95 .99 .97 .5 .93 (one undecided); class 1: .92, .92. Two of each class stay as context."""
+    first = torch.tensor([[0.95, 0.99, 0.97, 0.5, 0.93, 0.08, 0.08]])
+    chances = torch.stack([first, 1 - first], -1)
+    chances[0, 3] = torch.tensor([0.55, 0.45])
+    assert undecided(chances, 0.9, 2)[0].tolist() == [False, True, True, True, False, True, True]
+    assert undecided(chances, 0.9, 1)[0].tolist() == [False, True, False, True, False, True, False]
+    assert undecided(chances, 1.0, 0).all()
+
+
+@torch.no_grad()
+def test_dtop_freezes_decided_tokens_and_runs_the_others() -> None:
+    model, x = timm_vit(), pixels()
+    weight = torch.randn(24, 3, generator=torch.Generator().manual_seed(5))
+
+    def head(patches: Tensor) -> Tensor:
+        return (patches @ weight).softmax(-1)
+
+    with apply_encoder(model, DToP(heads={1: head}, threshold=0.8, context=2)) as pruning:
+        start, got = seen_by_blocks(model, pruning, x)
+    blocks = list(model.blocks)
+    then = start
+    for block in blocks[:2]:
+        then = think(block, attend(block, then))
+    going = undecided(head(then[:, 1:]), 0.8, 2)
+    assert 0 < going.sum() < going.numel()
+    assert going.sum(1).unique().numel() == 2  # ragged: padding must not matter
+    for b in range(2):
+        stay = [0, *(going[b].nonzero()[:, 0] + 1).tolist()]
+        now = then[b][stay][None]
+        for block in blocks[2:]:
+            now = think(block, attend(block, now))
+        full = then[b].clone()
+        full[stay] = now[0]
+        close(got[b], full, atol=2e-5, rtol=1e-5)
+
+
+def test_dtop_without_heads_is_refused() -> None:
+    with pytest.raises(OptionError, match="trained head"):
+        apply_encoder(timm_vit(), DToP())

@@ -1,0 +1,126 @@
+"""IPCV: one block's stillest tokens skip the blocks after it and come back, rebuilt from their neighbours, at the end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tokprune.errors import OptionError
+from tokprune.methods.base import top
+from tokprune.methods.encoder_base import BlockView, Cut, EncoderMethod, Place, Reduction, at_depths
+from tokprune.ops.wide import wide
+from tokprune.registry import register_method
+
+
+def movement(x: Tensor, before: Tensor) -> Tensor:
+    """How far a block moved each token. (B, N, C) twice -> (B, N)."""
+    return (wide(x) - wide(before)).norm(dim=-1)
+
+
+def neighbours(x: Tensor, kept: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The tokens that are not kept, and their nearest kept ones by Euclidean distance.
+
+    x: (B, N, C), kept: (B, K) -> (B, M) ascending indices of the others, (B, M, count) numbers into `kept`; count is at
+    most K. Equal distances: lower number first.
+    """
+    batch, n, _ = x.shape
+    stay = torch.zeros(batch, n, dtype=torch.bool, device=x.device).scatter(1, kept, True)
+    order = torch.sort(stay.to(torch.int8), dim=-1, stable=True).indices
+    gone = order[:, : n - kept.shape[1]]
+    rows = wide(x)
+
+    def take(index: Tensor) -> Tensor:
+        return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[2]))
+
+    distance = torch.cdist(take(gone), take(kept))  # (B, M, K)
+    nearest = torch.sort(distance, dim=-1, stable=True).indices[..., : min(count, kept.shape[1])]
+    return gone, nearest
+
+
+def rebuilt(old: Tensor, then: Tensor, now: Tensor, nearest: Tensor) -> Tensor:
+    """Tokens that were left out, moved by the mean move of their neighbours.
+
+    old: (B, M, C) them at the cut. then, now: (B, K, C) the kept ones at the cut and now. nearest: (B, M, k).
+    """
+    move = now.float() - then.float() if now.dtype != torch.float64 else now - then  # with gradient
+    batch, m, k = nearest.shape
+    near = move.gather(1, nearest.flatten(1)[..., None].expand(-1, -1, move.shape[2])).view(batch, m, k, -1)
+    return (old + near.mean(2)).to(old.dtype)
+
+
+@register_method(
+    "ipcv",
+    paper="IPCV: Information-Preserving Compression for MLLM Visual Encoders",
+    year=2025,
+    url="https://arxiv.org/abs/2512.18747",
+    complexity="O(N²C)",
+)
+@dataclass(frozen=True)
+class IPCV(EncoderMethod):
+    """IPCV (2025): the tokens that a block moved least leave the tower there and come back at its end, so the LLM
+    still gets all.
+
+    keep: share of the patches that goes on. first: the block behind which they leave, 0-based or a fraction of the depth.
+    steady: for so many blocks after it the others take part in attention, rebuilt, and skip only the MLP. neighbours: a
+    rebuilt token is what it was at the cut, moved by the mean move of its nearest kept tokens there. Nothing is lost for
+    connectors that join patches; where patches are joined, whole units leave. To thin what the LLM reads as well, add a
+    connector method: [get_method("ipcv", keep=0.5), "divprune"]. Written after a description of the method; compared with
+    no published numbers.
+    """
+
+    keep: float = 0.5
+    first: int | float = 0.25
+    steady: int = 1
+    neighbours: int = 10
+    place: ClassVar[Place] = "end"
+    restores: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep <= 1:
+            raise OptionError(f"keep={self.keep!r} is not a share in (0, 1]; write keep=0.5.")
+        if self.steady < 0 or self.neighbours < 1:
+            raise OptionError(f"steady={self.steady!r} is at least 0 and neighbours={self.neighbours!r} at least 1.")
+
+    def check(self, depth: int, target: bool) -> None:
+        at_depths((self.first,), depth)
+        if target:
+            raise OptionError(
+                "ipcv gives all tokens back at the tower's end; say keep=0.5 (the share that goes on inside), not a ratio or budget."
+            )
+
+    def cut_at(self, depth: int) -> int:
+        """The block behind which tokens leave."""
+        return at_depths((self.first,), depth)[0]
+
+    def active(self, index: int, depth: int) -> bool:
+        return index == self.cut_at(depth) or self.whole(index, depth)
+
+    def place_at(self, index: int, depth: int) -> Place:
+        return "end" if index == self.cut_at(depth) else "middle"
+
+    def whole(self, index: int, depth: int) -> bool:
+        return 0 < index - self.cut_at(depth) <= self.steady
+
+    def reduce(self, block: BlockView) -> Reduction | None:
+        if block.cut is not None:
+            return Reduction.kept(block, block.cut.reduction.rep)
+        n, prefix = block.patches, block.prefix
+        keep = max(1, round(self.keep * n))
+        if keep >= n or block.entering is None:
+            return None
+        kept = top(movement(block.x[:, prefix:], block.entering[:, prefix:]), keep) + prefix
+        head = torch.arange(prefix, device=kept.device).expand(len(kept), -1)
+        return Reduction.kept(block, torch.cat([head, kept], 1))
+
+    def rebuild(self, cut: Cut, now: Tensor) -> Tensor:
+        rep = cut.reduction.rep
+        if "gone" not in cut.notes:
+            gone, nearest = neighbours(cut.x, rep, self.neighbours)
+            cut.notes.update(gone=gone, nearest=nearest)
+        gone, nearest = cut.notes["gone"], cut.notes["nearest"]
+        width = cut.x.shape[2]
+        old, then = (cut.x.gather(1, i[..., None].expand(-1, -1, width)) for i in (gone, rep))
+        return cut.put_back(rep, now, cut.put_back(gone, rebuilt(old, then, now, nearest)))
