@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import Literal
 
 import torch
@@ -43,13 +45,14 @@ class Layout:
         """Tokens present in each group (fewer than its grid where padding was cut away)."""
         return tuple(torch.bincount(self.group, minlength=self.num_groups).tolist())
 
+    @cached_property
+    def group_starts(self) -> tuple[int, ...]:
+        """Where each group begins in the stream, and at last where it ends."""
+        return (0, *accumulate(self.group_sizes))
+
     def group_slices(self) -> list[slice]:
         """Slices of the stream, one per group; groups are contiguous only when `group` ascends, which Layout demands."""
-        out, start = [], 0
-        for size in self.group_sizes:
-            out.append(slice(start, start + size))
-            start += size
-        return out
+        return [slice(start, stop) for start, stop in pairwise(self.group_starts)]
 
     def to(self, device: torch.device | str) -> Layout:
         """The same layout with its tensors on `device`; the group sizes, once counted, are not counted there again."""
@@ -129,10 +132,12 @@ class VisualTokens:
         group = lay.group[where]
         if isinstance(where, slice) and where.step in (None, 1):  # known without asking the device
             start, stop, _ = where.indices(len(self))
-            sizes = [max(min(stop, own.stop) - max(start, own.start), 0) for own in lay.group_slices()]
+            starts = lay.group_starts
+            near = range(bisect_right(starts, start) - 1, bisect_left(starts, stop))  # no look at all frames for each
+            sizes = {g: min(stop, starts[g + 1]) - max(start, starts[g]) for g in near}
         else:
-            sizes = torch.bincount(group, minlength=lay.num_groups).tolist()
-        present = [g for g, size in enumerate(sizes) if size > 0]
+            sizes = dict(enumerate(torch.bincount(group, minlength=lay.num_groups).tolist()))
+        present = [g for g, size in sizes.items() if size > 0]
         at = torch.tensor(present, dtype=torch.long, device=group.device)
         pieces = Layout(
             torch.searchsorted(at, group),

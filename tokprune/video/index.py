@@ -78,10 +78,14 @@ def import_av() -> Any:
 
 
 def open_container(path: Path) -> Any:
-    """Open a local file. The protocol is pinned: a name such as `concat:…` or a playlist inside cannot reach elsewhere."""
+    """Open a local file. The protocol is pinned: a name such as `concat:…` or a playlist inside cannot reach elsewhere.
+
+    By container_options: with `options` PyAV 15 crashes on files whose streams show up late (FLV), when it frees one set of
+    options per stream.
+    """
     av = import_av()
     try:
-        return av.open(f"file:{path}", options={"protocol_whitelist": "file"}, metadata_errors="replace")
+        return av.open(f"file:{path}", container_options={"protocol_whitelist": "file"}, metadata_errors="replace")
     except av.error.FFmpegError as error:
         raise VideoError(
             f"{path} is not a video that FFmpeg can read, or is damaged at its beginning: {error}"

@@ -81,7 +81,7 @@ def longvideobench(total: int, source_fps: float, most: int = 16) -> Indices:
     return np.arange(count, dtype=np.int64) * (total // count if count else 0)
 
 
-def quota_frames(duration: float, base: int = 96, per_hour: int = 64) -> int:
+def quota_frames(duration: float, base: int = 96, per_hour: float = 64) -> int:
     """How many frames QuoTA samples from a video of `duration` seconds (its dynamic sampling): base + per_hour per hour."""
     return base + int(duration / 3600 * per_hour)
 

@@ -1,0 +1,217 @@
+"""AKS, SceneTilling and WFS-SB against the published code, and what they do that it does not."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.golden_vectors import GoldenCase, claims
+from tests.methods.frames.clips import video
+from tokprune.errors import OptionError
+from tokprune.methods.frames.aks import AKS
+from tokprune.methods.frames.scenetilling import SceneTilling
+from tokprune.methods.frames.wfs_sb import WfsSb
+from tokprune.ops.keyframes import aks, aks_published
+from tokprune.ops.scene_frames import Diverse, relevance_boundaries, wfs_sb
+from tokprune.ops.scenes import depths, left_peaks, neighbour_similarity, scene_ends, scenes
+from tokprune.ops.wavelet import HIGH, LOW, deepest_level, detail_band, peaks
+from tokprune.tokens import Layout, VisualTokens
+
+# AKS
+
+
+@claims("aks", anchor="scores")
+def test_aks_golden(case: GoldenCase) -> None:
+    scores, tested = case.array("scores").tolist(), 0
+    for key in case:
+        found = re.fullmatch(r"M(\d+)_t([\d.]+)_L(\d+)", key)
+        if not found:
+            continue
+        count, threshold, depth = int(found[1]), float(found[2]), int(found[3])
+        assert aks_published(scores, count, threshold, depth) == case.array(key).astype(int).tolist(), key
+        if count <= len(scores):
+            ours = aks(scores, count, threshold, depth)
+            assert len(set(ours)) == count
+            if 2**depth <= count and len(case.array(key)) == count and count % 2**depth == 0:
+                overlap = len(set(ours) & set(case.array(key).astype(int).tolist())) / count
+                assert overlap > 0.6, f"{key}: the corrected choice shares only {overlap:.0%} with the published one"
+        tested += 1
+    assert tested
+
+
+def test_aks_published_loses_frames_and_ours_does_not() -> None:
+    scores = np.random.default_rng(0).random(200)
+    assert aks_published(scores, 16) == []
+    assert len(aks_published(scores, 48)) == 32
+    assert len(aks(scores, 16)) == 16
+    assert len(aks(scores, 48)) == 48
+
+
+def test_aks_takes_the_peak_where_one_part_stands_out_and_covers_where_none_does() -> None:
+    peak = np.zeros(64)
+    peak[20:24] = 1.0
+    assert aks(peak, 4, threshold=0.8) == [20, 21, 22, 23]  # 1 - 4/64 above the mean: chosen at once
+    noise = 0.5 + 0.01 * np.sin(np.arange(64))
+    chosen = aks(noise, 8)
+    assert all(sum(a <= f < a + 16 for f in chosen) == 2 for a in (0, 16, 32, 48))
+    assert aks([0.3] * 10, 3) == [1, 5, 8]
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=80), st.data())
+@settings(max_examples=100, deadline=None)
+def test_frames_are_exact_for_any_scores(scores: list[float], data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, len(scores)))
+    for found in (
+        aks(scores, count, data.draw(st.floats(0, 1)), data.draw(st.integers(0, 8))),
+        wfs_sb(scores, count),
+        wfs_sb(scores, count, np.random.default_rng(0).random((len(scores), 3))),
+    ):
+        assert len(found) == count
+        assert sorted(set(found)) == found
+        assert 0 <= found[0] <= found[-1] < len(scores)
+
+
+def test_aks_gives_whole_frames_and_the_rest_to_the_worst() -> None:
+    scores = torch.tensor([0.1, 0.9, 0.2, 0.8, 0.3, 0.7, 0.1, 0.2])
+    tokens = video(8, (3, 3), scores=scores)
+    counts = AKS(score="self", depth=0).allocate(tokens, 22)
+    assert counts == [0, 9, 0, 9, 0, 4, 0, 0]
+    with pytest.raises(OptionError, match="no frame at all for 3 frames"):
+        AKS(score="self", compat="published").allocate(tokens, 22)
+    assert AKS(score="self", compat="published", depth=1).allocate(tokens, 20) == [0, 9, 0, 0, 0, 9, 0, 0]
+    for bad in ({"depth": -1}, {"depth": 1.5}, {"threshold": "high"}, {"compat": "old"}):
+        with pytest.raises(OptionError):
+            AKS(**bad)
+
+
+# SceneTilling
+
+
+@claims("scenetilling", anchor="feat")
+def test_scenetilling_golden(case: GoldenCase) -> None:
+    similarity = neighbour_similarity(case["feat"].float())
+    if "sim" in case:
+        torch.testing.assert_close(similarity, case["sim"].float(), atol=1e-5, rtol=0)
+    for key in case:
+        if key.startswith("depth"):
+            mine = depths(similarity, left_only=key == "depth_left")
+            torch.testing.assert_close(mine, case[key].float(), atol=1e-5, rtol=0)
+        elif key.startswith("bound"):
+            left = "left" in key
+            alpha = re.search(r"alpha([\d.]+)", key)
+            k = re.search(r"_k(\d+)", key)
+            found = scene_ends(
+                depths(similarity, left),
+                float(alpha[1]) if alpha else 0.5,
+                boundaries=int(k[1]) if k else None,
+                closed=not left,
+            )
+            assert found == case[key].tolist(), key
+
+
+def test_left_peaks_are_what_walking_finds() -> None:
+    g = torch.Generator().manual_seed(0)
+    for n in (0, 1, 2, 3, 50):
+        values = torch.randint(0, 4, (n,), generator=g).float()
+        expected = []
+        for i in range(n):
+            peak = i
+            while peak > 0 and values[peak - 1] >= values[peak]:
+                peak -= 1
+            expected.append(values[peak].item())
+        assert left_peaks(values).tolist() == expected
+
+
+def test_scenes_are_found_and_a_still_video_is_one() -> None:
+    g = torch.Generator().manual_seed(1)
+    shots = torch.randn(3, 16, generator=g)
+    frames = shots.repeat_interleave(torch.tensor([5, 20, 2]), 0) + 0.05 * torch.randn(27, 16, generator=g)
+    assert scenes(frames, boundaries=2) == [5, 20, 2]
+    assert scenes(frames, alpha=1.0) == [5, 20, 2]
+    still = shots[:1].repeat(30, 1) + 1e-7 * torch.randn(30, 16, generator=g)
+    assert scenes(still) == [30]
+    assert scenes(still, boundaries=3) == [30]
+    assert scenes(shots[:1]) == [1]
+    assert scenes(shots[:2]) == [2]
+
+
+def test_a_long_static_scene_gets_no_more_than_a_short_one() -> None:
+    g = torch.Generator().manual_seed(1)
+    shots = torch.randn(3, 4, 16, generator=g)
+    lengths = torch.tensor([4, 20, 6])
+    features = shots.repeat_interleave(lengths, 0) + 0.05 * torch.randn(30, 4, 16, generator=g)
+    tokens = VisualTokens(features.flatten(0, 1), Layout.grid(2, 2, 30, "video"))
+    counts = SceneTilling(boundaries=2).allocate(tokens, 30)
+    assert [sum(counts[:4]), sum(counts[4:24]), sum(counts[24:])] == [10, 10, 10]
+    whole = SceneTilling(boundaries=2, spread="frames").allocate(tokens, 24)
+    assert sorted(set(whole)) == [0, 4]
+    assert [sum(whole[:4]), sum(whole[4:24]), sum(whole[24:])] == [8, 8, 8]
+    for bad in ({"spread": "scenes"}, {"boundaries": -1}, {"most": None}):
+        with pytest.raises(OptionError):
+            SceneTilling(**bad)
+
+
+# WFS-SB
+
+
+@claims("wfs_sb", anchor="scores")
+def test_wfs_sb_golden(case: GoldenCase) -> None:
+    scores, n = case.array("scores"), len(case.array("scores"))
+    if "level" in case:
+        level = min(max(int(np.log2(n)) - 3, 1), deepest_level(n))
+        assert level == case.number("level")
+        np.testing.assert_allclose(detail_band(scores, level), case.array("detail"), atol=1e-9)
+    if "peaks" in case:
+        assert relevance_boundaries(scores) == case.array("peaks").tolist()
+    tested = 0
+    for key in case:
+        if key.startswith("sel_"):
+            features = None if "nofeat" in key else case.array("feat")
+            assert wfs_sb(scores.tolist(), int(key.split("_")[-1]), features) == case.array(key).tolist(), key
+            tested += 1
+    assert tested
+
+
+def test_the_wavelet_is_orthogonal_and_its_bands_add_up() -> None:
+    for shift in range(4):
+        assert LOW[2 * shift :] @ LOW[: 8 - 2 * shift] == pytest.approx(float(shift == 0), abs=1e-11)
+        assert HIGH[2 * shift :] @ LOW[: 8 - 2 * shift] == pytest.approx(0, abs=1e-11)
+    line = np.arange(64.0) ** 3  # four vanishing moments: a cubic has no detail away from the ends
+    assert np.abs(detail_band(line, 1)[16:-16]).max() < 1e-5
+    for n in range(1, 40):
+        assert detail_band(np.random.default_rng(n).random(n), 1).shape == (n,)
+
+
+def test_peaks() -> None:
+    values = np.array([0, 3, 0, 1, 1, 1, 0, 2, 1.5, 2.5, 0, 9.0])
+    assert peaks(values, 0, 0, 1) == [1, 4, 7, 9]  # the last value is no peak
+    assert peaks(values, 1.5, 0, 1) == [1, 7, 9]
+    assert peaks(values, 0, 1.0, 1) == [1, 4, 9]  # 7 stands out by 0.5
+    assert peaks(values, 0, 0, 4) == [1, 9]
+    assert peaks(np.ones(9), 0, 0, 1) == []
+
+
+def test_wfs_sb_prefers_relevant_frames_that_differ() -> None:
+    scores = np.full(30, 0.1)
+    scores[10:14] = 0.9
+    same, apart = np.ones((30, 2)), np.ones((30, 2))
+    apart[13] = (1, -1)  # unlike the other relevant ones
+    assert Diverse(scores, apart, 0.5).choose(0, 30, 2) == [10, 13]
+    assert Diverse(scores, same, 0.5).choose(0, 30, 2) == [10, 11]
+    assert Diverse(scores, apart, 0.0).choose(0, 30, 4) == [10, 11, 12, 13]
+    assert Diverse(scores, apart, 1.0).choose(5, 30, 2, chosen=[10]) == [13, 5]
+    assert Diverse(scores, None, 0.5).choose(0, 30, 2) == [10, 13]  # without features: far in time
+    tokens = video(8, (3, 3), scores=torch.tensor([0.1, 0.9, 0.2, 0.8, 0.3, 0.7, 0.1, 0.2]))
+    counts = WfsSb(score="self", balance=0.0).allocate(tokens, 13)
+    assert sum(counts) == 13
+    assert counts[1] == 9
+    for bad in ({"weights": (1, 2)}, {"balance": 2.0}):
+        with pytest.raises(OptionError):
+            WfsSb(**bad)
+    with pytest.raises(OptionError, match="30 frames"):
+        wfs_sb(scores, 3, np.ones((4, 2)))

@@ -1,0 +1,143 @@
+"""QuoTA: each frame gets tokens by how much it has to do with the question."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from tokprune.errors import OptionError, unknown
+from tokprune.methods.base import Compat, ConnectorMethod, check_compat
+from tokprune.methods.frames.questions import QuestionScored
+from tokprune.methods.frames.reduce import MODES, RECTANGULAR, FrameReducer
+from tokprune.ops.frame_budget import fit_rectangles, weighted_shares
+from tokprune.registry import register_method
+from tokprune.tokens import VisualTokens
+
+
+def quota_shares(
+    scores: Sequence[float], keep: int, capacities: Sequence[int], power: float = 2.0, minimum: int = 0
+) -> list[int]:
+    """QuoTA's assignment with an exact sum: shares in proportion to score^power, none above what a frame has.
+
+    scores: (T,), higher is better; what is NaN, infinite or negative counts as 0, all 0 as equal. keep: at most the sum
+    of the capacities. minimum: tokens that every frame keeps if the budget reaches. Returns T numbers whose sum is
+    `keep`.
+    """
+    weights = [s if math.isfinite(s) and s > 0 else 0.0 for s in scores]
+    peak = max(weights, default=0.0) or 1.0  # huge scores must not overflow
+    return weighted_shares(keep, [(w / peak) ** power for w in weights], capacities, minimum)
+
+
+def scale_weights(weights: Sequence[float], cap: float) -> list[float]:
+    """Shares of 1 cut at `cap`, stretched once to their old sum, and cut again (published: what this cuts is lost)."""
+    total = sum(weights)
+    if max(weights) <= cap:
+        return list(weights)
+    cut = [min(w, cap) for w in weights]
+    return [min(w * total / sum(cut), cap) for w in cut]
+
+
+def published_shares(weights: Sequence[float], keep: int, capacity: int | None = None) -> list[int]:
+    """The published assignment: int(keep * share), which adds up to less than `keep`.
+
+    weights: (T,) of scores already raised to their power. capacity: tokens of a frame; with it no share exceeds
+    capacity / keep (variants 2 to 5 of the code). The code raises for weights that are all 0 or hold NaN; so does this.
+    """
+    total = sum(weights)
+    if not math.isfinite(total) or total <= 0:
+        raise OptionError(
+            f"QuoTA's published code divides by the sum of the weights, which is {total}; use compat='corrected'."
+        )
+    shares = [w / total for w in weights]
+    if capacity is not None:
+        shares = scale_weights(shares, capacity / keep)
+    return [int(keep * s) for s in shares]
+
+
+def published_shape(count: int) -> tuple[int, int]:
+    """Height and width of a resized frame of `count` tokens in the published code: (a + 1, a) or (a, a)."""
+    side = math.isqrt(count)
+    return (side + 1, side) if side * (side + 1) <= count else (side, side)
+
+
+@register_method(
+    "quota",
+    paper="QuoTA: Query-oriented Token Assignment via CoT Query Decouple for Long Video Comprehension",
+    year=2025,
+    url="https://arxiv.org/abs/2503.08689",
+    complexity="O(ND), and a forward per frame for score='self'",
+    query_aware=True,
+    merges=True,
+    video=True,
+)
+@dataclass(frozen=True)
+class Quota(QuestionScored):
+    """QuoTA (AAAI 2026): frames get tokens in proportion to their squared relevance to the question.
+
+    What the published code does wrong, and what is done here instead:
+    - truncating and rounding to rectangles wastes 3 to 20 % of the budget; here it is met exactly: water-filling,
+      largest remainders, and, for reducers that need rectangles, these chosen so that next to nothing is left over
+      (that rest lengthens single rows).
+    - one dominant frame gets more tokens than it has (it is blown up) in the first variant, and in the others what
+      exceeds it is lost; here the surplus flows to the other frames.
+    - scores that are all 0 or NaN raise; here they count as equal, and a single NaN as 0.
+    - model output is passed to eval() and regexes that fail leave variables undefined; see frames.decouple.
+    - its token merging raises NameError and counts a mean of three tokens like one token; here means are weighted.
+    compat="published" restores truncation, shapes, caps and plain means (not the upsampling: a frame holds no more
+    tokens than it has).
+
+    power: exponent of the score. minimum: tokens that every frame keeps, as far as the budget reaches (the paper: 0; 1
+    guards against a scorer that is wrong, which costs the paper itself 10 points on VNBench without decoupling).
+    reducer: what happens inside a frame when no connector method is given: "bilinear" (the paper's best), "avgpool",
+    "linspace", "tome" or "tome_separable". How frames are scored: `score` and the fields after it. The paper's own
+    scorer is Qwen2-VL-2B with decoupled questions: score="self", normalize="vocab", decouple=True on that model.
+    """
+
+    power: float = 2.0
+    minimum: int = 0
+    reducer: Literal["bilinear", "avgpool", "linspace", "tome", "tome_separable"] = "bilinear"
+    compat: Compat = "corrected"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_compat(self.compat)
+        if self.reducer not in MODES:
+            raise unknown("reducer", self.reducer, MODES)
+        if isinstance(self.power, bool) or not isinstance(self.power, int | float) or not 0 <= self.power <= 100:
+            raise OptionError(f"power={self.power!r} is not an exponent: 0 (all frames alike) … 100; the paper's is 2.")
+        if isinstance(self.minimum, bool) or not isinstance(self.minimum, int) or self.minimum < 0:
+            raise OptionError(f"minimum={self.minimum!r} is not a number of tokens per frame; 0 lets frames vanish.")
+
+    @property
+    def inside(self) -> ConnectorMethod:
+        """What happens inside a frame."""
+        return FrameReducer(self.reducer, self.compat == "published")
+
+    def allocate_by(self, worth: Tensor, tokens: VisualTokens, keep: int) -> list[int]:
+        """Tokens that each frame may keep. One host synchronisation."""
+        scores, sizes = worth.double().tolist(), tokens.layout.group_sizes
+        if self.compat == "published":
+            return self._published(scores, sizes, keep)
+        return quota_shares(scores, keep, sizes, self.power, self.minimum)
+
+    def fit(self, shares: list[int], tokens: VisualTokens) -> list[int]:
+        """The shares as rectangles, where the reducer needs these."""
+        if self.reducer not in RECTANGULAR or self.compat == "published":
+            return shares
+        return fit_rectangles(shares, tokens.layout.grids, tokens.layout.group_sizes, self.minimum)
+
+    def _published(self, scores: list[float], sizes: Sequence[int], keep: int) -> list[int]:
+        cap = None if self.reducer == "bilinear" else max(sizes)
+        counts = published_shares([max(s, 0.0) ** self.power for s in scores], keep, cap)
+        if self.reducer in RECTANGULAR:
+            counts = [h * w for h, w in map(published_shape, counts)]
+        counts = [min(c, n) for c, n in zip(counts, sizes, strict=True)]
+        if not any(counts):
+            raise OptionError(
+                f"QuoTA's published code truncates every frame's share of {keep} tokens to 0; ask for more, or use compat='corrected'."
+            )
+        return counts

@@ -1,0 +1,68 @@
+"""SceneTilling: every scene of the video gets as many tokens as the next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Literal
+
+from tokprune.errors import OptionError, unknown
+from tokprune.methods.base import check_finite
+from tokprune.methods.frames_base import FramesMethod
+from tokprune.ops.frame_budget import whole_frames
+from tokprune.ops.frames import frame_means, spread
+from tokprune.ops.scenes import frames_of_scenes, scenes
+from tokprune.ops.wide import wide
+from tokprune.registry import register_method
+from tokprune.tokens import VisualTokens
+
+
+@register_method(
+    "scenetilling",
+    paper="VideoLLaMB: Long Streaming Video Understanding with Recurrent Memory Bridges",
+    year=2024,
+    url="https://arxiv.org/abs/2409.01071",
+    complexity="O(ND)",
+    video=True,
+)
+@dataclass(frozen=True)
+class SceneTilling(FramesMethod):
+    """SceneTilling (VideoLLaMB): cut the video where frames change most; every scene gets as much as the next.
+
+    A long static shot then costs no more than a short one. Between frames t and t + 1 the similarity dips by the sum of
+    how far it lies below the peaks left and right of it; a scene ends where that exceeds its mean + `alpha` standard
+    deviations, at the `most` deepest such places, or, with boundaries, at exactly so many (the trained model asks for
+    3). Frames are compared by the mean of their tokens (the paper: by the tower's [CLS]).
+
+    The paper only cuts; the budget is ours: equal per scene, what a short scene cannot take flows to the others, and
+    within a scene spread="tokens": equal per frame; spread="frames": whole frames, evenly spaced, the last one in time
+    cut to the exact sum. The published code fails when asked for more boundaries than there are (here: all of them),
+    and takes rounding for scenes where a video stands still.
+    """
+
+    alpha: float = 0.5
+    most: int = 15
+    boundaries: int | None = None
+    spread: Literal["tokens", "frames"] = "tokens"
+
+    def __post_init__(self) -> None:
+        if self.spread not in ("frames", "tokens"):
+            raise unknown("spread", self.spread, ("frames", "tokens"))
+        for name in ("most", "boundaries"):
+            value = getattr(self, name)
+            if (name == "most" or value is not None) and (
+                isinstance(value, bool) or not isinstance(value, int) or value < 0
+            ):
+                raise OptionError(f"{name}={value!r} is not a number of boundaries between scenes.")
+
+    def allocate(self, tokens: VisualTokens, keep: int) -> list[int]:
+        """Tokens that each frame may keep. One host synchronisation."""
+        features = wide(check_finite(tokens.features, "the visual features"))
+        means = frame_means(features, tokens.layout.to(features.device))
+        lengths = scenes(means, self.alpha, self.most, self.boundaries)
+        sizes = tokens.layout.group_sizes
+        if self.spread == "frames":
+            return whole_frames(keep, lambda count: frames_of_scenes(lengths, count), sizes)
+        parts = [sizes[begin:end] for begin, end in pairwise([0, *accumulate(lengths)])]
+        shares = spread(keep, [sum(part) for part in parts])
+        return [k for share, part in zip(shares, parts, strict=True) for k in spread(share, part)]

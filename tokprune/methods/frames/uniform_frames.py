@@ -1,0 +1,43 @@
+"""Uniform frames: evenly spaced frames, or all frames alike; the baseline that knows nothing of the video."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tokprune.errors import unknown
+from tokprune.methods.frames_base import FramesMethod
+from tokprune.ops.frame_budget import whole_frames
+from tokprune.ops.frames import spread
+from tokprune.registry import register_method
+from tokprune.tokens import VisualTokens
+from tokprune.video.sampling import RULES
+from tokprune.video.select import even_frames
+
+
+@register_method("uniform_frames", paper="baseline: evenly spaced frames", complexity="O(T)", video=True)
+@dataclass(frozen=True)
+class UniformFrames(FramesMethod):
+    """Evenly spaced frames. Every study of frame selection compares with it, and on many questions it is hard to beat.
+
+    spread="frames": as few whole frames as hold the budget, evenly spaced by `rule` ("middles" of equal segments, or a
+    name in `tokprune.video.sampling`: they differ by half a segment and in whether the last frame is seen); the last
+    one in time gets what is left. spread="tokens": all frames, as equal shares as their sizes allow; with fewer tokens
+    than frames the frames that keep one are evenly spaced.
+    """
+
+    spread: Literal["frames", "tokens"] = "frames"
+    rule: str = "middles"
+
+    def __post_init__(self) -> None:
+        if self.spread not in ("frames", "tokens"):
+            raise unknown("spread", self.spread, ("frames", "tokens"))
+        if self.rule not in ("middles", *RULES):
+            raise unknown("sampling rule", self.rule, ("middles", *RULES))
+
+    def allocate(self, tokens: VisualTokens, keep: int) -> list[int]:
+        """Tokens that each frame may keep."""
+        sizes = tokens.layout.group_sizes
+        if self.spread == "tokens":
+            return spread(keep, sizes)
+        return whole_frames(keep, lambda count: even_frames(len(sizes), count, self.rule), sizes)

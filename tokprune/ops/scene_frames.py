@@ -1,0 +1,138 @@
+"""WFS-SB: scenes where the frames' relevance changes, and diverse relevant frames of each. Host, float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from tokprune.errors import OptionError
+from tokprune.ops.keyframes import check_count, middles
+from tokprune.ops.wavelet import deepest_level, detail_band, peaks
+
+Array = npt.NDArray[np.float64]
+WEIGHTS = (0.4, 0.2, 0.3, 0.1)
+
+
+def relevance_boundaries(scores: Array) -> list[int]:
+    """First frames of all scenes but the first: peaks of the scores' coarsest detail band (db4). (T,) -> ascending."""
+    n = len(scores)
+    level = min(max(int(math.log2(n)) - 3, 1), deepest_level(n))
+    if level < 1:
+        return []
+    detail = np.abs(detail_band(scores, level))
+    span = detail.max() - detail.min()
+    if span <= 1e-9 * np.abs(scores).max():  # nothing but rounding
+        return []
+    return [p for p in peaks(detail, detail.mean() + 0.5 * detail.std(), 0.05 * span, max(5, int(0.02 * n))) if p > 0]
+
+
+def scene_importance(scores: Array, bounds: Sequence[int], weights: Sequence[float] = WEIGHTS) -> Array:
+    """Importance of each scene: its share of the video, its mean and best score, its variance.
+
+    bounds: 0 … T. Returns (S,), the weighted sum; the variance is relative to the whole video's.
+    """
+    spread = scores.var()
+    rows = [
+        (
+            (end - begin) / len(scores),
+            scores[begin:end].mean(),
+            scores[begin:end].max(),
+            scores[begin:end].var() / spread if spread > 0 else 0.0,
+        )
+        for begin, end in pairwise(bounds)
+    ]
+    return np.array(rows) @ np.array(weights, dtype=np.float64)
+
+
+def largest_remainders(total: int, shares: Array) -> list[int]:
+    """Whole numbers in proportion to the shares (which add up to 1), with an exact sum; ties to the earlier one."""
+    wish = shares * total
+    out = np.floor(wish).astype(np.int64)
+    out[np.argsort(out - wish, kind="stable")[: total - int(out.sum())]] += 1
+    return [int(k) for k in out]
+
+
+class Diverse:
+    """Frames chosen one by one, each for its score and for how little it resembles those chosen before (MMR)."""
+
+    def __init__(self, scores: Array, features: Array | None, balance: float) -> None:
+        self.scores, self.balance = scores, balance
+        self.rows = None
+        if features is not None:
+            norm = np.linalg.norm(features, axis=1, keepdims=True)
+            self.rows = features / np.where(norm > 0, norm, 1)
+
+    def likeness(self, begin: int, end: int, frame: int) -> Array:
+        """How much the frames from begin to end resemble one frame: cosine, or without features nearness in time."""
+        if self.rows is None:
+            return np.exp(-np.abs(np.arange(begin, end) - frame) / 10)
+        return self.rows[begin:end] @ self.rows[frame]
+
+    def choose(self, begin: int, end: int, count: int, chosen: Sequence[int] = ()) -> list[int]:
+        """`count` more frames from begin to end.
+
+        chosen: those that are chosen already; without any, the best one is the first.
+        """
+        out = list(chosen)
+        worth = (1 - self.balance) * (2 * self.scores[begin:end] - 1)
+        nearest = np.full(end - begin, -np.inf)
+        taken = np.zeros(end - begin, dtype=bool)
+        for frame in chosen:
+            nearest = np.maximum(nearest, self.likeness(begin, end, frame))
+            taken[frame - begin] = True
+        while len(out) < len(chosen) + count:
+            value = worth - self.balance * nearest if out else self.scores[begin:end]
+            frame = begin + int(np.argmax(np.where(taken, -np.inf, value)))
+            out.append(frame)
+            taken[frame - begin] = True
+            nearest = np.maximum(nearest, self.likeness(begin, end, frame))
+        return out[len(chosen) :]
+
+
+def wfs_sb(
+    scores: Sequence[float],
+    count: int,
+    features: npt.ArrayLike | None = None,
+    weights: Sequence[float] = WEIGHTS,
+    strictness: float = 1.2,
+    balance: float = 0.5,
+) -> list[int]:
+    """Exactly `count` of T frames: scenes, frames per scene by its importance, diverse frames within it. Ascending.
+
+    scores: (T,) in 0 … 1. features: (T, C), what frames are compared by; None compares their time. weights: of a
+    scene's duration, mean, best and variance in its importance. With more than three scenes those whose importance is
+    below the mean by `strictness` standard deviations (or below 0.05) get nothing. balance: 0 is relevance alone, 1
+    diversity alone. Without scenes: half evenly spaced, half the best. Constant scores: evenly spaced. O(T M C / S) for
+    M frames in S scenes of equal length.
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    total = len(values)
+    check_count(count, total)
+    if count == total or values.max() - values.min() <= 1e-6 * np.abs(values).max():
+        return middles(total, count)
+    rows = None if features is None else np.asarray(features, dtype=np.float64)
+    if rows is not None and (rows.ndim != 2 or len(rows) != total):
+        raise OptionError(f"features have shape {rows.shape} for {total} frames; write ({total}, C).")
+    bounds = [0, *relevance_boundaries(values), total]
+    diverse = Diverse(values, rows, balance)
+    if len(bounds) == 2:
+        even = middles(total, count // 2) if count > 1 else []
+        best = np.argsort(-values, kind="stable")
+        rest = [int(i) for i in best[: 2 * count] if int(i) not in set(even)]
+        return sorted([*even, *rest[: count - len(even)]])
+    importance = scene_importance(values, bounds, weights)
+    kept = np.ones(len(importance), dtype=bool)
+    if len(importance) > 3:
+        kept = importance >= max(0.05, importance.mean() - strictness * importance.std())
+    kept |= importance == importance.max()
+    share = np.where(kept, np.exp(importance - importance.max()), 0.0)
+    chosen: list[int] = []
+    for (begin, end), k in zip(pairwise(bounds), largest_remainders(count, share / share.sum()), strict=True):
+        chosen += diverse.choose(begin, end, min(k, end - begin))
+    if len(chosen) < count:  # scenes shorter than their share
+        chosen += diverse.choose(0, total, count - len(chosen), chosen)
+    return sorted(chosen)
