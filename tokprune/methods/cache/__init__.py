@@ -1,1 +1,1 @@
-"""Methods of the cache stage."""
+"""Methods of the cache stage: what of the visual keys and values each new token reads."""

@@ -1,0 +1,59 @@
+"""The contract of a cache method: in each decode step it says which visual keys the new token may look at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tokprune.errors import OptionError
+from tokprune.methods.base import Method
+
+
+@dataclass(frozen=True)
+class CacheStep:
+    """One decision. attention: (B, V) that it was made from. indices: (B, K) visual keys to use, ascending, -1 behind them."""
+
+    attention: Tensor
+    indices: Tensor
+
+    def index(self, fn: Callable[[Tensor], Tensor]) -> CacheStep:
+        """The decision after `fn` picked or repeated batch rows, as beam search does."""
+        return CacheStep(fn(self.attention), fn(self.indices))
+
+
+@dataclass(frozen=True)
+class CacheMethod(Method):
+    """Base of methods that let the decoder's layers read a part of the visual keys and values when it writes an answer.
+
+    Subclasses have a field `layer`: the first decoder layer that reads less; the one below it tells the attention. They
+    have a property `share` and implement `step`.
+    """
+
+    stage: ClassVar[str] = "cache"
+    layer: int = 3
+
+    @property
+    def share(self) -> float:
+        """Share of the visual keys used in a step, when `apply` gives no ratio to this stage."""
+        return 1.0
+
+    def step(self, attention: Tensor, keep: Tensor, width: int, before: CacheStep | None) -> CacheStep:
+        """Choose for one new token per row.
+
+        attention: (B, V) in float32, what the new token pays to each visual key in layer `layer - 1`, mean over heads; rows
+        with fewer keys than V end in zeros. keep: (B,) keys to use. width: the largest of them. before: the decision of
+        the step before, None in the first step of an answer.
+        """
+        raise OptionError(f"{type(self).__name__} does not implement step(attention, keep, width, before).")
+
+
+def largest(attention: Tensor, keep: Tensor, width: int) -> Tensor:
+    """The keep[b] largest of each row of (B, V) as ascending indices (B, width), -1 behind them; ties to the lower index."""
+    order = torch.sort(attention, dim=-1, descending=True, stable=True).indices[:, :width]
+    unused = torch.arange(order.shape[1], device=order.device) >= keep[:, None]
+    order = order.masked_fill(unused, attention.shape[1]).sort(-1).values
+    return order.masked_fill(order == attention.shape[1], -1)
