@@ -44,14 +44,29 @@ def render(objects: Sequence[SceneObject], seed: int, size: int) -> Image.Image:
         seed: fixes the background, the clutter and the small variation of colours.
         size: height and width in pixels.
     """
+    return render_frames([objects], seed, size)[0]
+
+
+def render_frames(frames: Sequence[Sequence[SceneObject]], seed: int, size: int) -> list[Image.Image]:
+    """Draw the frames of one take: the same objects, in the same order, at other places before one background.
+
+    Args:
+        frames: the objects of each frame; only their places may differ.
+        seed: as in `render`; a take of one frame is that picture.
+        size: height and width in pixels.
+    """
     rng = random.Random(f"drawing {seed}")
-    image = _background(rng, np.random.default_rng(seed), size)
-    _draw_clutter(image, rng)
-    for obj in objects:
-        sprite = _sprite(obj, rng)
-        half = sprite.width // 2
-        image.paste(sprite, (round(obj.x - half), round(obj.y - half)), sprite)
-    return image
+    background = _background(rng, np.random.default_rng(seed), size)
+    _draw_clutter(background, rng)
+    sprites = [_sprite(obj, rng) for obj in frames[0]]
+    images = []
+    for objects in frames:
+        image = background.copy()
+        for obj, sprite in zip(objects, sprites, strict=True):
+            half = sprite.width // 2
+            image.paste(sprite, (round(obj.x - half), round(obj.y - half)), sprite)
+        images.append(image)
+    return images
 
 
 @lru_cache(maxsize=64)

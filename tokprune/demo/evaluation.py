@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from PIL import Image
@@ -66,7 +66,14 @@ def correct(
     return hits
 
 
-def accuracy(examples: Sequence[Example], hits: Sequence[bool]) -> dict[str, float]:
+class Typed(Protocol):
+    """A question of some type, about a picture or a clip."""
+
+    @property
+    def type(self) -> str: ...
+
+
+def accuracy(examples: Sequence[Typed], hits: Sequence[bool]) -> dict[str, float]:
     """Share of right answers by question type, their mean ("macro"), and over all questions ("micro")."""
     if not examples:
         raise ValueError("no examples to average over")

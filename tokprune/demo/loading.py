@@ -14,11 +14,14 @@ from transformers import (
     CLIPConfig,
     CLIPModel,
     LlavaForConditionalGeneration,
+    LlavaNextVideoForConditionalGeneration,
+    LlavaNextVideoProcessor,
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
 
 WEIGHTS = Path(__file__).parent / "weights"
+WEIGHTS_CLIPS = Path(__file__).parent / "weights_clips"
 _SCORER_FOLDER = "scorer"
 _VLM_TOWER = re.compile(r".*vision_tower\.(vision_model\.)?")  # transformers writes older names than it uses in memory
 
@@ -39,6 +42,16 @@ def load_model(
     return model.to(torch.device(device)).eval(), processor  # type: ignore[arg-type]  # a wrapped method
 
 
+def load_clip_model(
+    folder: str | Path | None = None, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[LlavaNextVideoForConditionalGeneration, LlavaNextVideoProcessor]:
+    """The demo VLM for clips, in evaluation mode, and its processor; arguments as in `load_model`."""
+    folder = _existing(WEIGHTS_CLIPS if folder is None else folder, "train_clips")
+    model = LlavaNextVideoForConditionalGeneration.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    processor = LlavaNextVideoProcessor.from_pretrained(folder, local_files_only=True)
+    return model.to(torch.device(device)).eval(), processor  # type: ignore[arg-type]  # a wrapped method
+
+
 class DemoScorer:
     """The demo VLM's open CLIP: texts and patches in one space, for methods that look at the question.
 
@@ -49,6 +62,11 @@ class DemoScorer:
     def __init__(self, clip: CLIPModel, tokenizer: PreTrainedTokenizerFast) -> None:
         self.clip = clip
         self.tokenizer = tokenizer
+
+    @property
+    def logit_scale(self) -> float:
+        """What the CLIP multiplies cosines by."""
+        return float(self.clip.logit_scale.exp())
 
     @torch.no_grad()
     def embed_text(self, texts: Sequence[str]) -> Tensor:
@@ -96,10 +114,10 @@ def load_scorer(
     return DemoScorer(clip.eval(), tokenizer)
 
 
-def _existing(folder: str | Path | None) -> Path:
+def _existing(folder: str | Path | None, trainer: str = "train") -> Path:
     folder = WEIGHTS if folder is None else Path(folder)
     if not (folder / "model.safetensors").exists():
         raise FileNotFoundError(
-            f"no demo weights in {folder}; reinstall tokprune, or train them: python -m tokprune.demo.train --out DIR"
+            f"no demo weights in {folder}; reinstall tokprune, or train them: python -m tokprune.demo.{trainer} --out DIR"
         )
     return folder

@@ -113,7 +113,40 @@ def run_cell(
 
     own_model: the demo VLM, which answers in one word without being told. tick: called with the questions done.
     """
-    suffix, new_tokens = ("", ANSWER_TOKENS) if own_model else (ONE_WORD, FREE_ANSWER_TOKENS)
+    suffix = "" if own_model else ONE_WORD
+
+    def inputs_of(batch: Sequence[Example]) -> Any:
+        return build_inputs(processor, [e.question + suffix for e in batch], [e.image for e in batch], model)
+
+    return ask_all(
+        model,
+        processor,
+        examples,
+        inputs_of,
+        method,
+        ratio,
+        batch_size=batch_size,
+        own_model=own_model,
+        scorer=scorer,
+        tick=tick,
+    )
+
+
+def ask_all(
+    model: Any,
+    processor: Any,
+    examples: Sequence[Any],
+    inputs_of: Callable[[Sequence[Any]], Any],
+    method: str,
+    ratio: float,
+    *,
+    batch_size: int,
+    own_model: bool,
+    scorer: Any,
+    tick: Callable[[int], None],
+) -> Cell:
+    """Ask all examples, of pictures or of clips, at one setting. inputs_of: processor outputs of a batch of them."""
+    new_tokens = ANSWER_TOKENS if own_model else FREE_ANSWER_TOKENS
     hits: dict[str, list[bool]] = defaultdict(list)
     kept = total = 0
     started = time.perf_counter()
@@ -122,7 +155,7 @@ def run_cell(
         with watch(find_stages(model), clock.enter, clock.leave):
             for at in range(0, len(examples), batch_size):
                 batch = examples[at : at + batch_size]
-                inputs = build_inputs(processor, [e.question + suffix for e in batch], [e.image for e in batch], model)
+                inputs = inputs_of(batch)
                 clock.armed = True
                 answers = answer_batch(model, processor, inputs, new_tokens)
                 for example, answer in zip(batch, answers, strict=True):
@@ -130,9 +163,8 @@ def run_cell(
                 report = pruning.report()
                 kept, total = kept + report.kept, total + report.total
                 tick(len(batch))
-        first = build_inputs(processor, [examples[0].question + suffix], [examples[0].image], model)
         # The demo VLM says a word and the end; others are counted at the length they may use.
-        flops = stage_flops(model, first).total(new_tokens=2 if own_model else new_tokens)
+        flops = stage_flops(model, inputs_of(examples[:1])).total(new_tokens=2 if own_model else new_tokens)
     right = sum(sum(h) for h in hits.values())
     return Cell(
         method=method,

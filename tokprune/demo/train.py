@@ -16,8 +16,9 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from .training.align import train_align
 from .training.clip import train_clip
@@ -49,13 +50,7 @@ def run(
         workers: CPU processes of one thread each (ignored on a CUDA device). It multiplies the batch.
         export_to: where the model files go; by default `out/model`.
     """
-    if unknown := [stage for stage in stages if stage not in STAGES]:
-        raise ValueError(f"unknown stage {unknown[0]!r}; choose from {', '.join(STAGES)}")
-    if workers < 1:
-        raise ValueError(f"workers must be at least 1, got {workers}")
     recipe = recipe or Recipe()
-    out.mkdir(parents=True, exist_ok=True)
-    _claim(out, recipe)
     export_to = export_to or out / "model"
     actions: dict[str, Callable[[], None]] = {
         "render": lambda: _both_splits(render_split, workers, out, recipe),
@@ -67,11 +62,32 @@ def run(
         "export": lambda: export(out, recipe, export_to),
         "evaluate": lambda: launch(evaluate_export, 1, out, recipe, export_to),
     }
-    for stage in STAGES:
+    run_actions(actions, out, recipe, stages, workers)
+
+
+def run_actions(
+    actions: Mapping[str, Callable[[], None]], out: Path, recipe: Any, stages: Sequence[str], workers: int
+) -> None:
+    """Run those of the actions, in their order, that are wanted and not done yet.
+
+    Args:
+        actions: every stage by name; it is done when `out/<name>.json` is there, which is written after it.
+        recipe: a dataclass; one folder serves one.
+        stages: the wanted names.
+        workers: only noted.
+    """
+    if unknown := [stage for stage in stages if stage not in actions]:
+        raise ValueError(f"unknown stage {unknown[0]!r}; choose from {', '.join(actions)}")
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
+    out.mkdir(parents=True, exist_ok=True)
+    _claim(out, recipe)
+    names = list(actions)
+    for stage in names:
         done = out / f"{stage}.json"
         if stage not in stages or done.exists():
             continue
-        missing = [s for s in STAGES[: STAGES.index(stage)] if not (out / f"{s}.json").exists()]
+        missing = [s for s in names[: names.index(stage)] if not (out / f"{s}.json").exists()]
         if missing:
             raise RuntimeError(f"stage {stage!r} needs {missing[0]!r} first; run it with --stage {missing[0]}")
         started = time.perf_counter()
@@ -79,7 +95,7 @@ def run(
         _write_json(done, {"workers": workers, "seconds_of_last_start": round(time.perf_counter() - started, 1)})
 
 
-def _claim(out: Path, recipe: Recipe) -> None:
+def _claim(out: Path, recipe: Any) -> None:
     """Refuse a folder that belongs to another recipe: its checkpoints would not fit."""
     path, wanted = out / "recipe.json", json.loads(json.dumps(dataclasses.asdict(recipe)))
     if not path.exists():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from .scenes import CHARACTERS, COLOR_NAMES, QUADRANTS, SHAPES
 
 PAD, UNKNOWN, BOS, EOS, IMAGE = "<pad>", "<unk>", "<s>", "</s>", "<image>"
@@ -23,7 +25,12 @@ _LINES = (
 WORDS: tuple[str, ...] = tuple(dict.fromkeys(word for line in _LINES for word in line))
 WORD_IDS: dict[str, int] = {word: index for index, word in enumerate(WORDS)}
 
+# The model for clips has the same words at the same numbers, and more after them.
+VIDEO = "<video>"
+CLIP_WORDS: tuple[str, ...] = (*WORDS, VIDEO, "after", "before", "scene", "scenes", "clip", "video", "next", "when")
+CLIP_WORD_IDS: dict[str, int] = {word: index for index, word in enumerate(CLIP_WORDS)}
 
-def encode(text: str) -> list[int]:
+
+def encode(text: str, ids: Mapping[str, int] = WORD_IDS) -> list[int]:
     """Token ids of text that is already lower case with spaces between words (what the question generator writes)."""
-    return [WORD_IDS[word] for word in text.split()]
+    return [ids[word] for word in text.split()]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration, PreTrainedModel
 
 from ..scenes import QUESTION_TYPES, Question, SceneObject, ask
 from ..vocabulary import ASSISTANT, BOS, EOS, PAD, USER, WORD_IDS, encode
@@ -23,7 +24,6 @@ from .recipe import Recipe
 from .workers import Worker
 
 _LENGTH = 10  # of the longest question with "assistant:" and its answer
-_PREFIX = (WORD_IDS[BOS], WORD_IDS[USER])
 _EOS_WEIGHT = 0.1
 # The tower's features are long and share a large mean: at full speed the projector's output grew to a hundred times the
 # words' length, nearly the same for every patch, and the LLM stayed at two thirds of the answers (one run).
@@ -42,21 +42,35 @@ def sample_questions(objects: Sequence[SceneObject], count: int, rng: random.Ran
     return asked
 
 
+class Asked(Protocol):
+    """What a question must tell: about pictures or about clips."""
+
+    @property
+    def type(self) -> str: ...
+    @property
+    def text(self) -> str: ...
+    @property
+    def answer(self) -> str: ...
+
+
 class PackedAnswerer(nn.Module):
     """Answers several questions about one picture in one pass: each sees the picture and itself, not the others."""
 
-    def __init__(self, llava: LlavaForConditionalGeneration) -> None:
+    def __init__(self, llava: PreTrainedModel, words: Mapping[str, int] = WORD_IDS, length: int = _LENGTH) -> None:
+        """words: the model's vocabulary. length: of the longest question with "assistant:" and its answer."""
         super().__init__()
         self.projector = llava.model.multi_modal_projector
         self.llama = llava.model.language_model
+        self.words, self.length = words, length
+        self.prefix = (words[BOS], words[USER])
         self._layouts: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
-    def forward(self, features: Tensor, questions: Sequence[Sequence[Question]]) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, features: Tensor, questions: Sequence[Sequence[Asked]]) -> tuple[Tensor, Tensor, Tensor]:
         """(B, N, D) features, K questions each, to logits of the answer and of what follows it (B, K, V), and answers."""
         embed, device = self.llama.embed_tokens, features.device
-        ids, places, answers = (tensor.to(device) for tensor in _pack(questions))
+        ids, places, answers = (tensor.to(device) for tensor in _pack(questions, self.words, self.length))
         visual = self.projector(features)
-        prefix = embed(torch.tensor(_PREFIX, device=device)).expand(len(ids), -1, -1)
+        prefix = embed(torch.tensor(self.prefix, device=device)).expand(len(ids), -1, -1)
         embeddings = torch.cat([prefix, visual, embed(ids.flatten(1))], 1)
         shared = prefix.shape[1] + visual.shape[1]
         mask, positions = self._layout(shared, ids.shape[1], device)
@@ -77,29 +91,29 @@ class PackedAnswerer(nn.Module):
     def _layout(self, shared: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Additive block mask (1, 1, T, T) and position ids (1, T): every question follows the picture directly."""
         if (shared, count) not in self._layouts:
-            block = torch.cat([torch.full((shared,), -1), torch.arange(count).repeat_interleave(_LENGTH)])
+            block = torch.cat([torch.full((shared,), -1), torch.arange(count).repeat_interleave(self.length)])
             place = torch.arange(len(block))
             visible = (place[:, None] >= place) & ((block == -1) | (block[:, None] == block))
             mask = torch.zeros(visible.shape).masked_fill(~visible, _MASKED)[None, None]
-            positions = torch.cat([torch.arange(shared), shared + torch.arange(_LENGTH).repeat(count)])[None]
+            positions = torch.cat([torch.arange(shared), shared + torch.arange(self.length).repeat(count)])[None]
             self._layouts[shared, count] = (mask.to(device), positions.to(device))
         return self._layouts[shared, count]
 
 
-def _pack(questions: Sequence[Sequence[Question]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids (B, K, _LENGTH), where each answer is predicted (B, K), answers (B, K)."""
+def _pack(questions: Sequence[Sequence[Asked]], words: Mapping[str, int], length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids (B, K, length), where each answer is predicted (B, K), answers (B, K)."""
     batch, count = len(questions), len(questions[0])
-    ids = torch.full((batch, count, _LENGTH), WORD_IDS[PAD])
+    ids = torch.full((batch, count, length), words[PAD])
     places, answers = torch.zeros(batch, count, dtype=torch.long), torch.zeros(batch, count, dtype=torch.long)
     for row, asked in enumerate(questions):
         for column, question in enumerate(asked):
-            tokens = [*encode(question.text), WORD_IDS[ASSISTANT], WORD_IDS[question.answer]]
+            tokens = [*encode(question.text, words), words[ASSISTANT], words[question.answer]]
             ids[row, column, : len(tokens)] = torch.tensor(tokens)
             places[row, column], answers[row, column] = len(tokens) - 2, tokens[-1]
     return ids, places, answers
 
 
-def _accuracies(correct: Tensor, questions: Sequence[Sequence[Question]]) -> Metrics:
+def _accuracies(correct: Tensor, questions: Sequence[Sequence[Asked]]) -> Metrics:
     by_type: defaultdict[str, list[float]] = defaultdict(list)
     for row, asked in zip(correct.tolist(), questions, strict=True):
         for hit, question in zip(row, asked, strict=True):
@@ -107,7 +121,7 @@ def _accuracies(correct: Tensor, questions: Sequence[Sequence[Question]]) -> Met
     return {kind: sum(hits) / len(hits) for kind, hits in by_type.items()}
 
 
-def qa_loss(model: PackedAnswerer, features: Tensor, questions: Sequence[Sequence[Question]]) -> tuple[Tensor, Metrics]:
+def qa_loss(model: PackedAnswerer, features: Tensor, questions: Sequence[Sequence[Asked]]) -> tuple[Tensor, Metrics]:
     """Cross-entropy of the answers and, lightly, of the end after them."""
     logits, after, answers = model(features, questions)
     answer_loss = F.cross_entropy(logits.flatten(0, 1), answers.flatten())

@@ -38,11 +38,14 @@ def evaluate_export(worker: Worker, out: Path, recipe: Recipe, folder: Path) -> 
         shares = accuracy(examples, correct(model, processor, examples, image=image))
         results[condition] = {name: round(share, 4) for name, share in shares.items()}
         print(condition, json.dumps(results[condition]), flush=True)
-    stages = {stage: _stage(out, stage) for stage in ("render", "dense", "clip", "cache", "align", "qa", "export")}
+    stages = {
+        stage: stage_report(out, stage, stage in _OPTIMISED)
+        for stage in ("render", "dense", "clip", "cache", "align", "qa", "export")
+    }
     report = {
         "about": "Training of the demo VLM in tokprune/demo/weights, and its accuracy on held-out scenes.",
         "command": "python -m tokprune.demo.train --out DIR",
-        "machine": _machine(),
+        "machine": machine(),
         "versions": {
             "python": sys.version.split()[0],
             "torch": torch.__version__,
@@ -62,16 +65,19 @@ def evaluate_export(worker: Worker, out: Path, recipe: Recipe, folder: Path) -> 
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
-def _stage(out: Path, stage: str) -> dict[str, Any]:
+def stage_report(out: Path, stage: str, optimised: bool = True) -> dict[str, Any]:
     """Wall seconds, and for an optimised stage a thinned log with the final validation."""
     done = json.loads((out / f"{stage}.json").read_text(encoding="utf-8"))
-    if stage not in _OPTIMISED:
+    if not optimised:
         return {"seconds": done["seconds_of_last_start"], "workers": done["workers"]}
     lines = (out / f"{stage}.jsonl").read_text(encoding="utf-8").splitlines()
     entries = [json.loads(line) for line in lines]
     log = [entry for entry in entries if "validation" not in entry]
     every = -(-len(log) // _LOG_POINTS)
-    validation = {k: v for k, v in entries[-1].items() if k not in ("step", "validation")}
+    validated: dict[str, Any] = next(
+        (entry for entry in entries if "validation" in entry), {}
+    )  # not there when it was stopped early
+    validation = {k: v for k, v in validated.items() if k not in ("step", "validation")}
     return {
         "seconds": log[-1]["seconds"],  # summed over restarts
         "cpu_seconds_per_worker": log[-1]["cpu_seconds"],
@@ -81,7 +87,8 @@ def _stage(out: Path, stage: str) -> dict[str, Any]:
     }
 
 
-def _machine() -> str:
+def machine() -> str:
+    """The processor or GPU, in words."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{os.cpu_count()}-core CPU, no GPU"
