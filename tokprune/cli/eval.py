@@ -1,0 +1,118 @@
+"""`tokprune eval`: what pruning loses on benchmarks, compared with other runs and with what was published."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tokprune.errors import OptionError
+
+
+def evaluate(
+    model: Annotated[
+        str | None, typer.Option(help="A hub id or path, or demo, the embedded VLM (the default).")
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="lmms-eval tasks, separated by commas; tokprune_scenes by default.")
+    ] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            "--methods", "--method", help="Methods, separated by commas: none,random,divprune,hired by default."
+        ),
+    ] = None,
+    ratios: Annotated[
+        str, typer.Option("--ratios", "--ratio", help="Keep ratios, separated by commas.")
+    ] = "0.5,0.25,0.1",
+    limit: Annotated[str | None, typer.Option(help="Questions per task; all of them by default.")] = None,
+    out: Annotated[Path, typer.Option(help="Where results go; an interrupted run goes on from there.")] = Path(
+        "out/eval"
+    ),
+    batch_size: Annotated[int, typer.Option(help="Questions at once.")] = 1,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Of everything that draws.")] = 0,
+    frames: Annotated[int | None, typer.Option(help="Frames of a video.")] = None,
+    positions: Annotated[str, typer.Option(help="Position ids of kept tokens: auto, keep or compact.")] = "auto",
+    prompts: Annotated[
+        str | None, typer.Option(help="Whose wording of the questions: a model of lmms-eval, such as qwen3_vl.")
+    ] = None,
+    model_args: Annotated[
+        str, typer.Option(help="More for the model, such as processor.max_pixels=602112,option.hired.alpha=0.6")
+    ] = "",
+    include_path: Annotated[list[Path] | None, typer.Option(help="A folder with task YAMLs of your own.")] = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run cells again that failed before.")] = False,
+    csv: Annotated[Path | None, typer.Option(help="Write the table as CSV to this file.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the table as Markdown to this file.")] = None,
+    latex: Annotated[Path | None, typer.Option(help="Write the table as LaTeX to this file.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="Save plots in this folder.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write one HTML file with tables and plots.")] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(help="Run nothing: compare two results.json, or their folders, question by question."),
+    ] = None,
+    reference: Annotated[
+        bool,
+        typer.Option(
+            "--reference",
+            help="Published numbers: without --model, or for a model of the tables (llava-1.5-7b), print them; for a "
+            "checkpoint, run and set them beside.",
+        ),
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no table.")] = False,
+) -> None:
+    """Measure what pruning loses on your tasks at each keep ratio. Exit code 1 when a cell failed."""
+    from tokprune.cli.app import names, numbers
+    from tokprune.cli.eval_run import Outputs, compare_runs, print_reference, run
+    from tokprune.evaluation.cells import Settings, plan
+
+    outputs = Outputs(csv=csv, markdown=markdown, latex=latex, plots=plots, html=html)
+    if compare is not None:
+        compare_runs(*compare, outputs, quiet)
+        return
+    if reference and print_reference(
+        model, names(methods) if methods else [], names(tasks) if tasks else [], outputs, quiet
+    ):
+        return
+    cells = plan(names(tasks or "tokprune_scenes"), names(methods or "none,random,divprune,hired"), numbers(ratios))
+    settings = Settings(
+        model or "demo", count(limit), batch_size, device, dtype, seed, frames, positions, prompts, pairs(model_args)
+    )
+    raise typer.Exit(run(cells, settings, out, include_path or [], retry_failed, outputs, reference, quiet))
+
+
+def count(text: str | None) -> int | None:
+    """--limit as a number of questions; a share is refused, since lmms-eval applies the first task's count to all."""
+    if text is None:
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise OptionError(
+            f"--limit {text!r} is not a whole number; write how many questions each task gets: --limit 500."
+        ) from None
+
+
+def pairs(text: str) -> dict[str, object]:
+    """ "a=1,b=x" as a dict; true, false, none and numbers are converted."""
+    out: dict[str, object] = {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        name, equals, value = part.partition("=")
+        if not equals or not name:
+            raise OptionError(f"--model-args {part!r} is no name=value; write such as processor.max_pixels=602112.")
+        out[name.strip()] = _value(value.strip())
+    return out
+
+
+def _value(text: str) -> object:
+    words: dict[str, object] = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

@@ -1,0 +1,264 @@
+"""What `tokprune eval` does: runs the sweep with a progress bar, prints the table, writes what was asked for."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from tokprune.errors import OptionError, missing_extra
+from tokprune.evaluation import export
+from tokprune.evaluation.cells import BASELINE, OPTION, Cell, CellResult, Settings, build_methods
+from tokprune.evaluation.environment import environment
+from tokprune.evaluation.failures import Failure
+from tokprune.evaluation.results import load, results_json, timing_json
+from tokprune.evaluation.store import Store
+from tokprune.evaluation.sweep import Sweep, Watcher, run_sweep, survey
+from tokprune.evaluation.table import Row, rows_of
+from tokprune.evaluation.team import Team
+
+if TYPE_CHECKING:
+    from tokprune.evaluation.harness import Harness
+
+DONE, FAILED, INTERRUPTED = 0, 1, 130  # exit codes
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Files to write besides the results folder."""
+
+    csv: Path | None = None
+    markdown: Path | None = None
+    latex: Path | None = None
+    plots: Path | None = None
+    html: Path | None = None
+
+    def check(self) -> None:
+        """Say now what would fail after hours of computing: packages that are missing, places that cannot be written."""
+        from importlib.util import find_spec
+
+        if (self.plots or self.html) and find_spec("matplotlib") is None:
+            raise missing_extra("matplotlib", "plot", "drawing plots")
+        if self.html:
+            from tokprune.viz.html import require
+
+            require()
+        probe = None if self.plots is None else self.plots / "plot.png"
+        for path in (self.csv, self.markdown, self.latex, self.html, probe):
+            if path is not None:
+                export.check_file(path)
+
+    def write(self, rows: Sequence[Row], against: str = BASELINE) -> list[Path]:
+        """The table files."""
+        wanted = {"csv": self.csv, "markdown": self.markdown, "latex": self.latex}
+        return [export.write(rows, kind, path, against) for kind, path in wanted.items() if path is not None]
+
+
+class Bars(Watcher):
+    """Progress bars of a sweep: cells, and questions of the cell in work."""
+
+    def __init__(self, console: Console, enabled: bool) -> None:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        self.console = console
+        self.progress = Progress(
+            *columns,
+            console=console,
+            transient=True,
+            disable=not enabled,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+        self.cells = self.progress.add_task("cells", total=None)
+        self.questions = self.progress.add_task("", total=None, visible=False)
+
+    def start(self, cells: Sequence[Cell], finished: int) -> None:
+        """Show how much is left."""
+        self.progress.update(self.cells, total=len(cells), completed=finished)
+        if finished:
+            self.console.print(f"{finished} of {len(cells)} cells are finished already")
+
+    def begin(self, cell: Cell) -> None:
+        """A new bar for the questions."""
+        self.progress.reset(self.questions, description=str(cell), total=None, visible=True)
+
+    def tick(self, done: int, total: int) -> None:
+        """Questions answered."""
+        self.progress.update(self.questions, completed=done, total=total)
+
+    def finish(self, cell: Cell, result: CellResult | None) -> None:
+        """A line per cell, so that a log of the run reads well."""
+        self.progress.advance(self.cells)
+        if result is not None:
+            self.console.print(f"[dim]{escape(str(cell))}: {result.main} {result.metrics[result.main]:.4g}[/]")
+
+    def fail(self, failed: Failure) -> None:
+        """A line that says why."""
+        self.progress.advance(self.cells)
+        self.console.print(f"[red]failed[/] {escape(str(failed.cell))}: {escape(failed.reason)}", soft_wrap=True)
+
+
+def run(
+    cells: Sequence[Cell],
+    settings: Settings,
+    out: Path,
+    folders: Sequence[Path],
+    retry_failed: bool,
+    outputs: Outputs,
+    reference: bool,
+    quiet: bool,
+) -> int:
+    """Run the sweep and return the exit code."""
+    team = Team.launched()
+    for method in dict.fromkeys(c.method for c in cells):
+        build_methods(method, settings)
+    check_options(cells, settings)
+    outputs.check()
+    console = Console(file=sys.stderr, quiet=quiet or not team.leads)
+    store = Store(out, settings, environment(settings.device))
+    if team.leads:
+        store.open()
+    try:
+        bars = Bars(console, not quiet and team.leads)
+        # A finished sweep shows its table at once; loading lmms-eval and the model takes a while.
+        idle = team.size == 1 and not survey(cells, store, retry_failed).todo
+        harness = None if idle else _harness(cells, settings, folders, store, bars, console)
+        try:
+            with bars.progress:
+                sweep = run_sweep(
+                    cells,
+                    store,
+                    harness or _nothing,
+                    watcher=bars,
+                    retry_failed=retry_failed,
+                    team=harness.team if harness is not None else Team(),
+                )
+        finally:
+            if harness is not None:
+                harness.close()
+        if not team.leads:
+            return DONE
+        store.write("timing.json", timing_json(sweep))
+        written = [store.write("results.json", results_json(sweep, ["tokprune", *sys.argv[1:]]))]
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command goes on from here")
+        return INTERRUPTED
+    finally:
+        store.close()
+    return _show(sweep, written, outputs, reference, quiet)
+
+
+def _harness(
+    cells: Sequence[Cell], settings: Settings, folders: Sequence[Path], store: Store, bars: Bars, console: Console
+) -> Harness:
+    from tokprune.evaluation.harness import Harness
+
+    with console.status("loading lmms-eval and the model"):
+        return Harness(
+            list(dict.fromkeys(c.task for c in cells)),
+            settings,
+            folders,
+            lambda cell: store.path(cell) / "log.txt",
+            bars.tick,
+        )
+
+
+def _nothing(cell: Cell) -> CellResult | None:
+    raise RuntimeError(f"{cell} was finished a moment ago, and is not any more")
+
+
+def check_options(cells: Sequence[Cell], settings: Settings) -> None:
+    """Refuse options of methods that are not in the sweep: they would do nothing."""
+    names = {part for cell in cells for part in cell.method.split("+")}
+    for name in settings.model_args:
+        if name.startswith(OPTION) and name.removeprefix(OPTION).partition(".")[0] not in names:
+            raise OptionError(
+                f"--model-args {name}=... belongs to no method of this sweep; write option.<method>.<field>, with a method "
+                f"of {', '.join(sorted(names))}."
+            )
+
+
+def _show(sweep: Sweep, written: list[Path], outputs: Outputs, reference: bool, quiet: bool) -> int:
+    """Print the table and the failures, write the files, return the exit code."""
+    console = Console(quiet=quiet)
+    rows = rows_of(sweep)
+    if rows:
+        console.print(export.terminal(rows, f"{sweep.settings.model}, {_questions(rows)}"))
+        for task, heads, body in export.details(sweep):
+            console.print(export.framed(f"{task}, other metrics", heads, body, export.LEFT))
+        written += outputs.write(rows)
+    if reference:
+        from tokprune.evaluation.reference.beside import beside
+
+        console.print(beside(sweep).terminal())
+    if rows and (outputs.plots or outputs.html):
+        from tokprune.evaluation import report
+
+        figures = report.figures(rows)
+        if outputs.plots is not None:
+            written += report.save_plots(figures, outputs.plots)
+        if outputs.html is not None:
+            written.append(report.write_html(sweep, rows, figures, outputs.html, reference))
+    for path in written:
+        console.print(f"saved {path}", soft_wrap=True)
+    errors = Console(file=sys.stderr)
+    for failed in sweep.failures:
+        errors.print(
+            f"[bold red]failed:[/] {escape(f'{failed.cell}: {failed.error}: {failed.reason}')}", soft_wrap=True
+        )
+    if sweep.failures:
+        errors.print(
+            f"{len(sweep.failures)} of {len(sweep.failures) + len(sweep.results)} cells failed; mend what they name and add "
+            "--retry-failed to the same command"
+        )
+    return FAILED if sweep.failures else DONE
+
+
+def _questions(rows: Sequence[Row]) -> str:
+    counts = sorted({r.questions for r in rows})
+    return f"{counts[0]} questions" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} questions"
+
+
+def compare_runs(first: Path, second: Path, outputs: Outputs, quiet: bool) -> None:
+    """Print and write the paired comparison of two results files."""
+    from tokprune.evaluation.compare import compare_sweeps
+
+    outputs.check()
+    found = compare_sweeps(load(first), load(second))
+    console = Console(quiet=quiet)
+    console.print(found.table(str(first), str(second)))
+    for path in outputs.write(found.rows, f"the same cells of {first}"):
+        console.print(f"saved {path}", soft_wrap=True)
+
+
+def print_reference(
+    model: str | None, methods: Sequence[str], tasks: Sequence[str], outputs: Outputs, quiet: bool
+) -> bool:
+    """Print the published tables, unless `model` is a checkpoint to run; whether that was done."""
+    from tokprune.evaluation.reference import known_model, select, terminal, to_text
+
+    if model is not None and not known_model(model):
+        return False
+    found = select(model, methods, tasks)
+    console = Console(quiet=quiet)
+    for chosen in found:
+        for table in chosen.tables:
+            console.print(terminal(chosen, table))
+        for claim in chosen.claims if not methods and not tasks else ():
+            console.print(f"- {escape(claim)}")
+        console.print()
+    console.print("none of these was measured by us; compare within one table only (docs/reference.md)")
+    if outputs.markdown is not None:
+        console.print(f"saved {export.write_file(outputs.markdown, to_text(found))}")
+    return True

@@ -1,0 +1,186 @@
+"""What a sweep consists of: the cells (a task by a method at a keep ratio), the settings they share, and their keys."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tokprune.budget import check_ratio
+from tokprune.errors import OptionError, unknown
+from tokprune.methods.base import Method
+from tokprune.registry import method_class
+
+BASELINE = "none"
+POSITIONS = ("auto", "keep", "compact")
+OPTION = "option."
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a sweep. method: a name, or names of several stages joined by "+". ratio: share of visual tokens kept."""
+
+    task: str
+    method: str
+    ratio: float
+
+    @property
+    def baseline(self) -> bool:
+        """Whether this is the unpruned run of its task."""
+        return self.method == BASELINE
+
+    @property
+    def methods(self) -> list[str]:
+        """The names that `method` joins."""
+        return self.method.split("+")
+
+    def __str__(self) -> str:
+        return f"{self.task}, {self.method}" + ("" if self.baseline else f" at {self.ratio:g}")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all cells of a sweep share and what may change an answer; two cells with different settings never mix.
+
+    limit: questions per task, None for all. frames: video frames per question, None for the model's own number. prompts:
+    whose wording of the questions, a model name of lmms-eval such as qwen3_vl; None for the tasks' default. model_args:
+    further arguments of the lmms-eval model `tokprune`, such as {"processor.max_pixels": 602112}; "option.hired.alpha" goes
+    to the method of that name.
+    """
+
+    model: str
+    limit: int | None = None
+    batch_size: int = 1
+    device: str = "cpu"
+    dtype: str = "auto"
+    seed: int = 0
+    frames: int | None = None
+    positions: str = "auto"
+    prompts: str | None = None
+    model_args: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, value in (("limit", self.limit), ("batch_size", self.batch_size), ("frames", self.frames)):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise OptionError(f"{name}={value!r} is not a count; write a whole number from 1 on.")
+        if self.positions not in POSITIONS:
+            raise unknown("positions", self.positions, POSITIONS)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return dataclasses.asdict(self)
+
+    def options(self, method: str) -> dict[str, Any]:
+        """The options of model_args that belong to the methods that `method` names, as "<method>.<field>"."""
+        names = method.split("+")
+        given = {k.removeprefix(OPTION): v for k, v in self.model_args.items() if k.startswith(OPTION)}
+        return {k: v for k, v in given.items() if k.partition(".")[0] in names}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question of a cell. task: the leaf task it belongs to. scores: metric -> number, those that are numbers.
+
+    costs: what answering it took, in numbers that do not depend on the clock (tokens, FLOPs).
+    """
+
+    task: str
+    doc_id: int
+    answer: str
+    target: str
+    scores: dict[str, float]
+    costs: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def id(self) -> tuple[str, int]:
+        """What pairs the same question in two runs."""
+        return self.task, self.doc_id
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """What a cell found.
+
+    metrics: the task's aggregated numbers; main: the one to show. higher_is_better: of main. versions: of the tasks.
+    costs: means that do not depend on the clock (visual tokens kept and total, FLOPs). timing: what does, such as ttft_ms and
+    seconds: kept apart, so that results.json of a repeated run is the same file.
+    """
+
+    cell: Cell
+    metrics: dict[str, float]
+    main: str
+    samples: tuple[Sample, ...]
+    higher_is_better: bool = True
+    costs: dict[str, float] = field(default_factory=dict)
+    timing: dict[str, float] = field(default_factory=dict)
+    versions: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data without samples and timing."""
+        return {
+            **dataclasses.asdict(self.cell),
+            "metrics": self.metrics,
+            "main": self.main,
+            "higher_is_better": self.higher_is_better,
+            "costs": self.costs,
+            "versions": self.versions,
+            "questions": len(self.samples),
+        }
+
+    @staticmethod
+    def from_dict(
+        data: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], timing: Mapping[str, float] | None = None
+    ) -> CellResult:
+        """The result that `to_dict` wrote, with its samples and times."""
+        return CellResult(
+            Cell(data["task"], data["method"], data["ratio"]),
+            dict(data["metrics"]),
+            data["main"],
+            tuple(Sample(**s) for s in samples),
+            data["higher_is_better"],
+            dict(data["costs"]),
+            dict(timing or {}),
+            dict(data["versions"]),
+        )
+
+
+def plan(tasks: Sequence[str], methods: Sequence[str], ratios: Sequence[float]) -> tuple[Cell, ...]:
+    """The cells of a sweep, task by task: the baseline `none` once at ratio 1, the others at each ratio, falling.
+
+    Raises OptionError for an empty list, an unknown method or a ratio that is none.
+    """
+    for what, given, example in (
+        ("task", tasks, "--tasks tokprune_scenes"),
+        ("method", methods, "--methods none,random,divprune"),
+        ("ratio", ratios, "--ratios 0.5,0.1"),
+    ):
+        if not given and not (what == "ratio" and set(methods) == {BASELINE}):
+            raise OptionError(f"no {what} given; write for example {example}.")
+    for name in (part for method in methods for part in method.split("+")):
+        method_class(name)
+    kept = sorted({check_ratio(r) for r in ratios}, reverse=True)
+    cells = []
+    for task in dict.fromkeys(tasks):
+        cells += [Cell(task, BASELINE, 1.0)] if BASELINE in methods else []
+        cells += [Cell(task, m, r) for m in dict.fromkeys(methods) if m != BASELINE for r in kept]
+    return tuple(cells)
+
+
+def build_methods(method: str, settings: Settings) -> tuple[Method, ...]:
+    """The methods that a cell names, with the sweep's options and seed; none for the baseline."""
+    from tokprune.evaluation.lmms_options import pruning_config
+
+    config = pruning_config(method, ratio=1.0, options=settings.options(method), seed=settings.seed)
+    return () if config is None else config.methods
+
+
+def key(cell: Cell, settings: Settings) -> str:
+    """The name of a cell's folder: readable, and different as soon as any setting is."""
+    data = json.dumps({"cell": dataclasses.asdict(cell), "settings": settings.to_dict()}, sort_keys=True)
+    digest = hashlib.sha256(data.encode()).hexdigest()[:10]
+    words = re.sub(r"[^A-Za-z0-9_.+-]+", "_", f"{cell.task}-{cell.method}-{cell.ratio:g}")
+    return f"{words[:80]}-{digest}"

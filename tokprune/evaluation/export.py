@@ -1,0 +1,232 @@
+"""A sweep's table for the terminal, and as CSV, Markdown or LaTeX."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokprune.errors import OptionError
+from tokprune.evaluation.cells import BASELINE
+from tokprune.evaluation.sweep import Sweep
+from tokprune.evaluation.table import Row, difference_text, is_percent, p_text, scale, score_text, tokens_text
+from tokprune.profiling.report import flops_text
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+#: Heads of the table for people; those without any entry are left out.
+HEADS = ("task", "method", "keep", "tokens", "score", "difference [95 % CI]", "p", "p (Holm)", "FLOPs", "TTFT")
+LEFT = ("task", "method")
+NARROW = ("task", "p")  # not in the terminal: the task stands above, and one p is enough there
+
+
+def cells_of(row: Row) -> list[str]:
+    """A row as the texts under HEADS."""
+    return [
+        row.task,
+        row.method,
+        f"{100 * row.ratio:.4g} %",
+        tokens_text(row),
+        score_text(row),
+        difference_text(row),
+        "" if row.paired is None else p_text(row.paired.p),
+        p_text(row.p_holm),
+        "" if row.flops is None else flops_text(row.flops).removesuffix("FLOPs"),
+        "" if row.ttft_ms is None else f"{row.ttft_ms:.3g} ms",
+    ]
+
+
+def texts(rows: Sequence[Row], without: Sequence[str] = ()) -> tuple[list[str], list[list[str]]]:
+    """Heads and texts of the table, without empty columns."""
+    body = [cells_of(row) for row in rows]
+    used = [i for i, head in enumerate(HEADS) if head not in without and any(line[i] for line in body)]
+    return [HEADS[i] for i in used], [[line[i] for i in used] for line in body]
+
+
+def framed(
+    title: str, heads: Sequence[str], body: Sequence[Sequence[str]], left: Sequence[str], notes: str = ""
+) -> Group:
+    """A table for rich that is as wide as it needs, its title above and its notes below."""
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for head in heads:
+        first = head == heads[0]
+        table.add_column(Text(head), justify="left" if head in left else "right", overflow="fold", no_wrap=first)
+    for line in body:
+        table.add_row(*map(Text, line))
+    parts = [Text(title, style="bold")] if title else []
+    return Group(*parts, *([table] if body else []), *([Text(notes, style="dim")] if notes else []))
+
+
+def terminal(rows: Sequence[Row], title: str = "") -> Group:
+    """A table per task for rich, narrow enough for 80 columns, and the notes below."""
+    from rich.console import Group
+    from rich.text import Text
+
+    parts = []
+    for task in dict.fromkeys(r.task for r in rows):
+        heads, body = texts([r for r in rows if r.task == task], NARROW)
+        parts.append(framed(f"{task}, {title}" if title else task, heads, body, LEFT))
+    return Group(*parts, Text(caption(rows), style="dim"))
+
+
+def details(sweep: Sweep) -> list[tuple[str, list[str], list[list[str]]]]:
+    """For each task with several metrics: its name, the heads and the rows of a table of the others.
+
+    These are question types or subtasks, of which some lose far more than the mean shows.
+    """
+    out = []
+    for task in sweep.tasks:
+        mine = [r for r in sweep.results if r.cell.task == task]
+        names = [m for m in dict.fromkeys(m for r in mine for m in r.metrics) if m != mine[0].main]
+        if not names:
+            continue
+        percent = {m: is_percent((), max(r.metrics.get(m, 0.0) for r in mine)) for m in names}
+        body = []
+        for r in mine:
+            values = [r.metrics.get(m) for m in names]
+            shown = [_metric_text(v, percent[m]) for m, v in zip(names, values, strict=True)]
+            body.append([r.cell.method, f"{100 * r.cell.ratio:.4g} %", *shown])
+        heads = [m.removeprefix(f"{task}_").partition("/")[0] for m in names]
+        out.append((task, ["method", "keep", *heads], body))
+    return out
+
+
+def _metric_text(value: float | None, percent: bool) -> str:
+    if value is None:
+        return ""
+    return f"{100 * value:.1f}" if percent else f"{value:.4g}"
+
+
+def caption(rows: Sequence[Row], against: str = BASELINE) -> str:
+    """What the columns mean, and what is missing why. against: what the differences are to."""
+    out = []
+    metrics = {r.task: r.metric for r in rows}
+    out.append("score: " + ", ".join(f"{metric} ({task})" for task, metric in metrics.items()))
+    compared = [r for r in rows if r.paired is not None]
+    if compared:
+        tests = {
+            "mcnemar": "exact McNemar test",
+            "permutation": "sign-flip permutation",
+            "sign flips": "sign flips, all",
+        }
+        used = ", ".join(tests[t] for t in dict.fromkeys(r.paired.test for r in compared if r.paired))
+        out.append(
+            f"difference: against {against}, over the same questions, in points; paired bootstrap; p: {used}; "
+            f"p (Holm): for {len(compared)} comparisons at once"
+        )
+    out += dict.fromkeys(f"{r.task}, {r.method} at {r.ratio:g}: {r.note}" for r in rows if r.note)
+    if rows and against == BASELINE and not any(r.method == BASELINE for r in rows):
+        out.append("no baseline: add none to --methods to see what is lost")
+    return "\n".join(out)
+
+
+def to_csv(rows: Sequence[Row], against: str = BASELINE) -> str:
+    """Numbers for other programs: one line per cell, empty where a number is missing."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(CSV_HEADS)
+    for row in rows:
+        writer.writerow(["" if v is None else v for v in _numbers(row).values()])
+    return out.getvalue()
+
+
+def _numbers(row: Row) -> dict[str, Any]:
+    p, by = row.paired, scale(row)
+    return {
+        "task": row.task,
+        "method": row.method,
+        "ratio": row.ratio,
+        "metric": row.metric,
+        "score": row.score,
+        "questions": row.questions,
+        "tokens_kept": row.kept,
+        "tokens_total": row.total,
+        "flops": row.flops,
+        "ttft_ms": row.ttft_ms,
+        "difference": None if p is None else by * p.difference,
+        "ci_low": None if p is None else by * p.low,
+        "ci_high": None if p is None else by * p.high,
+        "p": None if p is None else p.p,
+        "p_holm": row.p_holm,
+        "test": None if p is None else p.test,
+        "better": None if p is None else p.better,
+        "worse": None if p is None else p.worse,
+        "note": row.note or None,
+    }
+
+
+CSV_HEADS = tuple(_numbers(Row("", "", 1.0, "", 0.0, False, 0)))
+
+
+def to_markdown(rows: Sequence[Row], against: str = BASELINE) -> str:
+    """A pipe table with its caption below."""
+    heads, body = texts(rows)
+    lines = ["| " + " | ".join(heads) + " |", "|" + "".join("---|" if h in LEFT else "---:|" for h in heads)]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in body]
+    return "\n".join([*lines, "", *(f"{part}  " for part in caption(rows, against).splitlines())]) + "\n"
+
+
+def to_latex(rows: Sequence[Row], against: str = BASELINE) -> str:
+    """A `tabular` for the booktabs package, with the caption as comments."""
+    heads, body = texts(rows)
+    lines = [f"% {part}" for part in caption(rows, against).splitlines()]
+    lines += [
+        r"\begin{tabular}{" + "".join("l" if h in LEFT else "r" for h in heads) + "}",
+        r"\toprule",
+        " & ".join(map(_tex, heads)) + r" \\",
+        r"\midrule",
+    ]
+    last = None
+    for row, line in zip(rows, body, strict=True):
+        if last is not None and row.task != last:
+            lines.append(r"\midrule")
+        last = row.task
+        lines.append(" & ".join(map(_tex, line)) + r" \\")
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+_TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"$<$", ">": r"$>$"}
+
+
+def _tex(text: str) -> str:
+    return "".join(_TEX.get(c, "\\" + c if c in "&%$#_{}" else c) for c in text)
+
+
+WRITERS: dict[str, Callable[[Sequence[Row], str], str]] = {"csv": to_csv, "markdown": to_markdown, "latex": to_latex}
+
+
+def write(rows: Sequence[Row], kind: str, path: str | Path, against: str = BASELINE) -> Path:
+    """Write the table as `kind` (csv, markdown or latex). against: what the differences are to."""
+    return write_file(path, WRITERS[kind](rows, against))
+
+
+def write_file(path: str | Path, text: str) -> Path:
+    """Write a text where the user asked for it, or say why that does not go."""
+    target = Path(path)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OptionError(f"cannot write {target}: {error.strerror or error}.") from error
+    return target
+
+
+def check_file(path: str | Path) -> None:
+    """Say now when a file cannot be written later; leaves nothing behind but its folder."""
+    target = Path(path)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        new = not target.exists()
+        target.open("ab").close()
+        if new:
+            target.unlink()
+    except OSError as error:
+        raise OptionError(f"cannot write {target}: {error.strerror or error}.") from error

@@ -1,0 +1,130 @@
+"""Runs the cells of a sweep through lmms-eval on one loaded model."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokprune.errors import OptionError, missing_extra
+from tokprune.evaluation.cells import OPTION, Cell, CellResult, Settings
+from tokprune.evaluation.harness_log import CellLog
+from tokprune.evaluation.team import Team
+
+Tick = Callable[[int, int], None]
+
+
+class Harness:
+    """lmms-eval with one model and the tasks of a sweep; call it with a cell.
+
+    folders: more places with task YAMLs. log_of: where what is printed during a cell goes. tick: told (done, total) as a cell
+    goes on. Raises OptionError for tasks that do not exist and models that cannot be opened, before anything runs.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        settings: Settings,
+        folders: Sequence[str | Path] = (),
+        log_of: Callable[[Cell], Path] | None = None,
+        tick: Tick | None = None,
+    ) -> None:
+        self.settings, self.log_of, self.log = settings, log_of, CellLog()
+        with self.log.quiet():
+            try:
+                from lmms_eval import evaluator
+            except ImportError as error:
+                raise missing_extra("lmms-eval", "eval", "tokprune eval") from error
+            from tokprune.evaluation.harness_model import SweepModel
+            from tokprune.evaluation.harness_tasks import task_manager
+
+            self._simple_evaluate = evaluator.simple_evaluate
+            self.tasks = task_manager(tasks, folders, settings.prompts)
+            self.model = SweepModel(**self.model_args())
+        if tick is not None:
+            self.model.tick = tick
+        self.team = Team.running()
+
+    def model_args(self) -> dict[str, Any]:
+        """The settings as arguments of TokpruneChat."""
+        s = self.settings
+        own = {k: v for k, v in s.model_args.items() if not k.startswith(OPTION)}
+        taken = {
+            "pretrained",
+            "method",
+            "ratio",
+            "budget",
+            "positions",
+            "batch_size",
+            "device",
+            "dtype",
+            "seed",
+            "frames",
+        }
+        if twice := sorted(taken & own.keys()):
+            raise OptionError(f"--model-args {twice[0]}=... is an option of tokprune eval itself; use that one.")
+        device = None if Team.launched().size > 1 and s.device in ("cuda", "auto") else s.device
+        return {
+            "pretrained": s.model,
+            "batch_size": s.batch_size,
+            "device": device,
+            "dtype": s.dtype,
+            "seed": s.seed,
+            "frames": s.frames,
+            **own,
+        }
+
+    def __call__(self, cell: Cell) -> CellResult | None:
+        """Run a cell; None on ranks other than 0."""
+        from tokprune.evaluation.harness_results import cell_result
+
+        if self.log_of is None or not self.team.leads:
+            logged: Any = self.log.quiet()
+        else:
+            logged = self.log.to(self.log_of(cell))
+        with logged:
+            try:
+                found = self._evaluate(cell)
+            finally:
+                self._tidy()
+        return None if found is None else cell_result(cell, found, self.model.records)
+
+    def _evaluate(self, cell: Cell) -> Any:
+        s = self.settings
+        ratio = None if cell.baseline else cell.ratio
+        self.model.set_pruning(cell.method, ratio=ratio, positions=s.positions, **s.options(cell.method))
+        return self._simple_evaluate(
+            model=self.model,
+            model_args=f"pretrained={s.model},method={cell.method},ratio={cell.ratio:g}",
+            tasks=[cell.task],
+            task_manager=self.tasks,
+            batch_size=s.batch_size,
+            limit=s.limit,
+            bootstrap_iters=0,  # intervals come from the paired comparison
+            log_samples=True,
+            random_seed=s.seed,
+            numpy_random_seed=s.seed,
+            torch_random_seed=s.seed,
+            fewshot_random_seed=s.seed,
+        )
+
+    def _tidy(self) -> None:
+        """Give memory back that a failed cell may hold, so that the next one has it."""
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def close(self) -> None:
+        """Free the model."""
+        with contextlib.suppress(AttributeError):
+            self.model.close()
+
+
+def installed() -> bool:
+    """Whether lmms-eval is there."""
+    from importlib.util import find_spec
+
+    return "lmms_eval" in sys.modules or find_spec("lmms_eval") is not None

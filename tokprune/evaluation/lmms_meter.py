@@ -1,0 +1,103 @@
+"""What answering costs: visual tokens that reach the LLM, times by stage, FLOPs; per sample and as means."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokprune.profiling.stages import StageModules, find_stages
+from tokprune.profiling.timing import StageClock
+
+
+@dataclass(frozen=True)
+class SampleRecord:
+    """One answered request. Times in ms; those of a batch are divided by its size, so that they add up.
+
+    total_tokens, kept_tokens: visual tokens (separators included) in the prompt, and of these the ones that reach the LLM's
+    first layer. prompt_tokens: everything that does. ttft_ms: from pixels in the model to the first token; prefill_ms: of the
+    LLM alone. flops: from pixels to the last token; None where it was not counted.
+    """
+
+    task: str
+    doc_id: int
+    total_tokens: int
+    kept_tokens: int
+    prompt_tokens: int
+    new_tokens: int
+    ttft_ms: float | None = None
+    prefill_ms: float | None = None
+    vision_ms: float | None = None
+    select_ms: float | None = None
+    decode_ms: float | None = None
+    total_ms: float | None = None
+    flops: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data without what was not measured."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+
+
+MEASURED = tuple(f.name for f in dataclasses.fields(SampleRecord) if f.name not in ("task", "doc_id"))
+_FROM_CLOCK = {
+    "ttft": "ttft_ms",
+    "prefill": "prefill_ms",
+    "vision": "vision_ms",
+    "select": "select_ms",
+    "decode": "decode_ms",
+    "total": "total_ms",
+}
+
+
+def stages_of(model: Any) -> StageModules | None:
+    """The stages to time, or None for a model whose parts are not known."""
+    from tokprune.errors import UnsupportedModelError
+
+    try:
+        return find_stages(model)
+    except UnsupportedModelError:
+        return None
+
+
+def visual_columns(model: Any, inputs: Mapping[str, Any]) -> Tensor:
+    """Which prompt columns are placeholders of pictures or clips, (B, L) bool."""
+    ids = inputs["input_ids"]
+    found = torch.zeros_like(ids, dtype=torch.bool)
+    for name in ("image_token_id", "video_token_id"):
+        token = getattr(model.config, name, None)
+        if token is not None:
+            found |= ids == token
+    return found
+
+
+def token_counts(model: Any, inputs: Mapping[str, Any], keep: Tensor | None) -> list[tuple[int, int, int]]:
+    """Visual tokens in the prompt, visual tokens kept, and tokens that reach the LLM, for each row. keep: (B, L) or None."""
+    visual = visual_columns(model, inputs)
+    mask = inputs.get("attention_mask")
+    real = torch.ones_like(visual) if mask is None else mask.bool()
+    alive = real if keep is None else real & keep.to(real.device)
+    rows = torch.stack([(visual & real).sum(1), (visual & alive).sum(1), alive.sum(1)], 1)
+    return [(int(a), int(b), int(c)) for a, b, c in rows.tolist()]
+
+
+def clock_times(clock: StageClock, share: int) -> dict[str, Any]:
+    """The clock's times as fields of a record, divided among `share` prompts."""
+    times = clock.times()
+    return {field: times[name] / share for name, field in _FROM_CLOCK.items()}
+
+
+def means(records: Sequence[SampleRecord]) -> dict[str, float]:
+    """Mean of everything measured, over the records that have it, and the share of visual tokens kept."""
+    out: dict[str, float] = {}
+    for name in MEASURED:
+        values = [v for r in records if (v := getattr(r, name)) is not None]
+        if values:
+            out[name] = float(sum(values)) / len(values)
+    total = sum(r.total_tokens for r in records)
+    if total:
+        out["keep_ratio"] = sum(r.kept_tokens for r in records) / total
+    return out

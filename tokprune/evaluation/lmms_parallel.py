@@ -1,0 +1,41 @@
+"""Several processes: what each one answered, brought together, so that all of them know all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from tokprune.evaluation.errors import EvaluationError
+from tokprune.evaluation.lmms_meter import SampleRecord
+
+
+@dataclass
+class Outcome:
+    """What a process did in one call. fatal: what ended it. seconds: spent in the model."""
+
+    records: list[SampleRecord] = field(default_factory=list)
+    failures: list[EvaluationError] = field(default_factory=list)
+    fatal: EvaluationError | None = None
+    seconds: float = 0.0
+
+
+def gather(own: Outcome, processes: int) -> Outcome:
+    """The outcomes of all processes as one, in the order of tasks and rows; every process gets it.
+
+    An error in one process is an error in all: else the others would wait for it for ever.
+    """
+    import torch.distributed as dist
+
+    if processes < 2 or not dist.is_available() or not dist.is_initialized():
+        return own
+    parts: list[Outcome | None] = [None] * processes
+    dist.all_gather_object(parts, own)
+    return merge([p for p in parts if p is not None])
+
+
+def merge(parts: Sequence[Outcome]) -> Outcome:
+    """Outcomes of several processes as one. Processes run at the same time, so the longest time counts."""
+    records = sorted((r for p in parts for r in p.records), key=lambda r: (r.task, r.doc_id))
+    failures = sorted((f for p in parts for f in p.failures), key=lambda f: (f.task, f.doc_id or 0))
+    fatal = next((p.fatal for p in parts if p.fatal is not None), None)
+    return Outcome(records, failures, fatal, max(p.seconds for p in parts))

@@ -1,0 +1,21 @@
+"""What lmms-eval finds under the entry point `lmms_eval.models`. It is imported with every lmms-eval run, so it stays light."""
+
+from __future__ import annotations
+
+from typing import Any
+
+MODEL_ID = "tokprune"
+
+
+def manifests() -> list[Any]:
+    """The model `tokprune`: a chat class for generation, and its simple twin for tasks that compare likelihoods."""
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    module = "tokprune.evaluation.lmms_model"
+    return [
+        ModelManifest(
+            model_id=MODEL_ID,
+            chat_class_path=f"{module}.TokpruneChat",
+            simple_class_path=f"{module}.TokpruneSimple",
+        )
+    ]

@@ -1,0 +1,221 @@
+"""From a request of lmms-eval to a chat with decoded media and the question it asks. Every failure names its row."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tokprune.errors import OptionError, nearest
+from tokprune.evaluation.errors import EvaluationError, at_row
+from tokprune.evaluation.question import question_of
+
+
+@dataclass(frozen=True)
+class Row:
+    """Which row of a task a request belongs to. padding: it only evens out the processes and its answer is thrown away."""
+
+    task: str
+    split: str
+    doc_id: int
+    padding: bool = False
+
+
+@dataclass
+class Prompt:
+    """One request, ready for a model. chat: messages with decoded media. query: the question alone, for query-aware methods.
+
+    kind: "video", "image" or "text", by its media. generation: the task's generation_kwargs. target: what is scored in a
+    likelihood request, None in a generation request.
+    """
+
+    row: Row
+    chat: list[dict[str, Any]]
+    query: str
+    kind: str
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    target: str | None = None
+
+
+@dataclass(frozen=True)
+class MediaRules:
+    """How videos are read; see ModelArgs."""
+
+    frames: int | None
+    fps: float | None = None
+    rule: str = "linspace_unique"
+    backend: str = "auto"
+
+
+class RequestReader:
+    """Turns requests of one run into prompts.
+
+    docs: (task, split, doc_id) -> the dataset's row. count: (task, split) -> how many rows. bare: ask the question alone.
+    """
+
+    def __init__(
+        self,
+        docs: Callable[[str, str, int], Mapping[str, Any]],
+        count: Callable[[str, str], int],
+        rules: Callable[[str], MediaRules],
+        system_prompt: str = "",
+        control: str = "",
+        bare: bool = False,
+    ) -> None:
+        self.docs, self.count, self.rules = docs, count, rules
+        self.system_prompt, self.control, self.bare = system_prompt, control, bare
+        self._videos: dict[tuple[Any, ...], Any] = {}  # the last two: neighbouring rows often share one
+
+    def read(
+        self,
+        row: Row,
+        messages_of: Callable[[Mapping[str, Any]], Any],
+        generation: Mapping[str, Any],
+        target: Any = None,
+    ) -> Prompt:
+        """The prompt of one row. messages_of: the task's doc -> messages. target: a text, or a function of the doc."""
+        doc = self.docs(row.task, row.split, row.doc_id)
+        messages = self._messages(row, doc, messages_of)
+        if self.control:
+            messages = self._controlled(row, messages, messages_of)
+        try:
+            chat, kind = self._decoded(messages)
+        except Exception as error:
+            raise at_row(row.task, row.doc_id, "cannot read its media", error) from error
+        query = question_of(doc, _last_text(chat))
+        if self.bare:
+            _ask_only(chat, query)
+        if self.system_prompt:
+            chat = [_turn("system", self.system_prompt), *(m for m in chat if m["role"] != "system")]
+        if target is not None and not isinstance(target, str):
+            target = str(target(doc) if callable(target) else target)
+        return Prompt(row, chat, query, kind, generation, target)
+
+    def _messages(self, row: Row, doc: Mapping[str, Any], messages_of: Callable[[Any], Any]) -> list[dict[str, Any]]:
+        try:
+            return [{"role": str(m["role"]), "content": _parts(m["content"])} for m in messages_of(doc)]
+        except (Exception, SystemExit) as error:  # some tasks end the program when a file is missing
+            empty = [k for k, v in doc.items() if v is None]
+            hint = f" (empty fields of this row: {', '.join(empty)})" if empty else ""
+            raise at_row(row.task, row.doc_id, f"the task cannot make a prompt of this row{hint}", error) from error
+
+    def _controlled(
+        self, row: Row, messages: list[dict[str, Any]], messages_of: Callable[[Any], Any]
+    ) -> list[dict[str, Any]]:
+        """The same messages without media, or with those of another row."""
+        if self.control == "no_image":
+            for m in messages:
+                m["content"] = [p for p in m["content"] if p["type"] == "text"]
+            return messages
+        own = _media(messages)
+        if not own:
+            return messages
+        total = self.count(row.task, row.split)
+        seen = [_fingerprint(p["url"]) for p in own]
+        for step in range(total - 1):
+            other_id = (row.doc_id + max(1, total // 2) + step) % total
+            if other_id == row.doc_id:
+                continue
+            other = Row(row.task, row.split, other_id)
+            others = _media(self._messages(other, self.docs(row.task, row.split, other_id), messages_of))
+            if others and not set(seen) & {_fingerprint(p["url"]) for p in others}:
+                for i, part in enumerate(own):  # as many as the row's own, in case the other has fewer
+                    part.update(others[i % len(others)])
+                return messages
+        raise EvaluationError(
+            f"task {row.task!r}: control=shuffled needs rows with other pictures; all {total} show the same.",
+            row.task,
+            row.doc_id,
+        )
+
+    def _decoded(self, messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], str]:
+        kinds = {p["type"] for m in messages for p in m["content"]}
+        kind = "video" if "video" in kinds else "image" if "image" in kinds else "text"
+        chat = []
+        for m in messages:
+            content: list[dict[str, Any]] = []
+            for part in m["content"]:
+                if part["type"] == "text":
+                    content.append({"type": "text", "text": part["text"]})
+                elif part["type"] == "image":
+                    content.append({"type": "image", "image": open_image(part["url"])})
+                else:
+                    video = self._video(part["url"], part.get("start_time"), part.get("end_time"), self.rules(kind))
+                    content.append({"type": "video", "video": video})
+            chat.append({"role": m["role"], "content": content})
+        return chat, kind
+
+    def _video(self, source: Any, start: float | None, end: float | None, rules: MediaRules) -> Any:
+        from tokprune.video import read_video
+
+        if not isinstance(source, str | os.PathLike):
+            raise OptionError(f"a video is the path of a file or a folder of pictures, not {type(source).__name__}.")
+        key = (os.fspath(source), start, end, rules)
+        if key not in self._videos:
+            video = read_video(source, rules.frames, rules.fps, start, end, rules.backend, rule=rules.rule)
+            self._videos = {**dict(list(self._videos.items())[-1:]), key: video}
+        return self._videos[key]
+
+
+def _last_text(chat: Sequence[Mapping[str, Any]]) -> str:
+    user = next((m for m in reversed(chat) if m["role"] == "user"), None)
+    return "\n".join(p["text"] for p in user["content"] if p["type"] == "text") if user else ""
+
+
+def _ask_only(chat: Sequence[dict[str, Any]], question: str) -> None:
+    """Let the last user turn hold its media and the bare question."""
+    for m in reversed(chat):
+        if m["role"] == "user":
+            m["content"] = [p for p in m["content"] if p["type"] != "text"] + [{"type": "text", "text": question}]
+            return
+
+
+def _parts(content: Any) -> list[dict[str, Any]]:
+    """The parts of a message, each with its type; media under "url", as lmms-eval writes them."""
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    parts = [dict(part) for part in content]
+    for part in parts:
+        kind = part["type"]
+        if kind not in ("text", "image", "video"):
+            raise OptionError(f"{kind} input is not supported; tokprune runs images and videos.")
+        if kind == "text" and not isinstance(part["text"], str):
+            raise OptionError(f"a text part holds {type(part['text']).__name__}, not a string.")
+        if kind != "text" and part.get("url") is None:
+            raise OptionError(f"the row has no {kind}: the task gives None.")
+    return parts
+
+
+def _turn(role: str, text: str) -> dict[str, Any]:
+    return {"role": role, "content": [{"type": "text", "text": text}]}
+
+
+def _media(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [p for m in messages for p in m["content"] if p["type"] in ("image", "video")]
+
+
+def _fingerprint(url: Any) -> str:
+    """Equal for equal media: the path, or the pixels."""
+    if isinstance(url, str | os.PathLike):
+        return str(url)
+    data = url.tobytes() if hasattr(url, "tobytes") else repr(url).encode()
+    return hashlib.sha1(data, usedforsecurity=False).hexdigest()
+
+
+def open_image(source: Any) -> Any:
+    """A picture as PIL.Image in RGB, from one or from a path."""
+    from PIL import Image, ImageOps
+
+    if isinstance(source, Image.Image):
+        return source if source.mode == "RGB" else source.convert("RGB")
+    if isinstance(source, str | os.PathLike):
+        path = Path(source).expanduser()
+        if not path.is_file():
+            siblings = [p.name for p in path.parent.iterdir()][:10_000] if path.parent.is_dir() else []
+            raise OptionError(f"there is no picture {str(source)!r}.{nearest(path.name, siblings)}")
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    raise OptionError(f"a picture is a PIL image or a path, not {type(source).__name__}; the row has no usable image.")

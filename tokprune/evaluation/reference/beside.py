@@ -1,0 +1,97 @@
+"""Sets a user's run beside what was published of the same model, method, budget and benchmark."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tokprune.evaluation.cells import CellResult
+from tokprune.evaluation.reference.render import label, value_text
+from tokprune.evaluation.reference.tables import Benchmark, Entry, Model, Published, model_of, models
+from tokprune.evaluation.sweep import Sweep
+from tokprune.evaluation.table import KEPT
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+NEAR = 0.1  # budgets within a tenth of each other are set side by side
+COLUMNS = ("benchmark", "method", "kept", "this run", "published", "as", "source")
+
+
+@dataclass(frozen=True)
+class Beside:
+    """The side-by-side table of one model."""
+
+    title: str
+    note: str
+    rows: tuple[tuple[str, ...], ...]
+    columns: tuple[str, ...] = COLUMNS
+
+    def terminal(self) -> Group:
+        """The table for rich."""
+        from tokprune.evaluation.export import framed
+
+        left = ("benchmark", "method", "as", "source")
+        return framed(self.title, self.columns, self.rows, left, self.note)
+
+
+def beside(sweep: Sweep) -> Beside:
+    """What was published of the cells of a run; the note says why nothing is, or what to mind."""
+    model = model_of(sweep.settings.model)
+    if model is None:
+        known = ", ".join(m.checkpoints[0] for m in models().values() if m.checkpoints)
+        return Beside("Published numbers", f"There are none for {sweep.settings.model}. There are for: {known}.", ())
+    rows = tuple(row for result in sweep.results for row in _rows(model, result))
+    if not rows:
+        tasks = sorted({b.task for t in model.tables for b in t.benchmarks if b.task})
+        note = f"None at the tasks, methods and ratios of this run. There are for the tasks {', '.join(tasks)}."
+    else:
+        limit = (
+            "" if sweep.settings.limit is None else f" This run asked {sweep.settings.limit} questions per task only."
+        )
+        note = (
+            f"Budgets within {NEAR:.0%}. Prompts and metrics of the sources differ; docs/reference.md says how.{limit}"
+        )
+    return Beside(f"Published numbers of {model.title}", note, rows)
+
+
+def _rows(model: Model, result: CellResult) -> list[tuple[str, ...]]:
+    out = []
+    for table in model.tables:
+        for i, benchmark in enumerate(table.benchmarks):
+            ours = measured(benchmark, result)
+            if ours is None:
+                continue
+            for entry in table.entries:
+                published = entry.values[i]
+                if published is not None and same_cell(entry, result):
+                    out.append(_row(benchmark, result, ours, published, entry, table))
+    return out
+
+
+def _row(
+    benchmark: Benchmark, result: CellResult, ours: float, published: float, entry: Entry, table: Published
+) -> tuple[str, ...]:
+    kept = result.costs.get(KEPT)
+    amount = f"{kept:.0f}" if kept is not None else f"{100 * result.cell.ratio:.3g} %"
+    source = table.source.partition(":")[0]
+    return benchmark.name, result.cell.method, amount, f"{ours:.4g}", value_text(published), label(entry), source
+
+
+def measured(benchmark: Benchmark, result: CellResult) -> float | None:
+    """A run's number in the unit of a benchmark, if it ran that task and all its metrics."""
+    if benchmark.task != result.cell.task or not all(m in result.metrics for m in benchmark.metrics):
+        return None
+    return benchmark.scale * sum(result.metrics[m] for m in benchmark.metrics)
+
+
+def same_cell(entry: Entry, result: CellResult) -> bool:
+    """Whether a published row is about the same method at about the same budget."""
+    if entry.method != result.cell.method:
+        return False
+    if result.cell.baseline:
+        return True
+    kept = result.costs.get(KEPT)
+    if entry.tokens is not None and kept is not None:
+        return abs(kept - entry.tokens) <= NEAR * entry.tokens
+    return entry.keep is not None and abs(result.cell.ratio - entry.keep) <= NEAR * entry.keep
