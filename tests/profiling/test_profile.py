@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tokprune.profiling import formulas
 from tokprune.profiling.profile import profile, visual_columns
 from tokprune.profiling.report import ProfileReport
 from tokprune.profiling.resize import smaller
+from tokprune.profiling.runs import Profiler, Run, is_out_of_memory
 from tokprune.profiling.stages import STAGES
 from tokprune.testing import TinyVLM, build, picture
 from tokprune.tokens import Selection, VisualTokens
@@ -84,6 +86,8 @@ def test_json_round_trip_and_refusals(report: ProfileReport, tmp_path: Path) -> 
     assert again.to_dict() == json.loads(json.dumps(report.to_dict()))
     assert again.cell("divprune 0.1").times["ttft"].unit == "ms"
     assert again.environment["dtype"] == "float32"
+    assert again.config["model_type"] == "llava"
+    assert "_name_or_path" not in file.read_text(encoding="utf-8")
     with pytest.raises(OptionError, match="version 7"):
         ProfileReport.from_dict(report.to_dict() | {"version": 7})
     with pytest.raises(OptionError, match="not a profile"):
@@ -93,12 +97,51 @@ def test_json_round_trip_and_refusals(report: ProfileReport, tmp_path: Path) -> 
 
 
 def test_the_table_shows_units_and_leaves_out_what_is_unknown(report: ProfileReport) -> None:
-    console = Console(width=220, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(report.table())
-    text = console.export_text()
-    for word in ("prefill ms", "decode tok/s", "KV cache", "6 (9.38 %)", "FLOPs", "ideal"):
+    def shown(width: int, what: ProfileReport = report) -> str:
+        console = Console(width=width)
+        with console.capture() as captured:
+            console.print(what.table(width))
+        return captured.get()
+
+    text = shown(200)
+    for word in ("prefill", "ms", "tokens/s", "KV cache", "6 (9.38 %)", "FLOPs", "ideal", "peak memory", "±"):
         assert word in text
-    assert "peak" not in text
+    assert "±" not in shown(80).split("Medians")[0]  # a narrow terminal holds the medians
+    bare = replace(report, cells=tuple(replace(c, flops={}, peak_bytes=None) for c in report.cells))
+    assert "peak memory" not in shown(200, bare).split("FLOPs are counted")[0]
+
+
+def test_findings_set_each_speed_up_beside_its_ideal(report: ProfileReport) -> None:
+    lines = report.findings(0.1)
+    assert [line.split(":")[0] for line in lines] == ["divprune 0.1", "random 0.1"]
+    ideal = report.speedup(report.cell("ideal 0.1"))
+    assert all(f"(ideal {ideal:.2f} x)" in line for line in lines)
+    assert len(report.findings()) == 4
+
+
+def test_tokens_of_every_stage(report: ProfileReport) -> None:
+    assert report.plain.tokens == {"projector": 64, "llm": 64, "prompt": 74, "cached": [74 + NEW - 1] * 2}
+    assert report.cell("divprune 0.1").tokens == {"projector": 64, "llm": 6, "prompt": 16, "cached": [16 + NEW - 1] * 2}
+
+
+def test_pruning_lowers_the_peak_of_live_bytes(report: ProfileReport) -> None:
+    weights = report.weight_bytes
+    plain, pruned = report.plain.peak_bytes, report.cell("random 0.1").peak_bytes
+    assert plain is not None
+    assert pruned is not None
+    assert weights < pruned < plain
+    saved = report.plain.cache_bytes - report.cell("random 0.1").cache_bytes  # type: ignore[operator]
+    assert plain - pruned >= saved
+
+
+def test_at_ratio_1_only_noise_differs(report: ProfileReport) -> None:
+    for name in ("divprune 1", "random 1"):
+        cell = report.cell(name)
+        assert (cell.visual, cell.prompt, cell.tokens) == (64, 74, report.plain.tokens)
+        assert {k: v for k, v in cell.flops.items() if k != "operators"} == {
+            k: v for k, v in report.plain.flops.items() if k != "operators"
+        }
+        assert cell.cache_bytes == report.plain.cache_bytes
 
 
 def test_resizing_is_a_rival_where_the_processor_allows() -> None:
@@ -161,6 +204,63 @@ def test_out_of_memory_names_the_cell_and_goes_on(llava: TinyVLM) -> None:
     )
     assert [c.name for c in made.cells] == ["plain", "random 0.5"]
     assert "out of memory" in made.failed["uniform 0.5"]
+
+
+def test_the_plain_run_out_of_memory_leaves_the_others(llava: TinyVLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    once = Profiler.once
+
+    def full(self: Profiler, run: Run) -> dict[str, float]:
+        if run.kind == "plain":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return once(self, run)
+
+    monkeypatch.setattr(Profiler, "once", full)
+    made = profile(llava.model, prompt(llava), ["random"], [0.5], new_tokens=2, repeats=1, warmup=0, count_flops=False)
+    assert [c.name for c in made.cells] == ["random 0.5", "ideal 0.5"]
+    assert "out of memory" in made.failed["plain"]
+    assert made.speedup(made.cells[0]) is None
+    assert made.findings() == []
+    console = Console(width=160)
+    with console.capture() as shown:
+        console.print(made.table())
+    assert "random 0.5" in shown.get()
+    with pytest.raises(OptionError, match="It failed: out of memory"):
+        _ = made.plain
+
+
+def test_a_method_that_cannot_work_here_is_named_and_left_out(llava: TinyVLM) -> None:
+    cannot = tokprune.get_method("hired", init_layer=99)  # the tower has no such block
+    made = profile(
+        llava.model, prompt(llava), [cannot, "random"], [0.5], new_tokens=2, repeats=1, warmup=0, ideal=False
+    )
+    assert [c.name for c in made.cells] == ["plain", "random 0.5"]
+    assert "99" in made.failed["hired 0.5"]
+
+
+def test_what_counts_as_out_of_memory() -> None:
+    assert is_out_of_memory(torch.OutOfMemoryError("x"))
+    assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(
+        RuntimeError("[enforce fail at alloc_cpu.cpp:75] DefaultCPUAllocator: can't allocate memory")
+    )
+    assert not is_out_of_memory(RuntimeError("shapes cannot be multiplied"))
+
+
+def test_what_was_kept_is_told(llava: TinyVLM) -> None:
+    told: dict[str, Any] = {}
+    profile(
+        llava.model,
+        prompt(llava),
+        ["random"],
+        [0.25],
+        new_tokens=2,
+        repeats=1,
+        warmup=0,
+        ideal=False,
+        told=told.__setitem__,
+    )
+    assert list(told) == ["random 0.25"]
+    assert told["random 0.25"].streams[0].kept == 16
 
 
 def test_batches_and_methods_that_print_alike(llava: TinyVLM) -> None:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -15,11 +15,10 @@ from tokprune.profiling import formulas
 from tokprune.profiling.build import build_meta, config_of, vision_calls
 from tokprune.profiling.memory import kv_cache_bytes_of, readable
 from tokprune.profiling.presets import Preset
+from tokprune.profiling.published import comparison
 from tokprune.profiling.report import flops_text
+from tokprune.viz.html import Table, Value
 from tokprune.viz.resolution import Size
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 TYPE, VERSION = "tokprune.Arithmetic", 1
 
@@ -47,7 +46,7 @@ class ArithmeticRow:
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """Rows of one preset and picture size."""
+    """Rows of one preset and picture size. published: what others report, with ours beside it (`published.comparison`)."""
 
     preset: str
     title: str
@@ -60,7 +59,8 @@ class Arithmetic:
     parameters: int
     weight_bytes: int
     rows: tuple[ArithmeticRow, ...]
-    published: tuple[str, ...] = ()
+    published: tuple[Any, ...] = ()
+    sources: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data with type and version."""
@@ -72,49 +72,66 @@ class Arithmetic:
         """Write as JSON."""
         Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
-    def table(self) -> Table:
-        """The rows as a rich table, with the published numbers below."""
-        from rich.table import Table
-
+    @property
+    def heading(self) -> str:
+        """Model and case in a line."""
         what = f"{self.size[0]} x {self.size[1]} px" + (f", {self.frames} frames" if self.frames else "")
-        title = f"{self.title}: {self.parameters / 1e9:.2f} G parameters ({readable(self.weight_bytes)} as {self.dtype}), {what}, {self.text} text tokens, batch {self.batch}"
-        notes = [
-            "FLOPs are exact: 2 per multiply-add, torch's counter for the tower, closed form for the LLM; decode is one step",
-            f"total: from pixels to {self.new_tokens} new tokens; papers count multiply-adds of the visual tokens in the LLM alone",
-            *(f"published: {line}" for line in self.published),
-        ]
-        table = Table(title=title, caption="\n".join(notes), title_justify="left", caption_justify="left")
+        return (
+            f"{self.title}: {self.parameters / 1e9:.2f} G parameters ({readable(self.weight_bytes)} as {self.dtype}), "
+            f"{what}, {self.text} text tokens, batch {self.batch}"
+        )
+
+    def plain_table(self) -> Table:
+        """The rows with their units."""
         first = next(iter(formulas.FORMULAS))
-        for i, head in enumerate(
-            (
-                "ratio",
-                "visual tokens",
-                "prompt",
-                "vision",
-                "prefill",
-                "decode",
-                "total",
-                "of full",
-                "KV cache",
-                f"papers: {first}",
-            )
-        ):
-            table.add_column(head, justify="right" if i else "left")
+        columns = [
+            ("ratio", ""),
+            ("visual", "tokens"),
+            ("prompt", "tokens"),
+            ("vision", "FLOPs"),
+            ("prefill", "FLOPs"),
+            ("decode step", "FLOPs"),
+            ("all", "FLOPs"),
+            ("of full", ""),
+            ("KV cache", ""),
+            (first.split(" ")[0], "multiply-adds"),
+        ]
+        whole = self.rows[0].total(self.new_tokens)
+        rows: list[list[Any]] = []
         for row in self.rows:
-            whole = self.rows[0].total(self.new_tokens)
-            table.add_row(
-                f"{row.ratio:g}",
-                str(row.visual),
-                str(row.prompt),
-                flops_text(row.vision + row.projector),
-                flops_text(row.prefill),
-                flops_text(row.decode),
-                flops_text(row.total(self.new_tokens)),
-                f"{100 * row.total(self.new_tokens) / whole:.3g} %",
-                readable(row.cache_bytes),
-                f"{row.formulas[first] / 1e12:.3g} T",
+            total = row.total(self.new_tokens)
+            counted = (row.vision + row.projector, row.prefill, row.decode, total)
+            rows.append(
+                [
+                    f"{row.ratio:g}",
+                    row.visual,
+                    row.prompt,
+                    *(Value(flops_text(n).replace("FLOPs", ""), n) for n in counted),
+                    Value(f"{100 * total / whole:.3g} %", total / whole),
+                    Value(readable(row.cache_bytes), row.cache_bytes),
+                    Value(f"{row.formulas[first] / 1e12:.3g} T", row.formulas[first]),
+                ]
             )
-        return table
+        notes = [
+            "FLOPs are exact, 2 per multiply-add: torch's counter on the meta device for the tower, closed form for the LLM. "
+            "Nothing was run; a method's own scoring is not in it. Connector stage: each layer sees the kept tokens.",
+            f"all: from pixels to {self.new_tokens} new tokens. Last column: the papers' {first}, visual tokens alone.",
+        ]
+        return Table([c for c, _ in columns], rows, "\n".join(notes), [u for _, u in columns])
+
+    def table(self, width: int | None = None) -> Any:
+        """The rows for a terminal, with what others report below."""
+        from rich.console import Group
+        from rich.markup import escape
+
+        from tokprune.profiling.published import CAUTION, lines
+        from tokprune.profiling.tables import to_rich
+
+        parts: list[Any] = [to_rich(self.plain_table(), self.heading)]
+        if self.published:
+            parts += ["Published, and ours beside it:", *(escape(f"- {x}") for x in lines(list(self.published)))]
+            parts.append(f"[dim]{escape(CAUTION)}[/]")
+        return Group(*parts)
 
 
 def arithmetic(
@@ -127,17 +144,23 @@ def arithmetic(
     batch: int = 1,
     new_tokens: int = 64,
     dtype: torch.dtype = torch.bfloat16,
+    seen: float | None = None,
 ) -> Arithmetic:
     """The cost of a preset's model at ratio 1 and at `ratios`, in seconds on any machine.
 
     size: (height, width) of the picture, the preset's usual one by default. frames: pictures of a clip. text: tokens
     around the picture. Separators (newline tokens) shrink with the rows that lose all their tokens; here they are counted
     as if kept tokens lay evenly: all of them while a row keeps one, else one per kept token. Connector-stage pruning.
+    seen: FLOPs of tower and projector, where they are known already (models that are no preset, `loaded`).
     """
     size = size or preset.default_size
     visual = preset.count(size, frames)
-    model = build_meta(preset, dtype)
-    vision, projector = vision_calls(model, preset, size, frames)
+    if seen is None:
+        model = build_meta(preset, dtype)
+        vision, projector = vision_calls(model, preset, size, frames)
+        parameters = sum(p.numel() for p in model.parameters())
+    else:
+        vision, projector, parameters = round(seen), 0, preset.parameters
     shape, config = preset.decoder, config_of(preset)
     rows = []
     for ratio in [1.0, *[r for r in map(check_ratio, ratios) if r < 1.0]]:
@@ -157,7 +180,6 @@ def arithmetic(
                 {name: batch * formulas.formula_total(f, keep, shape) for name, f in formulas.FORMULAS.items()},
             )
         )
-    parameters = sum(p.numel() for p in model.parameters())
     return Arithmetic(
         preset.name,
         preset.title,
@@ -170,5 +192,6 @@ def arithmetic(
         parameters,
         parameters * dtype.itemsize,
         tuple(rows),
-        preset.published,
+        tuple(comparison(preset.published, shape, vision + projector)),
+        preset.sources,
     )

@@ -37,6 +37,16 @@ def kv_cache_bytes(cache: Any) -> int:
     return sum(seen.values())
 
 
+def cached_tokens(cache: Any) -> list[int]:
+    """Tokens that each layer of a transformers cache holds keys of; layers without keys (linear attention) are left out."""
+    out = []
+    for layer in getattr(cache, "layers", None) or (cache if isinstance(cache, tuple | list) else ()):
+        keys = layer[0] if isinstance(layer, tuple | list) else getattr(layer, "keys", None)
+        if isinstance(keys, Tensor) and keys.ndim == 4:
+            out.append(int(keys.shape[-2]))
+    return out
+
+
 def kv_bytes_per_token(config: Any, dtype: torch.dtype = torch.bfloat16) -> int:
     """Bytes that one cached token costs over all layers that cache everything: 2 (keys, values) x layers x heads x head size."""
     return kv_cache_bytes_of(config, 1, 1, dtype)

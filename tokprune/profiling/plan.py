@@ -318,7 +318,8 @@ def _advice(made: Plan, costs: CostModel) -> list[str]:
         if made.connector is None:
             least = costs.at(1)
             value = getattr(least, made.target)
-            cause = "weights" if made.target == "memory" else least.bound
+            first = "vision" if least.vision >= least.prefill else "prefill"
+            cause = {"memory": "weights", "ttft": first}.get(made.target, least.bound)
             out.append(
                 f"no ratio reaches a {wanted}: one visual token still takes {_amount(made.target, value)}, mostly {cause}"
                 + ("; prune inside the tower (encoder stage) or take a smaller picture" if cause == "vision" else "")

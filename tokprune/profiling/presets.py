@@ -16,6 +16,7 @@ from typing import Any
 
 from tokprune.errors import OptionError, unknown
 from tokprune.profiling.formulas import DecoderShape
+from tokprune.profiling.published import Published
 from tokprune.viz import resolution as res
 from tokprune.viz.resolution import Size
 
@@ -38,7 +39,7 @@ class VisualCount:
 class Preset:
     """One known model: its transformers config as plain data, how it cuts pictures, its published size and the sources.
 
-    published: what papers and projects report of pruning this model, with their setting, to stand beside our numbers.
+    published: what papers and projects report of pruning this model, to stand beside our numbers.
     """
 
     name: str
@@ -49,7 +50,7 @@ class Preset:
     config: Mapping[str, Any]
     sources: tuple[str, ...]
     aliases: tuple[str, ...] = ()
-    published: tuple[str, ...] = ()
+    published: tuple[Published, ...] = ()
 
     @property
     def decoder(self) -> DecoderShape:
@@ -177,7 +178,7 @@ def _all() -> dict[str, Preset]:
                 data["config"],
                 tuple(data["sources"]),
                 tuple(data.get("aliases", ())),
-                tuple(data.get("published", ())),
+                tuple(Published.from_dict(row) for row in data.get("published", ())),
             )
     return out
 

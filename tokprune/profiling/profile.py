@@ -2,203 +2,34 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
+import json
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import tokprune
 from tokprune.budget import check_ratio
-from tokprune.errors import OptionError
-from tokprune.profiling import flops, formulas, memory
+from tokprune.errors import TokpruneError
+from tokprune.profiling import formulas, memory
 from tokprune.profiling.report import PLAIN, Cell, ProfileReport
-from tokprune.profiling.stages import StageModules, find_stages
-from tokprune.profiling.timing import Measurement, StageClock, interleave
+from tokprune.profiling.runs import Profiler, Run, is_out_of_memory, name_of, stages_of, visual_columns
+from tokprune.profiling.timing import Measurement, interleave
 
-ENCODERS = ("get_image_features", "get_video_features")
+__all__ = ["Profiler", "Run", "environment", "name_of", "profile", "visual_columns"]
 
-
-@dataclass
-class _Run:
-    """A cell to be measured: how to set it up, and what a run left behind."""
-
-    name: str
-    kind: str
-    inputs: Mapping[str, Any]
-    method: Any = None
-    label: str | None = None
-    ratio: float | None = None
-    visual: int = 0
-    prompt: int = 0
-    cache_bytes: int | None = None
-    peak: int | None = None
-    counted: flops.StageFlops | None = None
-    calls: list[tuple[str, dict[str, Any]]] = field(default_factory=list)  # encoder calls of the ideal cell
-    options: dict[str, Any] = field(default_factory=dict)
+ADVICE = "try a smaller batch, fewer new tokens or a lower ratio"
 
 
-class Profiler:
-    """Measures cells of one model and one prompt; `profile` is the usual way in."""
-
-    def __init__(self, model: nn.Module, new_tokens: int, device: torch.device, processor: Any = None) -> None:
-        if new_tokens < 2:
-            raise OptionError(f"new_tokens={new_tokens}; at least 2, since the second token is the first decode step.")
-        self.model: Any = model
-        self.stages: StageModules = find_stages(model)
-        self.base: Any = self.stages.base
-        self.new_tokens, self.device, self.processor = new_tokens, device, processor
-
-    def _pruned(self, run: _Run) -> Any:
-        if run.kind != "pruned":
-            return nullcontext()
-        return tokprune.apply(self.model, run.method, ratio=run.ratio, processor=self.processor, **run.options)
-
-    def _generate(self, run: _Run) -> Any:
-        for name, arguments in run.calls:  # the ideal cell encodes the picture like everyone else
-            getattr(self.base, name)(**arguments)
-        return self.model.generate(
-            **run.inputs,
-            max_new_tokens=self.new_tokens,
-            min_new_tokens=self.new_tokens,
-            do_sample=False,
-            num_beams=1,
-            use_cache=True,
-            return_dict_in_generate=True,
-        )
-
-    def once(self, run: _Run) -> dict[str, float]:
-        """One timed call."""
-        clock = StageClock(self.device)
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        with self._pruned(run) as pruning, torch.no_grad():
-            with clock.watch(self.stages):
-                out = self._generate(run)
-            if pruning is not None:
-                run.visual, run.prompt = _kept(pruning), int(pruning.last.length)
-        if self.device.type == "cuda":
-            run.peak = int(torch.cuda.max_memory_allocated(self.device))
-        run.cache_bytes = memory.kv_cache_bytes(getattr(out, "past_key_values", None))
-        times = clock.times()
-        times["decode_tokens_per_s"] *= _batch(run)  # a step gives every prompt a token
-        return times
-
-    def count(self, run: _Run) -> None:
-        """FLOPs of a cell, counted in a run of their own."""
-        with self._pruned(run), torch.no_grad():
-            if run.kind != "ideal":
-                run.counted = flops.stage_flops(self.model, run.inputs, self.stages)
-                return
-            vision, projector = flops.vision_flops(
-                lambda: [getattr(self.base, name)(**arguments) for name, arguments in run.calls], self.stages
-            )
-            llm = flops.stage_flops(self.model, run.inputs, self.stages)
-            run.counted = flops.StageFlops(vision, projector, 0, llm.prefill, llm.decode, llm.operators)
-
-    def ideal(self, source: _Run, name: str) -> _Run:
-        """The cell that feeds the LLM the embeddings which `source` left over, by hand."""
-        caught: dict[str, Any] = {}
-
-        def catch(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            if "embeds" not in caught and isinstance(kwargs.get("inputs_embeds"), Tensor):
-                caught["embeds"] = kwargs["inputs_embeds"].detach().clone()
-
-        with _recorded(self.base) as calls, self._pruned(source), torch.no_grad():
-            handle = self.stages.language.register_forward_pre_hook(catch, with_kwargs=True)
-            try:
-                self._generate(source)
-            finally:
-                handle.remove()
-        embeds = caught["embeds"]
-        mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
-        run = _Run(name, "ideal", {"inputs_embeds": embeds, "attention_mask": mask}, ratio=source.ratio)
-        run.visual, run.prompt, run.calls = source.visual, embeds.shape[1], list(calls)
-        return run
-
-
-@contextmanager
-def _recorded(base: Any) -> Iterator[list[tuple[str, dict[str, Any]]]]:
-    """Notes the arguments of the outermost calls of the model's picture and video encoders."""
-    calls: list[tuple[str, dict[str, Any]]] = []
-    patched, depth = [], [0]
-
-    def wrap(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if not depth[0]:
-                names = list(_parameters(original))
-                calls.append((name, {**dict(zip(names, args, strict=False)), **kwargs}))
-            depth[0] += 1
-            try:
-                return original(*args, **kwargs)
-            finally:
-                depth[0] -= 1
-
-        return call
-
-    try:
-        for name in ENCODERS:
-            if hasattr(base, name):
-                setattr(base, name, wrap(name, getattr(base, name)))
-                patched.append(name)
-        yield calls
-    finally:
-        for name in patched:
-            base.__dict__.pop(name, None)
-
-
-def _parameters(function: Callable[..., Any]) -> Iterator[str]:
-    return (name for name in inspect.signature(function).parameters if name not in ("self", "kwargs"))
-
-
-def _batch(run: _Run) -> int:
-    return int(next(v for v in run.inputs.values() if isinstance(v, Tensor)).shape[0])
-
-
-def _distinct(runs: Sequence[_Run]) -> None:
+def _distinct(runs: Sequence[Run]) -> None:
     """Number the runs that would print alike, such as one method with two sets of options."""
     seen: dict[str, int] = {}
     for run in runs:
         seen[run.name] = seen.get(run.name, 0) + 1
         if seen[run.name] > 1:
             run.name = f"{run.name} #{seen[run.name]}"
-
-
-def _kept(pruning: Any) -> int:
-    """Visual columns of the longest prompt that stay, separators included."""
-    per_row: dict[int, int] = {}
-    for stream in pruning.last.streams:
-        per_row[stream.row] = per_row.get(stream.row, 0) + stream.kept + stream.separators_kept
-    return max(per_row.values(), default=0)
-
-
-def visual_columns(model: Any, inputs: Mapping[str, Any]) -> int:
-    """Placeholder columns of the longest prompt."""
-    ids = inputs.get("input_ids")
-    if not isinstance(ids, Tensor):
-        return 0
-    config = getattr(model, "config", None)
-    tokens = [getattr(config, name, None) for name in ("image_token_id", "video_token_id")]
-    visual = torch.zeros_like(ids, dtype=torch.bool)
-    for token in tokens:
-        if token is not None:
-            visual |= ids == token
-    return int(visual.sum(1).max())
-
-
-def name_of(method: Any) -> str:
-    """The name to print for a method given by name, as an object or as several of different stages."""
-    if isinstance(method, str):
-        return method
-    if isinstance(method, Sequence):
-        return "+".join(name_of(m) for m in method)
-    return str(method.info.name)
 
 
 def environment(model: Any, device: torch.device, repeats: int, warmup: int) -> dict[str, Any]:
@@ -219,6 +50,9 @@ def environment(model: Any, device: torch.device, repeats: int, warmup: int) -> 
         "attention": str(getattr(config, "_attn_implementation", "?")),
         "repeats": repeats,
         "warmup": warmup,
+        "peak": "allocated on the GPU"
+        if device.type == "cuda"
+        else "live tensors, scratch memory of operators left out",
     }
 
 
@@ -238,51 +72,59 @@ def profile(
     options: Mapping[str, Any] | None = None,
     progress: Callable[[str], None] | None = None,
     count_flops: bool = True,
+    told: Callable[[str, Any], None] | None = None,
 ) -> ProfileReport:
     """Measure one prompt plain and with every method at every ratio; the model is given back unpruned.
 
     inputs: what `model.generate(**inputs)` takes, on the model's device. methods: names, method objects, or lists of them
     for several stages. processor: for query-aware methods. resized: share of tokens -> inputs made from a smaller picture
     (see `resize.smaller`), the rival of pruning. options: more arguments of `apply` (query, positions, scorer).
-    progress: told each step. A cell that runs out of memory is reported and left out; other errors pass through.
+    progress: told each step. told: given each pruned run's name and what its pruning did, for pictures. A run that gets out
+    of memory is reported and left out, the plain one too, and so is a method that cannot work on this model or prompt;
+    other errors pass through.
     """
     device = next(model.parameters()).device
     ratios = [check_ratio(r) for r in ratios]
+    for method in methods:
+        stages_of(method)  # an unknown name is refused before anything runs
     with torch.no_grad():
         tokprune.remove(model)
         profiler = Profiler(model, new_tokens, device, processor)
         full = visual_columns(model, inputs)
         length = int(inputs["input_ids"].shape[1])
-        runs = [_Run(PLAIN, "plain", inputs, visual=full, prompt=length)]
+        runs = [Run(PLAIN, "plain", inputs, visual=full, prompt=length)]
         runs += [
-            _Run(f"{name_of(m)} {r:g}", "pruned", inputs, m, name_of(m), r, options=dict(options or {}))
+            Run(f"{name_of(m)} {r:g}", "pruned", inputs, m, name_of(m), r, options=dict(options or {}))
             for r in ratios
             for m in methods
         ]
         _distinct(runs)
+        pruned = {run.name for run in runs if run.kind == "pruned"}
         failed: dict[str, str] = {}
         notes: list[str] = []
 
-        def out_of_memory(cell: str, error: BaseException) -> bool:
-            if not isinstance(error, torch.OutOfMemoryError):
+        def excused(cell: str, error: BaseException) -> bool:
+            if isinstance(error, TokpruneError) and cell in pruned:
+                failed[cell] = str(error)  # this method cannot work here; the others may
+                return True
+            if not is_out_of_memory(error):
                 return False
-            failed[cell] = f"out of memory on {device}; try a smaller batch, fewer new tokens or a lower ratio"
+            failed[cell] = f"out of memory on {device}; {ADVICE}"
             if device.type == "cuda":
                 torch.cuda.empty_cache()
             return True
 
-        runs += _rivals(profiler, runs, ratios, ideal, resized, notes, out_of_memory)
-        alive = [run for run in runs if run.name not in failed]
+        runs += _rivals(profiler, inputs, full, ratios, ideal, resized, notes, excused)
         say = progress or (lambda text: None)
-        if count_flops:
-            for run in alive:
-                say(f"counting FLOPs: {run.name}")
-                try:
-                    profiler.count(run)
-                except torch.OutOfMemoryError as error:
-                    out_of_memory(run.name, error)
+        for run in runs if count_flops else ():
+            say(f"counting FLOPs: {run.name}")
+            try:
+                profiler.look(run, told)
+            except Exception as error:
+                if not excused(run.name, error):
+                    raise
         cells = {run.name: _timed(profiler, run, say) for run in runs if run.name not in failed}
-        times = interleave(cells, repeats, warmup, on_error=out_of_memory)
+        times = interleave(cells, repeats, warmup, on_error=excused)
     shape = formulas.DecoderShape.of(model.config)
     return ProfileReport(
         name or type(model).__name__,
@@ -295,10 +137,18 @@ def profile(
         memory.weight_bytes(nn.ModuleList([profiler.stages.vision, *profiler.stages.projectors])),
         failed,
         tuple(notes),
+        config=_without_paths(json.loads(profiler.model.config.to_json_string(use_diff=False))),
     )
 
 
-def _timed(profiler: Profiler, run: _Run, say: Callable[[str], None]) -> Callable[[], dict[str, float]]:
+def _without_paths(config: Any) -> Any:
+    """A config as plain data without the folder that it was read from."""
+    if not isinstance(config, dict):
+        return config
+    return {key: _without_paths(value) for key, value in config.items() if key != "_name_or_path"}
+
+
+def _timed(profiler: Profiler, run: Run, say: Callable[[str], None]) -> Callable[[], dict[str, float]]:
     def call() -> dict[str, float]:
         say(f"timing: {run.name}")
         return profiler.once(run)
@@ -308,46 +158,50 @@ def _timed(profiler: Profiler, run: _Run, say: Callable[[str], None]) -> Callabl
 
 def _rivals(
     profiler: Profiler,
-    runs: Sequence[_Run],
+    inputs: Mapping[str, Any],
+    full: int,
     ratios: Sequence[float],
     ideal: bool,
     resized: Callable[[float], Mapping[str, Any]] | None,
     notes: list[str],
-    out_of_memory: Callable[[str, BaseException], bool],
-) -> list[_Run]:
+    excused: Callable[[str, BaseException], bool],
+) -> list[Run]:
     """The ideal and the resized cell of every ratio, where they can be had; what cannot be is noted."""
-    out: list[_Run] = []
+    out: list[Run] = []
     for ratio in ratios:
-        source = next((r for r in runs if r.ratio == ratio), None)
-        if source is None:
-            continue
         if ideal:
+            # Which tokens they are makes no difference to the time, only how many: the cheapest exact method picks them.
+            source = Run("uniform", "pruned", inputs, "uniform", ratio=ratio)
+            name = f"ideal {ratio:g}"
             try:
                 profiler.once(source)
-                run = profiler.ideal(source, f"ideal {ratio:g}")
+                run = profiler.ideal(source, name)
                 profiler.once(run)
                 out.append(run)
-            except torch.OutOfMemoryError as error:
-                out_of_memory(source.name, error)
             except (TypeError, ValueError, KeyError, AttributeError) as error:
-                notes.append(f"ideal {ratio:g}: this model does not generate from embeddings ({str(error)[:80]})")
+                notes.append(f"{name}: this model does not generate from embeddings ({str(error)[:80]})")
+            except Exception as error:
+                if not excused(name, error):
+                    raise
         if resized is not None and ratio < 1:
             smaller = resized(ratio)
             visual = visual_columns(profiler.model, smaller)
-            if visual >= runs[0].visual:
+            if visual >= full:
                 notes.append(f"resized {ratio:g}: this processor makes {visual} tokens of a picture of any size")
                 continue
             prompt = int(smaller["input_ids"].shape[1])
-            out.append(_Run(f"resized {ratio:g}", "resized", smaller, ratio=ratio, visual=visual, prompt=prompt))
+            out.append(Run(f"resized {ratio:g}", "resized", smaller, ratio=ratio, visual=visual, prompt=prompt))
     return out
 
 
 def _cell(
-    model: Any, run: _Run, times: dict[str, Measurement], full: int, shape: formulas.DecoderShape, new_tokens: int
+    model: Any, run: Run, times: dict[str, Measurement], full: int, shape: formulas.DecoderShape, new_tokens: int
 ) -> Cell:
-    cached = run.prompt + new_tokens - 1  # the last token is never fed back
-    batch = _batch(run)
+    fed = new_tokens - 1  # the last token is never fed back
     dtype = next(model.parameters()).dtype
+    expected = memory.kv_cache_bytes_of(model.config, run.prompt + fed, run.batch, dtype) if run.before_llm else None
+    per_layer = not run.before_llm and len(run.cached) == shape.layers
+    tokens = [n - fed for n in run.cached] if per_layer else run.prompt
     return Cell(
         run.name,
         run.kind,
@@ -358,8 +212,9 @@ def _cell(
         run.label,
         run.ratio,
         run.counted.to_dict() if run.counted else {},
-        {name: formulas.formula_total(layer, run.prompt, shape) for name, layer in formulas.FORMULAS.items()},
+        {name: formulas.formula_total(layer, tokens, shape) for name, layer in formulas.FORMULAS.items()},
         run.cache_bytes,
-        memory.kv_cache_bytes_of(model.config, cached, batch, dtype),
+        expected,
         run.peak,
+        tokens={"projector": run.projected, "llm": run.visual, "prompt": run.prompt, "cached": run.cached},
     )

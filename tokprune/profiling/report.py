@@ -1,36 +1,21 @@
-"""What a profile found: cells of measurements, as data, versioned JSON and a table with units."""
+"""What a profile found: cells of measurements, as data, versioned JSON, and the findings in sentences."""
 
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tokprune.errors import OptionError
-from tokprune.profiling.memory import readable
+from tokprune.profiling.stages import STAGES
 from tokprune.profiling.timing import Measurement
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 TYPE, VERSION = "tokprune.ProfileReport", 1
 PLAIN = "plain"
-HEADS = (
-    "run",
-    "visual tokens",
-    "vision ms",
-    "select ms",
-    "prefill ms",
-    "TTFT ms",
-    "decode tok/s",
-    "total ms",
-    "faster",
-    "KV cache",
-    "peak",
-    "FLOPs",
-)
+NOISY = 0.1  # spread of the total, as a share of its median, from which on a report warns
 
 
 @dataclass(frozen=True)
@@ -41,7 +26,8 @@ class Cell:
     "resized" (a smaller picture instead of pruning). visual: visual tokens per prompt that the LLM receives, of `visual_full`.
     prompt: columns that the LLM runs. flops: FLOPs by stage, exact, decode being one step. formulas: the papers' numbers
     (multiply-adds) for the LLM at that length. cache_bytes: KV cache after the run; cache_expected: by arithmetic.
-    peak_bytes: peak of the device with weights, None where no such count exists.
+    peak_bytes: peak with weights, of the device where it keeps a count, else of live tensors. tokens: per prompt, into the
+    projector, into the LLM (visual, and all), and in each layer's cache after the run.
     """
 
     name: str
@@ -58,6 +44,7 @@ class Cell:
     cache_expected: int | None = None
     peak_bytes: int | None = None
     note: str = ""
+    tokens: dict[str, Any] = field(default_factory=dict)
 
     def flops_total(self, new_tokens: int) -> int:
         """FLOPs from pixels to `new_tokens` tokens."""
@@ -66,6 +53,13 @@ class Cell:
             return 0
         once = sum(int(f[name]) for name in ("vision", "projector", "select", "prefill"))
         return once + max(new_tokens - 1, 0) * int(f["decode"])
+
+    @property
+    def remainder(self) -> float:
+        """Share of the whole that no stage explains, the median over the runs; negative where the stages overlap it."""
+        samples = self.times["total"].samples
+        sums = [sum(self.times[s].samples[i] for s in STAGES) for i in range(len(samples))]
+        return float(statistics.median(1 - part / whole for part, whole in zip(sums, samples, strict=True)))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -83,6 +77,7 @@ class ProfileReport:
     """Cells of one profile with everything needed to repeat it. failed: cell -> why it gave no numbers.
 
     weight_bytes: of the whole model; vision_bytes: the part of them in tower and projector, which decoding does not read.
+    config: the model's, as transformers writes it. published: what others report of this model, with ours beside it.
     """
 
     model: str
@@ -95,26 +90,88 @@ class ProfileReport:
     vision_bytes: int = 0
     failed: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    published: tuple[str, ...] = ()
+    published: tuple[Any, ...] = ()
+    command: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
 
     def cell(self, name: str) -> Cell:
         """The cell called `name`."""
         for found in self.cells:
             if found.name == name:
                 return found
-        raise OptionError(f"no cell {name!r}; there are: {', '.join(c.name for c in self.cells)}.")
+        why = f" It failed: {self.failed[name]}." if name in self.failed else ""
+        raise OptionError(f"no cell {name!r}; there are: {', '.join(c.name for c in self.cells) or 'none'}.{why}")
 
     @property
     def plain(self) -> Cell:
-        """The unpruned run."""
+        """The unpruned run; raises OptionError when it failed."""
         return self.cell(PLAIN)
 
-    def speedup(self, cell: Cell, what: str = "total") -> float:
-        """How many times faster than the plain run, by medians; `decode_tokens_per_s` is read the right way round."""
-        ours, base = cell.times[what].median, self.plain.times[what].median
+    def find(self, kind: str, ratio: float | None = None) -> Cell | None:
+        """The first cell of a kind at a ratio, None when there is none."""
+        return next((c for c in self.cells if c.kind == kind and c.ratio == ratio), None)
+
+    def speedup(self, cell: Cell, what: str = "total") -> float | None:
+        """How many times faster than the plain run, by medians; None when that one failed.
+
+        `decode_tokens_per_s` is read the right way round.
+        """
+        plain = self.find("plain")
+        if plain is None:
+            return None
+        ours, base = cell.times[what].median, plain.times[what].median
         if what == "decode_tokens_per_s":
             return ours / base if base else 0.0
         return base / ours if ours else 0.0
+
+    @property
+    def title(self) -> str:
+        """Model, device and setting in a line."""
+        env = self.environment
+        place = env.get("device_name") or env.get("device", "?")
+        return f"{self.model} on {place}, {env.get('dtype', '?')}, batch {self.batch}, {self.new_tokens} new tokens"
+
+    def findings(self, ratio: float | None = None) -> list[str]:
+        """What the numbers say, a sentence each: every pruned cell (of one ratio) beside its ideal and its rival."""
+        out = []
+        for cell in self.cells:
+            if cell.kind != "pruned" or self.find("plain") is None or ratio not in (None, cell.ratio):
+                continue
+            sooner, faster = self.speedup(cell, "ttft") or 0.0, self.speedup(cell) or 0.0
+            beside = [
+                f"{kind} {self.speedup(other) or 0.0:.2f} x"
+                for kind in ("ideal", "resized")
+                if (other := self.find(kind, cell.ratio)) is not None
+            ]
+            rivals = f" ({', '.join(beside)})" if beside else ""
+            cost = cell.times["select"].median / cell.times["ttft"].median if cell.times["ttft"].median else 0.0
+            out.append(
+                f"{cell.name}: first token {sooner:.2f} x as fast, whole answer {faster:.2f} x{rivals}; "
+                f"selecting and placing takes {100 * cost:.2g} % of the time to the first token"
+            )
+        return out
+
+    @property
+    def noise(self) -> float:
+        """Typical spread of a run's total, as a share of its median."""
+        shares = [c.times["total"].spread / c.times["total"].median for c in self.cells if c.times["total"].median]
+        return float(statistics.median(shares)) if shares else 0.0
+
+    @property
+    def warning(self) -> str:
+        """What to think of noisy numbers, empty where they are steady."""
+        if self.noise <= NOISY:
+            return ""
+        return (
+            f"noisy: runs of one cell typically spread by {100 * self.noise:.0f} % of their median, so that small differences "
+            "mean nothing; leave the machine alone and raise --repeats"
+        )
+
+    @property
+    def explained(self) -> str:
+        """How well the parts add up to the whole, in words."""
+        worst = max((abs(c.remainder) for c in self.cells), default=0.0)
+        return f"the stages add up to the total within {100 * worst:.2g} %"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data with type and version."""
@@ -150,63 +207,27 @@ class ProfileReport:
         """Read a report that `save` wrote."""
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise OptionError(f"cannot read the profile {path}: {error}") from error
         return ProfileReport.from_dict(data)
 
-    def table(self) -> Table:
-        """The cells as a rich table; times are medians over the runs with half the interquartile range."""
-        from rich.table import Table
+    def table(self, width: int | None = None) -> Any:
+        """The tables for a terminal: where the time goes, and what it costs in tokens, FLOPs and bytes.
 
-        env = self.environment
-        place = env.get("device_name") or env.get("device", "?")
-        title = f"{self.model} on {place}, {env.get('dtype', '?')}, batch {self.batch}, {self.new_tokens} new tokens"
-        table = Table(title=title, caption=self._caption(), title_justify="left", caption_justify="left")
-        rows = [self._row(cell) for cell in self.cells]
-        for i, head in enumerate(HEADS):
-            if any(row[i] for row in rows):  # no peak on devices that keep no count
-                table.add_column(head, justify="right" if i else "left", no_wrap=True)
-        for row in rows:
-            table.add_row(*(text for i, text in enumerate(row) if any(r[i] for r in rows)))
-        return table
+        width: columns of the terminal; below 116, medians stand without their spread.
+        """
+        from rich.console import Group
 
-    def _row(self, cell: Cell) -> list[str]:
-        def ms(*names: str) -> str:
-            value = sum(cell.times[n].median for n in names)
-            spread = max(cell.times[n].spread for n in names)
-            return f"{value:.1f} ± {spread:.1f}" if value < 100 else f"{value:.0f} ± {spread:.0f}"
+        from tokprune.profiling.tables import WIDE, cost_table, time_table, to_rich
 
-        share = f" ({100 * cell.visual / cell.visual_full:.3g} %)" if cell.visual < cell.visual_full else ""
-        return [
-            cell.name,
-            f"{cell.visual}{share}",
-            ms("vision", "projector"),
-            ms("select"),
-            ms("prefill"),
-            ms("ttft"),
-            f"{cell.times['decode_tokens_per_s'].median:.1f}",
-            ms("total"),
-            "1" if cell.kind == "plain" else f"{self.speedup(cell):.2f} x",
-            "" if cell.cache_bytes is None else readable(cell.cache_bytes),
-            "" if cell.peak_bytes is None else readable(cell.peak_bytes),
-            flops_text(cell.flops_total(self.new_tokens)) if cell.flops else "",
-        ]
-
-    def _caption(self) -> str:
-        lines = [
-            f"median ± half the interquartile range of {self.environment.get('repeats', '?')} runs in changing order"
-        ]
-        if any(c.kind == "ideal" for c in self.cells):
-            lines.append("ideal: the same LLM fed the reduced embeddings by hand, without the cost of selecting")
-        if any(c.kind == "resized" for c in self.cells):
-            lines.append("resized: a smaller picture with about as many tokens, nothing pruned")
-        lines += [f"{name}: {why}" for name, why in self.failed.items()]
-        return "\n".join([*lines, *self.notes])
+        narrow = width is not None and width < WIDE
+        times = to_rich(time_table(self, brief=True), self.title, narrow)
+        return Group(times, to_rich(cost_table(self, brief=True), None, narrow))
 
 
 def flops_text(n: float) -> str:
     """A number of FLOPs for people: '3.82 TFLOPs'."""
-    for size, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
+    for size, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(n) >= size:
             return f"{n / size:.3g} {unit}FLOPs"
     return f"{n:.0f} FLOPs"

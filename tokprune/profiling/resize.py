@@ -1,52 +1,118 @@
-"""The honest rival of pruning: the same prompt with a smaller picture."""
+"""Pictures of another size: the honest rival of pruning (a smaller picture), and prompts of a wanted number of visual tokens."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from tokprune.errors import OptionError
+from tokprune.profiling.presets import Preset
+from tokprune.viz.resolution import Size
 
-Prepare = Callable[[Image.Image], Mapping[str, Any]]
+Inputs = Mapping[str, Any]
+Prepare = Callable[[Image.Image], Inputs]
+AtScale = Callable[[float], Inputs]  # factor of height and width -> inputs
+LEAST = 16  # pixels of a side: below, processors no longer know which axis holds the channels
+MOST = 64.0  # a picture is made larger or smaller by at most this factor
 
 
-def smaller(
-    prepare: Prepare, image: Image.Image, count: Callable[[Mapping[str, Any]], int], steps: int = 10
-) -> Callable[[float], Mapping[str, Any]]:
+def scaled_picture(image: Image.Image, factor: float) -> Image.Image:
+    """The picture with both sides times `factor`, at least LEAST pixels each unless they were fewer."""
+    size = (_side(image.width, factor), _side(image.height, factor))
+    return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def _side(pixels: int, factor: float) -> int:
+    return max(min(LEAST, pixels), round(pixels * factor))
+
+
+def scaled_frames(frames: Any, factor: float) -> Any:
+    """The frames (T, H, W, 3) uint8 of a clip, each scaled."""
+    return np.stack([np.asarray(scaled_picture(Image.fromarray(frame), factor)) for frame in frames])
+
+
+def at_count(
+    at_scale: AtScale, count: Callable[[Inputs], int], wanted: float, full: int | None = None, steps: int = 12
+) -> tuple[Inputs, int]:
+    """Inputs with about `wanted` visual tokens, and how many they have: the nearest that a search over picture sizes finds.
+
+    at_scale: factor -> inputs, 1 being the picture as given. count: inputs -> visual tokens. full: the count at factor 1,
+    where it is known. Tokens grow with the area, in steps; processors that make a fixed number give that.
+    """
+    if wanted < 1:
+        raise OptionError(f"{wanted:g} visual tokens; ask for at least 1.")
+    first = full if full is not None else count(at_scale(1.0))
+    factor = min(max(math.sqrt(wanted / max(first, 1)), 1 / MOST), MOST)
+    low, high = 1 / MOST, MOST
+    best, found = None, 0
+    seen = {first}
+    for step in range(steps):
+        trial = at_scale(factor)
+        got = count(trial)
+        if best is None or abs(got - wanted) < abs(found - wanted):
+            best, found = trial, got
+        if abs(got - wanted) <= max(0.5, 0.02 * wanted):
+            break
+        seen.add(got)
+        if step >= 2 and len(seen) == 1:  # a processor that makes a fixed number
+            break
+        low, high = (low, min(high, factor)) if got > wanted else (max(low, factor), high)
+        # A step towards the count if it stays inside what is known, else the middle of it.
+        guess = factor * math.sqrt(wanted / max(got, 1))
+        factor = guess if low < guess < high and step < 4 else math.sqrt(low * high)
+        if high / low < 1.004:
+            break
+    assert best is not None
+    return best, found
+
+
+def smaller(prepare: Prepare, image: Image.Image, count: Callable[[Inputs], int]) -> Callable[[float], Inputs]:
     """A function from a share of tokens to inputs made of the picture scaled down until it gives about so many.
 
-    prepare: picture -> inputs, through the processor. count: inputs -> visual tokens. Processors that make a fixed number
-    of tokens give the same count at any size; the inputs of the smallest picture tried come back then.
+    prepare: picture -> inputs, through the processor. Processors that make a fixed number of tokens give the same count at
+    any size.
     """
     if min(image.size) < 1:
         raise OptionError(f"the picture is {image.width} x {image.height} pixels; it needs at least one.")
-    full = count(prepare(image))
+    return shrinking(lambda factor: prepare(scaled_picture(image, factor)), count)
 
-    def scaled(factor: float) -> Mapping[str, Any]:
-        size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
-        return prepare(image.resize(size, Image.Resampling.LANCZOS))
 
-    def inputs_for(share: float) -> Mapping[str, Any]:
-        wanted = share * full
-        factor = share**0.5  # tokens grow with the area
-        best = scaled(factor)
-        low, high = 0.0, 1.0
-        for _ in range(steps):
-            found = count(best)
-            if abs(found - wanted) <= max(1.0, 0.02 * wanted):
-                break
-            if found > wanted:
-                high = factor
-            else:
-                low = factor
-            factor = (low + high) / 2
-            trial = scaled(factor)
-            if abs(count(trial) - wanted) <= abs(found - wanted):
-                best = trial
-            elif abs(high - low) < 0.02:
-                break
-        return best
+def shrinking(at_scale: AtScale, count: Callable[[Inputs], int]) -> Callable[[float], Inputs]:
+    """The same for anything that can be scaled, such as the frames of a clip."""
+    full = count(at_scale(1.0))
+
+    def inputs_for(share: float) -> Inputs:
+        return at_count(at_scale, count, max(1.0, share * full), full)[0]
 
     return inputs_for
+
+
+def preset_size(known: Preset, wanted: int, frames: int | None = None) -> tuple[Size, int]:
+    """The picture size (height, width) that gives a preset the nearest to `wanted` candidate tokens, and that number.
+
+    The usual proportions first; others, up to six times as wide as high, where those come much nearer (tiles of InternVL
+    depend on the proportions alone).
+    """
+    if wanted < 1:
+        raise OptionError(f"{wanted} visual tokens; ask for at least 1.")
+    shapes: list[Size] = [known.default_size, *((448, 448 * k) for k in range(1, 7))]
+    best: tuple[int, Size, int] | None = None
+    for height, width in shapes:
+        guess = math.sqrt(wanted / known.tokens((height, width), frames))
+        for step in sorted(range(-160, 161), key=abs):
+            factor = min(max(guess * 1.01**step, 1 / MOST), MOST)
+            size = (max(1, round(height * factor)), max(1, round(width * factor)))
+            got = known.tokens(size, frames)
+            if best is None or abs(got - wanted) < best[0]:
+                best = (abs(got - wanted), size, got)
+            if got == wanted:
+                break
+        assert best is not None
+        if best[0] <= 0.02 * wanted:
+            break
+    assert best is not None
+    return best[1], best[2]

@@ -69,12 +69,19 @@ class Point:
         return out
 
 
-def _axes(width: float, height: float) -> tuple[Figure, Axes]:
+def require() -> None:
+    """Raise the error that says how to install matplotlib where it is missing."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise missing_extra("matplotlib", "plot", "drawing plots") from error
+
+
+def _axes(width: float, height: float) -> tuple[Figure, Axes]:
+    require()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), dpi=150, facecolor=_hex(style.PAPER), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -224,7 +231,8 @@ def latency_bars(report: ProfileReport, *, title: str = "", decode: bool = True)
         left = [a + b for a, b in zip(left, widths, strict=True)]
     for i, (cell, end) in enumerate(zip(cells, left, strict=True)):
         whole = "total" if decode else "ttft"
-        faster = "" if cell.kind == "plain" else f"   {report.speedup(cell, whole):.2f} x"
+        gain = None if cell.kind == "plain" else report.speedup(cell, whole)
+        faster = "" if gain is None else f"   {gain:.2f} x"
         axes.annotate(
             f"{cell.times[whole].median:.0f} ms{faster}",
             (end, i),
@@ -240,7 +248,7 @@ def latency_bars(report: ProfileReport, *, title: str = "", decode: bool = True)
     what = f"ms, median of {report.environment.get('repeats', '?')} runs" + (
         f", {report.new_tokens} new tokens" if decode else ""
     )
-    _name(axes, title or report.model, what, "")
+    _name(axes, title or report.title, what, "")
     axes.legend(
         frameon=False, fontsize=10, ncols=len(stages), loc="upper left", bbox_to_anchor=(0, -0.16 - 0.5 / len(cells))
     )

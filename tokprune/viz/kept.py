@@ -1,0 +1,76 @@
+"""Pictures of what a pruning kept, from the records that it left: a sheet for a picture, a strip of frames for a clip."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from tokprune.errors import OptionError
+from tokprune.tokens import Selection
+from tokprune.viz.geometry import of_processor
+from tokprune.viz.sheet import Panel, method_sheet, sheet
+from tokprune.viz.strip import frame_strip
+
+
+def kept_on_image(
+    image: Image.Image,
+    records: Mapping[str, Any],
+    processor: Any,
+    *,
+    title: str = "",
+    subtitle: str = "",
+    captions: Mapping[str, str] | None = None,
+) -> Image.Image:
+    """The picture beside what each run kept of it.
+
+    records: by the name to print, what the pruning notes of the picture (a StreamRecord of `pruning.last.streams`).
+    processor: the model's, whose resizing and cropping the patches follow.
+    """
+    if not records:
+        raise OptionError("there is no record to draw; run the pruned model on the picture first.")
+    layouts = {len(r.layout.group) for r in records.values()}
+    if len(layouts) == 1:
+        layout = next(iter(records.values())).layout
+        geometry = of_processor(processor, (image.height, image.width), None, layout)
+        kept: dict[str, Selection] = {name: record.selection for name, record in records.items()}
+        return method_sheet(image, layout, kept, geometry, title=title, subtitle=subtitle, captions=captions)
+    panels = []  # an encoder-stage method leaves fewer candidates than the others: each record has its own layout
+    for name, record in records.items():
+        geometry = of_processor(processor, (image.height, image.width), None, record.layout)
+        one = method_sheet(image, record.layout, {name: record.selection}, geometry, captions=captions)
+        panels.append(Panel(one, ""))
+    return sheet(panels, title, subtitle, 1)
+
+
+def kept_on_clip(
+    frames: np.ndarray[Any, Any] | Sequence[Any],
+    records: Mapping[str, Sequence[Any]],
+    processor: Any,
+    *,
+    title: str = "",
+) -> list[tuple[str, Image.Image]]:
+    """A strip of frames per run, named: each frame with what was kept of it and its share of the budget.
+
+    records: by name, all records of one prompt: one of the whole clip, or one per frame where a model sees a clip as so
+    many pictures.
+    """
+    out = []
+    for name, streams in records.items():
+        heading = f"{title}: {name}" if title else name
+        if len(streams) == 1:
+            record = streams[0]
+            size = (int(np.asarray(frames[0]).shape[0]), int(np.asarray(frames[0]).shape[1]))
+            geometry = of_processor(processor, size, None, record.layout)
+            out.append((name, frame_strip(frames, record.layout, record.selection, geometry, title=heading)))
+            continue
+        panels = []
+        for number, (frame, record) in enumerate(zip(frames, streams, strict=True), 1):
+            picture = Image.fromarray(np.asarray(frame, dtype=np.uint8))
+            geometry = of_processor(processor, (picture.height, picture.width), None, record.layout)
+            one = method_sheet(picture, record.layout, {"": record.selection}, geometry, longest=220)
+            panels.append(Panel(one, f"frame {number}", f"{record.kept} of {record.total} tokens"))
+        out.append((name, sheet(panels, heading)))
+    return out
