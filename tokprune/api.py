@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -13,7 +15,10 @@ from tokprune.adapters.seam import LastRun, Options, Seam
 from tokprune.config import PruneConfig
 from tokprune.errors import OptionError, TokpruneError
 from tokprune.methods.base import ConnectorMethod, Method
+from tokprune.methods.cache_base import CacheMethod
 from tokprune.methods.encoder_base import EncoderMethod
+from tokprune.methods.frames_base import FramesMethod, PerFrame
+from tokprune.registry import get_method
 from tokprune.report import Report
 
 HANDLE = "_tokprune"  # attribute of the model that holds its Pruning
@@ -30,8 +35,9 @@ class Pruning:
         self.processor = processor
         self.adapter = get_adapter(model)
         self.model = self.adapter.model
-        connector, encoder = _stages(config)
+        stages = _stages(config)
         self.encoder: Any = None
+        connector, encoder = stages.seam, stages.encoder
         method: Any = connector
         if encoder is not None:
             from tokprune.adapters.splice import EncoderPruning
@@ -39,11 +45,19 @@ class Pruning:
 
             # The budget is one: the connector's when there is one, and the encoder then follows its own schedule.
             amount = (None, None) if connector is not None else (config.ratio, config.budget)
-            self.encoder = EncoderPruning(model, encoder, *amount)
+            self.encoder = EncoderPruning(model, encoder, *amount, processor=processor)
             encoder.check(self.encoder.tower.depth, amount != (None, None))
             method = AmongSurvivors(connector)
         keep_of = self._keep if connector is not None else lambda n: n
-        options = Options(method, keep_of, config.positions, config.query, processor, scorer, self.encoder)
+        frames = connector if isinstance(connector, PerFrame) else None
+        self.cache: Any = None
+        if stages.cache is not None:
+            from tokprune.adapters.cache_stage import CacheStage
+
+            self.cache = CacheStage(self.adapter, stages.cache, self._keep_keys(stages.cache, alone=method is None))
+            method = get_method("uniform") if method is None else method  # asked to keep all
+        options = Options(method, keep_of, config.positions, config.query, processor, scorer, self.encoder, frames)
+        options.cached = self.cache is not None
         self._seam = Seam(self.adapter, options)
 
     def _install(self) -> None:
@@ -51,6 +65,8 @@ class Pruning:
             self.encoder.install()
         try:
             self._seam.install()
+            if self.cache is not None:
+                self.cache.install()
         except BaseException:
             self.remove()
             raise
@@ -60,6 +76,12 @@ class Pruning:
         if self.config.budget is not None:
             return min(n, self.config.budget)
         return budgets.kept(n, float(self.config.ratio or 1.0))
+
+    def _keep_keys(self, method: CacheMethod, alone: bool) -> Callable[[int], int]:
+        """Visual keys that a decode step uses of n: the ratio or budget is for the cache stage only where it stands alone."""
+        if alone and (self.config.ratio is not None or self.config.budget is not None):
+            return self._keep
+        return functools.partial(budgets.kept, ratio=method.share)
 
     @property
     def last(self) -> LastRun | None:
@@ -74,8 +96,9 @@ class Pruning:
     def remove(self) -> None:
         """Give the model back untouched. Calling it twice is harmless."""
         self._seam.remove()
-        if self.encoder is not None:
-            self.encoder.remove()
+        for stage in (self.encoder, self.cache):
+            if stage is not None:
+                stage.remove()
         if self.active:
             del self.model.__dict__[HANDLE]
 
@@ -103,34 +126,57 @@ class Pruning:
         notes = [] if kind in VERIFIED else [f"{kind} runs through the generic adapter; it is not in the verified list"]
         if self.encoder is not None and self.last is not None:
             notes += str(self.encoder.report()).splitlines()
+        if self.cache is not None and self.last is not None:
+            notes += self.cache.notes()
         return Report.build(self.config, type(self.model).__name__, self.last, notes)
 
     def __repr__(self) -> str:
         methods = " + ".join(m.info.name for m in self.config.methods)
-        amount = f"ratio={self.config.ratio:g}" if self.config.ratio is not None else f"budget={self.config.budget}"
-        return f"<Pruning {type(self.model).__name__} by {methods}, {amount}{'' if self.active else ', removed'}>"
+        amount = "" if self.config.budget is None else f", budget={self.config.budget}"
+        amount = amount if self.config.ratio is None else f", ratio={self.config.ratio:g}"
+        return f"<Pruning {type(self.model).__name__} by {methods}{amount}{'' if self.active else ', removed'}>"
 
 
-def _stages(config: PruneConfig) -> tuple[ConnectorMethod | None, EncoderMethod | None]:
-    """The connector and the encoder method of a config; other stages are refused."""
-    connector: ConnectorMethod | None = None
+@dataclass(frozen=True)
+class Stages:
+    """The methods of a config, one per stage at most."""
+
+    frames: FramesMethod | None = None
     encoder: EncoderMethod | None = None
+    connector: ConnectorMethod | None = None
+    cache: CacheMethod | None = None
+
+    @property
+    def seam(self) -> ConnectorMethod | None:
+        """What chooses between encoder and LLM: the connector method, inside each frame when there is a frames method."""
+        return self.connector if self.frames is None else PerFrame(self.frames, self.connector)
+
+
+BASES: dict[str, type[Method]] = {
+    "frames": FramesMethod,
+    "encoder": EncoderMethod,
+    "connector": ConnectorMethod,
+    "cache": CacheMethod,
+}
+"""The stages that run in a model, and what their methods derive from."""
+
+
+def _stages(config: PruneConfig) -> Stages:
+    """The methods of a config by their stage; other stages are refused."""
+    found: dict[str, Any] = {}
     for method in config.methods:
-        if method.stage == "connector" and isinstance(method, ConnectorMethod):
-            connector = method
-        elif method.stage == "encoder" and isinstance(method, EncoderMethod):
-            encoder = method
-        elif method.stage in ("connector", "encoder"):
-            raise OptionError(
-                f"{type(method).__name__} must derive from tokprune.methods.base.ConnectorMethod or "
-                "tokprune.methods.encoder_base.EncoderMethod."
-            )
-        else:
+        base = BASES.get(method.stage)
+        if base is None:
             raise OptionError(
                 f"method {method.info.name!r} belongs to the stage {method.stage!r}, which this version cannot run in a model yet; the "
-                "stages encoder and connector can."
+                f"stages {', '.join(BASES)} can."
             )
-    return connector, encoder
+        if not isinstance(method, base):
+            raise OptionError(
+                f"{type(method).__name__} is of the stage {method.stage!r}, so it must derive from {base.__module__}.{base.__name__}."
+            )
+        found[method.stage] = method
+    return Stages(**found)
 
 
 def apply(
@@ -151,12 +197,19 @@ def apply(
     tokens kept per image or video. positions: "keep" leaves the kept tokens' position ids, "compact" re-numbers, "auto"
     re-numbers for one-dimensional RoPE and keeps for M-RoPE, as the published implementations do. query: the question,
     for query-aware methods (one, or one per prompt); with `processor` it is cut out of the prompt. scorer: an object with
-    embed_text and embed_image, or "open_clip:<model>/<weights>", for methods that compare text with patches. options: the
+    embed_text and embed_image (embed_picture, for frames), or "open_clip:<model>/<weights>", for methods that compare text with
+    pictures. options: the
     method's own fields.
+
+    A method of the frames stage shares a video's budget out over its frames: method="quota", or ["quota", "divprune"] to choose
+    by the second inside each frame; images of the same prompt go to the second alone, or stay whole.
 
     A method of the encoder stage reduces the vision tower itself, and a VLM's LLM then gets one token per group. Stages compose:
     method=[get_method("tome", r=1), "divprune"]; the ratio is the connector's then. `model` may also be a timm or open_clip
     ViT: ratio is optional for methods with a schedule of their own (`apply(vit, "tome", r=8)`), the handle an EncoderPruning.
+
+    A method of the cache stage lets each new token read a part of the visual keys: method=["dycoke", "dycoke_cache"]. Its share
+    is its own there; alone, the ratio is.
 
     Applying again replaces. Raises UnsupportedModelError for models that cannot be pruned, OptionError and BudgetError for
     arguments that cannot be used; the model is then as it was.
@@ -177,7 +230,9 @@ def apply(
         from tokprune.adapters.splice import apply_encoder
 
         remove(model)
-        return apply_encoder(model, config.methods[0], ratio=config.ratio, budget=config.budget)  # type: ignore[return-value]
+        return apply_encoder(  # type: ignore[return-value]
+            model, config.methods[0], ratio=config.ratio, budget=config.budget, processor=processor
+        )
     pruning = Pruning(model, config, processor, scorer)
     remove(pruning.model)
     pruning._install()

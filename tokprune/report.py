@@ -13,7 +13,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StreamReport:
-    """One image or video: kept of total candidate tokens, newline separators beside them, what the choice was based on."""
+    """One image or video: kept of total candidate tokens, newline separators beside them, what the choice was based on.
+
+    frames: tokens kept of each frame of a video (of a temporal patch, where the model joins two), None for what is none.
+    timestamps: their seconds, where the model's inputs tell.
+    """
 
     row: int
     modality: str
@@ -25,6 +29,19 @@ class StreamReport:
     question_source: str | None = None
     signals: dict[str, str] = field(default_factory=dict)
     note: str = ""
+    frames: tuple[int, ...] | None = None
+    timestamps: tuple[float, ...] | None = None
+
+    @property
+    def frames_line(self) -> str:
+        """How many frames of a video stay, and the least, middle and most tokens of those that do."""
+        counts = sorted(n for n in self.frames or () if n)
+        if not counts:
+            return ""
+        middle = (counts[(len(counts) - 1) // 2] + counts[len(counts) // 2]) / 2
+        spread = f"{counts[0]} / {middle:g} / {counts[-1]}" if counts[0] != counts[-1] else f"{counts[0]}"
+        kind = " (least / median / most)" if counts[0] != counts[-1] else ""
+        return f"{len(counts)} of {len(self.frames or ())} frames kept, {spread} tokens each{kind}"
 
 
 @dataclass(frozen=True)
@@ -40,13 +57,15 @@ class Report:
     physical_tokens: int = 0
     encode_ms: float = 0.0
     select_ms: float = 0.0
+    score_ms: float = 0.0
     notes: tuple[str, ...] = ()
 
     @staticmethod
     def build(config: PruneConfig, model: str, last: LastRun | None, notes: list[str]) -> Report:
         """The report of `last`, or of a pruning that has not run yet."""
         methods = tuple(m.info.name for m in config.methods)
-        asked = f"ratio {config.ratio:g}" if config.ratio is not None else f"budget {config.budget}"
+        asked = "the method's own share" if config.budget is None else f"budget {config.budget}"
+        asked = asked if config.ratio is None else f"ratio {config.ratio:g}"
         if last is None:
             return Report(model, methods, asked, config.positions, notes=(*notes, "no picture has been seen yet"))
         streams = tuple(
@@ -61,6 +80,8 @@ class Report:
                 s.question_source,
                 dict(s.sources),
                 s.note,
+                s.frame_tokens(),
+                s.layout.timestamps,
             )
             for s in last.streams
         )
@@ -74,6 +95,7 @@ class Report:
             last.length,
             last.encode_ms,
             last.select_ms,
+            last.score_ms,
             tuple(notes),
         )
 
@@ -101,6 +123,8 @@ class Report:
             share = f" ({s.kept / s.total:.1%})" if s.total else ""
             extra = f", {s.separators_kept}/{s.separators} separators" if s.separators else ""
             lines.append(f"  prompt {s.row}, {s.modality}: {s.kept}/{s.total} tokens{share}{extra}")
+            if s.frames_line:
+                lines.append(f"    {s.frames_line}")
             if s.question is not None:
                 lines.append(f"    question ({s.question_source}): {s.question}")
             lines += [f"    {name}: {source}" for name, source in s.signals.items()]
@@ -109,6 +133,8 @@ class Report:
         if self.streams:
             lines.append(
                 f"  prompt of {self.prompt_tokens} tokens runs as {self.physical_tokens}; "
-                f"encode {self.encode_ms:.1f} ms, select {self.select_ms:.1f} ms"
+                f"encode {self.encode_ms:.1f} ms, "
+                + (f"score frames {self.score_ms:.1f} ms, " if self.score_ms else "")
+                + f"select {self.select_ms:.1f} ms"
             )
         return "\n".join([*lines, *(f"  note: {n}" for n in self.notes)])

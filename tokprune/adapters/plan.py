@@ -42,6 +42,13 @@ class StreamRecord:
     sources: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
 
+    def frame_tokens(self) -> tuple[int, ...] | None:
+        """Tokens kept of each frame of a video; None for an image. Asks the device."""
+        if self.layout.kind != "video":
+            return None
+        group = self.layout.group[self.selection.indices.to(self.layout.group.device)]
+        return tuple(torch.bincount(group, minlength=self.layout.num_groups).tolist())
+
 
 @dataclass
 class Plan:
@@ -157,7 +164,7 @@ def make_plan(
                     question=None if query is None else query.text,
                     question_source=None if query is None else query.source,
                     sources=stream.sources,
-                    note=stream.geometry.note,
+                    note="; ".join(n for n in (stream.geometry.note, stream.note) if n),
                 )
             )
     past = call.get("past_key_values")
@@ -267,7 +274,14 @@ def execute(
     slot.scatter_(1, index, torch.where(used, slots.expand(batch, -1), -1))
     expand = slot.cummax(1).values.clamp(min=0)  # a dropped column answers with the nearest kept one before it
     has_fill = bool((key_mask == 0).any())
-    after = PruneState(columns, plan.shift.to(device), plan.start + offset + length, has_fill)
+    candidate = torch.zeros_like(plan.keep)
+    for record in plan.streams:
+        candidate[record.row, record.candidates.to(device)] = True
+    visual = candidate[:, offset : offset + length].gather(1, index) & used
+    seen = state.visual if state is not None and state.visual is not None else visual[:, :0]
+    seen = torch.nn.functional.pad(seen.to(device), (0, held - seen.shape[1]))
+    visual = torch.cat([seen, visual], 1)
+    after = PruneState(columns, plan.shift.to(device), plan.start + offset + length, has_fill, visual=visual)
     return new, Frame(past, after, expand), table
 
 

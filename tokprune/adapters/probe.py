@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tokprune.errors import MissingSignalError
+from tokprune.ops.wide import wide
 
 _TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder")
 _BLOCKS = (
@@ -76,11 +77,6 @@ def _norm(attention: nn.Module, name: str) -> nn.Module | None:
     return None if isinstance(module, nn.Identity) else module
 
 
-def wide(x: Tensor) -> Tensor:
-    """`x` in float32, or in float64 when it is that already."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
 @dataclass(frozen=True)
 class Projections:
     """Queries, keys and values of one block, ready for scores, and who may attend to whom.
@@ -111,6 +107,12 @@ class Projections:
         real = mask.any(-2, keepdim=True)  # a key that nobody sees is padding, and so is the query beside it
         return mask & real.transpose(-1, -2)
 
+    def _bias(self) -> Tensor | None:
+        """(B, 1, 1, N) what a float mask of keys alone adds to their logits, where it does not hide them; None: nothing."""
+        if self.mask is None or not self.mask.is_floating_point() or self.mask.shape[-2] != 1:
+            return None
+        return wide(self.mask).masked_fill(self.mask <= torch.finfo(self.mask.dtype).min / 2, 0)
+
     def cls_row(self, logits: bool = False, one_head: bool = False) -> Tensor:
         """What the first token attends to, mean over heads. -> (B, N), the first token included."""
         q, k = self._pairs()
@@ -120,6 +122,7 @@ class Projections:
         row = (q[:, :, :1] * scale) @ k.transpose(-1, -2)  # (B, H, 1, N)
         if logits:
             return row.mean(1)[:, 0]
+        row = row if (bias := self._bias()) is None else row + bias
         visible = self._visible()
         if visible is not None:
             row = row.masked_fill(~visible[:, :, :1], -torch.inf)
@@ -143,7 +146,7 @@ class Projections:
         if one_head:
             q, k, scale = _one_head(q), _one_head(k), (q.shape[1] * q.shape[3]) ** -0.5
         if self.segments is None:
-            return _column_mean(q, k, scale, self._visible(), logits)
+            return _column_mean(q, k, scale, self._visible(), logits, None if values else self._bias())
         # Segments of equal length are one batch; a video's frames and a tower's windows are many and alike.
         lengths = torch.tensor(self.segments)
         starts = lengths.cumsum(0) - lengths
@@ -168,7 +171,9 @@ def _one_head(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)[:, None]
 
 
-def _column_mean(q: Tensor, k: Tensor, scale: float, visible: Tensor | None, logits: bool) -> Tensor:
+def _column_mean(
+    q: Tensor, k: Tensor, scale: float, visible: Tensor | None, logits: bool, bias: Tensor | None = None
+) -> Tensor:
     """Mean over heads and queries of the attention each key receives, in query chunks. q, k: (B, H, N, d) -> (B, N)."""
     b, h, n, _ = q.shape
     if logits:
@@ -178,6 +183,7 @@ def _column_mean(q: Tensor, k: Tensor, scale: float, visible: Tensor | None, log
     step = max(1, _CHUNK // max(b * h * n, 1))
     for start in range(0, n, step):
         scores = (q[:, :, start : start + step] * scale) @ keys
+        scores = scores if bias is None else scores + bias
         if visible is not None:
             seen = visible[:, :, start : start + step]
             # Queries that see nothing are padding; they give nothing.

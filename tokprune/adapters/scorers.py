@@ -53,6 +53,32 @@ class OpenClipScorer:
     def embed_image(self, pixel_values: Tensor) -> Tensor:
         """Normalised embeddings of the patches of pictures (U, 3, H, W), (U, N, E) in raster order."""
         visual = self.model.visual
+        block = self.block % len(visual.transformer.resblocks)
+        seen = visual.forward_intermediates(
+            self._pixels(pixel_values), indices=[block], intermediates_only=True, output_fmt="NLC"
+        )
+        hidden = seen["image_intermediates"][-1]  # (U, N, width), special tokens cut
+        return F.normalize((visual.ln_post(hidden) @ visual.proj).float(), dim=-1)
+
+    @torch.no_grad()
+    def embed_picture(self, pixel_values: Tensor) -> Tensor:
+        """One normalised embedding per picture (U, 3, H, W), (U, E): what the model compares with texts; for choosing frames."""
+        return F.normalize(self.model.encode_image(self._pixels(pixel_values)).float(), dim=-1)
+
+    @property
+    def logit_scale(self) -> float:
+        """What the model multiplies cosines by."""
+        return float(self.model.logit_scale.exp())
+
+    @property
+    def logit_bias(self) -> float | None:
+        """What a SigLIP model adds to them, None for a CLIP."""
+        bias = getattr(self.model, "logit_bias", None)
+        return None if bias is None else float(bias)
+
+    def _pixels(self, pixel_values: Tensor) -> Tensor:
+        """Another tower's pixels as this model takes them."""
+        visual = self.model.visual
         weight = next(visual.parameters())
         pixels = pixel_values.to(weight.device).float()
         pixels = (pixels * self.std.to(pixels.device) + self.mean.to(pixels.device)).clamp(0, 1)
@@ -64,12 +90,7 @@ class OpenClipScorer:
         pixels = (pixels - torch.tensor(mean, device=pixels.device).view(3, 1, 1)) / torch.tensor(
             std, device=pixels.device
         ).view(3, 1, 1)
-        block = self.block % len(visual.transformer.resblocks)
-        seen = visual.forward_intermediates(
-            pixels.to(weight.dtype), indices=[block], intermediates_only=True, output_fmt="NLC"
-        )
-        hidden = seen["image_intermediates"][-1]  # (U, N, width), special tokens cut
-        return F.normalize((visual.ln_post(hidden) @ visual.proj).float(), dim=-1)
+        return pixels.to(weight.dtype)
 
 
 def load_scorer(name: str, processor: Any = None) -> Any:

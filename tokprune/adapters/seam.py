@@ -19,11 +19,14 @@ import torch
 from torch import Tensor
 
 from tokprune.adapters.base import TYPE_IDS, Adapter, mask_2d
+from tokprune.adapters.frame_scores import FrameScorer
+from tokprune.adapters.layouts import told_by_words
 from tokprune.adapters.plan import Frame, Plan, StreamRecord, clear_raw, columns_of, execute, make_plan
 from tokprune.adapters.query import build_queries, tokenizer_of
 from tokprune.adapters.state import PruneState, Reader, attach_state, get_state, logical_length, physical_length
-from tokprune.adapters.streams import Recorder, build_streams, choose
+from tokprune.adapters.streams import Recorder, Stream, build_streams, choose
 from tokprune.methods.base import ConnectorMethod
+from tokprune.methods.frames_base import PerFrame
 from tokprune.tokens import Query
 
 MODE = "tokprune_mode"  # keyword that prepare_inputs_for_generation adds and the pre-hook takes away
@@ -39,6 +42,7 @@ class LastRun:
     length: int
     encode_ms: float
     select_ms: float
+    score_ms: float = 0.0
 
 
 @dataclass
@@ -52,6 +56,8 @@ class Options:
     processor: Any = None
     scorer: Any = None
     encoder: Any = None  # the EncoderPruning of the same model, whose survivors are the candidates
+    frames: PerFrame | None = None  # the frames method with what works inside the frames; `method` is it, or wraps it
+    cached: bool = False  # a cache stage follows: it needs the record even of a prompt that keeps everything
 
 
 class Mode:
@@ -99,6 +105,7 @@ class Seam:
         self.handles: list[Any] = []
         self.patched: list[tuple[Any, str]] = []
         self.recorder = Recorder(adapter, options.method.needs, options.scorer, options.encoder)
+        self.frame_scorer = FrameScorer.of(adapter, options.frames, options.processor, options.scorer)
         self.last: LastRun | None = None
         self.reader = Reader()
 
@@ -333,12 +340,30 @@ class Seam:
                 )
             if not streams:
                 return None
+            score_ms = self._frames(streams, encoded)
             choose(self.options.method, streams, self.options.keep_of)
-        select_ms = (time.perf_counter() - start) * 1e3
+        select_ms = (time.perf_counter() - start) * 1e3 - score_ms
         plan = make_plan(self.adapter, call, encoded, masks, real, streams, self.options.positions)
+        plan.untouched &= not self.options.cached
         width = max(int(plan.keep.sum(1).max()), 1)
-        self.last = LastRun(plan.keep, plan.streams, plan.policy, width, encode_ms, select_ms)
+        self.last = LastRun(plan.keep, plan.streams, plan.policy, width, encode_ms, select_ms, score_ms)
         return plan
+
+    def _frames(self, streams: list[Stream], encoded: dict[str, Any]) -> float:
+        """Score the frames of videos and note what is none, as the frames method asks. Returns the milliseconds it took."""
+        frames = self.options.frames
+        if frames is None:
+            return 0.0
+        for stream in streams:
+            stream.note = frames.note(stream.tokens)
+            if stream.note and told_by_words(self.adapter.base) and self.options.processor is None:
+                stream.note += "; this model's frames are told from pictures with apply(..., processor=processor) only"
+        start = time.perf_counter()
+        if self.frame_scorer is not None:
+            options, narrows = self.options, self.options.method.narrows
+            asked = [s for s in streams if narrows or options.keep_of(len(s.tokens)) < len(s.tokens)]
+            self.frame_scorer.fill(asked, encoded)
+        return (time.perf_counter() - start) * 1e3
 
     def _queries(self, call: dict[str, Any], real: Tensor, masks: dict[str, Tensor]) -> list[Query | None]:
         if not self.options.method.query_aware:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokprune.adapters.layouts import Call, UnknownGeometryError, arrange, family_of
-from tokprune.adapters.probe import AttentionProbe, Projections, tower_blocks, tower_of, wide
+from tokprune.adapters.probe import AttentionProbe, Projections, tower_blocks, tower_of
 from tokprune.errors import MissingSignalError, OptionError, unknown
+from tokprune.ops.wide import wide
 
 __all__ = ["SignalSet", "block_index", "compute_signals", "required_blocks", "tower_blocks", "tower_of"]
 
@@ -155,17 +156,20 @@ def compute_signals(
     probe: AttentionProbe | None,
     needs: Sequence[str],
     scorer: Any = None,
+    encoder: Any = None,
 ) -> SignalSet:
     """The signals `needs` of one get_image_features or get_video_features call that `probe` listened to.
 
     kwargs, output: of that call. scorer: gives `clip_image` through embed_image(pixels (U, 3, H, W)) -> (U, N, E), one
-    embedding per patch in raster order; it gets the pixels as the processor normalised them.
+    embedding per patch in raster order; it gets the pixels as the processor normalised them. encoder: the EncoderPruning of a
+    tower that is reduced inside; signals of a block with fewer rows are what that block computed, each group's value at the
+    places of its members, 0 for dropped tokens.
     """
     asked = _parse(needs)
     if not asked:
         return SignalSet()
     call = Call(base, modality, kwargs, output)
-    reader = _Reader(call, probe, scorer)
+    reader = _Reader(call, probe, scorer, encoder)
     result = SignalSet()
     for name, kind, spec in asked:
         try:
@@ -180,8 +184,8 @@ def compute_signals(
 class _Reader:
     """Reads the signals of one call; projections of a block are put in order once."""
 
-    def __init__(self, call: Call, probe: AttentionProbe | None, scorer: Any) -> None:
-        self.call, self.scorer = call, scorer
+    def __init__(self, call: Call, probe: AttentionProbe | None, scorer: Any, encoder: Any = None) -> None:
+        self.call, self.scorer, self.encoder = call, scorer, encoder
         self.family = family_of(call.base, call.kwargs)
         self._probe = probe
         self._seen: dict[int, Projections] = {}
@@ -205,9 +209,47 @@ class _Reader:
         if block not in self._seen:
             self._seen[block] = self.probe.projections(block)
         seen = self._seen[block]
-        prefix = self.prefix(seen.q.shape[2])
-        values, source = self.score(kind, seen, prefix > 0, block)
+        if self.encoder is None:
+            prefix = self.prefix(seen.q.shape[2])
+            values, source = self.score(kind, seen, prefix > 0, block)
+        else:
+            values, source = self.reduced(kind, seen, block)
+            prefix = self.prefix(values.shape[1])
         return self.rows(values[:, prefix:]), source
+
+    def reduced(self, kind: str, seen: Projections, block: int) -> tuple[Tensor, str]:
+        """(B, N, ...) values of a block whose rows the encoder stage may have reduced, for all original tokens."""
+        if (
+            self.encoder.channels
+            and kind in ("cls_logits", "cls_attention_1head")
+            and self.encoder.places(block) is not None
+        ):
+            raise MissingSignalError(
+                f"{kind!r} of block {block} has no meaning behind {self.encoder.method.info.name!r}: this tower carries the sizes of merged "
+                "tokens inside queries and keys, so logits and heads taken as one are not the model's own. Take a method that reads "
+                "attention (cls_attention, received_attention) or features, or switch the size weighting off (proportional=False)."
+            )
+        values, source = self.score(kind, seen, self.encoder.tower.cls, block)
+        if kind == "keys" and self.encoder.channels and self.encoder.places(block) is not None:
+            half = self.encoder.channels // 2  # at the end of either half of a head, as rotary embedding pairs them
+            values = values.unflatten(-1, (2, -1))[..., :-half].flatten(-2)
+        packed = seen.segments is not None
+        flat = values.flatten(2) if values.dim() > 2 else values[..., None]
+        wide_rows = self.encoder.widen(block, flat[0] if packed else flat)
+        full = wide_rows[None] if packed else wide_rows
+        return full.reshape(*full.shape[:2], *values.shape[2:]), source
+
+    def frame_sizes(self, block: int) -> Tensor | None:
+        """(K,) queries of the frame that each row of a packed block belongs to, where windows are parts of it; else
+        None.
+        """
+        frame = self.family.frame_sizes(self.call)
+        places = None if self.encoder is None or frame is None else self.encoder.places(block)
+        if frame is None or places is None:
+            return frame
+        number = ((1 / frame.double()).cumsum(0) - 0.5 / frame.double()).floor().long()  # frames are runs of their size
+        mine = number.to(places.device)[places]
+        return torch.bincount(mine)[mine].to(frame)
 
     def score(self, kind: str, seen: Projections, cls: bool, block: int) -> tuple[Tensor, str]:
         """(B, N, ...) values of a block's tokens, special ones included."""
@@ -223,7 +265,7 @@ class _Reader:
                 return seen.cls_value_row(), f"[CLS] row of value similarities {where}"
             return seen.cls_row(logits, one_head), f"[CLS] row of {what} {where}"
         values = kind == "value_attention"
-        frame = self.family.frame_sizes(self.call) if seen.segments is not None else None
+        frame = self.frame_sizes(block) if seen.segments is not None else None
         score = seen.received(logits, one_head, values, None if frame is None else frame.to(seen.q.device))
         source = f"received {'value similarities' if values else what} {where}"
         return score, source if kind == "received_attention" else source + ", the tower has no [CLS]"
@@ -265,8 +307,13 @@ class _Reader:
         kept = getattr(self.call.output, "hidden_states", None)
         if kept is not None and -len(kept) <= layer < len(kept) and isinstance(kept[layer], Tensor):
             return kept[layer]
-        count = len(tower_blocks(self.probe.tower))
-        return self.probe.output(_block_of_layer(layer, count))
+        block = _block_of_layer(layer, len(tower_blocks(self.probe.tower)))
+        seen = self.probe.output(block)
+        if self.encoder is None:
+            return seen
+        return (
+            self.encoder.output(block, seen[0])[None] if self.encoder.tower.packed else self.encoder.output(block, seen)
+        )
 
     def clip(self) -> tuple[Tensor, str]:
         """Patch embeddings of a scorer, lined up with the rows."""

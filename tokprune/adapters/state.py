@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,7 +31,8 @@ class PruneState:
 
     kept: (B, P) logical column of each physical key, -1 for filler. shift: (B, 1) logical minus physical position of the
     next text token. n_logical: logical length covered by `kept`. has_fill: some physical key must stay masked. reader: of
-    the pruning that reads the cache now; without one a model would take prompt columns for keys.
+    the pruning that reads the cache now; without one a model would take prompt columns for keys. visual: (B, P) bool, keys of
+    visual tokens (newlines are none), where known. chosen: what the cache stage decided last, an object with `index(fn)`.
     """
 
     kept: Tensor
@@ -39,10 +40,12 @@ class PruneState:
     n_logical: int
     has_fill: bool
     reader: Reader = field(default_factory=Reader)
+    visual: Tensor | None = None
+    chosen: Any = None
 
     def __deepcopy__(self, memo: Any) -> PruneState:
         """A copied cache is read by the same pruning; a copied model has one of its own."""
-        return PruneState(self.kept.clone(), self.shift.clone(), self.n_logical, self.has_fill, self.reader)
+        return self.index(torch.clone)
 
     @property
     def removed(self) -> int:
@@ -51,7 +54,13 @@ class PruneState:
 
     def index(self, fn: Callable[[Tensor], Tensor]) -> PruneState:
         """The state after `fn` picked or repeated batch rows."""
-        return PruneState(fn(self.kept), fn(self.shift), self.n_logical, self.has_fill, self.reader)
+        return replace(
+            self,
+            kept=fn(self.kept),
+            shift=fn(self.shift),
+            visual=None if self.visual is None else fn(self.visual),
+            chosen=None if self.chosen is None else self.chosen.index(fn),
+        )
 
     def cropped(self, length: int) -> PruneState:
         """The state after the cache lost all but its first `length` physical keys."""
@@ -59,7 +68,8 @@ class PruneState:
             return self
         kept = self.kept[:, :length]
         logical = int(kept.max()) + 1 if kept.numel() else 0
-        return PruneState(kept, self.shift, logical, self.has_fill, self.reader)
+        visual = None if self.visual is None else self.visual[:, :length]
+        return PruneState(kept, self.shift, logical, self.has_fill, self.reader, visual)
 
     def columns(self, length: int) -> Tensor:
         """(B, length) logical column of every physical key, tokens appended after the prefill included."""

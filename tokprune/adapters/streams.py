@@ -24,7 +24,7 @@ from tokprune.methods.base import ConnectorMethod
 from tokprune.tokens import Layout, Query, Selection, VisualTokens
 
 # Needs that do not come from the vision tower's call.
-QUERY_NEEDS = ("clip_text",)
+QUERY_NEEDS = ("clip_text", "frame_scores")
 # Which rows the encoder stage left as groups' own places; given by its handle, not by a probe.
 SURVIVORS = "encoder_survivor"
 
@@ -130,9 +130,8 @@ class Recorder:
             return
         signals = None
         if self.needs:
-            signals = compute_signals(
-                self.adapter.base, modality, arguments, output, self.probe, self.needs, scorer=self.scorer
-            )
+            inside = (self.scorer, self.encoder)
+            signals = compute_signals(self.adapter.base, modality, arguments, output, self.probe, self.needs, *inside)
         if self.encoder is not None:
             from tokprune.adapters.splice.handoff import survivor_rows
 
@@ -146,7 +145,11 @@ class Recorder:
 
 @dataclass
 class Stream:
-    """One image or video of one prompt: its columns, and the method's view of it."""
+    """One image or video of one prompt: its columns, and the method's view of it.
+
+    record, first_row, whole: the encoder call it comes from, its first row there, and its geometry before the model itself
+    dropped some of the rows. note: what the method has to say about it.
+    """
 
     row: int
     copies: int
@@ -155,6 +158,10 @@ class Stream:
     geometry: StreamLayout
     tokens: VisualTokens
     sources: Mapping[str, str] = field(default_factory=dict)
+    record: EncoderRecord | None = None
+    first_row: int = 0
+    whole: StreamLayout | None = None
+    note: str = ""
     keep: int = 0
     selection: Selection | None = None
 
@@ -258,7 +265,7 @@ def build_streams(
             stay = None
             span = slice(signal_rows, signal_rows + geometry.total)
             signal_rows += geometry.total
-            rows = geometry.rows
+            rows, whole = geometry.rows, geometry
             if survivors is not None:
                 geometry, stay = _subset(geometry, survivors[span].to(geometry.rows.device))
             if geometry.total == 0:
@@ -274,7 +281,8 @@ def build_streams(
                 local[geometry.rows.to(device)].detach(), geometry.layout.to(device), values, queries[b]
             )
             sources = {} if record is None or record.signals is None else record.signals.sources
-            streams.append(Stream(b, copies, modality, first + per_row[b] - todo, geometry, tokens, sources))
+            offset = first + per_row[b] - todo
+            streams.append(Stream(b, copies, modality, offset, geometry, tokens, sources, record, span.start, whole))
             todo -= geometry.total
         if todo < 0:
             raise TokpruneError(

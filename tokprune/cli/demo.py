@@ -17,6 +17,9 @@ from rich.table import Table
 from tokprune.cli.show import kept_sheet, open_picture
 from tokprune.errors import OptionError
 
+METHODS = ("none", "random", "uniform", "divprune", "hired")
+RATIOS = (1.0, 0.5, 0.25, 0.1, 0.05)
+QUESTIONS = 210
 SHOWN = 4  # pictures in the overlay sheet
 
 

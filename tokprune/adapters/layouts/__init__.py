@@ -40,6 +40,7 @@ __all__ = [
     "placeholder_runs",
     "reads_runs",
     "stream_layouts",
+    "told_by_words",
 ]
 
 FAMILIES: Mapping[str, Family] = LLAVA | QWEN | TILES | GRIDS | MINICPM | MOLMO
@@ -58,6 +59,11 @@ def family_of(base: nn.Module, kwargs: Mapping[str, Any] | None = None) -> Famil
 def reads_runs(base: nn.Module) -> bool:
     """Whether the layouts of this model depend on the prompt's placeholder runs (tiles that are items of their own)."""
     return family_of(base).reads_runs
+
+
+def told_by_words(base: nn.Module) -> bool:
+    """Whether only the words of the prompt tell this model's video frames from pictures."""
+    return family_of(base).told_by_words
 
 
 def stream_layouts(

@@ -132,6 +132,8 @@ class Family:
 
     reads_runs: bool = False
     """Whether `streams` needs the prompt's placeholder runs to tell which tiles belong together."""
+    told_by_words: bool = False
+    """Whether only the words of the prompt tell video frames from pictures."""
 
     def streams(self, call: Call) -> list[StreamLayout]:
         """One layout per image or video, in the order of the flattened rows."""

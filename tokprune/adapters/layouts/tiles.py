@@ -103,6 +103,7 @@ class InternVL(Tiles):
     before it ("Frame1: ") tell it from a picture, so frames become a video when the call can decode token ids."""
 
     reads_tags = False
+    told_by_words = True
 
     def pictures(self, call: Call, runs: list[Run], n: int) -> Iterator[Picture]:
         frames, following = 0, None
@@ -156,6 +157,8 @@ class Idefics(Tiles):
 
 class SmolVLM(Idefics):
     """SmolVLM: as Idefics3; video frames are pictures after "Frame from mm:ss:", told apart when ids can be decoded."""
+
+    told_by_words = True
 
     def pictures(self, call: Call, runs: list[Run], n: int) -> Iterator[Picture]:
         index = 0

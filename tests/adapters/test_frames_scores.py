@@ -1,0 +1,259 @@
+"""The signal `frame_scores`: the right frames reach a scorer, and the VLM itself is asked as its own forward would be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import tokprune
+from tests.adapters.frames_methods import Brightness, ByScore, Watch, lit, scores_of
+from tests.adapters.reference import VIDEO, shared
+from tokprune.adapters.base import flatten
+from tokprune.adapters.frame_asking import SIDE, Asking
+from tokprune.adapters.prompting import build_inputs, inputs_of
+from tokprune.adapters.streams import build_streams
+from tokprune.errors import MissingSignalError
+from tokprune.testing import clip, picture
+
+PICTURES_KNOWN = [f for f in VIDEO if f not in ("molmo2", "minicpmv4_6")]
+used: dict[str, Any] = {}
+
+
+@pytest.fixture(autouse=True)
+def unpruned_afterwards() -> Iterator[None]:
+    yield
+    for tiny in used.values():
+        tokprune.remove(tiny.model)
+
+
+def tiny_of(family: str) -> Any:
+    used[family] = shared(family)
+    return used[family]
+
+
+@pytest.mark.parametrize("family", PICTURES_KNOWN)
+def test_a_scorer_sees_every_frame_in_order(family: str) -> None:
+    tiny, scorer = tiny_of(family), Watch()
+    levels = [40, 200, 90, 10, 160, 120]
+    inputs = build_inputs(tiny.model, tiny.processor, "bright?", videos=[lit(levels)])
+    (scores,), report = scores_of(tiny, inputs, ByScore(), scorer=scorer)
+    seen = torch.cat(scorer.seen)
+    assert seen.shape[0] == len(levels), "each frame once"
+    assert seen.mean((1, 2, 3)).argsort().tolist() == np.argsort(levels).tolist()
+    pairs = len(scores) == len(levels) // 2
+    assert pairs or len(scores) == len(levels)
+    worth = [max(levels[i : i + 2]) for i in range(0, len(levels), 2)] if pairs else levels
+    assert scores.argsort().tolist() == np.argsort(worth).tolist(), "a pair is as good as its better frame"
+    cosine = seen.float().mean((1, 2, 3)).sigmoid().mul(torch.pi / 2).sin()
+    wanted = cosine * scorer.logit_scale + scorer.logit_bias
+    wanted = wanted.unflatten(0, (-1, 2)).amax(1) if pairs else wanted
+    assert torch.allclose(scores, wanted, atol=1e-5)
+    assert "frame_scores: Watch, whole frames" in str(report)
+    assert "question: bright?" in str(report)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "video_llama_3"])
+def test_packed_patches_become_the_very_pictures(family: str) -> None:
+    """At a size that the processor leaves alone, the pictures are the frames, normalised."""
+    tiny, scorer = tiny_of(family), Watch()
+    frames = clip(4, 48, 32, seed=3)
+    inputs = build_inputs(tiny.model, tiny.processor, "q", videos=[frames])
+    video = tiny.processor.video_processor
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (video.image_mean, video.image_std))
+    scorer.mean, scorer.std = mean, std  # type: ignore[attr-defined]
+    scores_of(tiny, inputs, ByScore(), scorer=scorer)
+    seen = torch.cat(scorer.seen)
+    shown = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 255
+    if seen.shape[-2:] != shown.shape[-2:]:  # GLM and Qwen3 count pixels of all frames: resized, but the same picture
+        shown = torch.nn.functional.interpolate(shown, seen.shape[-2:], mode="bicubic", antialias=True)
+        assert torch.nn.functional.cosine_similarity((seen * std + mean).flatten(1), shown.flatten(1)).min() > 0.99
+    else:
+        assert torch.allclose(seen, (shown - mean) / std, atol=1e-5)
+
+
+def test_several_videos_and_a_picture_are_told_apart() -> None:
+    for family in ("qwen2_5_vl", "internvl", "llava_onevision"):
+        tiny, scorer = tiny_of(family), Watch()
+        videos = [lit([10, 20, 200, 210]), lit([250, 240, 30, 40])]
+        inputs = build_inputs(tiny.model, tiny.processor, "bright?", videos=videos, images=[picture(60, 40)])
+        (first, second), _ = scores_of(tiny, inputs, ByScore(), scorer=scorer)
+        assert first.argmax() >= len(first) // 2 > second.argmax()
+        assert scorer.pictures == 8, "the picture is not scored"
+
+
+def test_entities_are_asked_as_captions_and_the_best_counts() -> None:
+    tiny, scorer = tiny_of("llava_next_video"), Brightness()
+    inputs = build_inputs(tiny.model, tiny.processor, "q", videos=[lit([10, 128, 250])])
+    method = ByScore(entities=("a bright lamp", "night"))
+    (scores,), report = scores_of(tiny, inputs, method, scorer=scorer)
+    assert scorer.texts[-2:] == ["a photo of a bright lamp", "a photo of night"]
+    assert scores[1] < scores[0]
+    assert scores[1] < scores[2]
+    assert "entities given: a bright lamp, night" in str(report)
+
+
+def test_pixels_are_brought_to_the_scorers_normalisation() -> None:
+    tiny, scorer = tiny_of("llava_onevision"), Watch()
+    scorer.mean, scorer.std = torch.zeros(3, 1, 1), torch.ones(3, 1, 1)  # type: ignore[attr-defined]
+    inputs = build_inputs(tiny.model, tiny.processor, "q", videos=[lit([0, 100, 200])])
+    scores_of(tiny, inputs, ByScore(), scorer=scorer)
+    means = torch.cat(scorer.seen).mean((1, 2, 3)) * 255
+    assert torch.allclose(means, torch.tensor([3.5, 103.5, 203.5]), atol=1.5)
+
+
+@pytest.mark.parametrize("family", ["molmo2", "minicpmv4_6"])
+def test_families_whose_pictures_are_not_at_hand_say_so(family: str) -> None:
+    tiny = tiny_of(family)
+    inputs = build_inputs(tiny.model, tiny.processor, "q", videos=[clip(4)])
+    with pytest.raises(MissingSignalError, match="score in another way"):
+        scores_of(tiny, inputs, ByScore(), scorer=Brightness())
+
+
+# -- the VLM itself ----------------------------------------------------------------------------------------------------------
+
+
+def native_answer(tiny: Any, rows: torch.Tensor, planes: list[torch.Tensor], grid: tuple[int, int], words: str) -> Any:
+    """Last logits of the unpruned model for a chat about one picture whose features are `rows` (h * w, D)."""
+    content = [{"type": "image", "image": picture(64, 64)}, {"type": "text", "text": words}]
+    inputs = dict(inputs_of(tiny.model, tiny.processor, [[{"role": "user", "content": content}]]))
+    config = tiny.model.config
+    token = getattr(config, "image_patch_id", None) or config.image_token_id
+    ids = inputs["input_ids"][0]
+    at = (ids == token).nonzero()[:, 0]
+    ids = torch.cat([ids[: at[0]], torch.full((len(rows),), token), ids[at[-1] + 1 :]])
+    pooled = rows[None] if tiny.family == "internvl" else [rows]
+    output = SimpleNamespace(pooler_output=pooled, deepstack_features=[[p] for p in planes] or None)
+    call: dict[str, Any] = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]}
+    if "image_grid_thw" in inputs:
+        call["image_grid_thw"] = torch.tensor([[1, 2 * grid[0], 2 * grid[1]]])
+        call["mm_token_type_ids"] = (ids == token).long()[None]
+    return tiny.model(**call, mm_encoder_outputs={"image": output}).logits[0, -1]
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["llava_next_video", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "internvl", "glm4v"],
+)
+@torch.no_grad()
+def test_asking_is_the_models_own_forward(family: str) -> None:
+    tiny = tiny_of(family)
+    words = "Is it bright? A. yes B. no"
+    inputs = build_inputs(tiny.model, tiny.processor, "q", videos=[clip(6, seed=4)])
+    caught: list[Any] = []
+
+    class Catch(ByScore):
+        def frame_worth(self, tokens: Any) -> torch.Tensor:
+            caught.append(tokens)
+            return super().frame_worth(tokens)
+
+    method = Catch(source="self", entities=("x",))
+    with tokprune.apply(tiny.model, method, ratio=0.5, query="q", processor=tiny.processor) as pruning:
+        tiny.model(**inputs)
+        encoder = pruning.adapter.encode(dict(inputs))
+    tokens = caught[0]
+    modality = "video" if "video" in encoder else "image"
+    planes = [torch.cat(flatten(p)) for p in getattr(encoder[modality], "deepstack_features", None) or ()]
+    prompt = "Is any of x there? A. yes B. no"
+    layout = tokens.layout
+    assert layout.grids[0][0] <= SIDE, "small frames are shown whole"
+    for frame, where in enumerate(layout.group_slices()):
+        logits = native_answer(
+            tiny, tokens.features[where], [p[where] for p in planes], layout.grids[frame], prompt
+        ).float()
+        pair = logits[[ord("A") - 33, ord("B") - 33]].softmax(-1)[0]  # byte tokenizer: printable bytes from "!" on
+        assert abs(float(tokens.signals["frame_scores"][frame]) - float(pair)) < 1e-4, words
+
+
+@torch.no_grad()
+def test_smolvlm_is_asked_about_frames_not_about_tiles() -> None:
+    tiny = tiny_of("smolvlm")
+    inputs = build_inputs(tiny.model, tiny.processor, "q", videos=[clip(4, seed=4)])
+    (scores,), report = scores_of(tiny, inputs, ByScore(source="self"))
+    assert scores.shape == (4,)
+    assert scores.std() > 0
+    assert [s.modality for s in report.streams] == ["image"]
+    with tokprune.apply(tiny.model, "random", ratio=0.5) as pruning:
+        before, after = Asking(pruning.adapter, tiny.processor, "m").prompt("Is it?")
+    text = tiny.processor.tokenizer.decode(before)
+    assert text.endswith("Frame from 00:00:<fake_token_around_image><global-img>")
+    assert "Is it?" in tiny.processor.tokenizer.decode(after)
+
+
+@torch.no_grad()
+def test_larger_frames_are_averaged() -> None:
+    tiny = tiny_of("llava_next_video")
+    inputs = build_inputs(tiny.model, tiny.processor, "q", videos=[clip(2, seed=4)])
+    with tokprune.apply(tiny.model, "random", ratio=0.5) as pruning:
+        tiny.model(**inputs)
+        adapter = pruning.adapter
+        encoded = adapter.encode(dict(inputs))
+        columns = adapter.placeholders(dict(inputs), encoded)["video"]
+        stream = build_streams(adapter, "video", encoded["video"], columns, [None], ())[0]
+    asking = Asking(adapter, tiny.processor, "m")
+    import tokprune.adapters.frame_asking as module
+
+    side, module.SIDE = module.SIDE, 2
+    try:
+        pooled = asking.pooled(stream, stream.tokens.features)
+    finally:
+        module.SIDE = side
+    grids = stream.tokens.features.unflatten(0, (2, 4, 4))
+    wanted = torch.nn.functional.adaptive_avg_pool2d(grids.permute(0, 3, 1, 2), 2).flatten(2).transpose(1, 2)
+    assert torch.allclose(pooled, wanted, atol=1e-6)
+
+
+@torch.no_grad()
+def test_frames_that_the_model_itself_thinned_out() -> None:
+    """VideoLLaMA 3 leaves repeated patches out: fewer tokens of a frame mean filler, and a frame without any its predecessor's score."""
+    tiny = tiny_of("video_llama_3")
+    frames = clip(6, seed=4)
+    frames[2] = frames[1]  # a repeated frame
+    frames[4, :, :20] = frames[3, :, :20]  # half a frame repeated
+    inputs = build_inputs(tiny.model, tiny.processor, "q", videos=[frames])
+    assert not bool(inputs["video_compression_mask"].all())
+    (scores,), _ = scores_of(tiny, inputs, ByScore(source="self"))
+    assert scores.shape == (6,)
+    assert torch.isfinite(scores).all()
+    assert ((scores >= 0) & (scores <= 1)).all()
+
+
+def test_pair_and_vocabulary() -> None:
+    asking = Asking.__new__(Asking)
+    logits = torch.tensor([[2.0, 1.0, 0.0, 3.0]])
+    asking.normalize = "pair"
+    both = torch.tensor([2.0, 1.0]).logsumexp(0)
+    expected = torch.stack([both, torch.tensor(0.0)]).softmax(0)[0]
+    assert torch.allclose(asking.yes(logits, [0, 1], [2]), expected[None])
+    asking.normalize = "vocab"
+    assert torch.allclose(asking.yes(logits, [0, 1], [2]), logits.softmax(-1)[:, :2].sum(-1))
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_next_video"])
+def test_asking_while_generating_changes_nothing_but_the_choice(family: str) -> None:
+    """The scoring passes leave no trace in caches and position records of the generation around them."""
+    tiny = tiny_of(family)
+    inputs = build_inputs(tiny.model, tiny.processor, "bright?", videos=[clip(6, seed=4)])
+    scores: list[torch.Tensor] = []
+
+    class Frozen(ByScore):
+        def frame_worth(self, tokens: Any) -> torch.Tensor:
+            scores.append(tokens.signal("frame_scores"))
+            return super().frame_worth(tokens)
+
+    class Told(ByScore):
+        needs = ()  # type: ignore[assignment]
+
+        def frame_worth(self, tokens: Any) -> torch.Tensor:
+            return scores[0].float()
+
+    answers = []
+    for method in (Frozen(source="self"), Told()):
+        with tokprune.apply(tiny.model, method, ratio=0.4, query="bright?", processor=tiny.processor):
+            out = tiny.model.generate(**inputs, max_new_tokens=6, output_logits=True, return_dict_in_generate=True)
+            answers.append(torch.stack(out.logits))
+    assert torch.equal(*answers)

@@ -1,0 +1,131 @@
+"""What `tokprune run` does before the model: reading videos, and choosing frames of them by a cheap scorer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokprune.errors import OptionError, unknown
+
+FRAMES = 16  # read of a video when nothing is said
+SCORED = ("aks", "quota", "wfs_sb")  # rules of --select that read scores
+FEATURED = ("scenetilling", "wfs_sb")  # … and that read picture embeddings
+CANDIDATES = 4  # times as many as are wanted, where one a second gives fewer than wanted
+SMALL = 256  # pixels of the shorter side of candidate frames
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Which frames of a file are wanted. select: rule and number of frames, chosen before the encoder."""
+
+    frames: int | None = None
+    fps: float | None = None
+    start: float | None = None
+    end: float | None = None
+    backend: str = "auto"
+    rule: str = "linspace_unique"
+    select: tuple[str, int] | None = None
+
+
+@dataclass(frozen=True)
+class Read:
+    """A video as read. seconds: for decoding; select_seconds: for scoring candidates. how: of the candidates, if there were any."""
+
+    video: Any
+    seconds: float
+    select_seconds: float = 0.0
+    how: str = ""
+
+    def __str__(self) -> str:
+        v = self.video
+        height, width = v.size
+        spans = f"{v.timestamps[0]:.1f} to {v.timestamps[-1]:.1f} s" if len(v) else "no frames"
+        text = (
+            f"{v.path.name}: {len(v)} of {v.total} frames ({spans} of {v.duration:.1f} s, {height}×{width}, {v.fps:.4g} fps), "
+            f"rule {self.how or v.rule}, {v.backend} ({v.reason}), {self.seconds:.2f} s"
+        )
+        if self.select_seconds:
+            text += f" and {self.select_seconds:.2f} s to choose"
+        return "\n".join([text, *(f"  warning: {w}" for w in v.warnings)])
+
+
+def parse_select(text: str | None) -> tuple[str, int] | None:
+    """ "aks:16" as rule and number."""
+    if text is None:
+        return None
+    from tokprune.video.select import SELECTORS
+
+    name, _, count = text.partition(":")
+    key = name.strip().lower().replace("-", "_")
+    if key not in SELECTORS:
+        raise unknown("rule of --select", name, SELECTORS)
+    if not count.strip().isdigit() or int(count) < 1:
+        raise OptionError(f"--select {text!r} needs a number of frames: --select {key}:16")
+    return key, int(count)
+
+
+def open_videos(paths: Sequence[Path]) -> list[Any]:
+    """What each file holds, without decoding it; what is no video is refused."""
+    from tokprune.video import scan
+
+    return [scan(path) for path in paths]
+
+
+def read(index: Any, reading: Reading, question: str, scorer: Any, processor: Any) -> Read:
+    """The wanted frames of one file. index: of `open_videos`."""
+    from tokprune.video import read_video
+
+    began = time.perf_counter()
+    window: dict[str, Any] = {"start": reading.start, "end": reading.end, "backend": reading.backend, "index": index}
+    if reading.select is not None:
+        return _selected(index, reading, question, scorer, processor, window)
+    count = FRAMES if reading.frames is None and reading.fps is None else reading.frames
+    video = read_video(index.path, frames=count, fps=reading.fps, rule=reading.rule, **window)
+    return Read(video, time.perf_counter() - began)
+
+
+def _selected(index: Any, reading: Reading, question: str, scorer: Any, processor: Any, window: dict[str, Any]) -> Read:
+    """Candidates small, scored and chosen from; then the chosen frames in full."""
+    from tokprune.adapters.frame_relevance import embed_frames, frame_relevance
+    from tokprune.video import read_video
+    from tokprune.video.select import select_frames
+
+    if reading.select is None:
+        raise OptionError("no rule to select frames by.")
+    name, count = reading.select
+    if scorer is None and name in (*SCORED, *FEATURED):
+        raise OptionError(
+            f"--select {name} looks at the frames with a text-image scorer: add --scorer open_clip:ViT-B-32/laion2b_s34b_b79k, "
+            "or take uniform_frames or fps_frames."
+        )
+    began = time.perf_counter()
+    short = min(index.size)
+    height, width = (n if short <= SMALL else max(1, round(n * SMALL / short)) for n in index.size)
+    size, fps = (height, width), reading.fps or 1.0
+    candidates = read_video(index.path, size=size, fps=fps, **window)
+    rate = f"{fps:g} a second"
+    if len(candidates) < count:
+        candidates = read_video(index.path, size=size, frames=count * CANDIDATES, **window)
+        rate = "evenly spaced"
+    read_seconds = time.perf_counter() - began
+    began = time.perf_counter()
+    wanted = min(count, len(candidates))
+    given: dict[str, Any] = {}
+    if name in (*SCORED, *FEATURED):
+        features = embed_frames(candidates.frames, scorer, processor)
+        if name in SCORED:
+            given["scores"] = frame_relevance(features, question, scorer)
+        if name in FEATURED:
+            given["features"] = features
+    else:
+        given["timestamps"] = candidates.timestamps.tolist()
+    chosen = select_frames(name, wanted, **given)
+    select_seconds = time.perf_counter() - began
+    began = time.perf_counter()
+    numbers: Sequence[int] = candidates.indices[chosen].tolist()
+    video = read_video(index.path, frames=numbers, index=index, backend=reading.backend)
+    how = f"{name}, {len(chosen)} of {len(candidates)} candidates ({rate})"
+    return Read(video, read_seconds + time.perf_counter() - began, select_seconds, how)
