@@ -4,10 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test test-slow lint format docs clean
+.PHONY: help setup demo eval-smoke bench-video test test-slow lint format docs clean
 
 help:
 	@echo "make demo       ask the embedded VLM about pictures at several keep ratios (sets itself up)"
+	@echo "make eval-smoke lmms-eval end to end, offline, on the embedded VLM"
+	@echo "make bench-video video QA over video methods and keep ratios"
 	@echo "make test       lint, types and the quick tests"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make docs       rebuild the generated pages and tables"
@@ -22,6 +24,12 @@ setup: $(STAMP)
 
 demo: setup
 	$(BIN)/tokprune demo --json out/demo.json --overlays out
+
+eval-smoke: setup
+	$(BIN)/python -m tokprune.evaluation.smoke --out out/eval_smoke
+
+bench-video: setup
+	$(BIN)/python benchmarks/video_qa.py
 
 lint: setup
 	$(BIN)/ruff check .
@@ -39,6 +47,7 @@ format: setup
 	$(BIN)/ruff check --fix .
 
 docs: setup
+	$(BIN)/python benchmarks/encoder_tables.py
 	$(BIN)/python docs/build.py
 
 clean:

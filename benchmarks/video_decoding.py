@@ -2,7 +2,8 @@
 
     python benchmarks/video_decoding.py --out benchmarks/results/video_decoding.json
 
-CPU seconds count the backend's child process, too. Runs are interleaved, so that a busy machine hits all backends alike.
+CPU seconds count the backend's child process, too. Runs are interleaved, so that a busy machine hits all backends alike. A backend
+counts only where every frame it returns is the right one; one that cannot run here is left out with the reason.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import time
 from fractions import Fraction
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +94,45 @@ def measure(path: Path, frames: int, backends: list[str], repeats: int) -> list[
     return list(rows.values())
 
 
-def main() -> None:
+def verdicts(cells: list[dict[str, Any]], default: str = "auto") -> list[dict[str, Any]]:
+    """Per file and number of frames: the fastest backend that is right, in CPU seconds, and how the default compares."""
+    out = []
+    for gop, frames in dict.fromkeys((c["gop"], c["frames"]) for c in cells):
+        rows = [c for c in cells if (c["gop"], c["frames"]) == (gop, frames)]
+        left_out = {}
+        for row in rows:
+            if row.get("error"):
+                left_out[row["backend"]] = row["error"]
+            elif row["wrong"] or row["returned"] != frames:
+                left_out[row["backend"]] = f"{row['wrong']} of {row['returned']} frames wrong"
+        right = {r["backend"]: r["median_cpu_s"] for r in rows if r["backend"] not in left_out}
+        fastest = min(right, key=lambda name: right[name], default=None)
+        ratio = right[default] / right[fastest] if fastest is not None and default in right else None
+        out.append(
+            {
+                "gop": gop,
+                "frames": frames,
+                "default": default,
+                "fastest_right": fastest,
+                "ratio": ratio,
+                "left_out": left_out,
+            }
+        )
+    return out
+
+
+def versions() -> dict[str, str | None]:
+    """The decoders that are installed."""
+    found: dict[str, str | None] = {}
+    for package in ("av", "decord", "torchcodec"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
     """Write the clips, time the backends, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=int, default=60)
@@ -101,7 +141,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--backends", default="auto,torchcodec,decord")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/video_decoding.json"))
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     cells = []
     with tempfile.TemporaryDirectory() as folder:
         for gop in (int(g) for g in args.gops.split(",")):
@@ -120,7 +160,7 @@ def main() -> None:
                         f"gop {gop:3d}  {frames:3d} frames  {row['backend']:10s} {took}  wrong {row.get('wrong')}/{row.get('returned')}  {row.get('error', '')}",
                         flush=True,
                     )
-    data = {
+    data: dict[str, Any] = {
         "type": "tokprune.video_decoding",
         "version": 1,
         "command": " ".join(["python", *sys.argv]),
@@ -129,10 +169,18 @@ def main() -> None:
             "load": os.getloadavg(),
             "machine": platform.machine(),
             "python": platform.python_version(),
+            **versions(),
         },
         "clip": {"seconds": args.seconds, "height": HEIGHT, "width": WIDTH, "fps": RATE, "codec": "h264"},
         "cells": cells,
+        "verdicts": verdicts(cells),
     }
+    for found in data["verdicts"]:
+        if found["ratio"] is not None:
+            print(
+                f"gop {found['gop']}, {found['frames']} frames: fastest right backend {found['fastest_right']}; the default takes "
+                f"{found['ratio']:.2f} times its CPU seconds"
+            )
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 

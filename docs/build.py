@@ -110,6 +110,7 @@ def methods_block() -> str:
         ("between encoder and LLM", plain),
         ("the same, for videos", videos),
         ("around another method", wrappers),
+        ("which frames of a video", list_methods("frames")),
         ("inside the vision tower", list_methods("encoder")),
     ]
     lines = ["| where | methods |", "|---|---|"]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from tokprune.errors import BudgetError, OptionError
+from tokprune.errors import BudgetError, OptionError, unknown
 from tokprune.registry import MethodInfo
 from tokprune.tokens import Selection, VisualTokens
 
@@ -101,6 +101,12 @@ def check_keep(keep: int, n: int) -> None:
     """Refuse a count that a stream of `n` tokens cannot meet."""
     if not 1 <= keep <= n:
         raise BudgetError(f"keep={keep} is not between 1 and the {n} tokens of this stream.")
+
+
+def check_compat(compat: str) -> None:
+    """Refuse a `compat` that names neither the corrected behaviour nor that of the published code."""
+    if compat not in get_args(Compat):
+        raise unknown("compat", compat, get_args(Compat))
 
 
 def check_finite(values: Tensor, what: str) -> Tensor:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from tokprune.budget import share
-from tokprune.errors import OptionError, unknown
-from tokprune.methods.base import Compat, ConnectorMethod, check_finite, check_keep
+from tokprune.errors import OptionError
+from tokprune.methods.base import Compat, ConnectorMethod, check_compat, check_finite, check_keep
 from tokprune.methods.connector.uniform import uniform
 from tokprune.ops.distance import unit
 from tokprune.ops.frames import earlier, similarity_to
@@ -58,7 +58,7 @@ def dycoke_published(features: Tensor, merging_ratio: float = 0.7) -> Tensor:
 )
 @dataclass(frozen=True)
 class DyCoke(ConnectorMethod):
-    """DyCoke (CVPR 2025), its first stage (TTM); pruning the KV cache while decoding is the second, of the stage `cache`.
+    """DyCoke (CVPR 2025), its first stage (TTM); pruning the KV cache while decoding is the second: `dycoke_cache`.
 
     Of four frames the first stays whole; the second and fourth keep what is least similar to the frame before, the third what
     is least similar to the first. As in the published code, what is left out is not averaged in, whatever the name says.
@@ -84,8 +84,7 @@ class DyCoke(ConnectorMethod):
             raise OptionError(
                 f"merging_ratio={self.merging_ratio!r} is not in [0, 1); 0.7 drops 70 % of a thinned frame."
             )
-        if self.compat not in ("corrected", "published"):
-            raise unknown("compat", self.compat, ("corrected", "published"))
+        check_compat(self.compat)
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         """Choose `keep` tokens of the stream."""

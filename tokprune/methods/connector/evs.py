@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from tokprune.budget import share
-from tokprune.errors import unknown
-from tokprune.methods.base import Compat, ScoreMethod, check_finite, top
+from tokprune.methods.base import Compat, ScoreMethod, check_compat, check_finite, top
 from tokprune.methods.connector.uniform import uniform
 from tokprune.ops.frames import earlier, similarity_to
 from tokprune.ops.wide import wide
@@ -61,8 +60,7 @@ class EVS(ScoreMethod):
     compat: Compat = "corrected"
 
     def __post_init__(self) -> None:
-        if self.compat not in ("corrected", "published"):
-            raise unknown("compat", self.compat, ("corrected", "published"))
+        check_compat(self.compat)
 
     def scores(self, tokens: VisualTokens) -> Tensor:
         """Change since the frame before, 255 where there is none. Returns (N,)."""

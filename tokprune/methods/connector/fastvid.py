@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from tokprune.budget import equal
-from tokprune.errors import OptionError, unknown
-from tokprune.methods.base import Compat, ConnectorMethod, check_finite, check_keep
+from tokprune.errors import OptionError
+from tokprune.methods.attended import attended, scene_lengths
+from tokprune.methods.base import Compat, ConnectorMethod, check_compat
 from tokprune.ops.distance import unit
 from tokprune.ops.dpc import euclidean, peaks
-from tokprune.ops.frames import frame_means, in_proportion, raster, spread
+from tokprune.ops.frames import in_proportion, raster, spread
 from tokprune.ops.ranking import rank_in_group, ranks, true_indices
 from tokprune.ops.segments import similar_runs
 from tokprune.ops.wide import wide
@@ -229,8 +230,7 @@ class FastVID(ConnectorMethod):
             raise OptionError(
                 f"longest={self.longest} must be a multiple of stride={self.stride}, so that anchors stay."
             )
-        if self.compat not in ("corrected", "published"):
-            raise unknown("compat", self.compat, ("corrected", "published"))
+        check_compat(self.compat)
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -239,24 +239,19 @@ class FastVID(ConnectorMethod):
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         """Choose and merge `keep` tokens of the stream."""
-        check_keep(keep, len(tokens))
-        features = check_finite(wide(tokens.features), "the visual features")
-        attention = check_finite(wide(tokens.signal("cls_attention")), "the attention values").to(features.device)
-        layout = tokens.layout.to(features.device)
+        features, attention, layout = attended(tokens, keep)
         sizes, published = layout.group_sizes, self.compat == "published"
-        lengths = [1] * layout.num_groups
-        if layout.kind == "video":
-            lengths = similar_runs(frame_means(features, layout), self.c - 1, self.tau)
+        lengths = scene_lengths(features, layout, self.c, self.tau)
         salient, context = (
             self.published_counts(layout, lengths, keep) if published else self.counts(sizes, lengths, keep)
         )
         if not published:
             lengths = [part for length in lengths for part in _pieces(length, self.longest)]
-        attended, centre = fastvid_choice(features, attention, layout, salient, context)
+        chosen, centre = fastvid_choice(features, attention, layout, salient, context)
         total = sum(salient) + sum(context)
         pieces = pieces_of(sizes, lengths, salient, context)
-        indices, rows = fastvid_rows(features, attended, centre, pieces, total, self.beta, own=published)
-        return Selection(indices, Merge(rows=rows), info={"scores": attention, "salient": attended})
+        indices, rows = fastvid_rows(features, chosen, centre, pieces, total, self.beta, own=published)
+        return Selection(indices, Merge(rows=rows), info={"scores": attention, "salient": chosen})
 
     def counts(self, sizes: Sequence[int], lengths: Sequence[int], keep: int) -> tuple[list[int], list[int]]:
         """Salient and context tokens of each frame, `keep` together."""

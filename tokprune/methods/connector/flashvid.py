@@ -10,11 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tokprune.errors import OptionError, unknown
-from tokprune.methods.base import Compat, ConnectorMethod, check_finite, check_keep
+from tokprune.errors import OptionError
+from tokprune.methods.attended import attended, scene_lengths
+from tokprune.methods.base import Compat, ConnectorMethod, check_compat
 from tokprune.ops.distance import cosine_distance, cosine_similarity
 from tokprune.ops.dpc import dpc_knn
-from tokprune.ops.frames import frame_means, in_proportion, raster, spread
+from tokprune.ops.frames import in_proportion, raster, spread
 from tokprune.ops.maxmin import greedy_max_min
 from tokprune.ops.pools import selection
 from tokprune.ops.ranking import rank_in_group
@@ -231,8 +232,7 @@ class FlashVID(ConnectorMethod):
             raise OptionError(f"alpha={self.alpha!r} is the share of tokens that stay as they are: 0 <= alpha <= 1.")
         if isinstance(self.segments, bool) or not isinstance(self.segments, int) or self.segments < 1:
             raise OptionError(f"segments={self.segments!r} is not a whole number of at least 1; 8 as published.")
-        if self.compat not in ("corrected", "published"):
-            raise unknown("compat", self.compat, ("corrected", "published"))
+        check_compat(self.compat)
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -241,14 +241,9 @@ class FlashVID(ConnectorMethod):
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         """Choose and merge `keep` tokens of the stream."""
-        check_keep(keep, len(tokens))
-        features = check_finite(wide(tokens.features), "the visual features")
-        attention = check_finite(wide(tokens.signal("cls_attention")), "the attention values").to(features.device)
-        layout = tokens.layout.to(features.device)
+        features, attention, layout = attended(tokens, keep)
         sizes, published = layout.group_sizes, self.compat == "published"
-        lengths = [1] * layout.num_groups
-        if layout.kind == "video":
-            lengths = similar_runs(frame_means(features, layout), self.segments - 1, self.cut)
+        lengths = scene_lengths(features, layout, self.segments, self.cut)
         if published:
             if len(set(sizes)) > 1:
                 raise OptionError("compat='published' knows frames of one size only; use compat='corrected'.")

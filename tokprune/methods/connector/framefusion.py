@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from tokprune.errors import BudgetError, OptionError
-from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
+from tokprune.methods.attended import attended
+from tokprune.methods.base import ConnectorMethod
 from tokprune.ops.frames import similarity_to
 from tokprune.ops.ranking import ranks, top_by_tier
-from tokprune.ops.wide import wide
 from tokprune.registry import register_method
 from tokprune.tokens import Merge, Selection, VisualTokens
 
@@ -166,10 +166,8 @@ class FrameFusion(ConnectorMethod):
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         """Merge and choose `keep` tokens of the stream."""
-        check_keep(keep, len(tokens))
-        features = check_finite(wide(tokens.features), "the visual features")
-        attention = check_finite(wide(tokens.signal("cls_attention")), "the attention values").to(features.device)
-        layout, n = tokens.layout.to(features.device), len(tokens)
+        features, attention, layout = attended(tokens, keep)
+        n = len(tokens)
         patch = layout.row * max(w for _, w in layout.grids) + layout.col
         if layout.kind != "video":
             patch = torch.arange(n, device=patch.device)  # nothing comes before anything

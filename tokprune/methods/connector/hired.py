@@ -9,16 +9,14 @@ import torch
 from torch import Tensor
 
 from tokprune.budget import equal
-from tokprune.errors import OptionError, unknown
-from tokprune.methods.base import Compat, ScoreMethod, check_finite
+from tokprune.errors import OptionError
+from tokprune.methods.base import Compat, ScoreMethod, check_compat, check_finite
 from tokprune.ops.ranking import top_in_groups
 from tokprune.ops.regions import check_canvas, region_sums
 from tokprune.ops.shares import share_out
 from tokprune.ops.wide import wide
 from tokprune.registry import register_method
 from tokprune.tokens import Layout, VisualTokens
-
-COMPAT = ("corrected", "published")
 
 
 def hired_budgets(early: Tensor, layout: Layout, keep: int, alpha: float = 0.5) -> Tensor:
@@ -92,8 +90,7 @@ class HiRED(ScoreMethod):
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
             raise OptionError(f"alpha={self.alpha!r} is the thumbnail's share of the budget: 0 <= alpha <= 1.")
-        if self.compat not in COMPAT:
-            raise unknown("compat", self.compat, COMPAT)
+        check_compat(self.compat)
 
     @property
     def needs(self) -> tuple[str, ...]:

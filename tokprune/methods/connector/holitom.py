@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokprune.errors import OptionError, unknown
-from tokprune.methods.base import Compat, ConnectorMethod, check_finite, check_keep
+from tokprune.errors import OptionError
+from tokprune.methods.attended import attended
+from tokprune.methods.base import Compat, ConnectorMethod, check_compat
 from tokprune.ops.dpc import dpc_knn
 from tokprune.ops.frames import earlier, raster, similarity_to
 from tokprune.ops.pools import Pools, selection, still_and_moving
@@ -134,8 +135,7 @@ class HoliTom(ConnectorMethod):
             raise OptionError(
                 f"beta={self.beta!r} is the weight of a cluster's centre: 0 < beta <= 1, or None for the mean."
             )
-        if self.compat not in ("corrected", "published"):
-            raise unknown("compat", self.compat, ("corrected", "published"))
+        check_compat(self.compat)
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -144,10 +144,7 @@ class HoliTom(ConnectorMethod):
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         """Merge the stream to `keep` tokens."""
-        check_keep(keep, len(tokens))
-        features = check_finite(wide(tokens.features), "the visual features")
-        attention = check_finite(wide(tokens.signal("cls_attention")), "the attention values").to(features.device)
-        layout = tokens.layout.to(features.device)
+        features, attention, layout = attended(tokens, keep)
         place = raster(layout)
         similarity = similarity_to(features, earlier(layout), NEVER)[place.clamp(min=0)].masked_fill(place < 0, NEVER)
         lengths, saved = [1] * layout.num_groups, 0

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokprune.errors import OptionError, unknown
-from tokprune.methods.base import Compat, ConnectorMethod, check_finite, check_keep
+from tokprune.errors import OptionError
+from tokprune.methods.base import Compat, ConnectorMethod, check_compat, check_finite, check_keep
 from tokprune.ops.distance import unit
 from tokprune.ops.dpc import dpc_knn
 from tokprune.ops.frames import frame_means, raster
@@ -147,8 +147,7 @@ class PruneVid(ConnectorMethod):
         for name in ("scene_share", "cluster_ratio"):
             if not 0 < getattr(self, name) <= 1:
                 raise OptionError(f"{name}={getattr(self, name)!r} is a share: 0 < {name} <= 1.")
-        if self.compat not in ("corrected", "published"):
-            raise unknown("compat", self.compat, ("corrected", "published"))
+        check_compat(self.compat)
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         """Merge the stream to `keep` tokens."""

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tokprune.errors import OptionError, unknown
-from tokprune.methods.base import Compat, ConnectorMethod, check_finite, check_keep
+from tokprune.errors import OptionError
+from tokprune.methods.base import Compat, ConnectorMethod, check_compat, check_finite, check_keep
 from tokprune.ops.distance import unit
 from tokprune.ops.ranking import rank_in_group, top_by_tier
 from tokprune.ops.wide import wide
@@ -96,8 +96,7 @@ class VidCom2(ConnectorMethod):
     def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise OptionError(f"temperature={self.temperature!r} is not above 0; 0.01 as published.")
-        if self.compat not in ("corrected", "published"):
-            raise unknown("compat", self.compat, ("corrected", "published"))
+        check_compat(self.compat)
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         """Choose `keep` tokens of the stream."""
