@@ -196,6 +196,10 @@ def test_wrong_arguments_end_the_run_before_a_model_is_loaded() -> None:
 
     with pytest.raises(OptionError, match="Did you mean 'method'"):
         TokpruneChat.create_from_arg_string("pretrained=demo,metod=divprune", {"batch_size": "1", "device": "cpu"})
+    with pytest.raises(OptionError, match="name=value"):
+        TokpruneChat.create_from_arg_string("pretrained", {})
+    both = TokpruneChat.create_from_arg_string("pretrained=demo,batch_size=3", {"batch_size": "1", "device": None})
+    assert both.batch_size == 3
     with pytest.raises(OptionError, match="divprune"):
         TokpruneChat(pretrained="demo", method="divprunee", ratio=0.1)
     with pytest.raises(OptionError, match="cannot load pretrained="):

@@ -59,7 +59,7 @@ def root(
 def demo(
     questions: Annotated[
         int | None,
-        typer.Option(min=1, help="Held-out questions per cell; by default 210, of clips 36, of long ones 12."),
+        typer.Option(min=1, help="Held-out questions per cell; by default 210, of clips 30, of long ones 12."),
     ] = None,
     methods: Annotated[
         str | None,

@@ -18,7 +18,7 @@ from tokprune.errors import OptionError, missing_extra
 
 METHODS = ("none", "uniform_frames", "quota", "evs", "vidcom2")
 RATIOS = (0.5, 0.25, 0.1, 0.05)
-QUESTIONS, LONG_QUESTIONS = 36, 12
+QUESTIONS, LONG_QUESTIONS = 30, 12
 SHOWN = 3  # clips with strips
 OWN_FRAMES = 8  # read from the user's own clip
 
@@ -56,7 +56,7 @@ def run_video_demo(
     quiet: bool,
     long: bool,
 ) -> None:
-    """The sweep over held-out mp4 files: 8 s of 3 to 8 scenes, or 32 s of 16 to 32."""
+    """The sweep over held-out mp4 files: 7 s of 3 to 8 scenes, or 31 s of 16 to 32."""
     need_video()
     from tokprune.budget import check_ratio
     from tokprune.demo import held_out_clips, load_clips

@@ -1,7 +1,7 @@
 """Clips of the clip model: takes with one drifting object each, hard cuts between them, as real H.264 files.
 
-    examples = held_out_clips(60, folder="clips")              # 8 s, 3 to 8 scenes; read them with frames=8
-    needles = held_out_clips(40, folder="clips", long=True)    # 32 s, 16 to 32 scenes; read them with frames=32
+    examples = held_out_clips(60, folder="clips")              # 7 s, 3 to 8 scenes; read them with frames=8
+    needles = held_out_clips(40, folder="clips", long=True)    # 31 s, 16 to 32 scenes; read them with frames=32
     examples[0].path, examples[0].question, examples[0].answer
 
 Equal seeds give equal clips and equal questions. Every scene is on screen at one of `example.frames` evenly spread frames.

@@ -22,11 +22,12 @@ from accelerate import Accelerator
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
+from lmms_eval.utils import simple_parse_args_string
 from loguru import logger
 from tqdm import tqdm
 
 from tokprune.config import PruneConfig
-from tokprune.errors import TokpruneError
+from tokprune.errors import OptionError, TokpruneError
 from tokprune.evaluation.errors import EvaluationError, at_row
 from tokprune.evaluation.lmms_engine import Answer, Engine
 from tokprune.evaluation.lmms_loading import DEMO, load, pick_device, scorer_for
@@ -65,6 +66,18 @@ class TokpruneChat(lmms):
             control=a.control,
             bare=self.engine("image" if a.pretrained == DEMO else "video").loaded.own,
         )
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> TokpruneChat:
+        """The model of a --model_args string. What stands in it goes before --batch_size and --device, which always have
+        a value."""
+        try:
+            given = simple_parse_args_string(arg_string)
+        except ValueError as error:
+            raise OptionError(
+                f"--model_args {arg_string!r}: write name=value pairs with commas between, such as pretrained=demo,method=none."
+            ) from error
+        return cls(**{**(additional_config or {}), **given})
 
     # -- the pruning ------------------------------------------------------------------------------------------------------
 
