@@ -22,13 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from tokprune.demo.clips import SHORT_FRAMES, make_clip
-from tokprune.demo.clips_questions import ask_clip
+from tokprune.demo.clips_questions import CLIP_SHAPES, ask_clip
 from tokprune.demo.clips_video import write_clip
 from tokprune.demo.scenes import CHARACTERS, COLOR_NAMES, HELD_OUT_SEED, SHAPES, ask, make_scene
 from tokprune.evaluation import task_folder
 
 SEED = 500  # of held-out scenes and clips: see scenes.held_out and clips.held_out_clips
 SPAN = 1_000_000
+SEARCH = 20_000  # scenes or clips to look at; a few hundred do
 SCENE_QUESTIONS = 1120
 CLIP_QUESTIONS = 540
 QUESTIONS_PER_SOURCE = 4
@@ -46,7 +47,7 @@ SCENE_ANSWERS = {
 }
 CLIP_ANSWERS = {
     "color": len(COLOR_NAMES),
-    "shape": len(SHAPES),
+    "shape": len(CLIP_SHAPES),
     "read": len(CHARACTERS),
     "exist": 2,
     "order": _NAMES,
@@ -68,6 +69,8 @@ def balanced(
     rows: list[tuple[Any, Any]] = []
     seed = HELD_OUT_SEED + SEED * SPAN
     while missing.total():
+        if seed == HELD_OUT_SEED + SEED * SPAN + SEARCH:
+            raise RuntimeError(f"{SEARCH} sources do not give {dict(+missing)}; the limits {limits} are too tight")
         source, rng = make(seed), random.Random(f"offline {seed}")
         seed += 1
         taken = 0
