@@ -112,6 +112,7 @@ def methods_block() -> str:
         ("around another method", wrappers),
         ("which frames of a video", list_methods("frames")),
         ("inside the vision tower", list_methods("encoder")),
+        ("while decoding", list_methods("cache")),
     ]
     lines = ["| where | methods |", "|---|---|"]
     return "\n".join([*lines, *(f"| {where} | {', '.join(f'`{n}`' for n in sorted(some))} |" for where, some in rows)])

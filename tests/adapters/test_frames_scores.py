@@ -257,3 +257,18 @@ def test_asking_while_generating_changes_nothing_but_the_choice(family: str) -> 
             out = tiny.model.generate(**inputs, max_new_tokens=6, output_logits=True, return_dict_in_generate=True)
             answers.append(torch.stack(out.logits))
     assert torch.equal(*answers)
+
+
+def test_asking_is_not_taken_for_the_prefill() -> None:
+    """Who watches the language model's hooks, as the profile does, sees one call per new token, however the frames are scored."""
+    from tokprune.profiling.stages import find_stages, watch
+
+    tiny = tiny_of("llava_next_video")
+    inputs = build_inputs(tiny.model, tiny.processor, "is it bright?", videos=[clip(4)])
+    seen: list[str] = []
+    with (
+        tokprune.apply(tiny.model, "quota", ratio=0.5, score="self", decouple=True, processor=tiny.processor),
+        watch(find_stages(tiny.model), seen.append, lambda part: None),
+    ):
+        tiny.model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    assert seen.count("language") == seen.count("head") == 3

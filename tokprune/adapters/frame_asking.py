@@ -63,7 +63,9 @@ class Asking:
             hidden = self.read(
                 before, after, shown[part], present[part], place, grid, [plane[part] for plane in planes]
             )
-            out[part] = self.yes(self.adapter.model.get_output_embeddings()(hidden).float(), yes, no).to(out.device)
+            out[part] = self.yes(self.adapter.model.get_output_embeddings().forward(hidden).float(), yes, no).to(
+                out.device
+            )
         # A frame without tokens looks like the one before it: that is why they were left out.
         at = torch.where(known, torch.arange(len(out), device=known.device), -1).cummax(0).values.clamp(min=0)
         return out[at.to(out.device)]
@@ -201,7 +203,8 @@ class Asking:
             visual[:, head : head + cells] = present.to(real.device)
             call["visual_pos_masks"] = visual.gather(1, order)
             call["deepstack_visual_embeds"] = [p[present.to(p.device)].to(embeds) for p in planes]
-        hidden: Tensor = adapter.text_model(**call).last_hidden_state
+        # Not through __call__: whoever times the model by its hooks must not take this pass for the prefill.
+        hidden: Tensor = adapter.text_model.forward(**call).last_hidden_state
         return hidden[:, -1]
 
     def positions(self, head: int, tail: int, place: Tensor, grid: tuple[int, int], real: Tensor) -> Tensor:
