@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,35 +75,15 @@ def run_demo(
     # Neighbours in a batch need not share a scene; the same order for every cell keeps the comparison paired.
     plan = plan_cells(methods, ratios)
     scorer = scorer_for(own, methods, device)
-    cells = []
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+    cells = ask_cells(
+        console,
+        plan,
+        len(examples),
+        quiet,
+        lambda method, ratio, tick: run_cell(
+            model, processor, examples, method, ratio, own_model=own, scorer=scorer, tick=tick
+        ),
     )
-    with Progress(*columns, console=console, transient=True, disable=quiet) as progress:
-        bar = progress.add_task("asking", total=len(plan) * len(examples))
-        for method, ratio in plan:
-            progress.update(bar, description=f"{method} at {ratio:g}")
-            cells.append(
-                run_cell(
-                    model,
-                    processor,
-                    examples,
-                    method,
-                    ratio,
-                    own_model=own,
-                    scorer=scorer,
-                    tick=lambda n: progress.advance(bar, n),
-                )
-            )
-    console.print(table_of(cells))
-    for cell in cells:
-        if cell.method == "none":
-            types = ", ".join(f"{k} {v:.0%}" for k, v in cell.per_type.items())
-            console.print(f"all tokens, by question type: {types}")
     if overlays is not None:
         for path in save_overlays(
             model, processor, examples, [m for m in methods if m != "none"], ratios, overlays, own, scorer
@@ -113,6 +93,35 @@ def run_demo(
         write_json(json_file, name, cells, seed, len(examples))
         console.print(f"saved {json_file}", soft_wrap=True)
     console.print(f"{len(plan)} cells of {len(examples)} questions in {time.perf_counter() - started:.0f} s")
+
+
+def ask_cells(
+    console: Console,
+    plan: Sequence[tuple[str, float]],
+    questions: int,
+    quiet: bool,
+    ask: Callable[[str, float, Callable[[int], None]], Any],
+) -> list[Any]:
+    """Every cell of the plan under one progress bar, then their table. ask: method, ratio and what to call with each batch's size."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    cells = []
+    with Progress(*columns, console=console, transient=True, disable=quiet) as progress:
+        bar = progress.add_task("asking", total=len(plan) * questions)
+        for method, ratio in plan:
+            progress.update(bar, description=f"{method} at {ratio:g}")
+            cells.append(ask(method, ratio, lambda n: progress.advance(bar, n)))
+    console.print(table_of(cells))
+    for cell in cells:
+        if cell.method == "none":
+            types = ", ".join(f"{k} {v:.0%}" for k, v in cell.per_type.items())
+            console.print(f"all tokens, by question type: {types}")
+    return cells
 
 
 def scorer_for(own: bool, methods: Sequence[str], device: str) -> Any:

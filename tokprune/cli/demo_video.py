@@ -10,10 +10,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from tokprune.cli.demo import scorer_for, table_of, write_json
+from tokprune.cli.demo import ask_cells, scorer_for, write_json
 from tokprune.errors import OptionError, missing_extra
 
 METHODS = ("none", "uniform_frames", "quota", "evs", "vidcom2")
@@ -81,35 +80,15 @@ def run_video_demo(
             f"{len(examples)} questions about {files} mp4 files (H.264), {examples[0].frames} frames of each, 64 tokens a frame"
         )
         plan = plan_cells(methods, ratios)
-        cells = []
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
+        cells = ask_cells(
+            console,
+            plan,
+            len(examples),
+            quiet,
+            lambda method, ratio, tick: run_clip_cell(
+                model, processor, examples, reader, method, ratio, scorer=scorer, tick=tick
+            ),
         )
-        with Progress(*columns, console=console, transient=True, disable=quiet) as progress:
-            bar = progress.add_task("asking", total=len(plan) * len(examples))
-            for method, ratio in plan:
-                progress.update(bar, description=f"{method} at {ratio:g}")
-                cells.append(
-                    run_clip_cell(
-                        model,
-                        processor,
-                        examples,
-                        reader,
-                        method,
-                        ratio,
-                        scorer=scorer,
-                        tick=lambda n: progress.advance(bar, n),
-                    )
-                )
-        console.print(table_of(cells))
-        for cell in cells:
-            if cell.method == "none":
-                types = ", ".join(f"{k} {v:.0%}" for k, v in cell.per_type.items())
-                console.print(f"all tokens, by question type: {types}")
         if overlays is not None:
             pruning = [m for m in methods if m != "none"]
             chosen = _one_of_each_type(examples)[:SHOWN]
