@@ -51,7 +51,7 @@ def methods_page() -> str:
                 f"| `{r['name']}` | {r['summary']} | {needs} | {yes(r['query_aware'])} | {yes(r['merges'])} | "
                 f"{yes(r['deterministic'])} | {yes(r['adaptive'])} | {r['complexity']} | {paper}{year} |"
             )
-        lines.append("")
+        lines += ["", *checked_table(rows)]
         for r in rows:
             lines += [f"### `{r['name']}`", "", r["doc"], ""]
             if r["needs"]:
@@ -59,6 +59,19 @@ def methods_page() -> str:
             if r["options"]:
                 lines += ["Options: " + ", ".join(f"`{k}={v!r}`" for k, v in r["options"].items()) + ".", ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def checked_table(rows: list[dict[str, Any]]) -> list[str]:
+    """The rows "checked against": which published code each method was run against, and what came out."""
+    checked = [(r["name"], r["checked"]) for r in rows if r["checked"]]
+    if not checked:
+        return []
+    lines = ["| checked against | official code | what agrees | what differs |", "|---|---|---|---|"]
+    for name, c in checked:
+        link = f"[{c['repository']}](https://github.com/{c['repository']})" if c["repository"] else "none public"
+        agrees, differs = (c[side].replace("|", r"\|") for side in ("agrees", "differs"))
+        lines.append(f"| `{name}` | {link} | {agrees} | {differs} |")
+    return [*lines, ""]
 
 
 def cells_table(data: dict[str, Any], times: bool = True) -> str:

@@ -21,11 +21,25 @@ ENTRY_POINTS = "tokprune.methods"
 
 
 @dataclass(frozen=True)
+class Checked:
+    """What a method was compared with; docs/methods.md prints a row of it.
+
+    repository: the official one as "owner/name", "" when there is no public code. agrees: what came out identical, and on
+    which inputs. differs: what does not, and why (a defect mended, ties, noise, a stage that is not ours).
+    """
+
+    repository: str = ""
+    agrees: str = ""
+    differs: str = ""
+
+
+@dataclass(frozen=True)
 class MethodInfo:
     """What a user wants to know of a method before choosing it; the generated tables are made of this.
 
     complexity is for N tokens of width D with K kept. adaptive: the image, not the user, chooses the count unless an exact
     budget is asked for. wrapper: it runs another method. video: it is made for frames; a single picture is one frame to it.
+    checked: the published code it was run against; None for baselines and parts of our own.
     """
 
     name: str
@@ -39,6 +53,7 @@ class MethodInfo:
     adaptive: bool = False
     wrapper: bool = False
     video: bool = False
+    checked: Checked | None = None
 
 
 _methods: dict[str, type[Method]] = {}

@@ -33,6 +33,7 @@ def test_explains_one():
     out = run(app, ["methods", "divprune"]).output
     assert "2503.02175" in out
     assert "CVPR 2025" in out
+    assert "checked against vbdi/divprune" in out
     assert json.loads(run(app, ["methods", "hired", "--json"]).output)["options"]["alpha"] == 0.5
 
 

@@ -99,3 +99,9 @@ def explain(name: str, as_json: bool) -> None:
     )
     if r["needs"]:
         console.print("[bold]signals[/] " + ", ".join(r["needs"]))
+    if r["checked"]:
+        c = r["checked"]
+        console.print(f"[bold]checked against[/] {c['repository'] or 'no public code'}")
+        for label in ("agrees", "differs"):
+            if c[label]:
+                console.print(f"  {label}: {escape(c[label])}")

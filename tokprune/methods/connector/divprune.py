@@ -11,7 +11,7 @@ from torch import Tensor
 from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
 from tokprune.ops.distance import cosine_distance
 from tokprune.ops.maxmin import greedy_max_min
-from tokprune.registry import register_method
+from tokprune.registry import Checked, register_method
 from tokprune.tokens import Selection, VisualTokens
 
 
@@ -34,6 +34,11 @@ def divprune(features: Tensor, keep: int) -> Tensor:
     year=2025,
     url="https://arxiv.org/abs/2503.02175",
     complexity="O(N²D + KN)",
+    checked=Checked(
+        "vbdi/divprune",
+        agrees="the picks and their order, on random and clustered features",
+        differs="repeated tokens, which it picks twice; zero norms; half precision, in which it selects",
+    ),
 )
 @dataclass(frozen=True)
 class DivPrune(ConnectorMethod):
