@@ -24,12 +24,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from naive.pairs import CASES, PAIRS, Case, Pair, results
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 import tokprune
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks.naive reads tests.published
+
+from benchmarks.naive.pairs import CASES, PAIRS, Case, Pair, results
 
 QUICK = Case("small, 20 of 144", 1, 20, side=12, heads=8, C=512, D=1024)
 QUICK_TILES = Case("small, 36 of 5 x 144", 5, 180, side=12, heads=8, C=512, D=1024)

@@ -9,28 +9,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.published.dart import dart_in_llm
+from tests.published.globalcom2 import globalcom2_published
+from tests.published.pool import average_pool, pooled_positions
+from tests.published.prumerge_plus import prumerge_plus_order, spatial_step
+from tests.published.visionzip import visionzip
+from tests.published.vscan import vscan_published
 from tokprune.methods.base import top
 from tokprune.methods.connector.cdpruner import cdpruner, quality
-from tokprune.methods.connector.dart import dart_in_llm
 from tokprune.methods.connector.divprune import divprune
 from tokprune.methods.connector.fastervlm import fastervlm
 from tokprune.methods.connector.flowcut import flowcut_scores
-from tokprune.methods.connector.globalcom2 import globalcom2_published
 from tokprune.methods.connector.gprune import gprune
 from tokprune.methods.connector.hiprune import hiprune
 from tokprune.methods.connector.hired import hired_budgets, hired_published_budgets
 from tokprune.methods.connector.holov import holov, holov_published
 from tokprune.methods.connector.mmtok import mmtok
-from tokprune.methods.connector.pool import average_pool, pooled_positions
 from tokprune.methods.connector.prumerge import best, prumerge_count, prumerge_rows
-from tokprune.methods.connector.prumerge_plus import prumerge_plus_order, spatial_step
 from tokprune.methods.connector.prunesid import prunesid
 from tokprune.methods.connector.recoverable import recoverable
 from tokprune.methods.connector.scope import scope
 from tokprune.methods.connector.textmonkey import textmonkey
-from tokprune.methods.connector.visionzip import visionzip
 from tokprune.methods.connector.vispruner import vispruner
-from tokprune.methods.connector.vscan import vscan_published
 from tokprune.methods.question import text_relevance
 from tokprune.ops.ranking import top_in_groups, top_indices
 from tokprune.tokens import Layout

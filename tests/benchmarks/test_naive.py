@@ -15,7 +15,7 @@ import torch
 from benchmarks.naive import attention, merging, similarity
 from benchmarks.naive.pairs import PAIRS, Case, Pair, results
 from tests.golden_vectors import GoldenCase, claims
-from tokprune.methods.connector.dart import picks_per_pivot
+from tests.published.dart import picks_per_pivot
 from tokprune.methods.connector.flowcut import flowcut_scores
 from tokprune.methods.connector.hired import hired_budgets
 from tokprune.methods.connector.prunesid import suppress
@@ -279,8 +279,8 @@ def test_pool(case: GoldenCase) -> None:
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """benchmarks/methods.py as a module, found the way Python finds its neighbours when it is run."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    """benchmarks/methods.py as a module."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
     spec = importlib.util.spec_from_file_location("benchmark_methods", ROOT / "benchmarks" / "methods.py")
     assert spec is not None
     assert spec.loader is not None

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from tests.golden_vectors import GoldenCase, claims
+from tests.published.dart import dart_in_llm, picks_per_pivot
 from tokprune.errors import OptionError
-from tokprune.methods.connector.dart import Dart, dart_in_llm, least_similar, picks_per_pivot, strongest
+from tokprune.methods.connector.dart import Dart, least_similar, strongest
 from tokprune.tokens import Layout, VisualTokens
 
 

@@ -7,7 +7,7 @@ import torch
 from tests.golden_vectors import GoldenCase, claims
 from tests.methods.connector.clips import clip, video
 from tokprune.budget import kept
-from tokprune.methods.connector.evs import EVS, evs, evs_scores
+from tokprune.methods.connector.evs import EVS
 from tokprune.tokens import Layout, VisualTokens
 
 
@@ -19,7 +19,8 @@ def test_golden(case: GoldenCase) -> None:
     keep = max(n, int(frames * n * (1 - case.number("q"))))
     if "count" in case:
         assert keep == case.number("count")
-    found = evs(features, keep)
+    tokens = VisualTokens(features.flatten(0, 1), Layout.grid(1, n, frames, "video"))
+    found = EVS(compat="published").select(tokens, keep).indices
     assert len(found) == int(mask.sum())
     if case.name == "tie":  # identical frames: rounding decides in the published code, the lower index here
         assert torch.equal(found, torch.arange(keep))
@@ -28,7 +29,6 @@ def test_golden(case: GoldenCase) -> None:
     assert torch.equal(found, mask.nonzero()[:, 0])
     if "mrope" in case:  # positions stay those of the whole video
         assert torch.equal(case["mrope"][found], case["mrope_kept"])
-    tokens = VisualTokens(features.flatten(0, 1), Layout.grid(1, n, frames, "video"))
     assert torch.equal(EVS().select(tokens, keep).indices, found)
     assert torch.equal(EVS(compat="published").select(tokens, 1).indices, torch.arange(n))
 
@@ -36,9 +36,10 @@ def test_golden(case: GoldenCase) -> None:
 def test_what_moves_stays() -> None:
     features = clip(6, (4, 4), scenes=1, moving=0.0)
     features[3, 5] += 3.0  # one token changes once, and back
-    found = evs(features, 16 + 2)
+    tokens = video(features, (4, 4))
+    found = EVS().select(tokens, 16 + 2).indices
     assert found[16:].tolist() == [3 * 16 + 5, 4 * 16 + 5]
-    assert evs_scores(features)[0].eq(255).all()
+    assert EVS().scores(tokens)[:16].eq(255).all()
 
 
 def test_a_budget_below_one_frame_is_met_and_spread_over_time() -> None:

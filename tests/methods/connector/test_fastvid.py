@@ -7,8 +7,9 @@ import torch
 
 from tests.golden_vectors import GoldenCase, claims
 from tests.methods.connector.clips import clip, video
+from tests.published.fastvid import fastvid
 from tokprune.errors import OptionError
-from tokprune.methods.connector.fastvid import FastVID, anchors, fastvid, fastvid_onevision_split, fastvid_split
+from tokprune.methods.connector.fastvid import FastVID, anchors, fastvid_onevision_split, fastvid_split
 from tokprune.ops.segments import similar_runs
 
 

@@ -7,8 +7,9 @@ import torch
 
 from tests.golden_vectors import GoldenCase, claims
 from tests.methods.connector.clips import clip, video
+from tests.published.flashvid import flashvid
 from tokprune.errors import OptionError
-from tokprune.methods.connector.flashvid import FlashVID, flashvid, flashvid_diverse, flashvid_links, flashvid_trees
+from tokprune.methods.connector.flashvid import FlashVID, flashvid_diverse, flashvid_links, flashvid_trees
 from tokprune.ops.distance import cosine_distance
 from tokprune.ops.segments import similar_runs
 

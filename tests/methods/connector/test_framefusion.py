@@ -7,15 +7,13 @@ import torch
 
 from tests.golden_vectors import GoldenCase, claims
 from tests.methods.connector.clips import clip, video
+from tests.published.framefusion import Fusion, framefusion_sparsity, framefusion_step
 from tokprune.errors import BudgetError, OptionError
 from tokprune.methods.connector.framefusion import (
     FrameFusion,
-    Fusion,
     framefusion_heads,
     framefusion_order,
     framefusion_similarity,
-    framefusion_sparsity,
-    framefusion_step,
 )
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from tests.golden_vectors import GoldenCase, claims
-from tokprune.methods.connector.globalcom2 import GlobalCom2, crop_scales, globalcom2_published, unpadded
+from tests.published.globalcom2 import globalcom2_published, unpadded
+from tokprune.methods.connector.globalcom2 import GlobalCom2, crop_scales
 from tokprune.tokens import Layout, VisualTokens
 
 

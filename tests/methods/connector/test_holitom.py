@@ -9,8 +9,9 @@ import torch
 
 from tests.golden_vectors import GoldenCase, claims
 from tests.methods.connector.clips import clip, video
+from tests.published.holitom import holitom
 from tokprune.errors import OptionError
-from tokprune.methods.connector.holitom import HoliTom, holitom
+from tokprune.methods.connector.holitom import HoliTom
 from tokprune.ops.distance import unit
 from tokprune.ops.segments import static_runs
 from tokprune.tokens import Layout, VisualTokens

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from tests.golden_vectors import GoldenCase, claims
+from tests.published.pool import average_pool, pooled_positions
 from tokprune.errors import OptionError
-from tokprune.methods.connector.pool import Pool, average_pool, pooled_positions
+from tokprune.methods.connector.pool import Pool
 from tokprune.tokens import Layout, VisualTokens
 
 

@@ -7,14 +7,9 @@ import torch
 
 from tests.golden_vectors import GoldenCase, claims
 from tests.methods.connector.clips import clip, video
+from tests.published.prunevid import prunevid, prunevid_second_stage
 from tokprune.errors import OptionError
-from tokprune.methods.connector.prunevid import (
-    PruneVid,
-    prunevid,
-    prunevid_constancy,
-    prunevid_scenes,
-    prunevid_second_stage,
-)
+from tokprune.methods.connector.prunevid import PruneVid, prunevid_constancy, prunevid_scenes
 from tokprune.ops.distance import cosine_similarity
 from tokprune.ops.segments import frame_clusters, refine
 from tokprune.tokens import Layout, VisualTokens

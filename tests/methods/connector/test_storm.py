@@ -7,18 +7,19 @@ import torch
 
 from tests.methods.connector.clips import clip, video
 from tokprune.errors import OptionError
-from tokprune.methods.connector.storm import Storm, spatial_pool, temporal_pool, temporal_sample
+from tokprune.methods.connector.storm import Storm
 
 
-def test_operators() -> None:
-    features = torch.arange(5 * 4 * 2.0).view(5, 4, 2)
-    assert torch.equal(temporal_sample(features, 2), features[[0, 2, 4]])
-    pooled = temporal_pool(features, 4)
-    torch.testing.assert_close(pooled, torch.stack([features[:4].mean(0), features[4]]))
-    torch.testing.assert_close(spatial_pool(features, (2, 2), 2), features.mean(1, keepdim=True))
-    assert temporal_pool(features.bfloat16(), 4).dtype == torch.bfloat16
-    with pytest.raises(OptionError, match="does not divide"):
-        spatial_pool(features, (1, 4), 2)
+def temporal_pool(features: torch.Tensor, stride: int) -> torch.Tensor:
+    """Mean of every `stride` frames; a shorter rest is averaged over what there is. (T, N, C) -> (ceil(T / stride), N, C)."""
+    return torch.stack([part.mean(0) for part in features.split(stride)])
+
+
+def spatial_pool(features: torch.Tensor, grid: tuple[int, int], size: int) -> torch.Tensor:
+    """Mean of every size x size cells of the grid. (T, H W, C) -> (T, H W / size², C)."""
+    height, width = grid
+    cells = features.unflatten(1, (height // size, size, width // size, size))
+    return cells.mean((2, 4)).flatten(1, 2)
 
 
 def test_sampling_is_every_other_frame() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from tests.golden_vectors import GoldenCase, claims
-from tokprune.methods.connector.visionzip import VisionZip, visionzip, visionzip_canvas, visionzip_plan
+from tests.published.visionzip import visionzip, visionzip_canvas
+from tokprune.methods.connector.visionzip import VisionZip, visionzip_plan
 from tokprune.tokens import Layout, VisualTokens
 
 

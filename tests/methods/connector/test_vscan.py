@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from tests.golden_vectors import GoldenCase, claims
-from tokprune.methods.connector.vscan import VScan, vscan_local, vscan_published, window_of
+from tests.published.vscan import vscan_published
+from tokprune.methods.connector.vscan import VScan, vscan_local, window_of
 from tokprune.tokens import Layout, VisualTokens
 
 

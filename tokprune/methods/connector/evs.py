@@ -18,23 +18,6 @@ from tokprune.tokens import VisualTokens
 FIRST = 255.0  # above every change: a token without a predecessor is new as a whole
 
 
-def evs_scores(features: Tensor) -> Tensor:
-    """How much each token changed since the frame before: 1 - cosine at the same place; 255 in the first frame.
-
-    features: (T, N, C) -> (T, N) in float32, rounded to 1e-6, so that a static video is one big tie (lower index first)
-    rather than rounding noise that differs between devices.
-    """
-    frames, n, width = features.shape
-    before = torch.arange(frames * n, device=features.device) - n
-    cosine = similarity_to(wide(features).reshape(-1, width), before.clamp(min=-1), 1 - FIRST)
-    return (1 - cosine).unflatten(0, (frames, n)).mul(1e6).round().div(1e6)
-
-
-def evs(features: Tensor, keep: int) -> Tensor:
-    """The `keep` tokens that changed most, but never less than the first frame. (T, N, C) -> ascending indices."""
-    return top(evs_scores(features).flatten(), max(keep, features.shape[1]))
-
-
 @register_method(
     "evs",
     paper="Efficient Video Sampling: Pruning Temporally Redundant Tokens for Faster VLM Inference",
@@ -63,7 +46,10 @@ class EVS(ScoreMethod):
         check_compat(self.compat)
 
     def scores(self, tokens: VisualTokens) -> Tensor:
-        """Change since the frame before, 255 where there is none. Returns (N,)."""
+        """Change since the frame before: 1 - cosine at the same place; 255 where there is none. Returns (N,) in float32.
+
+        Rounded to 1e-6, so that a static video is one big tie rather than rounding noise that differs between devices.
+        """
         features = check_finite(wide(tokens.features), "the visual features")
         before = earlier(tokens.layout.to(features.device))
         return (1 - similarity_to(features, before, 1 - FIRST)).mul(1e6).round().div(1e6)

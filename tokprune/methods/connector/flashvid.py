@@ -19,11 +19,10 @@ from tokprune.ops.frames import in_proportion, raster, spread
 from tokprune.ops.maxmin import greedy_max_min
 from tokprune.ops.pools import selection
 from tokprune.ops.ranking import rank_in_group
-from tokprune.ops.segments import numbers, similar_runs
+from tokprune.ops.segments import numbers
 from tokprune.ops.stacks import stacks
-from tokprune.ops.wide import wide
 from tokprune.registry import register_method
-from tokprune.tokens import Layout, Merge, Selection, VisualTokens
+from tokprune.tokens import Layout, Selection, VisualTokens
 
 NEIGHBOURS = 7  # of DPC-kNN, at most
 BLOCK = 16  # frames whose distances are in memory together
@@ -139,37 +138,6 @@ def flashvid_flow(
     return diverse, goal[root].masked_fill(gone, -1), (weight[root] * share).masked_fill(gone, 0)
 
 
-def flashvid(
-    features: Tensor,
-    attention: Tensor,
-    retention: float = 0.1,
-    expansion: float = 1.25,
-    alpha: float = 0.7,
-    segments: int = 8,
-    cut: float = 0.9,
-    threshold: float = 0.8,
-) -> tuple[Tensor, Tensor]:
-    """The published code. features: (T, N, C), attention: (T, N).
-
-    Returns positions (K,), ascending, and their tokens (K, C). In scenes of one frame a position may come twice: as the token that
-    stays, and as a cluster.
-    """
-    frames, n, _ = features.shape
-    x = wide(features).flatten(0, 1)
-    lengths = similar_runs(wide(features).mean(1), segments - 1, cut)
-    layout = Layout.grid(1, n, frames, "video").to(x.device)
-    parts = flashvid_published_parts(math.ceil(n * retention * expansion), n, lengths, alpha)
-    diverse, goal, weight = flashvid_flow(
-        x, wide(attention).flatten(), layout, lengths, parts, threshold, True, twice=True
-    )
-    centre = (goal == torch.arange(len(goal), device=goal.device)).nonzero()[:, 0]
-    row = torch.full_like(goal, -1).scatter(0, centre, torch.arange(len(centre), device=goal.device))
-    clusters = Merge(target=torch.where(goal >= 0, row[goal.clamp(min=0)], -1), scale=weight).apply(x, len(centre))
-    kept = diverse.nonzero()[:, 0]
-    position, order = torch.cat([kept, centre]).sort(stable=True)
-    return position, torch.cat([x[kept], clusters])[order]
-
-
 def flashvid_published_parts(per_frame: int, n: int, lengths: Sequence[int], alpha: float) -> Parts:
     """The published split: ceil(alpha b) of the b tokens of each frame stay as they are; merges leave more than b per frame."""
     diverse, links = math.ceil(alpha * per_frame), []
@@ -215,8 +183,7 @@ class FlashVID(ConnectorMethod):
     - a tree's sum is divided by one more than the links to its root, not by its size, so that a chain of five tokens weighs
       five halves; here it is the mean;
     - with k = min(clusters, 7) neighbours a single cluster has one, and its centre is left to random noise; here k = 7;
-    - in scenes of one frame the chosen tokens are clustered once more and positions come twice; never here, in either mode (the
-      function `flashvid` does).
+    - in scenes of one frame the chosen tokens are clustered once more and positions come twice; never here, in either mode.
 
     A picture or tile is a scene of one frame: chosen tokens, and clusters of the others.
     """

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tokprune.errors import BudgetError, OptionError
+from tokprune.errors import OptionError
 from tokprune.methods.attended import attended
 from tokprune.methods.base import ConnectorMethod
 from tokprune.ops.frames import similarity_to
@@ -20,31 +18,6 @@ from tokprune.tokens import Merge, Selection, VisualTokens
 
 TEXT = -1  # patch type of tokens that are no part of the video
 FIRST = -2.0  # similarity of a token with nothing before it
-
-
-class Fusion(NamedTuple):
-    """How far the published procedure is: shares merged by the calls so far, and which of its two parts are over."""
-
-    sparsities: tuple[float, ...] = ()
-    merged: bool = False
-    pruned: bool = False
-
-
-def framefusion_sparsity(done: Sequence[float], cost: float, layers: int = 28) -> float:
-    """Share of the tokens that has to go now, so that all `layers` together cost the share `cost` (section 3.4).
-
-    done: shares removed by each layer so far. The published code counts 28 layers for every model.
-    """
-    left, spent = 1.0, 0.0
-    for share in done:
-        left *= 1 - share
-        spent += left
-    ahead = cost * layers - spent
-    if ahead < 0:
-        raise BudgetError(
-            f"cost={cost} is too small: {len(done)} layers have already taken {spent / layers:.3f} of the whole."
-        )
-    return max(0.0, 1 - ahead / ((layers - len(done)) * left))
 
 
 def framefusion_order(patch: Tensor) -> Tensor:
@@ -75,57 +48,6 @@ def framefusion_heads(patch: Tensor, merges: Tensor) -> Tensor:
     return torch.empty_like(order).scatter(0, order, order[head])
 
 
-def framefusion_merge(hidden: Tensor, heads: Tensor) -> tuple[Tensor, Tensor]:
-    """The tokens that are left, each the mean of those that flow into it. heads: (L,) -> positions (K,), tokens (K, C)."""
-    at = torch.arange(len(heads), device=heads.device)
-    kept = (heads == at).nonzero()[:, 0]
-    slot = torch.searchsorted(kept, heads)
-    size = torch.zeros(len(kept), device=heads.device).index_add(0, slot, torch.ones_like(slot, dtype=torch.float32))
-    return kept, Merge(target=slot, scale=1 / size[slot]).apply(hidden, len(kept))
-
-
-def framefusion_step(
-    hidden: Tensor,
-    patch: Tensor,
-    state: Fusion,
-    cost: float,
-    attention: Tensor | None = None,
-    threshold: float = 0.6,
-    least: float = 0.1,
-    layers: int = 28,
-) -> tuple[Tensor, Tensor, Fusion]:
-    """One call of the published procedure: before the first layer of the LLM, and behind the attention of each.
-
-    hidden: (L, C), patch: (L,). attention: (L,) mean over heads and queries of what each token receives; read by the one call
-    that prunes. While it merges: the tokens above `threshold`, or, when these are more than have to go, the most similar ones as
-    many as that, and all is over. Merging ends when less than the share `least` is above. The call after that prunes.
-
-    Returns the positions that are left (K,), their tokens (K, C) and the new state.
-    """
-    visual = patch != TEXT
-    count = int(visual.sum())
-    everything = torch.arange(len(patch), device=patch.device)
-    if not state.merged:
-        share = framefusion_sparsity(state.sparsities, cost, layers)
-        similarity = framefusion_similarity(hidden, patch)
-        above = similarity > threshold
-        found = int(above.sum()) / max(count, 1)
-        if found < share:
-            state = Fusion((*state.sparsities, found), merged=found < least)
-        else:
-            above = ranks(similarity) < int(share * count)
-            state = Fusion(state.sparsities, merged=True, pruned=True)
-        kept, out = framefusion_merge(hidden, framefusion_heads(patch, above & (similarity > FIRST)))
-        return kept, out, state
-    if not state.pruned:
-        if attention is None:
-            raise OptionError("this call prunes: give the attention that each token received, (L,).")
-        keep = round(count * (1 - framefusion_sparsity(state.sparsities, cost, layers)))
-        kept = top_by_tier((~visual).long(), attention, len(patch) - count + keep)
-        return kept, hidden[kept], state._replace(pruned=True)
-    return everything, hidden, state
-
-
 @register_method(
     "framefusion",
     paper="FrameFusion: Combining Similarity and Importance for Video Token Reduction on Large Visual Language Models",
@@ -143,8 +65,8 @@ class FrameFusion(ConnectorMethod):
     more than have to go, merge into it, and runs of them into one mean at the run's first token. If more tokens are left
     than asked, the most attended stay.
 
-    The publication spreads this over the first layers of the LLM, with a budget of FLOPs, and prunes by the LLM's attention
-    (`framefusion_step` is one such call, exact to it). Here all of it happens in front of the LLM, where a count is asked
+    The publication spreads this over the first layers of the LLM, with a budget of FLOPs, and prunes by the LLM's attention.
+    Here all of it happens in front of the LLM, where a count is asked
     for: merging happens once, and importance is the tower's attention, averaged over what was merged. That also avoids what
     ails the published code: 28 layers assumed for every model; sums in half precision; the mean over all queries of a causal
     map, which favours early tokens; and one video at a time. Videos of two or three frames, of which at most a half or two

@@ -16,9 +16,8 @@ from tokprune.ops.frames import earlier, raster, similarity_to
 from tokprune.ops.pools import Pools, selection, still_and_moving
 from tokprune.ops.ranking import ranks
 from tokprune.ops.segments import static_runs
-from tokprune.ops.wide import wide
 from tokprune.registry import register_method
-from tokprune.tokens import Merge, Selection, VisualTokens
+from tokprune.tokens import Selection, VisualTokens
 
 NEIGHBOURS = 7  # of DPC-kNN
 NEVER = -2.0  # below every cosine: nothing to compare with
@@ -73,31 +72,6 @@ def holitom_flow(
     return torch.cat([moving, still]), torch.cat([torch.ones_like(worth), weight])
 
 
-def holitom(
-    features: Tensor, attention: Tensor, retain: float = 0.15, tau: float = 0.8, beta: float | None = 0.6
-) -> tuple[Tensor, Tensor, list[int], float]:
-    """The published outer stage without its contextual share (D = 0). features: (T, N, C), attention: (T, N).
-
-    Returns the merged tokens (K, C), scene by scene the still ones, then each frame's; the position of each in the video;
-    the scenes' lengths; the ratio applied within them.
-    """
-    frames, n, _ = features.shape
-    x = wide(features).flatten(0, 1)
-    at = torch.arange(frames * n, device=x.device)
-    similarity = similarity_to(x, (at - n).clamp(min=-1), NEVER).unflatten(0, (frames, n))
-    lengths, saved = static_runs(similarity[1:] > tau)
-    groups = still_and_moving(
-        at.unflatten(0, (frames, n)), frames * n, lengths, holitom_constancy(similarity, lengths), tau
-    )
-    ratio = holitom_ratio(retain, saved, frames * n)
-    into, weight = holitom_flow(x, attention.flatten(), groups, holitom_counts(groups, ratio), beta, published=True)
-    target, much = groups.flow(into, weight)
-    home = groups.home[groups.order][(into == torch.arange(n, device=x.device))[groups.order]]
-    row = torch.empty_like(target).scatter(0, home, at[: len(home)])
-    out = Merge(target=torch.where(target >= 0, row[target.clamp(min=0)], -1), scale=much).apply(x, len(home))
-    return out, home, lengths, ratio
-
-
 @register_method(
     "holitom",
     paper="HoliTom: Holistic Token Merging for Fast Video Large Language Models",
@@ -121,7 +95,7 @@ class HoliTom(ConnectorMethod):
     their sizes, with an exact sum, and seven neighbours count (or all, if fewer). Where the pools hold fewer tokens than
     asked, tau is raised: the least constant places move again. Its contextual share (D) is 0 by default and crashes
     otherwise: not offered. The attention map is the stream's own (there: of all videos of a batch together). Tokens stay in the
-    order of the stream (there, without newlines: still ones of a scene first, see `holitom`).
+    order of the stream (there, without newlines: still ones of a scene first).
 
     A picture or tile is a scene of one frame: the top of its attention.
     """

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from tokprune.budget import share
 from tokprune.errors import OptionError
@@ -14,28 +13,6 @@ from tokprune.methods.base import ConnectorMethod, check_keep
 from tokprune.ops.cells import centres, even_cells, even_runs, middles
 from tokprune.registry import register_method
 from tokprune.tokens import Merge, Selection, VisualTokens
-
-
-def average_pool(features: Tensor, stride: int) -> Tensor:
-    """Mean of every `stride` tokens in sequence; a tail shorter than that is dropped (section 3.2).
-
-    features: (B, N, D) -> (B, N // stride, D), summed in float32 at least.
-    """
-    count = features.shape[-2] // stride
-    windows = features[..., : count * stride, :].unflatten(-2, (count, stride))
-    wide = windows if windows.dtype == torch.float64 else windows.float()
-    return wide.mean(-2).to(features.dtype)
-
-
-def pooled_positions(positions: Tensor, stride: int) -> Tensor:
-    """Position of each pooled token: the mean of its tokens' positions, rounded down, in whole numbers.
-
-    positions: (..., N) -> (..., N // stride). The published code takes this mean in float16, which is wrong above 2048.
-    """
-    count = positions.shape[-1] // stride
-    return torch.div(
-        positions[..., : count * stride].unflatten(-1, (count, stride)).sum(-1), stride, rounding_mode="floor"
-    )
 
 
 @register_method(

@@ -17,7 +17,7 @@ from tokprune.ops.pools import Pools, selection, still_and_moving
 from tokprune.ops.segments import frame_clusters, refine, runs
 from tokprune.ops.wide import wide
 from tokprune.registry import register_method
-from tokprune.tokens import Merge, Selection, VisualTokens
+from tokprune.tokens import Selection, VisualTokens
 
 NEIGHBOURS = 7  # of DPC-kNN
 SMALL = 14  # the published code clusters only what has more tokens
@@ -67,49 +67,6 @@ def prunevid_clusters(features: Tensor, groups: Pools, counts: Tensor) -> tuple[
     return into, 1 / size.gather(1, into.clamp(min=0)).clamp(min=1), score
 
 
-def prunevid(
-    features: Tensor, tau: float = 0.8, scene_share: float = 0.25, cluster_ratio: float = 0.5
-) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-    """The published first stage. features: (T, N, C).
-
-    Returns the merged tokens (K, C) in the published order (scene by scene the still ones, then each frame's; clusters by
-    score, best first), how many each scene has of the still and of the moving ones, and the scenes' lengths.
-    """
-    frames, n, _ = features.shape
-    x = wide(features).flatten(0, 1)
-    place = torch.arange(frames * n, device=x.device)
-    lengths = prunevid_scenes(wide(features).mean(1), scene_share)
-    raster_of = place.unflatten(0, (frames, n))
-    groups = still_and_moving(raster_of, frames * n, lengths, prunevid_constancy(x, raster_of, lengths), tau)
-    counts = prunevid_counts(groups, cluster_ratio)
-    into, weight, score = prunevid_clusters(x, groups, counts)
-    target, much = groups.flow(into, weight)
-    # Tokens in the order in which they leave: pool after pool, clusters by score where there are clusters, else in place.
-    cell = torch.arange(n, device=x.device)
-    rank = torch.where((counts < groups.sizes)[:, None], -score, cell.to(score))[groups.order]
-    centre = (into == cell)[groups.order]
-    home = groups.home[groups.order].gather(1, torch.sort(rank, stable=True).indices)
-    home = home[centre.gather(1, torch.sort(rank, stable=True).indices)]
-    row = torch.empty_like(target).scatter(0, home, place[: len(home)])
-    out = Merge(target=torch.where(target >= 0, row[target.clamp(min=0)], -1), scale=much).apply(x, len(home))
-    moving = torch.zeros_like(groups.length).index_add(0, groups.scene, counts[:frames])
-    return out, counts[frames:], moving, lengths
-
-
-def prunevid_second_stage(attention: Tensor, groups: Sequence[int], alpha: float = 0.4) -> Tensor:
-    """Which of the merged tokens the LLM goes on with: int(alpha n) of each group, by the question's attention (section 3.3).
-
-    attention: (heads, text, K) of one layer, from the words behind the video to the video. groups: sizes of the runs of tokens
-    that compete, in order: each scene's still ones and each frame's. Returns ascending indices.
-    """
-    kept, begin = [], 0
-    for worth in attention.amax((0, 1)).split(list(groups)):
-        best = torch.sort(worth, descending=True, stable=True).indices[: int(alpha * len(worth))]
-        kept.append(best.sort().values + begin)
-        begin += len(worth)
-    return torch.cat(kept)
-
-
 @register_method(
     "prunevid",
     paper="PruneVid: Visual Token Pruning for Efficient Video Large Language Models",
@@ -125,15 +82,14 @@ class PruneVid(ConnectorMethod):
 
     The frames' means are clustered into `scene_share` as many scenes (section 3.2). Places that look the same throughout a
     scene (mean cosine above tau) become one token each, their mean over time. These, and each frame's other tokens, are then
-    clustered by DPC-kNN (k = 7), and each cluster becomes its mean. Question-guided pruning in the LLM is the second stage
-    (`prunevid_second_stage` has its choice).
+    clustered by DPC-kNN (k = 7), and each cluster becomes its mean. Question-guided pruning in the LLM is the second stage.
 
     The published count depends on the video: half (cluster_ratio) of each pool of more than 14 tokens. Here the budget is
     given, and pools share it in proportion to their sizes. Where the pools hold fewer tokens than asked, tau is raised:
     the least constant places move again. A budget below the number of pools drops some of them, at even distances.
 
     compat="published" keeps the published counts, whatever the budget. In both, tokens stay in the order of the stream (published:
-    by cluster score, see `prunevid`), a still cluster at its centre's place in the scene's first frame; videos of fewer than
+    by cluster score), a still cluster at its centre's place in the scene's first frame; videos of fewer than
     seven frames use all of them as neighbours (published: an error); equal densities go to the lower index (published: to
     random noise). A picture or tile is a scene of one frame, all moving.
     """

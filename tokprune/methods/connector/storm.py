@@ -18,27 +18,6 @@ from tokprune.tokens import Layout, Merge, Selection, VisualTokens
 MODES = ("sample", "pool")
 
 
-def temporal_sample(features: Tensor, stride: int = 2) -> Tensor:
-    """Every `stride`-th frame, from the first (section 3.3). features: (T, N, C) -> (ceil(T / stride), N, C)."""
-    return features[::stride]
-
-
-def temporal_pool(features: Tensor, stride: int = 4) -> Tensor:
-    """Mean of every `stride` frames; a shorter rest is averaged over what there is. (T, N, C) -> (ceil(T / stride), N, C)."""
-    wide = features if features.dtype == torch.float64 else features.float()
-    return torch.stack([part.mean(0) for part in wide.split(stride)]).to(features.dtype)
-
-
-def spatial_pool(features: Tensor, grid: tuple[int, int], size: int = 2) -> Tensor:
-    """Mean of every size x size cells of the grid, which `size` must divide. (T, H W, C) -> (T, H W / size², C)."""
-    height, width = grid
-    if height % size or width % size:
-        raise OptionError(f"size={size} does not divide the grid of {height} x {width} tokens.")
-    wide = features if features.dtype == torch.float64 else features.float()
-    cells = wide.unflatten(1, (height // size, size, width // size, size))
-    return cells.mean((2, 4)).flatten(1, 2).to(features.dtype)
-
-
 @register_method(
     "storm",
     paper="STORM: Token-Efficient Long Video Understanding for Multimodal LLMs",

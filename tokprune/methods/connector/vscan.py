@@ -46,23 +46,6 @@ def vscan_merge(features: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     return place, 1.0 / count.gather(1, place)
 
 
-def vscan_published(
-    features: Tensor, shallow: Tensor, deep: Tensor, keep: int, grid: tuple[int, int] = (24, 24), windows: int = 4
-) -> tuple[Tensor, Tensor]:
-    """What the published code feeds to the LLM; fewer tokens than `keep` where it rounds the windows' shares down.
-
-    features: (B, N, D) projected, N a full grid. shallow, deep: (B, N). Returns kept indices (B, K) and tokens (B, K, D).
-    """
-    cell = torch.arange(grid[0] * grid[1], device=features.device)
-    window = window_of(cell // grid[1], cell % grid[1], grid, windows)
-    each = keep // 2 // windows**2
-    local = rank_in_group(shallow, window) < each
-    kept = top_by_tier(local.long(), deep, each * windows**2 + keep - keep // 2)
-    place, weight = vscan_merge(features, kept)
-    rows = (place[:, None, :] == torch.arange(kept.shape[1], device=place.device)[:, None]) * weight[:, None, :]
-    return kept, (rows @ wide(features)).to(features.dtype)
-
-
 @register_method(
     "vscan",
     paper="VScan: Rethinking Visual Token Reduction for Efficient Large Vision-Language Models",
@@ -82,8 +65,7 @@ class VScan(ConnectorMethod):
 
     What differs from the published code: it gives every window (keep // 2) // 16 tokens and loses the remainder (45 of 58);
     here the remainder goes round by round to the windows' best. With compat="published" the windows' shares are rounded down,
-    and what is lost goes to the global scan, since a budget is kept exactly (`vscan_published` returns the 45). It knows
-    24 x 24 only.
+    and what is lost goes to the global scan, since a budget is kept exactly. It knows 24 x 24 only.
     """
 
     windows: int = 4

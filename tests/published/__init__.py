@@ -1,0 +1,1 @@
+"""Published procedures in full, where a method of the package does only a part of them or in another order: for tests and benchmarks."""
