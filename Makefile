@@ -26,7 +26,7 @@ demo: setup
 	$(BIN)/tokprune demo --json out/demo.json --overlays out
 
 eval-smoke: setup
-	$(BIN)/python -m tokprune.evaluation.smoke --out out/eval_smoke
+	$(BIN)/python -m tools.eval_smoke --out out/eval_smoke
 
 bench-video: setup
 	$(BIN)/python benchmarks/video_qa.py
@@ -48,7 +48,7 @@ format: setup
 
 docs: setup
 	$(BIN)/python benchmarks/encoder_tables.py
-	$(BIN)/python docs/build.py
+	$(BIN)/python -m tools.pages
 
 clean:
 	rm -rf $(VENV) out build dist *.egg-info

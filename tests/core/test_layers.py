@@ -127,3 +127,14 @@ def test_the_checker_sees_what_it_should(tmp_path: Path, monkeypatch: pytest.Mon
     expected = {"typing", "tokprune.adapters", "tokprune.methods", "tokprune.ops", "av", "transformers"}
     assert names == expected
     assert {name for _, name in imports(source, top_level=True)} == expected - {"transformers"}
+
+
+def test_the_package_never_imports_the_workshop() -> None:
+    """tools/, tests/ and benchmarks/ are not in the wheel."""
+    wrong = [
+        f"{path}:{line}"
+        for path in FILES
+        for line, name in imports(path)
+        if name.split(".")[0] in ("tools", "tests", "benchmarks")
+    ]
+    assert not wrong

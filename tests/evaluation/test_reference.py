@@ -10,30 +10,15 @@ import pytest
 from tests.evaluation.runs import ENVIRONMENT
 from tokprune.errors import OptionError
 from tokprune.evaluation.cells import Cell, CellResult, Sample, Settings
-from tokprune.evaluation.reference import known_model, model_of, models, page, select, to_text
-from tokprune.evaluation.reference.__main__ import main
+from tokprune.evaluation.reference import known_model, model_of, models, select, to_text
 from tokprune.evaluation.reference.beside import beside
 from tokprune.evaluation.sweep import Sweep
 from tokprune.evaluation.table import KEPT
-
-PAGE = Path(__file__).parent.parent.parent / "docs" / "reference.md"
+from tools.reference_page import reference_page
 
 
 def tables():
     return [(m, t) for m in models().values() for t in m.tables]
-
-
-def test_page_is_current(capsys):
-    assert main(["--check", str(PAGE)]) == 0, "run: python -m tokprune.evaluation.reference --write docs/reference.md"
-
-
-def test_an_old_page_is_noticed(tmp_path, capsys):
-    old = tmp_path / "old.md"
-    old.write_text("# old")
-    assert main(["--check", str(old)]) == 1
-    assert "--write" in capsys.readouterr().out
-    assert main(["--write", str(old)]) == 0
-    assert main(["--check", str(old)]) == 0
 
 
 @pytest.mark.parametrize(
@@ -183,7 +168,7 @@ def test_beside_an_unknown_model_says_for_which_there_are():
 
 
 def test_page_explains_itself():
-    text = page(list(models().values()))
+    text = reference_page(list(models().values()))
     assert text.startswith("# Published numbers")
     for model in models().values():
         assert f"## {model.title}" in text

@@ -118,6 +118,6 @@ def _existing(folder: str | Path | None, trainer: str = "train") -> Path:
     folder = WEIGHTS if folder is None else Path(folder)
     if not (folder / "model.safetensors").exists():
         raise FileNotFoundError(
-            f"no demo weights in {folder}; reinstall tokprune, or train them: python -m tokprune.demo.{trainer} --out DIR"
+            f"no demo weights in {folder}; reinstall tokprune, or train them in a checkout: python -m tools.demo.{trainer} --out DIR"
         )
     return folder

@@ -1,6 +1,6 @@
 """Does lmms-eval run end to end with the plug-in, offline? Its own exit code is 0 after a crash, so its files are checked.
 
-    python -m tokprune.evaluation.smoke --out out/eval_smoke
+    python -m tools.eval_smoke --out out/eval_smoke
 
 One run of the lmms-eval program: the demo VLM, pruned, on both offline tasks. The exit code is 1 when anything is missing or
 implausible: results, rows, answers, scores well above guessing, the measured number of visual tokens.
@@ -104,7 +104,7 @@ def _samples(results: Path, task: str) -> Iterator[dict[str, Any]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, report, and return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m tokprune.evaluation.smoke", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.eval_smoke", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out/eval_smoke"), help="where lmms-eval writes")
     parser.add_argument("--limit", type=int, default=LIMIT, help="questions per task")
     parser.add_argument("--device", default="cpu")

@@ -8,8 +8,9 @@ import torch
 from transformers import LlamaConfig, LlavaForConditionalGeneration, LlavaNextVideoConfig
 from transformers import LlavaNextVideoForConditionalGeneration as ClipModel
 
-from ..scenes import SIZE
-from ..vocabulary import CLIP_WORD_IDS, CLIP_WORDS, IMAGE, VIDEO, WORDS
+from tokprune.demo.scenes import SIZE
+from tokprune.demo.vocabulary import CLIP_WORD_IDS, CLIP_WORDS, IMAGE, VIDEO, WORDS
+
 from .clips_data import POOL
 
 

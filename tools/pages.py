@@ -1,6 +1,6 @@
 """Makes the generated pages: docs/methods.md from the registry, and the tables of README.md from benchmarks/results/.
 
-`python docs/build.py` writes them; with --check it only says whether they are current (a test runs that).
+`python -m tools.pages` (or `make docs`) writes them; with --check it only says whether they are current (a test runs that).
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from tokprune.cli.methods import facts, families_of
+from tokprune.evaluation.reference import models
 from tokprune.registry import STAGES, list_methods, method_class
+from tools.reference_page import reference_page
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -141,7 +143,10 @@ def replace_block(text: str, name: str, content: str) -> str:
 
 def pages() -> dict[Path, str]:
     """Every generated file and what it should hold."""
-    out = {ROOT / "docs" / "methods.md": methods_page()}
+    out = {
+        ROOT / "docs" / "methods.md": methods_page(),
+        ROOT / "docs" / "reference.md": reference_page(list(models().values())),
+    }
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
     demo = RESULTS / "demo.json"

@@ -9,9 +9,10 @@ import torch
 from transformers import GenerationConfig, LlavaNextVideoProcessor, LlavaNextVideoVideoProcessor
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-from ..loading import load_model
-from ..scenes import SIZE
-from ..vocabulary import BOS, CLIP_WORD_IDS, EOS, IMAGE, PAD, VIDEO
+from tokprune.demo.loading import load_model
+from tokprune.demo.scenes import SIZE
+from tokprune.demo.vocabulary import BOS, CLIP_WORD_IDS, EOS, IMAGE, PAD, VIDEO
+
 from .clips_network import start_from
 from .clips_recipe import ClipRecipe
 from .data import IMAGE_MEAN, IMAGE_STD

@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..clips_questions import CLIP_QUESTION_TYPES, MOMENT_TYPES, ClipQuestion, ClipQuestionType, ask_clip
-from ..loading import load_model
-from ..scenes import COLOR_NAMES, SHAPES, SceneObject
-from ..vocabulary import CLIP_WORD_IDS
+from tokprune.demo.clips_questions import CLIP_QUESTION_TYPES, MOMENT_TYPES, ClipQuestion, ClipQuestionType, ask_clip
+from tokprune.demo.loading import load_model
+from tokprune.demo.scenes import COLOR_NAMES, SHAPES, SceneObject
+from tokprune.demo.vocabulary import CLIP_WORD_IDS
+
 from .clips_data import ComposedClip, TakeSet, open_takes
 from .clips_network import ClipModel, start_from
 from .clips_recipe import ClipRecipe, Turn

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPModel
 
-from ..scenes import CHARACTERS, COLOR_NAMES, QUADRANTS, SHAPES, SceneObject
-from ..vocabulary import BOS, EOS, PAD, WORD_IDS, encode
+from tokprune.demo.scenes import CHARACTERS, COLOR_NAMES, QUADRANTS, SHAPES, SceneObject
+from tokprune.demo.vocabulary import BOS, EOS, PAD, WORD_IDS, encode
+
 from .data import SceneSet, attribute_numbers, augment, open_split
 from .dense import dense_loss
 from .loop import Metrics, batch_indices, load, mean_metrics, run_stage

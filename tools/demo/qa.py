@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, PreTrainedModel
 
-from ..scenes import QUESTION_TYPES, Question, SceneObject, ask
-from ..vocabulary import ASSISTANT, BOS, EOS, PAD, USER, WORD_IDS, encode
+from tokprune.demo.scenes import QUESTION_TYPES, Question, SceneObject, ask
+from tokprune.demo.vocabulary import ASSISTANT, BOS, EOS, PAD, USER, WORD_IDS, encode
+
 from .data import open_split
 from .features import read_features, take
 from .loop import Metrics, batch_indices, load, mean_metrics, run_stage

@@ -1,4 +1,4 @@
-"""Train the demo VLM from nothing: `python -m tokprune.demo.train --out DIR`.
+"""Train the demo VLM from nothing: `python -m tools.demo.train --out DIR`.
 
 Stages, in order: render (draw the scenes), dense (patches learn attributes and positions), clip ([CLS] and a text tower),
 cache (features of the frozen tower), align (projector), qa (projector and Llama), export (files for from_pretrained),
@@ -20,16 +20,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .training.align import train_align
-from .training.clip import train_clip
-from .training.data import render_split
-from .training.dense import train_dense
-from .training.export import export
-from .training.features import cache_features
-from .training.qa import train_qa
-from .training.recipe import Recipe
-from .training.report import evaluate_export
-from .training.workers import launch
+from .align import train_align
+from .clip import train_clip
+from .data import render_split
+from .dense import train_dense
+from .export import export
+from .features import cache_features
+from .qa import train_qa
+from .recipe import Recipe
+from .report import evaluate_export
+from .workers import launch
 
 STAGES: tuple[str, ...] = ("render", "dense", "clip", "cache", "align", "qa", "export", "evaluate")
 
@@ -120,7 +120,7 @@ def _both_splits(function: Callable[..., None], workers: int, out: Path, recipe:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and run."""
-    parser = argparse.ArgumentParser(prog="python -m tokprune.demo.train", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.demo.train", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="working folder (a few gigabytes)")
     parser.add_argument("--stage", nargs="+", choices=STAGES, default=STAGES, help="only these stages (default: all)")
     parser.add_argument("--workers", type=int, default=2, help="CPU processes (default: 2); CUDA uses one")

@@ -1,9 +1,9 @@
-"""Train the clip model from the image model: `python -m tokprune.demo.train_clips --out DIR`.
+"""Train the clip model from the image model: `python -m tools.demo.train_clips --out DIR`.
 
 Stages, in order: takes (draw, H.264, features of the image model's tower), align (projector), answer and refine (projector and
 Llama, two turns of the learning rate), export (files), evaluate (mp4 files through decoder, processor and generate). About half an hour of two free CPU cores.
 
-As in `tokprune.demo.train`, a finished stage is not run again and a killed one continues from its last checkpoint. To ship a
+As in `tools.demo.train`, a finished stage is not run again and a killed one continues from its last checkpoint. To ship a
 new model, use `--export-to tokprune/demo/weights_clips`.
 """
 
@@ -13,14 +13,14 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from .clips_align import train_clip_align
+from .clips_data import cache_takes
+from .clips_export import export_clips
+from .clips_qa import train_clips
+from .clips_recipe import ClipRecipe
+from .clips_report import evaluate_clips
 from .train import run_actions
-from .training.clips_align import train_clip_align
-from .training.clips_data import cache_takes
-from .training.clips_export import export_clips
-from .training.clips_qa import train_clips
-from .training.clips_recipe import ClipRecipe
-from .training.clips_report import evaluate_clips
-from .training.workers import launch
+from .workers import launch
 
 STAGES: tuple[str, ...] = ("takes", "align", "answer", "refine", "export", "evaluate")
 
@@ -32,7 +32,7 @@ def run(
     workers: int = 2,
     export_to: Path | None = None,
 ) -> None:
-    """Run the wanted stages that are not done yet; arguments as in `tokprune.demo.train.run`."""
+    """Run the wanted stages that are not done yet; arguments as in `tools.demo.train.run`."""
     recipe = recipe or ClipRecipe()
     export_to = export_to or out / "model"
 
@@ -53,7 +53,7 @@ def run(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and run."""
-    parser = argparse.ArgumentParser(prog="python -m tokprune.demo.train_clips", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.demo.train_clips", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="working folder (half a gigabyte)")
     parser.add_argument("--stage", nargs="+", choices=STAGES, default=STAGES, help="only these stages (default: all)")
     parser.add_argument("--workers", type=int, default=2, help="CPU processes (default: 2); CUDA uses one")

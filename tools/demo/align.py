@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..scenes import CHARACTERS, COLOR_NAMES, QUADRANTS, SHAPES
-from ..vocabulary import WORD_IDS, WORDS
+from tokprune.demo.scenes import CHARACTERS, COLOR_NAMES, QUADRANTS, SHAPES
+from tokprune.demo.vocabulary import WORD_IDS, WORDS
+
 from .data import PatchLabels, open_split
 from .features import read_features, take
 from .loop import Metrics, batch_indices, mean_metrics, run_stage

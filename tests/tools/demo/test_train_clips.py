@@ -12,12 +12,13 @@ import torch
 
 pytest.importorskip("av")
 
-from tokprune.demo import train_clips
 from tokprune.demo.clips import make_clip, make_take
 from tokprune.demo.clips_evaluation import clip_inputs
 from tokprune.demo.clips_questions import ClipQuestion
 from tokprune.demo.loading import load_clip_model, load_model
-from tokprune.demo.training.clips_data import (
+from tokprune.demo.vocabulary import CLIP_WORDS, WORDS, encode
+from tools.demo import train_clips
+from tools.demo.clips_data import (
     SHARES,
     TakeSet,
     feature_tower,
@@ -26,10 +27,9 @@ from tokprune.demo.training.clips_data import (
     through_h264,
     tokens_on,
 )
-from tokprune.demo.training.clips_network import start_from
-from tokprune.demo.training.clips_qa import ClipAnswerer, memories, sample_clip_questions
-from tokprune.demo.training.clips_recipe import miniature
-from tokprune.demo.vocabulary import CLIP_WORDS, WORDS, encode
+from tools.demo.clips_network import start_from
+from tools.demo.clips_qa import ClipAnswerer, memories, sample_clip_questions
+from tools.demo.clips_recipe import miniature
 
 DEVICE = torch.device("cpu")
 

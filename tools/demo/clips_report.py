@@ -15,11 +15,12 @@ from typing import Any, Literal
 import torch
 import transformers
 
-from ..clips import ClipExample, held_out_clips
-from ..clips_evaluation import chance, correct_clips
-from ..clips_questions import MOMENT_TYPES
-from ..evaluation import accuracy
-from ..loading import load_clip_model
+from tokprune.demo.clips import ClipExample, held_out_clips
+from tokprune.demo.clips_evaluation import chance, correct_clips
+from tokprune.demo.clips_questions import MOMENT_TYPES
+from tokprune.demo.evaluation import accuracy
+from tokprune.demo.loading import load_clip_model
+
 from .clips_recipe import ClipRecipe
 from .report import machine, stage_report
 from .workers import Worker
@@ -61,7 +62,7 @@ def evaluate_clips(worker: Worker, out: Path, recipe: ClipRecipe, folder: Path) 
     }
     report = {
         "about": "Training of the clip model in tokprune/demo/weights_clips, and its accuracy on held-out mp4 files.",
-        "command": "python -m tokprune.demo.train_clips --out DIR",
+        "command": "python -m tools.demo.train_clips --out DIR",
         "machine": machine(),
         "versions": {
             "python": sys.version.split()[0],

@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..clips import FPS, Take, make_take, plan_objects, spread
-from ..clips_video import encode
-from ..loading import load_model
-from ..scenes import COLOR_NAMES, SHAPES, SIZE, VALIDATION_SEED, SceneObject
+from tokprune.demo.clips import FPS, Take, make_take, plan_objects, spread
+from tokprune.demo.clips_video import encode
+from tokprune.demo.loading import load_model
+from tokprune.demo.scenes import COLOR_NAMES, SHAPES, SIZE, VALIDATION_SEED, SceneObject
+
 from .clips_recipe import ClipRecipe
 from .data import IMAGE_MEAN, IMAGE_STD, Split
 from .workers import Worker

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..loading import load_model
-from ..scenes import CHARACTERS, COLOR_NAMES, SHAPES
+from tokprune.demo.loading import load_model
+from tokprune.demo.scenes import CHARACTERS, COLOR_NAMES, SHAPES
+
 from .align import Alignment
 from .clips_data import SHARES, TakeSet, open_takes, tokens_on
 from .clips_recipe import ClipRecipe

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..scenes import (
+from tokprune.demo.scenes import (
     CHARACTERS,
     COLOR_NAMES,
     MAX_OBJECTS,
@@ -22,6 +22,7 @@ from ..scenes import (
     SceneObject,
     make_scene,
 )
+
 from .recipe import Recipe
 from .workers import Worker
 

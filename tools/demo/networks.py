@@ -20,8 +20,9 @@ from transformers import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..scenes import CHARACTERS, COLOR_NAMES, SHAPES, SIZE
-from ..vocabulary import BOS, EOS, IMAGE, PAD, WORD_IDS, WORDS
+from tokprune.demo.scenes import CHARACTERS, COLOR_NAMES, SHAPES, SIZE
+from tokprune.demo.vocabulary import BOS, EOS, IMAGE, PAD, WORD_IDS, WORDS
+
 from .recipe import Recipe
 
 # Which neighbour (dx, dy) each head of the first layers looks at when training starts.

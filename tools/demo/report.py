@@ -13,9 +13,10 @@ from typing import Any, Literal
 import torch
 import transformers
 
-from ..evaluation import accuracy, correct
-from ..loading import load_model
-from ..scenes import held_out
+from tokprune.demo.evaluation import accuracy, correct
+from tokprune.demo.loading import load_model
+from tokprune.demo.scenes import held_out
+
 from .recipe import Recipe
 from .workers import Worker
 
@@ -44,7 +45,7 @@ def evaluate_export(worker: Worker, out: Path, recipe: Recipe, folder: Path) -> 
     }
     report = {
         "about": "Training of the demo VLM in tokprune/demo/weights, and its accuracy on held-out scenes.",
-        "command": "python -m tokprune.demo.train --out DIR",
+        "command": "python -m tools.demo.train --out DIR",
         "machine": machine(),
         "versions": {
             "python": sys.version.split()[0],

@@ -18,8 +18,9 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from ..scenes import SIZE
-from ..vocabulary import ASSISTANT, BOS, EOS, IMAGE, PAD, UNKNOWN, USER, WORD_IDS
+from tokprune.demo.scenes import SIZE
+from tokprune.demo.vocabulary import ASSISTANT, BOS, EOS, IMAGE, PAD, UNKNOWN, USER, WORD_IDS
+
 from .data import IMAGE_MEAN, IMAGE_STD
 from .loop import load
 from .networks import clip_config, llava_config

@@ -1,0 +1,1 @@
+"""Training of the demo models: `python -m tools.demo.train` (pictures), then `python -m tools.demo.train_clips`."""
