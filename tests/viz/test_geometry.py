@@ -152,7 +152,7 @@ def test_boxes_tile_the_picture_without_gaps(name: str) -> None:
 
 
 def test_tokens_in_padding_have_no_area_and_boxes_stay_inside() -> None:
-    where = geo.pad_square((100, 200), (64, 64), 8)
+    where = geo.of_processor(hf.LlavaImageProcessor(**LLAVA_PAD), (100, 200), 8)
     boxes = rectangles(where, Layout.grid(8, 8))
     area = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).reshape(8, 8)
     assert (area[0] == 0).all()
@@ -165,7 +165,7 @@ def test_tokens_in_padding_have_no_area_and_boxes_stay_inside() -> None:
 def test_frames_share_a_box() -> None:
     boxes = rectangles(geo.whole((90, 160)), Layout.grid(2, 4, groups=3, kind="video"))
     assert torch.equal(boxes[:8], boxes[16:])
-    tiled = geo.anyres((90, 160), PINPOINTS, 64, 8)
+    tiled = geo.of_processor(CASES["llava_next tiles"][0](), (90, 160), 8)
     with pytest.raises(OptionError, match="boxes"):
         rectangles(tiled, Layout.grid(2, 2, 9, "tiles"))
 
@@ -192,3 +192,34 @@ def test_an_unknown_processor_says_what_to_write() -> None:
 def test_geometry_by_hand() -> None:
     where = Geometry((10, 20), ((0, 0, 20, 10),))
     assert rectangles(where, Layout.grid(1, 2)).tolist() == [[0, 0, 10, 10], [10, 0, 20, 10]]
+
+
+@pytest.mark.parametrize("size", [(97, 211), (1200, 1600), (33, 40), (5, 7)], ids=str)
+def test_a_trace_is_within_a_fraction_of_a_pixel(size: tuple[int, int]) -> None:
+    """A shorter side of 64 and a centre crop of 64: the box follows by arithmetic."""
+    box = geo.of_processor(clip(), size, 8).boxes[0]
+    height, width = size
+    short = min(size)
+    resized = (64, int(64 * width / height)) if height <= width else (int(64 * height / width), 64)
+    top, left = int((resized[0] - 64) / 2), int((resized[1] - 64) / 2)
+    expected = (
+        left * width / resized[1],
+        top * height / resized[0],
+        (left + 64) * width / resized[1],
+        (top + 64) * height / resized[0],
+    )
+    assert box == pytest.approx(expected, abs=max(0.2, 0.004 * short))
+
+
+def test_a_processor_that_makes_something_else_leaves_it_to_the_layout() -> None:
+    """Packed or shuffled pixels have the shape of a picture and are none."""
+
+    class Shuffled:
+        def __call__(self, images: Any, **more: Any) -> dict[str, Any]:
+            pixels = torch.tensor(np.asarray(images[0])).permute(2, 0, 1)[None].float()
+            return {"pixel_values": pixels.unflatten(3, (-1, 4)).flip(3).flatten(3)[..., ::2]}
+
+    layout = Layout.grid(2, 2)
+    assert geo.of_processor(Shuffled(), (64, 64), 8, layout) == geo.whole((64, 64))
+    with pytest.raises(OptionError, match="Geometry by hand"):
+        geo.of_processor(Shuffled(), (64, 64), 8)

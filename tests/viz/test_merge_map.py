@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import tokprune
+from tests.viz.cuts import cropped, padded, stretched, tiled
 from tokprune.adapters.splice import apply_encoder
 from tokprune.errors import OptionError
 from tokprune.testing import build
@@ -38,9 +39,9 @@ def centres(where: geo.Geometry, grid: tuple[int, int]) -> tuple[np.ndarray, np.
 @pytest.mark.parametrize(
     "where",
     [
-        geo.resize_crop((240, 400), 48, (48, 48)),
-        geo.pad_square((200, 320), (48, 48)),
-        geo.stretch((300, 180), (48, 48)),
+        cropped((240, 400)),
+        padded((200, 320)),
+        stretched((300, 180)),
         geo.whole((192, 192)),
     ],
     ids=["crop", "pad", "stretch", "whole"],
@@ -82,7 +83,7 @@ def test_outlines_run_between_groups_and_nowhere_inside() -> None:
 
 
 def test_what_was_cropped_away_is_pale() -> None:
-    where = geo.resize_crop((240, 400), 48, (48, 48))
+    where = cropped((240, 400))
     picture = Image.new("RGB", (400, 240), (60, 60, 60))
     drawn = np.asarray(draw_merge_map(picture, torch.zeros(6, 6, dtype=torch.long), where, longest=400), int)
     assert (drawn[:, :70].mean((0, 1)) > 180).all()
@@ -90,7 +91,7 @@ def test_what_was_cropped_away_is_pale() -> None:
 
 
 def test_tiles_and_thumbnail_are_two_views_with_groups_of_their_own() -> None:
-    where = geo.dynamic_tiles((240, 320), (48, 48), 2, 4, 8)
+    where = tiled((240, 320), (2, 2))
     assert where.overview
     assert len(where.boxes) == 5
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (240, 320, 3), dtype=np.uint8))
@@ -121,7 +122,7 @@ def test_a_timm_tower_draws_what_it_joined() -> None:
     model = timm.models.vision_transformer.VisionTransformer(
         img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=3, num_classes=5
     ).eval()
-    where = geo.stretch((64, 64), (32, 32))
+    where = stretched((64, 64))
     picture = painted(where, (4, 4))
     pixels = torch.from_numpy(np.asarray(picture.resize((32, 32)), np.float32) / 255).permute(2, 0, 1)[None]
     with tokprune.apply(model, "tome", r=3) as pruning:

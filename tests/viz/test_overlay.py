@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.viz.cuts import cropped, tiled
 from tokprune.errors import OptionError
 from tokprune.tokens import Layout, Merge, Selection
 from tokprune.viz import geometry as geo
@@ -27,7 +28,7 @@ def centres(picture: Image.Image, boxes: torch.Tensor, factor: float) -> np.ndar
 @pytest.mark.parametrize("pil", [True, False])
 def test_exactly_the_kept_cells_stay_bright(pil: bool) -> None:
     layout = Layout.grid(6, 6)
-    where = geo.resize_crop((240, 320), 48, (48, 48), 8)
+    where = cropped((240, 320))
     kept = torch.tensor([0, 7, 8, 35])
     picture = draw_overlay(GREY if pil else np.asarray(GREY), layout, kept, where, longest=640)
     assert picture.size == (640, 480)
@@ -37,19 +38,21 @@ def test_exactly_the_kept_cells_stay_bright(pil: bool) -> None:
 
 
 def test_the_cropped_sides_are_pale_and_the_rest_is_dark() -> None:
-    where = geo.resize_crop((240, 320), 48, (48, 48), 8)
+    where = cropped((240, 320))
     pixels = np.asarray(draw_overlay(GREY, Layout.grid(6, 6), torch.tensor([14]), where, longest=320), dtype=int)
     assert (pixels[:, :38].mean((0, 1)) > 200).all()
     assert (pixels[2, 60] < 110).all()
 
 
 def test_tiles_give_two_views_with_their_own_tokens() -> None:
-    where = geo.dynamic_tiles((240, 320), (48, 48), 2, 4, 8)
+    where = tiled((240, 320), (2, 2))
     groups = len(where.boxes)
     assert where.overview
     layout = Layout.grid(3, 3, groups, "tiles", canvas=(2, 2), thumbnail=True)
     picture = draw_overlay(GREY, layout, torch.tensor([4, 9]), where, longest=320)
-    assert picture.tobytes() == draw_overlay(GREY, layout, torch.tensor([4, 9]), longest=320).tobytes()
+    by_layout = draw_overlay(GREY, layout, torch.tensor([4, 9]), longest=320)
+    differs = (np.asarray(picture, int) != np.asarray(by_layout, int)).any(-1)
+    assert differs.mean() < 0.02  # edges of cells may move by a pixel
     assert picture.width == 2 * 320 + 12
     boxes = geo.rectangles(where, layout)
     left, right = picture.crop((0, 0, 320, 240)), picture.crop((332, 0, 652, 240))

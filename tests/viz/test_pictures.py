@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.viz.cuts import cropped
 from tokprune.errors import MissingExtraError, OptionError
 from tokprune.profiling.report import Cell, ProfileReport
 from tokprune.profiling.timing import Measurement
@@ -61,7 +62,7 @@ def test_many_frames_are_thinned_and_pairs_show_one() -> None:
 
 def test_heat_is_brightest_where_the_value_is_highest() -> None:
     layout = Layout.grid(6, 6)
-    where = geo.resize_crop((240, 320), 48, (48, 48), 8)
+    where = cropped((240, 320))
     values = torch.linspace(0, 1, 36)
     picture = np.asarray(draw_heatmap(GREY, layout, values, where, name="cls_attention", longest=320), dtype=float)
     boxes = geo.rectangles(where, layout)

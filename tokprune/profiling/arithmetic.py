@@ -17,8 +17,8 @@ from tokprune.profiling.memory import kv_cache_bytes_of, readable
 from tokprune.profiling.presets import Preset
 from tokprune.profiling.published import comparison
 from tokprune.profiling.report import flops_text
+from tokprune.profiling.resolution import Size
 from tokprune.viz.html import Table, Value
-from tokprune.viz.resolution import Size
 
 TYPE, VERSION = "tokprune.Arithmetic", 1
 

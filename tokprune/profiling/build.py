@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from tokprune.errors import OptionError
 from tokprune.profiling import flops, formulas
 from tokprune.profiling.presets import Preset, smart_grid
+from tokprune.profiling.resolution import Size
 from tokprune.profiling.stages import find_stages
-from tokprune.viz.resolution import Size
 
 
 def config_of(preset: Preset) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tokprune.errors import OptionError
 from tokprune.profiling.presets import Preset, smart_grid
-from tokprune.viz.resolution import Size
+from tokprune.profiling.resolution import Size
 
 WORDS = 1000  # text token ids are drawn below this
 

@@ -22,8 +22,8 @@ from tokprune.profiling.devices import Device
 from tokprune.profiling.memory import kv_cache_bytes_of, readable
 from tokprune.profiling.presets import Preset, preset
 from tokprune.profiling.report import ProfileReport
+from tokprune.profiling.resolution import Size
 from tokprune.profiling.stages import find_stages
-from tokprune.viz.resolution import Size
 
 Target = Literal["ttft", "total", "memory"]
 

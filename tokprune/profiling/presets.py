@@ -15,10 +15,10 @@ from importlib import resources
 from typing import Any
 
 from tokprune.errors import OptionError, unknown
+from tokprune.profiling import resolution as res
 from tokprune.profiling.formulas import DecoderShape
 from tokprune.profiling.published import Published
-from tokprune.viz import resolution as res
-from tokprune.viz.resolution import Size
+from tokprune.profiling.resolution import Size
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from tokprune.errors import OptionError
 from tokprune.profiling.presets import Preset
-from tokprune.viz.resolution import Size
+from tokprune.profiling.resolution import Size
 
 Inputs = Mapping[str, Any]
 Prepare = Callable[[Image.Image], Inputs]

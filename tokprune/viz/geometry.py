@@ -1,4 +1,4 @@
-"""Where a token's patch lies in the source picture: the map that the image processor drew, inverted.
+"""Where a token's patch lies in the source picture, found by sending a picture of coordinates through the real processor.
 
 Every processor resizes, crops, pads and tiles; all of that is one axis-aligned box per group (tile, thumbnail or frame): the
 part of the source that the group's whole token grid covers. Merging patches (2 x 2 merge, pixel shuffle, pooling) makes the
@@ -7,19 +7,18 @@ grid coarser and leaves the box as it is.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from tokprune.errors import OptionError
 from tokprune.tokens import Layout
-from tokprune.viz import resolution as res
-from tokprune.viz.resolution import Size
 
+Size = tuple[int, int]  # (height, width)
 Box = tuple[
     float, float, float, float
 ]  # left, top, right, bottom in source pixels; may reach beyond the picture (padding)
@@ -83,192 +82,139 @@ def _reach(layout: Layout, group: Tensor, row: Tensor, col: Tensor) -> tuple[Ten
     return out[0], out[1]
 
 
-def _covered(pixels: int, patch: int | None) -> int:
-    """Pixels that whole patches cover; the rest at the right or bottom is never seen by the tower (SigLIP: 378 of 384)."""
-    return pixels if patch is None else pixels // patch * patch
-
-
-def _frame(size: Size, resized: Size, origin: tuple[float, float], seen: Size) -> Box:
-    """Box of `seen` pixels from `origin` (top, left) of the resized picture, in source pixels."""
-    y, x = size[0] / resized[0], size[1] / resized[1]
-    top, left = origin
-    return left * x, top * y, (left + seen[1]) * x, (top + seen[0]) * y
-
-
-def resize_crop(size: Size, edge: int, crop: Size, patch: int | None = None) -> Geometry:
-    """CLIP: the shorter side becomes `edge`, then the centre `crop` is cut out (padded with black where too small)."""
-    resized = res.shortest_edge(size, edge)
-    origin = []
-    for have, want in zip(resized, crop, strict=True):
-        origin.append(-((want - have) // 2) if want > have else int((have - want) / 2.0))
-    seen = (_covered(crop[0], patch), _covered(crop[1], patch))
-    return Geometry(size, (_frame(size, resized, (origin[0], origin[1]), seen),))
-
-
-def stretch(size: Size, to: Size, patch: int | None = None) -> Geometry:
-    """SigLIP, Gemma: the whole picture becomes `to`, proportions or not."""
-    return Geometry(size, (_frame(size, to, (0, 0), (_covered(to[0], patch), _covered(to[1], patch))),))
-
-
-def pad_square(size: Size, to: Size, patch: int | None = None) -> Geometry:
-    """LLaVA's pad mode: bars make the picture square, then it is scaled to `to`."""
-    side = max(size)
-    top, left = (side - size[0]) // 2, (side - size[1]) // 2
-    box = stretch((side, side), to, patch).boxes[0]
-    return Geometry(size, ((box[0] - left, box[1] - top, box[2] - left, box[3] - top),))
-
-
 def whole(size: Size) -> Geometry:
-    """Qwen-VL: smart resize to whole merged patches, so the grid covers exactly the picture."""
+    """The grid covers exactly the picture (Qwen-VL, Pixtral: resized to whole patches)."""
     return Geometry(size, ((0.0, 0.0, float(size[1]), float(size[0])),))
-
-
-def anyres(
-    size: Size, pinpoints: Sequence[Sequence[int]], tile: int, patch: int | None = None, thumbnail: Size | None = None
-) -> Geometry:
-    """LLaVA-NeXT, OneVision: group 0 is the stretched picture, then the tiles of the padded best resolution in raster order.
-
-    Rows and columns of features in the padding are later cut away; that leaves holes in the tiles' grids, not other boxes.
-    """
-    target = res.best_resolution(size, pinpoints)
-    resized = res.fit_inside(size, target)
-    top, left = (target[0] - resized[0]) // 2, (target[1] - resized[1]) // 2
-    seen = (_covered(tile, patch), _covered(tile, patch))
-    down, across = math.ceil(target[0] / tile), math.ceil(target[1] / tile)
-    boxes = [stretch(size, thumbnail or (tile, tile), patch).boxes[0]]
-    boxes += [
-        _frame(size, resized, (r * tile - top, c * tile - left), seen) for r in range(down) for c in range(across)
-    ]
-    return Geometry(size, tuple(boxes), True)
-
-
-def _raster(size: Size, resized: Size, tile: Size, grid: tuple[int, int], patch: int | None) -> list[Box]:
-    seen = (_covered(tile[0], patch), _covered(tile[1], patch))
-    return [_frame(size, resized, (r * tile[0], c * tile[1]), seen) for r in range(grid[0]) for c in range(grid[1])]
-
-
-def stretched_tiles(size: Size, canvas: tuple[int, int], tile: Size, patch: int | None = None) -> Geometry:
-    """The whole picture stretched onto `canvas` (tiles down, across); group 0 is a thumbnail when there is more than one tile.
-
-    InternVL, Idefics3, SmolVLM, Aya, Ovis2: they differ in how they choose the canvas, and some put the thumbnail last;
-    layouts count it first everywhere.
-    """
-    thumbnail = stretch(size, tile, patch)
-    if canvas[0] * canvas[1] <= 1:
-        return thumbnail
-    boxes = _raster(size, (canvas[0] * tile[0], canvas[1] * tile[1]), tile, canvas, patch)
-    return Geometry(size, (thumbnail.boxes[0], *boxes), True)
-
-
-def dynamic_tiles(size: Size, tile: Size, least: int, most: int, patch: int | None = None) -> Geometry:
-    """InternVL: the canvas of the nearest proportions with `least` to `most` tiles."""
-    return stretched_tiles(size, res.tile_canvas(size, tile, least, most), tile, patch)
-
-
-def split_tiles(size: Size, longest: int, tile: int, patch: int | None = None) -> Geometry:
-    """Idefics3, SmolVLM: scaled to `longest`, stretched to whole tiles, split."""
-    height, width = res.tile_multiple(res.longest_edge(size, longest), tile)
-    return stretched_tiles(size, (height // tile, width // tile), (tile, tile), patch)
-
-
-def pan_and_scan(size: Size, to: Size, crop: int, most: int, ratio: float, patch: int | None = None) -> Geometry:
-    """Gemma 3: the whole picture first, then strips of elongated pictures, each stretched to `to`."""
-    first = stretch(size, to, patch)
-    height, width = size
-    along, other = (width, height) if width >= height else (height, width)
-    if along / other < ratio:
-        return first
-    count = min(most, max(2, min(along // crop, math.floor(along / other + 0.5))))
-    step = math.ceil(along / count)
-    if min(step, other) < crop:
-        return first
-    boxes = [first.boxes[0]]
-    for i in range(count):
-        length = min(step, along - i * step)
-        part = stretch((height, length) if width >= height else (length, width), to, patch).boxes[0]
-        x, y = (i * step, 0) if width >= height else (0, i * step)
-        boxes.append((part[0] + x, part[1] + y, part[2] + x, part[3] + y))
-    return Geometry(size, tuple(boxes), True)
-
-
-def _edge(size: Any, key: str) -> int | None:
-    if size is None:
-        return None
-    value = size.get(key) if hasattr(size, "get") else getattr(size, key, None)
-    return None if value is None else int(value)
-
-
-def _target(size: Any) -> Size | None:
-    height, width = _edge(size, "height"), _edge(size, "width")
-    return None if height is None or width is None else (height, width)
 
 
 def of_layout(size: Size, layout: Layout) -> Geometry:
     """The geometry when only the layout is known: the whole picture on one grid, or stretched onto the canvas of tiles."""
     if layout.kind == "tiles" and layout.canvas is not None:
         down, across = layout.canvas
-        boxes = _raster(size, (down, across), (1, 1), (down, across), None)
+        tall, wide = size[0] / down, size[1] / across
+        boxes = [(c * wide, r * tall, (c + 1) * wide, (r + 1) * tall) for r in range(down) for c in range(across)]
         geometry = Geometry(size, (*whole(size).boxes, *boxes) if layout.thumbnail else tuple(boxes), layout.thumbnail)
         if len(geometry.boxes) == layout.num_groups:
             return geometry
     return whole(size)
 
 
+SPLITTERS = ("crop_to_patches", "do_image_splitting", "do_pan_and_scan")  # options that cut a picture into tiles
+
+
 def of_processor(processor: Any, size: Size, patch_size: int | None = None, layout: Layout | None = None) -> Geometry:
     """The geometry that a transformers processor (or its image processor) gives a picture of `size` (height, width).
 
-    Recognised by what the processor can do, not by its class. patch_size: pixels per patch of the tower, needed where
-    patches do not divide the tile (SigLIP 384 / 14); taken from the processor when it knows. layout: of the stream that
-    the picture became; its canvas decides for processors that choose canvases in a way of their own. For the layout of a
-    video, size is that of a frame.
+    A picture whose colours are its coordinates goes through the processor; what comes out says where each view was cut.
+    patch_size: pixels per patch of the tower, needed where patches do not divide the view (SigLIP 384 / 14); taken from the
+    processor when it knows. layout: of the stream that the picture became, which tells whether it was cut into tiles. For
+    the layout of a video, size is that of a frame. Raises OptionError for a processor that cannot be traced when there is
+    no layout to go by.
     """
     image: Any = getattr(processor, "image_processor", None) or processor
-    video = layout is not None and layout.kind == "video"
-    if video:
+    if layout is not None and layout.kind == "video":
         image = getattr(processor, "video_processor", None) or image
     patch = patch_size or getattr(processor, "patch_size", None)
-    patch = patch if isinstance(patch, int) else None
-
-    def has(name: str) -> Any:
-        return getattr(image, name, None)
-
-    target, shortest = _target(has("size")), _edge(has("size"), "shortest_edge")
-    crop, longest = _target(has("crop_size")), _edge(has("size"), "longest_edge")
-    canvas = layout.canvas if layout is not None and layout.kind == "tiles" else None
-    if video:  # frames are never tiled
-        cropped = shortest and crop and has("do_center_crop") is not False
-        if has("merge_size") or not (cropped or target):
-            return whole(size)
-        return (
-            resize_crop(size, shortest or 0, crop or (0, 0), patch) if cropped else stretch(size, target or size, patch)
-        )
-    if has("image_grid_pinpoints"):
-        if layout is not None and layout.num_groups == 1:  # one of several pictures: padded to a square, not tiled
-            return pad_square(size, target or crop or (shortest or 0,) * 2, patch)
-        tile = (crop or target or (shortest or 0, 0))[0]
-        return anyres(size, has("image_grid_pinpoints"), tile, patch, target or (tile, tile))
-    if has("merge_size") and has("temporal_patch_size"):
-        return whole(size)
-    if has("do_image_splitting") and longest and (side := _edge(has("max_image_size"), "longest_edge")):
-        return split_tiles(size, longest, side, patch)
-    if has("crop_to_patches") and target:
+    boxes = _traced(image, size, layout, patch if isinstance(patch, int) else None)
+    if boxes is None:
         if layout is not None:
-            return stretched_tiles(size, canvas or (1, 1), target, patch)
-        return dynamic_tiles(size, target, int(has("min_patches")), int(has("max_patches")), patch)
-    if has("do_pan_and_scan") and target:
-        crop_size, most = int(has("pan_and_scan_min_crop_size")), int(has("pan_and_scan_max_num_crops"))
-        return pan_and_scan(size, target, crop_size, most, float(has("pan_and_scan_min_ratio_to_activate")), patch)
-    if has("do_pad") and hasattr(image, "pad_to_square") and (crop or target):
-        return pad_square(size, crop or target or (0, 0), patch)
-    if shortest and crop and has("do_center_crop") is not False:
-        return resize_crop(size, shortest, crop, patch)
-    if target and canvas is None:
-        return stretch(size, target, patch)
-    if longest and not shortest and canvas is None:  # Pixtral: scaled down to whole patches
-        return whole(size)
-    if layout is not None:
+            return of_layout(size, layout)
+        raise OptionError(
+            f"cannot tell how {type(image).__name__} maps a picture to its tiles; give the layout, or build a Geometry by hand: "
+            "Geometry(size=(height, width), boxes=((left, top, right, bottom), ...)), one box per tile or frame."
+        )
+    overview = next((i for i in (0, len(boxes) - 1) if len(boxes) > 1 and _shows_all(boxes[i], size)), None)
+    if overview is not None:  # layouts count the thumbnail first, wherever the processor puts it
+        boxes.insert(0, boxes.pop(overview))
+    if layout is not None and len(boxes) not in (1, layout.num_groups):
         return of_layout(size, layout)
-    raise OptionError(
-        f"cannot tell how {type(image).__name__} maps a picture to its tiles; give the layout, or build a Geometry by hand: "
-        "Geometry(size=(height, width), boxes=((left, top, right, bottom), ...)), one box per tile or frame."
-    )
+    return Geometry(size, tuple(boxes), overview is not None)
+
+
+def _coordinates(size: Size) -> np.ndarray[Any, Any]:
+    """(H, W, 3) uint8 picture: red grows from left to right, green from top to bottom, blue is full where there is a picture."""
+    height, width = size
+    out = np.full((height, width, 3), 255, np.uint8)
+    out[..., 0] = np.rint((np.arange(width) + 0.5) / width * 255)
+    out[..., 1] = np.rint((np.arange(height) + 0.5) / height * 255)[:, None]
+    return out
+
+
+def _traced(image: Any, size: Size, layout: Layout | None, patch: int | None) -> list[Box] | None:
+    """What each view covers that an image or video processor makes of the picture of coordinates, in its own order.
+
+    None when it cannot be called with a picture, or makes something else than pictures of it.
+    """
+    picture = _coordinates(size)
+    if layout is not None and layout.kind == "video":
+        boxes = _views(image, size, patch, videos=[np.stack([picture] * 4)], do_sample_frames=False)
+        if boxes is not None:
+            return boxes[:1]
+    tiled = layout is None or (layout.num_groups > 1 and layout.kind == "tiles")
+    given = {} if layout is None else {name: tiled for name in SPLITTERS if hasattr(image, name)}
+    boxes = _views(image, size, patch, images=[Image.fromarray(picture)], **given)
+    if (
+        boxes is not None and len(boxes) > 1 and not tiled
+    ):  # OneVision cuts a picture only where it is the prompt's only one
+        pair = _views(image, size, patch, images=[[Image.fromarray(picture)] * 2], **given)
+        boxes = boxes if pair is None or len(pair) != 2 else pair[:1]
+    return boxes
+
+
+def _views(image: Any, size: Size, patch: int | None, **call: Any) -> list[Box] | None:
+    """The boxes of all views that a call of the processor returns; those of padding alone are left out."""
+    try:
+        out = image(**call, do_normalize=False, return_tensors="pt")
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, NotImplementedError):
+        return None  # processors refuse in many ways; the layout alone then says where tokens lie
+    if any(name.endswith("grid_thw") for name in out):
+        return list(whole(size).boxes)  # packed patches of a picture that was resized to whole patches
+    pixels = next((out[name] for name in ("pixel_values", "pixel_values_videos") if name in out), None)
+    if not isinstance(pixels, Tensor) or pixels.dim() < 4 or pixels.shape[-3] != 3:
+        return None
+    views = pixels.double().flatten(0, -4)  # (views, 3, h, w)
+    views = views / views[:, 2].max().clamp(min=1e-6)
+    found = [_box(view, size) for view in views if bool((view[2] > 0.99).any())]
+    boxes = [_covered(box, (views.shape[-2], views.shape[-1]), patch) for box in found if box is not None]
+    return boxes if boxes and len(boxes) == len(found) else None
+
+
+def _box(view: Tensor, size: Size) -> Box | None:
+    """What a view (3, h, w) of the picture of coordinates shows, padding included; None when it is no such view."""
+    there = view[2] > 0.99  # blue is full where the picture is, and less in padding
+    left_right = _span(view[0], there, size[1])
+    top_bottom = _span(view[1].T, there.T, size[0])
+    if left_right is None or top_bottom is None:
+        return None
+    return left_right[0], top_bottom[0], left_right[1], top_bottom[1]
+
+
+def _span(values: Tensor, there: Tensor, length: int) -> tuple[float, float] | None:
+    """First and last source coordinate along the columns of values (h, w): a straight line through them, extrapolated."""
+    count = there.sum(0)
+    mean = (values * there).sum(0) / count.clamp(min=1) * length  # (w,) source coordinate at each column
+    # At the border of the picture interpolation repeats the last pixel: no line there.
+    use = (count > 0) & (mean > 1) & (mean < length - 1) if length > 4 else count > 0
+    place = torch.arange(len(mean), dtype=torch.double) + 0.5
+    if int(use.sum()) < 2:
+        return None
+    x, y = place[use], mean[use]
+    slope = float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
+    start = float(y.mean() - slope * x.mean())
+    miss = float((y - (start + slope * x)).abs().max())
+    return (start, start + slope * len(mean)) if slope > 0 and miss < max(1.5 * slope, 0.02 * length) else None
+
+
+def _covered(box: Box, pixels: tuple[int, int], patch: int | None) -> Box:
+    """The part of a view's box that whole patches cover; the rest at the right or bottom is never seen (SigLIP: 378 of 384)."""
+    if patch is None:
+        return box
+    down, across = (n // patch * patch / n for n in pixels)
+    return box[0], box[1], box[0] + (box[2] - box[0]) * across, box[1] + (box[3] - box[1]) * down
+
+
+def _shows_all(box: Box, size: Size) -> bool:
+    """Whether a view is of the whole picture."""
+    slack = 0.02
+    across, down = slack * size[1], slack * size[0]
+    return box[0] < across and box[1] < down and box[2] > size[1] - across and box[3] > size[0] - down

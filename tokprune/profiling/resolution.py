@@ -11,14 +11,6 @@ from collections.abc import Sequence
 Size = tuple[int, int]  # (height, width)
 
 
-def shortest_edge(size: Size, edge: int) -> Size:
-    """Size after scaling the shorter side to `edge`; the longer one is rounded down (CLIP)."""
-    height, width = size
-    if height <= width:
-        return edge, int(edge * width / height)
-    return int(edge * height / width), edge
-
-
 def best_resolution(size: Size, pinpoints: Sequence[Sequence[int]]) -> Size:
     """The candidate (height, width) that keeps most of the picture's pixels and then wastes least (LLaVA-NeXT's anyres)."""
     height, width = size
@@ -31,15 +23,6 @@ def best_resolution(size: Size, pinpoints: Sequence[Sequence[int]]) -> Size:
     if best is None:
         raise ValueError("no candidate resolutions given.")
     return best[2], best[3]
-
-
-def fit_inside(size: Size, target: Size) -> Size:
-    """Largest size of the picture's proportions inside `target`, rounded up (LLaVA-NeXT, before padding)."""
-    height, width = size
-    across, down = target[1] / width, target[0] / height
-    if across < down:
-        return min(math.ceil(height * across), target[0]), target[1]
-    return target[0], min(math.ceil(width * down), target[1])
 
 
 def smart_resize(size: Size, factor: int, min_pixels: int, max_pixels: int) -> Size:
