@@ -15,6 +15,7 @@ from torch import Tensor
 
 import tokprune
 from tests.adapters.reference import language_model, shared
+from tests.spelling import cache_in
 from tokprune.budget import kept
 from tokprune.testing import TinyVLM, build
 
@@ -91,7 +92,7 @@ class Masked:
             self.rows, self.sets = [], []
             return
         weights = output[1][0].mean(0)[0]
-        gone = kwargs["past_key_values"].layers[module.layer_idx].get_seq_length() - len(weights)
+        gone = cache_in(kwargs).layers[module.layer_idx].get_seq_length() - len(weights)
         row = torch.stack([weights[p - gone] if p >= gone else weights.new_zeros(()) for p in self.visual])
         fresh = set(sorted(range(len(row)), key=lambda j: (-float(row[j]), j))[: self.keep])
         if self.rows and float(torch.cosine_similarity(row, self.rows[-1], 0)) >= self.similarity:
@@ -102,7 +103,7 @@ class Masked:
     def _hide(self, module: Any, args: Any, kwargs: Any) -> Any:
         if kwargs["hidden_states"].shape[1] > 1:
             return None
-        cache, dtype = kwargs["past_key_values"], kwargs["hidden_states"].dtype
+        cache, dtype = cache_in(kwargs), kwargs["hidden_states"].dtype
         length, _ = cache.get_mask_sizes(1, module.layer_idx)
         mask = torch.zeros(1, 1, 1, length, dtype=dtype)
         if kwargs.get("attention_mask") is not None:

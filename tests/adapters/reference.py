@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.spelling import with_cache
 from tokprune.testing import Part, TinyVLM, build, clip, picture
 
 MAIN = (
@@ -265,7 +266,7 @@ def reference(
         call: dict[str, Any] = {
             "inputs_embeds": embeds[used][None],
             "position_ids": where[:, None] if native.mrope else where,
-            "past_key_values": cache,
+            **with_cache(cache),
             "use_cache": True,
         }
         if planes:
@@ -289,7 +290,7 @@ def reference(
             hidden = lm(
                 inputs_embeds=embed(token[None, None]),
                 position_ids=at.expand(3, 1, 1) if native.mrope else at,
-                past_key_values=cache,
+                **with_cache(cache),
                 attention_mask=mask,
                 use_cache=True,
             ).last_hidden_state

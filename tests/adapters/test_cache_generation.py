@@ -14,6 +14,7 @@ import tokprune
 from tests.adapters.cache_reference import answer, give_back, given, last_layer, masked_steps
 from tests.adapters.reference import language_model, samples
 from tests.adapters.test_generation import with_text
+from tests.spelling import cache_in, with_cache
 from tokprune.adapters.state import get_state
 from tokprune.budget import kept
 from tokprune.errors import OptionError, UnsupportedModelError
@@ -83,13 +84,13 @@ def test_second_turn_on_a_kept_cache(family: str) -> None:
     question = torch.tensor([[10, 20, 30, 40, 50]])
     with tokprune.apply(tiny.model, ["random", DyCokeCache(layer=1)], ratio=0.5) as pruning:
         cache = DynamicCache(config=tiny.model.config.get_text_config())
-        first = tiny.model.generate(**inputs, max_new_tokens=1, past_key_values=cache)
+        first = tiny.model.generate(**inputs, max_new_tokens=1, **with_cache(cache))
         call = with_text(inputs, first, question)
         kept_copy = copy.deepcopy(cache)
-        second = tiny.model.generate(**call, max_new_tokens=NEW, past_key_values=cache)
+        second = tiny.model.generate(**call, max_new_tokens=NEW, **with_cache(cache))
         whole = tiny.model.generate(**{**inputs, **call}, max_new_tokens=NEW)
         assert torch.equal(second, whole)
-        assert torch.equal(tiny.model.generate(**call, max_new_tokens=NEW, past_key_values=kept_copy), whole)
+        assert torch.equal(tiny.model.generate(**call, max_new_tokens=NEW, **with_cache(kept_copy)), whole)
         assert int(get_state(cache).visual.sum()) == sum(s.kept for s in pruning.last.streams)
 
 
@@ -100,11 +101,11 @@ def test_a_new_picture_joins_the_visual_keys() -> None:
     inputs = tiny.inputs(samples("image")[:1])
     with tokprune.apply(tiny.model, ["random", DyCokeCache(layer=1)], ratio=0.5):
         cache = DynamicCache(config=tiny.model.config.get_text_config())
-        first = tiny.model.generate(**inputs, max_new_tokens=3, past_key_values=cache)
+        first = tiny.model.generate(**inputs, max_new_tokens=3, **with_cache(cache))
         before = int(get_state(cache).visual.sum())
         later = tiny.inputs([[" and ", ("image", picture(40, 60, 5)), " now?"]])
         call = with_text(inputs, first, later["input_ids"])
-        tiny.model.generate(**call, pixel_values=later["pixel_values"], max_new_tokens=3, past_key_values=cache)
+        tiny.model.generate(**call, pixel_values=later["pixel_values"], max_new_tokens=3, **with_cache(cache))
         state = get_state(cache)
         assert int(state.visual.sum()) == 2 * before
         assert state.chosen.width == kept(2 * before, 0.3)
@@ -159,9 +160,7 @@ def test_hand_written_loop() -> None:
         out, mask = tiny.model(**inputs, use_cache=True), inputs["attention_mask"]
         for step in range(NEW - 1):
             mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-            out = tiny.model(
-                input_ids=tokens[:, step : step + 1], attention_mask=mask, past_key_values=out.past_key_values
-            )
+            out = tiny.model(input_ids=tokens[:, step : step + 1], attention_mask=mask, **with_cache(cache_in(out)))
             torch.testing.assert_close(out.logits[:, -1], logits[:, step + 1], rtol=0, atol=1e-5)
 
 

@@ -13,6 +13,7 @@ import tokprune
 from tests.adapters.cache_reference import answer, eager, give_back, given, last_layer, masked_steps
 from tests.adapters.reference import HYBRID, VIDEO, language_model, samples
 from tests.adapters.test_generation import slow_unless
+from tests.spelling import cache_in
 from tokprune.adapters.attention_row import attention_row, newest_query
 from tokprune.adapters.cache_keys import narrow_mask
 from tokprune.methods.cache.dycoke_cache import DyCokeCache
@@ -102,7 +103,7 @@ def test_row_equals_the_eager_attention_map(family: str) -> None:
         if hidden.shape[1] > 1:
             return
         n = output[1].shape[-1]
-        keys = kwargs["past_key_values"].layers[module.layer_idx].keys[:, :, -n:]
+        keys = cache_in(kwargs).layers[module.layer_idx].keys[:, :, -n:]
         if keys.shape[2] == n:  # a full sliding window has let go of its first key already
             query = newest_query(module, hidden, kwargs["position_embeddings"])
             row = attention_row(query, keys, module.scaling, kwargs["attention_mask"])

@@ -34,6 +34,7 @@ from tests.adapters.reference import (
     run,
     samples,
 )
+from tests.spelling import cache_in, with_cache
 from tokprune.errors import TokpruneError
 from tokprune.testing import FAMILIES, TinyVLM, build, clip, picture
 
@@ -353,17 +354,17 @@ def test_text_turn_on_a_kept_cache(family: str, batch: int) -> None:
             if family not in HYBRID:
                 caches.append(StaticCache(config=config, max_cache_len=700))
             for cache in caches:
-                first = model.generate(**inputs, max_new_tokens=5, past_key_values=cache)
+                first = model.generate(**inputs, max_new_tokens=5, **with_cache(cache))
                 call = with_text(inputs, first, question)
                 kept_copy = copy.deepcopy(cache)
-                second = model.generate(**call, max_new_tokens=5, past_key_values=cache)
+                second = model.generate(**call, max_new_tokens=5, **with_cache(cache))
                 whole = model.generate(**{**inputs, **call}, max_new_tokens=5)
                 assert torch.equal(second, whole)
-                third = model.generate(**with_text(inputs, second, question), max_new_tokens=5, past_key_values=cache)
+                third = model.generate(**with_text(inputs, second, question), max_new_tokens=5, **with_cache(cache))
                 again = {**inputs, **with_text(inputs, second, question)}
                 assert torch.equal(third, model.generate(**again, max_new_tokens=5))
                 if isinstance(cache, DynamicCache):
-                    assert torch.equal(model.generate(**call, max_new_tokens=5, past_key_values=kept_copy), whole)
+                    assert torch.equal(model.generate(**call, max_new_tokens=5, **with_cache(kept_copy)), whole)
 
 
 # Not Qwen: transformers wants the grids of all pictures but the pixels of the new one only. Not OneVision: a picture's tiling
@@ -390,9 +391,9 @@ def test_turn_with_a_new_picture_on_a_kept_cache(family: str, batch: int) -> Non
     for positions in ("keep", "compact"):
         with tokprune.apply(model, "random", ratio=RATIO, positions=positions) as pruning:
             cache = DynamicCache(config=model.config.get_text_config())
-            first = model.generate(**inputs, max_new_tokens=5, past_key_values=cache)
+            first = model.generate(**inputs, max_new_tokens=5, **with_cache(cache))
             call = with_text(inputs, first, new, types)
-            second = model.generate(**call, **pixels, max_new_tokens=5, past_key_values=cache)
+            second = model.generate(**call, **pixels, max_new_tokens=5, **with_cache(cache))
             assert len(pruning.last.streams) == batch, "only the new pictures are chosen from"
             whole = model.generate(**call, **all_pixels, max_new_tokens=5)
             assert len(pruning.last.streams) == 2 * batch
@@ -414,11 +415,11 @@ def test_pruned_turn_on_an_unpruned_cache(family: str, positions: str) -> None:
     start = int(more["input_ids"][0, 0] == tiny.processor.tokenizer.bos_token_id)
     types = next((more[name][:, start:] for name in type_names(more)), None)
     cache = DynamicCache(config=model.config.get_text_config())
-    first = model.generate(**inputs, max_new_tokens=5, past_key_values=cache)
+    first = model.generate(**inputs, max_new_tokens=5, **with_cache(cache))
     call = with_text(inputs, first, more["input_ids"][:, start:], types)
     held = cache.get_seq_length()
     with tokprune.apply(model, "random", ratio=RATIO, positions=positions) as pruning:
-        second = model.generate(**call, pixel_values=more["pixel_values"], max_new_tokens=5, past_key_values=cache)
+        second = model.generate(**call, pixel_values=more["pixel_values"], max_new_tokens=5, **with_cache(cache))
         keep = pruning.last.keep
     assert keep.shape[1] == call["input_ids"].shape[1] - held, "earlier turns are not touched"
     native = observe(tiny, {**call, "pixel_values": both["pixel_values"]})
@@ -437,13 +438,13 @@ def test_static_cache_after_reset_is_as_new() -> None:
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=400)
     other = case.tiny.inputs([["Something ", ("image", picture(40, 60, i)), " else, is it?"] for i in (8, 9)])
     with tokprune.apply(model, "random", ratio=RATIO):
-        model.generate(**case.inputs, max_new_tokens=4, past_key_values=cache)
+        model.generate(**case.inputs, max_new_tokens=4, **with_cache(cache))
         cache.reset()
         assert cache.get_seq_length() == 0
-        again = model.generate(**other, max_new_tokens=4, past_key_values=cache)
+        again = model.generate(**other, max_new_tokens=4, **with_cache(cache))
         assert torch.equal(again, model.generate(**other, max_new_tokens=4))
         cache.reset()
-    unpruned = model.generate(**other, max_new_tokens=4, past_key_values=cache)
+    unpruned = model.generate(**other, max_new_tokens=4, **with_cache(cache))
     assert torch.equal(unpruned, model.generate(**other, max_new_tokens=4))
 
 
@@ -456,14 +457,14 @@ def test_kept_cache_without_its_pruning_is_refused(family: str) -> None:
     model = case.tiny.model
     cache = DynamicCache(config=model.config.get_text_config())
     pruning = tokprune.apply(model, "random", ratio=RATIO)
-    first = model.generate(**case.inputs, max_new_tokens=4, past_key_values=cache)
+    first = model.generate(**case.inputs, max_new_tokens=4, **with_cache(cache))
     call = with_text(case.inputs, first, torch.tensor([[10, 20, 30]] * 2))
-    wanted = model.generate(**call, max_new_tokens=4, past_key_values=copy.deepcopy(cache))
+    wanted = model.generate(**call, max_new_tokens=4, **with_cache(copy.deepcopy(cache)))
     pruning.remove()
     with pytest.raises(TokpruneError):
-        model.generate(**call, max_new_tokens=4, past_key_values=cache)
+        model.generate(**call, max_new_tokens=4, **with_cache(cache))
     with tokprune.apply(model, "divprune", ratio=0.5):  # any pruning knows how to read it
-        assert torch.equal(model.generate(**call, max_new_tokens=4, past_key_values=cache), wanted)
+        assert torch.equal(model.generate(**call, max_new_tokens=4, **with_cache(cache)), wanted)
 
 
 # -- loops written by hand ----------------------------------------------------------------------------------------------------------
@@ -484,8 +485,8 @@ def loop(case: Prompt, explicit: bool, steps: int) -> Iterator[Tensor]:
         token = out.logits[:, -1, :256].argmax(-1, keepdim=True)
         mask = torch.nn.functional.pad(mask, (0, 1), value=1)
         last = {name: value[:, -1:] for name, value in where(mask).items()}
-        out = forward(input_ids=token, attention_mask=mask, past_key_values=out.past_key_values, **last)
-    assert int(out.past_key_values.get_seq_length()) == mask.shape[1], "the cache answers with the prompt's length"
+        out = forward(input_ids=token, attention_mask=mask, **with_cache(cache_in(out)), **last)
+    assert int(cache_in(out).get_seq_length()) == mask.shape[1], "the cache answers with the prompt's length"
     yield out.logits[:, -1]
 
 

@@ -32,6 +32,7 @@ from tests.adapters.reference import (
     run,
     samples,
 )
+from tests.spelling import with_cache
 from tokprune.budget import kept
 from tokprune.errors import UnsupportedModelError
 from tokprune.methods.base import ConnectorMethod
@@ -472,7 +473,7 @@ def test_exception_inside_generate_leaves_the_model_clean(family: str, place: st
     held = weakref.ref(cache)
     with failing(model, pruning.config.methods[0], place, error):
         try:
-            model.generate(**case.inputs, max_new_tokens=5, past_key_values=cache)
+            model.generate(**case.inputs, max_new_tokens=5, **with_cache(cache))
         except error as raised:
             assert str(raised) == "on purpose"  # noqa: PT017 - pytest.raises would keep the frames and the cache alive
         else:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 
+from tests.spelling import cache_in
 from tokprune.profiling import memory
 from tokprune.testing import build, picture
 
@@ -21,7 +22,7 @@ def test_cache_of_a_llama_equals_arithmetic() -> None:
     )
     model = transformers.LlamaForCausalLM(config).eval()
     with torch.no_grad():
-        cache = model(torch.randint(0, 32, (2, 21))).past_key_values
+        cache = cache_in(model(torch.randint(0, 32, (2, 21))))
     by_hand = 2 * 3 * 2 * 21 * 2 * 16 * 4  # K and V, layers, batch, tokens, heads, head size, bytes
     assert memory.kv_cache_bytes(cache) == by_hand
     assert memory.kv_cache_bytes_of(config, 21, 2, torch.float32) == by_hand
@@ -45,7 +46,7 @@ def test_sliding_layers_keep_their_window() -> None:
     )
     model = transformers.Gemma3ForCausalLM(config).eval()
     with torch.no_grad():
-        cache = model(torch.randint(0, 32, (1, 30)), use_cache=True).past_key_values
+        cache = cache_in(model(torch.randint(0, 32, (1, 30)), use_cache=True))
     assert memory.kv_cache_bytes(cache) == memory.kv_cache_bytes_of(config, 30, 1, torch.float32)
     assert memory.kv_cache_bytes_of(config, 30, 1, torch.float32) == 2 * (2 * 7 + 2 * 30) * 16 * 4
 
@@ -58,9 +59,7 @@ def test_a_vlm_caches_prompt_and_all_new_tokens_but_the_last() -> None:
             **inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False, return_dict_in_generate=True
         )
     tokens = inputs["input_ids"].shape[1] + 3
-    assert memory.kv_cache_bytes(out.past_key_values) == memory.kv_cache_bytes_of(
-        tiny.model.config, tokens, 1, torch.float32
-    )
+    assert memory.kv_cache_bytes(cache_in(out)) == memory.kv_cache_bytes_of(tiny.model.config, tokens, 1, torch.float32)
 
 
 def test_weights_count_shared_tensors_once() -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tokprune.adapters.dialect import arguments_from, cache_in, parameters
 from tokprune.adapters.state import logical_length
 from tokprune.errors import UnsupportedModelError
 
@@ -68,7 +68,6 @@ class Adapter:
         self.model: Any = model
         self.base: Any = model.base_model
         self.config: Any = model.config
-        self.signature = inspect.signature(self.base.__class__.forward)
 
     @property
     def hybrid(self) -> bool:
@@ -113,8 +112,7 @@ class Adapter:
                     f"{type(self.base).__name__} was given {key} but has no encoder for {modality}."
                 )
             function, renamed = getattr(self.base, found[0]), found[1]
-            names = [n for n in inspect.signature(function).parameters if n not in ("self", "kwargs")]
-            kwargs = {n: call[n] for n in names if call.get(n) is not None}
+            kwargs = {n: v for n, v in arguments_from(call, function).items() if v is not None}
             if renamed:
                 kwargs = {renamed: call[key]}
             encoded[modality] = function(**kwargs, return_dict=True)
@@ -154,16 +152,14 @@ class Adapter:
             if positions.shape[-2] != batch:
                 positions = positions.expand(*positions.shape[:-2], batch, -1)
             return positions
-        past = logical_length(call.get("past_key_values"))
+        past = logical_length(cache_in(call))
         compute = getattr(self.base, "compute_3d_position_ids", None)
         if compute is not None:
             embeds = x if x.ndim == 3 else x.new_empty((*x.shape, 0), dtype=torch.float)
-            names = [
-                n for n in inspect.signature(compute).parameters if n not in ("self", "inputs_embeds", "input_ids")
-            ]
-            kwargs = {n: call.get(n) for n in names}
+            kwargs = arguments_from(call, compute)
+            kwargs["input_ids"], kwargs["inputs_embeds"] = x if x.ndim == 2 else None, embeds
             kwargs["attention_mask"] = mask_2d(kwargs.get("attention_mask"), past + x.shape[1])
-            found = compute(input_ids=x if x.ndim == 2 else None, inputs_embeds=embeds, **kwargs)
+            found = compute(**kwargs)
             if found is not None:
                 return found[..., -x.shape[1] :]
         return self.first_position() + torch.arange(past, past + x.shape[1], device=x.device).expand(x.shape[0], -1)
@@ -306,7 +302,7 @@ def get_adapter(model: object) -> Adapter:
                 f"{name} ({kind}) does not put its image features at placeholder tokens; it cannot be pruned."
             )
         raise UnsupportedModelError(f"{name} ({kind}) is a text-only model: it has no visual tokens to prune.")
-    if "mm_encoder_outputs" not in inspect.signature(type(base).forward).parameters:
+    if "mm_encoder_outputs" not in parameters(type(base).forward):
         raise UnsupportedModelError(
             f"{name} ({kind}) does not take encoder outputs in its forward (mm_encoder_outputs); tokprune needs a model of "
             "transformers >= 5.23 that does."

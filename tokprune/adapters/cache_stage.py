@@ -18,6 +18,7 @@ from torch import Tensor
 from tokprune.adapters.attention_row import attention_row, check_attention, newest_query
 from tokprune.adapters.base import Adapter
 from tokprune.adapters.cache_keys import Chosen, narrow_mask
+from tokprune.adapters.dialect import cache_in, swap_cache
 from tokprune.adapters.state import PruneState, get_state
 from tokprune.errors import OptionError, UnsupportedModelError
 from tokprune.methods.cache_base import CacheMethod
@@ -130,7 +131,7 @@ class CacheStage:
     @torch.compiler.disable
     def _before(self, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         self.reading.keys = self.reading.state = None  # an interrupt may have left something behind
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         if getattr(cache, "is_compileable", False):
             raise UnsupportedModelError(
                 f"{type(cache).__name__} has a fixed length for compiled decoding, from which no keys can be left out; use the "
@@ -154,7 +155,7 @@ class CacheStage:
             self.reading.keys = keys
             return keys, values
 
-        return args, {**kwargs, "past_key_values": _View(cache, note)}
+        return args, swap_cache(kwargs, _View(cache, note))
 
     @torch.compiler.disable
     def _after(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -162,7 +163,7 @@ class CacheStage:
         self.reading.keys = self.reading.state = None
         if keys is None or state is None or output is None:
             return
-        cache = kwargs["past_key_values"]
+        cache = cache_in(kwargs)
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         with torch.no_grad():
             query = newest_query(module, hidden, kwargs["position_embeddings"])
@@ -177,7 +178,7 @@ class CacheStage:
 
     @torch.compiler.disable
     def _narrow(self, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         state = get_state(cache)
         if cache is None or state is None or state.chosen is None or state.chosen.keys is None:
             return None
@@ -201,7 +202,7 @@ class CacheStage:
                 values.gather(2, where.expand(-1, -1, -1, values.shape[-1])),
             )
 
-        return args, {**kwargs, "past_key_values": _View(cache, gather), "attention_mask": mask}
+        return args, {**swap_cache(kwargs, _View(cache, gather)), "attention_mask": mask}
 
     def _mask(self, chosen: Chosen, mask: Any, index: Tensor, filled: bool, kwargs: dict[str, Any]) -> Any:
         """The layer's mask at the chosen keys; all layers that share a mask share the result."""

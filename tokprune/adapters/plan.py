@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tokprune.adapters.base import RAW, TYPE_IDS, Adapter, flatten, like, mask_2d
+from tokprune.adapters.dialect import cache_in
 from tokprune.adapters.positions import translate
 from tokprune.adapters.state import PruneState, get_state, logical_length, physical_length
 from tokprune.adapters.streams import Stream, kept_rows
@@ -167,7 +168,7 @@ def make_plan(
                     note="; ".join(n for n in (stream.geometry.note, stream.note) if n),
                 )
             )
-    past = call.get("past_key_values")
+    past = cache_in(call)
     state = get_state(past)
     shift = state.shift.to(device) if state is not None else torch.zeros(batch, 1, dtype=torch.long, device=device)
     positions = adapter.positions(call, x)
@@ -199,7 +200,7 @@ def execute(
     x = columns_of(call)
     batch, length = x.shape[:2]
     device = x.device
-    past = call.get("past_key_values")
+    past = cache_in(call)
     state = get_state(past)
     offset = logical_length(past) - plan.start
     keep = plan.keep[:, offset : offset + length]

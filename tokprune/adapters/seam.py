@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from tokprune.adapters.base import TYPE_IDS, Adapter, mask_2d
+from tokprune.adapters.dialect import as_cache, bind, cache_in, cache_of
 from tokprune.adapters.frame_scores import FrameScorer
 from tokprune.adapters.layouts import told_by_words
 from tokprune.adapters.plan import Frame, Plan, StreamRecord, clear_raw, columns_of, execute, make_plan
@@ -158,7 +159,7 @@ class Seam:
     # -- generate(): translate before masks are built, static caches and compiled decoding included ----------------------
 
     def _prepare(self, original: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         state = self._state(cache)
         if self.threads.now.physical_prefill:
             out = original(input_ids, *args, **kwargs)
@@ -187,7 +188,7 @@ class Seam:
         encoded = model_kwargs.get("mm_encoder_outputs") or {}
         if generation_config.prefill_chunk_size is None or not any(v is not None for v in encoded.values()):
             return original(input_ids, generation_config, model_kwargs, **kwargs)
-        cache: Any = model_kwargs.get("past_key_values")
+        cache: Any = cache_in(model_kwargs)
         state = self._state(cache)
         mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
         total = mask.shape[1] if mask is not None else getattr(generation_config, "_mask_length", input_ids.shape[1])
@@ -196,7 +197,7 @@ class Seam:
             "input_ids": input_ids[:, -length:],
             "attention_mask": mask,
             "position_ids": None if positions is None else positions[..., -length:],
-            "past_key_values": cache,
+            **as_cache(type(self.adapter.base).forward, cache),
             **{k: model_kwargs[k][:, -length:] for k in TYPE_IDS if model_kwargs.get(k) is not None},
         }
         plan = self._plan(call, dict(encoded))
@@ -221,7 +222,7 @@ class Seam:
             if state is not None:
                 cache._tokprune_view = "logical"
         frame.state.reader = self.reader
-        attach_state(out.past_key_values, frame.state)
+        attach_state(cache_of(out), frame.state)
         return out
 
     # -- forward of the multimodal base model -----------------------------------------------------------------------------
@@ -234,9 +235,7 @@ class Seam:
             thread.rope = None
         if mode is not None and mode.physical:
             return args, kwargs
-        call = dict(self.adapter.signature.bind_partial(module, *args, **kwargs).arguments)
-        call.pop("self", None)
-        call.update(call.pop("kwargs", {}))
+        call = bind(module, args, kwargs)
         x = columns_of(call) if call.get("input_ids") is not None or call.get("inputs_embeds") is not None else None
         if x is not None and self.adapter.has_visual(call):
             encoded = self.adapter.encode(call)
@@ -252,9 +251,9 @@ class Seam:
             frame.for_generate = mode is not None
             thread.frame = frame
             return (), new
-        state = self._state(call.get("past_key_values"))
+        cache = cache_in(call)
+        state = self._state(cache)
         if x is not None and state is not None:  # a hand-written decode loop, or a text-only turn on a kept cache
-            cache = call["past_key_values"]
             mask = mask_2d(call.get("attention_mask"), logical_length(cache) + x.shape[1])
             positions = self.adapter.positions(call, x)
             call["attention_mask"] = state.key_mask(mask, physical_length(cache) + x.shape[1])
@@ -271,7 +270,7 @@ class Seam:
             thread.rope = None
         if frame is None or output is None:
             return None
-        cache = output.get("past_key_values")
+        cache = cache_of(output)
         cache = frame.past if cache is None else cache
         if cache is not None and physical_length(cache) > 0:
             frame.state.reader = self.reader
@@ -309,7 +308,7 @@ class Seam:
     def _plan(self, call: dict[str, Any], encoded: dict[str, Any]) -> Plan | None:
         x = columns_of(call)
         length = x.shape[1]
-        mask = mask_2d(call.get("attention_mask"), logical_length(call.get("past_key_values")) + length)
+        mask = mask_2d(call.get("attention_mask"), logical_length(cache_in(call)) + length)
         real = (
             torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
             if mask is None

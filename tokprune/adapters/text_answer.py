@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from tokprune.adapters.base import Adapter
+from tokprune.adapters.dialect import as_cache
 from tokprune.adapters.query import tokenizer_of
 
 
@@ -39,7 +40,7 @@ def text_answer(adapter: Adapter, processor: Any, words: str, max_new_tokens: in
             inputs_embeds=table(ids),
             attention_mask=torch.ones(1, total, dtype=torch.long, device=device),
             position_ids=torch.arange(position, position + length, device=device).expand(*axes, -1),
-            past_key_values=cache,
+            **as_cache(type(adapter.text_model).forward, cache),
             use_cache=True,
         ).last_hidden_state
         position += length

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from tokprune.adapters.dialect import as_cache, cache_of
 from tokprune.profiling.stages import StageModules, find_stages, watch
 
 
@@ -126,7 +127,7 @@ def language_flops(
         if head is not None:
             head(out.last_hidden_state[:, -1:])
         prefill = counter.get_total_flops()
-        out = language(inputs_embeds=embeddings(1), past_key_values=out.past_key_values, use_cache=True)
+        out = language(inputs_embeds=embeddings(1), use_cache=True, **as_cache(type(language).forward, cache_of(out)))
         if head is not None:
             head(out.last_hidden_state[:, -1:])
         return prefill, counter.get_total_flops() - prefill

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import tokprune
+from tokprune.adapters.dialect import cache_of
 from tokprune.errors import OptionError
 from tokprune.profiling import flops, memory
 from tokprune.profiling.live import live_peak
@@ -95,7 +96,7 @@ class Profiler:
                 run.visual, run.prompt = _kept(pruning), int(pruning.last.length)
         if self.device.type == "cuda":
             run.peak = int(torch.cuda.max_memory_allocated(self.device))
-        cache = getattr(out, "past_key_values", None)
+        cache = cache_of(out)
         run.cache_bytes, run.cached = memory.kv_cache_bytes(cache), memory.cached_tokens(cache)
         times = clock.times()
         times["decode_tokens_per_s"] *= run.batch  # a step gives every prompt a token
