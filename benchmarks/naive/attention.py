@@ -123,7 +123,7 @@ def flowcut_scores(attention: Tensor, likeness: Tensor, norm: Tensor) -> Tensor:
 
 
 def flowcut(attention: Tensor, likeness: Tensor, norm: Tensor, keep: int) -> Tensor:
-    """FlowCut with its schedule: every block drops tokens, as many as the entropy of its attention says.
+    """FlowCut with its schedule: every second block drops tokens, as many as the entropy of its attention says.
 
     Three times (L, N), the signals of an unpruned tower -> (keep,) ascending. (In the tower, features would change too.)
     """
@@ -134,12 +134,15 @@ def flowcut(attention: Tensor, likeness: Tensor, norm: Tensor, keep: int) -> Ten
         a, s, v = attention[block, left], likeness[block, left], norm[block, left]
         now = (a / a.sum() + s / s.sum()) * v
         score = now if block == 0 else 0.5 * score + 0.5 * now
+        after = blocks - 1 - block
+        if after % 2:
+            continue
         share = a / a.sum()
         entropy = -(share * share.log()).sum() / torch.log(torch.tensor(float(len(left))))
-        drop = round((len(left) - keep) / (blocks - block) ** 0.5 * (1 - float(entropy) ** 2))
-        if block == blocks - 1:
-            drop = len(left) - keep
-        stays = score.topk(len(left) - max(0, drop)).indices.sort().values
+        drop = len(left) - keep
+        if after:
+            drop = min(drop, round(drop / after**0.5 * (1 - float(entropy) ** 2)))
+        stays = score.topk(len(left) - drop).indices.sort().values
         left, score = left[stays], score[stays]
     return left
 
@@ -182,20 +185,27 @@ def globalcom2(
     shown = torch.zeros(height, length, dtype=torch.bool)
     shown[top : height - top, left : length - left] = True
 
-    guide = F.interpolate(grid[None, None], size=(height, length), mode="bilinear", align_corners=False)[0, 0]
+    picture = (height - 2 * top, length - 2 * left)
+    guide = grid.new_zeros(height, length)
+    guide[shown] = F.interpolate(grid[None, None], size=picture, mode="bilinear", align_corners=False).flatten()
     canvas = torch.zeros(height, length, width, dtype=features.dtype)
     stays = torch.zeros(height, length, dtype=torch.bool)
     for t in range(count):
         i, j = divmod(t, across)
         where = (slice(i * side, (i + 1) * side), slice(j * side, (j + 1) * side))
         part = guide[where].reshape(-1)
-        score = crops[t] / crops[t].norm() + part / part.norm()
         present = shown[where].reshape(-1)
+        score = crops[t] / crops[t][present].norm() + part / part.norm()
         score = score.masked_fill(~present, -torch.inf)
         mask = torch.zeros(n, dtype=torch.bool)
         mask[score.topk(int(int(present.sum()) * float(scales[t]))).indices] = True
-        canvas[where] = features[t].view(side, side, width)
-        stays[where] = mask.view(side, side)
+        room = int(present.sum())  # the published code numbers the unpadded tokens anew
+        moved = torch.zeros(n, width, dtype=features.dtype)
+        moved[:room] = features[t][present]
+        kept_here = torch.zeros(n, dtype=torch.bool)
+        kept_here[:room] = mask[present]
+        canvas[where] = moved.view(side, side, width)
+        stays[where] = kept_here.view(side, side)
     canvas = torch.cat([canvas, newline.expand(height, 1, width)], dim=1)
     stays = torch.cat([stays, torch.ones(height, 1, dtype=torch.bool)], dim=1)
     return scales, kept, canvas[stays].half().to(features.dtype)

@@ -219,7 +219,7 @@ def _holov_published(features: Tensor, attention: Tensor, keep: int) -> Tensor:
 
 
 def _flowcut_inputs(case: Case, seed: torch.Generator) -> tuple[Any, ...]:
-    shape = (case.tiles, 11, case.n)
+    shape = (case.tiles, 22, case.n)
     return rows(*shape, seed=seed), rows(*shape, seed=seed), 1 + torch.rand(shape, generator=seed), case.each
 
 

@@ -194,7 +194,7 @@ def test_the_other_scores_of_a_block_by_hand() -> None:
         "cls_attention:1": logits.softmax(-1).mean(1)[:, 1:],  # CLS takes its share and is dropped
         "cls_attention_1head:1": (q[:, :1] @ k.transpose(-1, -2) * 32**-0.5).softmax(-1)[:, 0, 1:],
         "value_attention:1": (vh[:, :, :1] @ vh.transpose(-1, -2)).softmax(-1).mean(1)[:, 0, 1:],
-        "value_norm:1": v.abs().sum(-1)[:, 1:],
+        "value_norm:1": vh.mean(1).abs().sum(-1)[:, 1:],  # heads averaged first
         "keys:1": kh.transpose(1, 2)[:, 1:],
     }
     for name, value in expected.items():

@@ -85,7 +85,7 @@ def test_a_clip_tower_tells_what_its_reduced_blocks_computed(proportional: bool)
                 "cls_attention": whole(attention[:, :, 0].mean(1)[..., None])[:, 1:, 0],
                 "cls_logits": whole(raw[:, :, 0].mean(1)[..., None])[:, 1:, 0],
                 f"received_attention:{last}": whole(attention.mean((1, 2))[..., None])[:, 1:, 0],
-                f"value_norm:{last}": whole(v.abs().sum((1, 3))[..., None])[:, 1:, 0],
+                f"value_norm:{last}": whole(v.mean(1).abs().sum(-1)[..., None])[:, 1:, 0],
                 f"keys:{last}": whole(k.transpose(1, 2).flatten(2))[:, 1:].unflatten(2, (q.shape[1], -1)),
             }
         x = x + project((attention @ v).transpose(1, 2).flatten(2))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tokprune.methods.connector.globalcom2 import crop_scales, guide
+from tokprune.methods.connector.globalcom2 import crop_scales
 
 
 def unpadded(canvas: tuple[int, int], size: tuple[int, int]) -> tuple[slice, slice]:
@@ -33,16 +33,22 @@ def globalcom2_published(
 
     thumbnail: (N,) and crops: (T, N) scores. features: (T, N, D) of the crops. tiles: (down, across). size: (width, height) of
     the picture. newline: (D,). Returns the scales (T,), the thumbnail's kept tokens, best first, and the crops' tokens in
-    raster order of the canvas with a newline after every canvas row, padded ones too, rounded to float16. Counts follow from
-    values: the host waits for them.
+    raster order of the canvas with a newline after every canvas row, padded ones too, rounded to float16. In a padded crop
+    that order numbers the unpadded tokens alone, so they lie further up and left than in the picture (a defect of the code).
+    Counts follow from values: the host waits for them.
     """
     down, across = tiles
     count, n, _ = features.shape
     side = round(n**0.5)
-    scales = crop_scales(thumbnail.view(side, side), tiles, ratio, temperature)
+    scales = crop_scales(thumbnail.double().view(side, side), tiles, ratio, temperature)
     kept = torch.sort(thumbnail, descending=True, stable=True).indices[: int(n * ratio)]
+    box = unpadded((down * side, across * side), size)
     shown = torch.zeros(down * side, across * side, dtype=torch.bool, device=crops.device)
-    shown[unpadded((down * side, across * side), size)] = True
+    shown[box] = True
+    seen = torch.zeros_like(shown, dtype=thumbnail.dtype)
+    # Bilinear, to the size of the picture on the canvas: the thumbnail has no padding.
+    picture = (box[0].stop - box[0].start, box[1].stop - box[1].start)
+    seen[box] = F.interpolate(thumbnail.view(1, 1, side, side), size=picture, mode="bilinear")[0, 0]
 
     def cut(canvas: Tensor) -> Tensor:  # (down * side, across * side) -> (T, N)
         return canvas.view(down, side, across, side).transpose(1, 2).reshape(count, n)
@@ -50,15 +56,16 @@ def globalcom2_published(
     def lay(x: Tensor) -> Tensor:  # (T, N, ...) -> (down * side, across * side, ...)
         return x.view(down, across, side, side, -1).transpose(1, 2).reshape(down * side, across * side, -1)
 
-    score = F.normalize(crops, dim=-1) + F.normalize(
-        cut(guide(thumbnail.view(side, side), tiles, (side, side))), dim=-1
-    )
     visible = cut(shown)
+    score = F.normalize(crops.masked_fill(~visible, 0), dim=-1) + F.normalize(cut(seen), dim=-1)
     mask = torch.zeros_like(visible)
     ranked = torch.sort(score.masked_fill(~visible, -torch.inf), dim=-1, descending=True, stable=True).indices
     for t, (scale, present) in enumerate(zip(scales.tolist(), visible.sum(-1).tolist(), strict=True)):
         mask[t, ranked[t, : int(present * scale)]] = True
-    canvas, stays = lay(features), lay(mask)[..., 0]
+    # The code lays a crop's tokens out as if its unpadded tokens began at its first place.
+    order = torch.sort(visible.to(torch.int8), dim=-1, descending=True, stable=True).indices
+    features = features.gather(1, order[..., None].expand(-1, -1, features.shape[-1]))
+    canvas, stays = lay(features), lay(mask.gather(1, order))[..., 0]
     canvas = torch.cat([canvas, newline.expand(down * side, 1, -1)], dim=1)
     stays = F.pad(stays, (0, 1), value=True)
-    return scales, kept, canvas[stays].half().to(features.dtype)
+    return scales.to(thumbnail.dtype), kept, canvas[stays].half().to(features.dtype)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from tokprune.adapters.layouts import Call, UnknownGeometryError, arrange, family_of
 from tokprune.adapters.probe import AttentionProbe, Projections, tower_blocks, tower_of
 from tokprune.errors import MissingSignalError, OptionError, unknown
+from tokprune.ops.attention import mean_value_norm
 from tokprune.ops.wide import wide
 
 __all__ = ["SignalSet", "block_index", "compute_signals", "required_blocks", "tower_blocks", "tower_of"]
@@ -257,7 +258,7 @@ class _Reader:
         if kind == "keys":
             return wide(seen.k).transpose(1, 2), f"keys {where}"
         if kind == "value_norm":
-            return wide(seen.v).abs().sum((1, 3)), f"L1 norm of the values {where}"
+            return mean_value_norm(seen.v), f"L1 norm of the head-mean values {where}"
         logits, one_head = kind == "cls_logits", kind == "cls_attention_1head"
         what = {"cls_logits": "logits", "cls_attention_1head": "attention, heads taken as one,"}.get(kind, "attention")
         if kind != "received_attention" and cls:

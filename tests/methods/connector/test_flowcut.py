@@ -5,8 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.golden_vectors import GoldenCase, claims
+from tokprune.adapters.signals import block_index
 from tokprune.errors import OptionError
+from tokprune.methods.base import top
 from tokprune.methods.connector.flowcut import FlowCut, flowcut_scores
+from tokprune.ops.attention import mean_value_norm
 from tokprune.tokens import Layout, VisualTokens
 
 
@@ -31,10 +35,30 @@ def test_older_blocks_fade() -> None:
         torch.testing.assert_close(share, torch.tensor([1 / 8, 1 / 8, 1 / 4, 1 / 2])[block])
 
 
-def test_default_blocks_are_every_second_one_up_to_21() -> None:
-    assert [round(float(b) * 23) for b in FlowCut().blocks] == list(range(1, 22, 2))
-    assert len(FlowCut().needs) == 33
+def test_default_blocks_are_every_one_up_to_21() -> None:
+    assert [block_index(b, 24) for b in FlowCut().blocks] == list(range(22))
+    assert len(FlowCut().needs) == 66
     assert FlowCut(blocks=("0.478",)).needs == ("cls_attention:0.478", "value_attention:0.478", "value_norm:0.478")
+
+
+def test_heads_are_averaged_before_the_norm() -> None:
+    """Two heads that point apart: the head-mean vanishes, the sum of norms would not."""
+    values = torch.tensor([[[1.0, -2.0], [1.0, 2.0]], [[-1.0, 2.0], [3.0, 0.0]]])  # (H, S, d)
+    torch.testing.assert_close(mean_value_norm(values), torch.tensor([0.0, 3.0]))
+
+
+@claims("flowcut", anchor="cumulative_scores")
+def test_golden(case: GoldenCase) -> None:
+    """The published score, accumulated over every block of an unpruned tower, and its best tokens."""
+    attention, likeness, values = case["attention"], case["value_attention"], case["values"]
+    keep = case.number("keep")
+    scores = flowcut_scores(attention, likeness, mean_value_norm(values))
+    torch.testing.assert_close(scores, case["cumulative_scores"], atol=1e-4, rtol=1e-5)
+    assert top(scores, keep).tolist() == case["kept_sorted"].tolist()
+    method = FlowCut(blocks=tuple(str(b) for b in range(len(attention))))
+    signals = dict(zip(method.needs, (*attention, *likeness, *mean_value_norm(values)), strict=True))
+    tokens = VisualTokens(torch.zeros(len(scores), 2), Layout.line(len(scores)), signals)
+    assert method.select(tokens, keep).indices.tolist() == case["kept_sorted"].tolist()
 
 
 def test_frames_are_normalised_on_their_own() -> None:

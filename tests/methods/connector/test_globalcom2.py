@@ -6,7 +6,7 @@ import torch
 
 from tests.golden_vectors import GoldenCase, claims
 from tests.published.globalcom2 import globalcom2_published, unpadded
-from tokprune.methods.connector.globalcom2 import GlobalCom2, crop_scales
+from tokprune.methods.connector.globalcom2 import GlobalCom2, crop_scales, seen_at
 from tokprune.tokens import Layout, VisualTokens
 
 
@@ -70,6 +70,43 @@ def test_without_a_thumbnail_every_group_keeps_the_same_ratio() -> None:
     assert torch.bincount(layout.group[indices]).tolist() == [4, 4, 4]
     best = torch.cat([logits[g * 16 : g * 16 + 16].topk(4).indices.sort().values + g * 16 for g in range(3)])
     assert torch.equal(indices, best)
+
+
+def test_the_thumbnail_is_laid_over_the_picture_not_over_its_padding() -> None:
+    """The same as resizing it to the picture's size, at the places where the picture lies on the canvas."""
+    thumbnail = torch.randn(12, 10, generator=torch.Generator().manual_seed(4))
+    for rows, cols, first in ((14, 24, (5, 0)), (24, 17, (0, 3)), (7, 9, (8, 7)), (12, 10, (1, 2))):
+        place = torch.cartesian_prod(torch.arange(rows), torch.arange(cols)) + torch.tensor(first)
+        seen = seen_at(thumbnail, place, torch.tensor(first), torch.tensor([rows, cols]))
+        resized = torch.nn.functional.interpolate(thumbnail[None, None], size=(rows, cols), mode="bilinear")
+        torch.testing.assert_close(seen.view(rows, cols), resized[0, 0], atol=1e-5, rtol=1e-5)
+
+
+@claims("globalcom2", anchor="base_cls_attn")
+def test_the_method_ranks_as_published(case: GoldenCase) -> None:
+    """Crop by crop the method's scores pick the published tokens, padding included, once each count is the published one."""
+    across, down = case["grid_wh"].tolist()
+    count, n, _ = case["features"].shape
+    side = round(n**0.5)
+    shown = torch.zeros(down * side, across * side, dtype=torch.bool)
+    shown[unpadded((down * side, across * side), tuple(case["orig_size_wh"].tolist()))] = True
+    visible = shown.view(down, side, across, side).transpose(1, 2).reshape(count, n)
+    full = Layout.grid(side, side, count + 1, "tiles", canvas=(down, across), thumbnail=True)
+    stay = torch.cat([torch.ones(n, dtype=torch.bool), visible.flatten()])
+    layout = Layout(full.group[stay], full.row[stay], full.col[stay], full.grids, "tiles", (down, across), True)
+    own = torch.cat([case["base_cls_attn"], case["crop_cls_attn"].flatten()])[stay]
+    tokens = VisualTokens(torch.zeros(len(own), 2), layout, {"cls_logits:-1": own})
+    scores = GlobalCom2().select(tokens, len(own) // 4).info["scores"]
+    picked = torch.zeros(count * n, dtype=torch.bool)
+    places = stay[n:].nonzero()[:, 0]
+    for t, scale in enumerate(case["scales"].double().tolist()):
+        mine = (layout.group == t + 1).nonzero()[:, 0]
+        best = mine[scores[mine].topk(int(len(mine) * scale)).indices]
+        picked[places[best - n]] = True
+    ours = case["features"].flatten(0, 1)[picked].half().float()
+    published = case["out_tokens"]
+    published = published[(published != case.number("newline_value")).any(1)]  # in another order where crops are padded
+    assert sorted(ours.tolist()) == sorted(published.tolist())
 
 
 def test_unpadded_tiles_have_holes() -> None:

@@ -13,11 +13,11 @@ from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
 from tokprune.ops.ranking import group_sum
 from tokprune.ops.topk import grouped_top
 from tokprune.ops.wide import wide
-from tokprune.registry import register_method
+from tokprune.registry import Checked, register_method
 from tokprune.tokens import Selection, VisualTokens
 
-# Every second block up to 21 of a tower with 24 blocks (1, 3, 5 … 21), as relative depths.
-ODD_BLOCKS = ("0.043", "0.13", "0.217", "0.304", "0.391", "0.478", "0.565", "0.652", "0.739", "0.826", "0.913")
+# Every block up to the third last, 0 … 21 of CLIP-L's 24, as relative depths.
+BLOCKS = ("0", *(f"{block / 23:.3f}" for block in range(1, 22)))
 
 
 def flowcut_scores(
@@ -30,8 +30,8 @@ def flowcut_scores(
 ) -> Tensor:
     """Importance after the last of L blocks, a running mean over them (sections 3.3 and 3.4 of the paper).
 
-    attention: (L, N) [CLS] rows a. value_attention: (L, N), s, similarity of [CLS]'s value to each token's, after softmax.
-    value_norm: (L, N) L1 norm of the values. Score of a block: (a / sum of a + s / sum of s) * norm; what came before counts
+    attention: (L, N) [CLS] rows a, mean over heads. value_attention: (L, N), s, similarity of [CLS]'s value to each token's,
+    after softmax, mean over heads. value_norm: (L, N) L1 norm of the head-mean values (`mean_value_norm`). Score of a block: (a / sum of a + s / sum of s) * norm; what came before counts
     `momentum`, the block 1 - momentum. group: (N,), within which the sums are taken, None for one. Returns (N,).
     """
     if group is None:
@@ -52,23 +52,30 @@ def flowcut_scores(
     year=2025,
     url="https://arxiv.org/abs/2505.19536",
     complexity="O(LN + N log N)",
+    checked=Checked(
+        "TungChintao/FlowCut",
+        agrees="the accumulated score of an unpruned tower and its top tokens",
+        differs="tokens leave inside the tower there, so scores and features of later blocks change; no LLM stage",
+    ),
 )
 @dataclass(frozen=True)
 class FlowCut(ConnectorMethod):
     """FlowCut (NeurIPS 2025), connector form: attention, value likeness and value norm accumulated over blocks, then one cut.
 
-    blocks: where scores are taken, as relative depths; the default is every second block up to 21 of CLIP-L's 24. momentum:
-    weight of the past, 0.5 as published. Tiles and frames get equal budgets.
+    blocks: where scores are taken, as relative depths; the default is every block of CLIP-L up to 21 of 0 … 23, as published.
+    momentum: weight of the past, 0.5 as published. Tiles and frames get equal budgets, as published.
 
-    What differs from the publication, which prunes inside the tower: there the listed blocks drop tokens step by step (how
-    many follows from the entropy of the block's attention), so later blocks see fewer tokens, their features and scores
-    change, and a dropped token is never scored again. Here the tower runs in full: scores are those of the unpruned tower, all
-    tokens compete to the end, the features are untouched, the entropy schedule has no place, and encoder time is not
-    saved. The choice is therefore a relative of the published one, not a reproduction; published numbers do not carry over.
-    The stage that the authors add inside the LLM for LLaVA-NeXT is not part of it.
+    What differs from the publication, which prunes inside the tower: there every second block (1, 3, … 21) drops tokens by
+    what has accumulated so far (how many follows from the entropy of the block's attention), so later blocks see fewer
+    tokens, their features and scores change, and a dropped token is never scored again. Here the tower runs in full: scores
+    are those of the unpruned tower, all tokens compete to the end, the features are untouched, the entropy schedule has no
+    place, and encoder time is not saved. The score of given signals is the published one; published accuracy, which rests on
+    the changed features, does not carry over. The stage that the authors add inside the LLM for LLaVA-NeXT is not part of
+    it. Their Qwen2-VL code scores by the attention of the mean query times the value norm, without value likeness; here such
+    towers, which have no [CLS], answer with received attention.
     """
 
-    blocks: tuple[str, ...] = ODD_BLOCKS
+    blocks: tuple[str, ...] = BLOCKS
     momentum: float = 0.5
 
     def __post_init__(self) -> None:

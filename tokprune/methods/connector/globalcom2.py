@@ -7,14 +7,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from tokprune.errors import OptionError
 from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
 from tokprune.ops.ranking import group_sum, top_in_groups
 from tokprune.ops.shares import share_out
 from tokprune.ops.wide import wide
-from tokprune.registry import register_method
+from tokprune.registry import Checked, register_method
 from tokprune.tokens import Layout, Selection, VisualTokens
 
 
@@ -34,10 +33,21 @@ def crop_scales(thumbnail: Tensor, tiles: tuple[int, int], ratio: float, tempera
     return (ratio * (1 + spread - spread.mean())).clamp(max=1.0)
 
 
-def guide(thumbnail: Tensor, tiles: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """The thumbnail's scores at the crops' resolution. thumbnail: (H, W), grid: (h, w) of a crop -> (down * h, across * w)."""
-    size = (tiles[0] * grid[0], tiles[1] * grid[1])
-    return F.interpolate(thumbnail[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
+def seen_at(thumbnail: Tensor, place: Tensor, first: Tensor, extent: Tensor) -> Tensor:
+    """The thumbnail's scores at places of the canvas, bilinear. It shows the picture alone, not the padding of the canvas.
+
+    thumbnail: (H, W). place: (N, 2) rows and columns of the canvas. first, extent: (2,) where the picture begins on the canvas
+    and how many rows and columns it has. Returns (N,), outside the picture the value of its edge.
+    """
+    last = torch.tensor(thumbnail.shape, device=place.device) - 1
+    at = (place - first + 0.5) * ((last + 1) / extent) - 0.5
+    at = at.to(thumbnail.dtype).clamp_min(0).minimum(last.to(thumbnail.dtype))
+    low = at.floor().long()
+    high, part = (low + 1).minimum(last), at - low
+    rows = torch.stack([low[:, 0], high[:, 0]], 1)[:, :, None]  # (N, 2, 1)
+    cols = torch.stack([low[:, 1], high[:, 1]], 1)[:, None, :]  # (N, 1, 2)
+    share = torch.stack([1 - part, part], -1)  # (N, 2, 2): axis, low or high
+    return (thumbnail[rows, cols] * share[:, 0, :, None] * share[:, 1, None, :]).sum((1, 2))
 
 
 def _group_norm(values: Tensor, group: Tensor, groups: int) -> Tensor:
@@ -51,6 +61,11 @@ def _group_norm(values: Tensor, group: Tensor, groups: int) -> Tensor:
     year=2026,
     url="https://arxiv.org/abs/2501.05179",
     complexity="O(N log N)",
+    checked=Checked(
+        "xuyang-liu16/GlobalCom2",
+        agrees="scales and scores, with and without padding, and so the kept tokens of every crop once counts are those",
+        differs="the method meets an exact budget (there each crop is rounded down); newlines of padding rows",
+    ),
 )
 @dataclass(frozen=True)
 class GlobalCom2(ConnectorMethod):
@@ -62,10 +77,11 @@ class GlobalCom2(ConnectorMethod):
     keeps the same ratio by its own scores.
 
     What differs from the published code, without a compat mode since counts cannot be both: it rounds each crop's count
-    down on its own; it keeps the newline of every canvas row, also of padding rows, where our
-    separators follow the framework's rule and cost nothing of `keep`; it feeds the thumbnail in order of score and casts to
-    float16; norms run over a crop with its padding, here over its candidates. It reads wrong scores from the second image of
-    a batch on, and its LLaVA-1.5 path fails.
+    down on its own; it keeps the newline of every canvas row, also of padding rows, where our separators follow the
+    framework's rule and cost nothing of `keep`; it moves the tokens of a padded crop up and left before they are put in
+    raster order, where ours stay in place; it feeds the thumbnail in order of score and casts to float16. The thumbnail's
+    regions are equal parts, as there, also where padding moves the border between tiles. It reads wrong scores from the
+    second image of a batch on, and its LLaVA-1.5 path fails.
     """
 
     layer: str = "-1"
@@ -103,9 +119,10 @@ class GlobalCom2(ConnectorMethod):
         thumbnail = own.new_zeros(height, width).index_put((row[:first], col[:first]), own[:first])
         h, w = layout.grids[1]
         tile = (group - 1).clamp_min(0)
-        canvas_row = (tile // across * h + row).clamp(max=down * h - 1)  # the thumbnail's own tokens look up nonsense,
-        canvas_col = (tile % across * w + col).clamp(max=across * w - 1)  # which the last line throws away
-        seen = guide(thumbnail, canvas, (h, w))[canvas_row, canvas_col]
+        place = torch.stack([tile // across * h + row, tile % across * w + col], 1)  # the thumbnail's own mean nothing
+        first = place.masked_fill((group == 0)[:, None], down * h + across * w).amin(0)
+        extent = place.masked_fill((group == 0)[:, None], -1).amax(0) + 1 - first
+        seen = seen_at(thumbnail, place, first, extent)
         both = _group_norm(own, group, layout.num_groups) + _group_norm(seen, group, layout.num_groups)
         scales = crop_scales(thumbnail, canvas, ratio, self.temperature)
         return torch.cat([scales.new_full((1,), ratio), scales]), torch.where(group == 0, own, both)
