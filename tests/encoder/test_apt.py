@@ -201,7 +201,7 @@ def test_refusals() -> None:
         with pytest.raises(UnsupportedModelError, match="absolute positions"):
             apply_encoder(build(family).model, "apt")
     for options, message in (
-        ({"thresholds": ()}, "thresholds is empty"),
+        ({"thresholds": ()}, "non-empty tuple"),
         ({"embed": "middle"}, "resize"),
         ({"mean": (0.5,)}, "go together"),
     ):

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from tokprune.errors import BudgetError, OptionError, unknown
+from tokprune.errors import BudgetError, OptionError
+from tokprune.methods.options import check_options
 from tokprune.registry import MethodInfo
 from tokprune.tokens import Selection, VisualTokens
-
-Compat = Literal["corrected", "published"]
 
 
 @dataclass(frozen=True)
 class Method:
-    """Base of all methods. Subclasses set `stage`; `@register_method` sets `info`."""
+    """Base of all methods. Subclasses set `stage`; `@register_method` sets `info`.
+
+    The fields are the method's options, declared as `tokprune.methods.options` says and checked here. A subclass that looks
+    at several of them together overrides `__post_init__` and calls this one first.
+    """
 
     stage: ClassVar[str]
     info: ClassVar[MethodInfo]
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 @dataclass(frozen=True)
@@ -101,12 +107,6 @@ def check_keep(keep: int, n: int) -> None:
     """Refuse a count that a stream of `n` tokens cannot meet."""
     if not 1 <= keep <= n:
         raise BudgetError(f"keep={keep} is not between 1 and the {n} tokens of this stream.")
-
-
-def check_compat(compat: str) -> None:
-    """Refuse a `compat` that names neither the corrected behaviour nor that of the published code."""
-    if compat not in get_args(Compat):
-        raise unknown("compat", compat, get_args(Compat))
 
 
 def check_finite(values: Tensor, what: str) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tokprune.errors import OptionError
 from tokprune.methods.base import Method
+from tokprune.methods.options import option
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class CacheMethod(Method):
     """
 
     stage: ClassVar[str] = "cache"
-    layer: int = 3
+    layer: int = option(3, low=1, hint="The layer below it tells the attention.")
 
     @property
     def share(self) -> float:

@@ -12,6 +12,7 @@ from torch import Tensor
 from tokprune.errors import OptionError
 from tokprune.methods.base import ConnectorMethod, Method, check_keep
 from tokprune.methods.connector.uniform import Uniform
+from tokprune.methods.options import option
 from tokprune.methods.parts import Parts
 from tokprune.registry import MethodInfo
 from tokprune.tokens import Selection, VisualTokens
@@ -116,16 +117,10 @@ class PerFrame(ConnectorMethod):
     (T,) where frames are scored.
     """
 
-    frames: FramesMethod
-    inner: ConnectorMethod | None = None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.frames, FramesMethod):
-            raise OptionError(
-                f"PerFrame needs a method of the frames stage, such as UniformFrames(), not {self.frames!r}."
-            )
-        if self.inner is not None and not isinstance(self.inner, ConnectorMethod):
-            raise OptionError(f"inside the frames a connector method works, such as DivPrune(), not {self.inner!r}.")
+    frames: FramesMethod = option(hint="Such as UniformFrames().")
+    inner: ConnectorMethod | None = option(
+        None, example="divprune", hint="A connector method works inside the frames, such as DivPrune()."
+    )
 
     @property
     def info(self) -> MethodInfo:  # type: ignore[override]

@@ -54,11 +54,3 @@ def question_relevance(tokens: VisualTokens, space: Relevance) -> Tensor:
         )
     patches = check_finite(tokens.signal("clip_image"), "the scorer's patch embeddings")
     return text_relevance(patches, check_finite(text, "the scorer's text embedding"))
-
-
-def check_space(space: str) -> None:
-    """Refuse an unknown `relevance`."""
-    if space not in ("embeddings", "clip"):
-        raise OptionError(
-            f"relevance={space!r} is not known; write relevance='embeddings' (any model) or 'clip' (a CLIP scorer)."
-        )

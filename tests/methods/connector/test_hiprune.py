@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from tests.golden_vectors import GoldenCase, claims
-from tokprune.methods.base import Compat
 from tokprune.methods.connector.hiprune import HiPrune, hiprune
+from tokprune.methods.options import Compat
 from tokprune.tokens import Layout, VisualTokens
 
 

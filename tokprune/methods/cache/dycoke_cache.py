@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokprune.errors import OptionError
-from tokprune.methods.base import Compat, check_compat
 from tokprune.methods.cache_base import CacheMethod, CacheStep, largest
+from tokprune.methods.options import Compat, option
 from tokprune.registry import register_method
 
 
@@ -46,20 +45,9 @@ class DyCokeCache(CacheMethod):
     none of that is needed here.)
     """
 
-    pruning_rate: float = 0.7
-    similarity: float = 0.9
+    pruning_rate: float = option(0.7, low=0, below=1, hint="0.7 leaves out 70 % of the keys.")
+    similarity: float = option(0.9, low=-1, high=1)
     compat: Compat = "corrected"
-
-    def __post_init__(self) -> None:
-        if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 1:
-            raise OptionError(
-                f"layer={self.layer!r} is not a whole number of at least 1: the layer below it tells the attention."
-            )
-        if not 0 <= self.pruning_rate < 1:
-            raise OptionError(f"pruning_rate={self.pruning_rate!r} is not in [0, 1); 0.7 leaves out 70 % of the keys.")
-        if not -1 <= self.similarity <= 1:
-            raise OptionError(f"similarity={self.similarity!r} is no cosine: -1 <= similarity <= 1, 0.9 as published.")
-        check_compat(self.compat)
 
     @property
     def share(self) -> float:

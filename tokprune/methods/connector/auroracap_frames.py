@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokprune.errors import OptionError
 from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
+from tokprune.methods.options import option
 from tokprune.ops.bipartite import bipartite_matching, cap, merge_weighted
 from tokprune.ops.frames import spread
 from tokprune.ops.pools import selection
@@ -61,11 +61,7 @@ class AuroraCapFrames(ConnectorMethod):
     Tiles count as frames.
     """
 
-    rounds: int = 24
-
-    def __post_init__(self) -> None:
-        if isinstance(self.rounds, bool) or not isinstance(self.rounds, int) or self.rounds < 1:
-            raise OptionError(f"rounds={self.rounds!r} is not a whole number of at least 1.")
+    rounds: int = option(24, low=1)
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         """Merge the stream to `keep` tokens."""

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokprune.errors import OptionError
 from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
+from tokprune.methods.options import option
 from tokprune.methods.question import word_embeddings
 from tokprune.ops.coverage import greedy_coverage_gains
 from tokprune.ops.distance import cosine_similarity
@@ -68,14 +68,8 @@ class CATP(ConnectorMethod):
     one token always stays.
     """
 
-    relevance: float = 0.7
-    stretch: float = 2.0
-
-    def __post_init__(self) -> None:
-        if not self.relevance >= 0:
-            raise OptionError(f"relevance={self.relevance!r} must be 0 (diversity alone) or more; the paper uses 0.7.")
-        if not 1 <= self.stretch < math.inf:
-            raise OptionError(f"stretch={self.stretch!r} must be a number from 1 (equal ratios) upwards, such as 2.")
+    relevance: float = option(0.7, low=0, hint="0 is diversity alone.")
+    stretch: float = option(2.0, low=1, hint="1 is the same ratio for all images.")
 
     def budgets(self, batch: Sequence[VisualTokens], keeps: Sequence[int]) -> list[int]:
         """Share the prompt's tokens between its images by the gain of each further token."""

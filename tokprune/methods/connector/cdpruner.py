@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from tokprune.budget import equal
-from tokprune.errors import OptionError
-from tokprune.methods.base import Compat, ConnectorMethod, check_finite, check_keep
-from tokprune.methods.question import CLIP_SIGNALS, Relevance, check_space, question_relevance
+from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
+from tokprune.methods.options import Compat, option
+from tokprune.methods.question import CLIP_SIGNALS, Relevance, question_relevance
 from tokprune.ops.distance import cosine_similarity
 from tokprune.ops.dpp import greedy_map
 from tokprune.registry import register_method
@@ -66,20 +67,11 @@ class CDPruner(ConnectorMethod):
     """
 
     relevance: Relevance = "embeddings"
-    sign: int | None = None
-    theta: float | None = None
+    sign: Literal[1, -1] | None = option(
+        None, hint="1: near the question = relevant, -1: the reverse, None: by relevance."
+    )
+    theta: float | None = option(None, low=0, below=1, hint="0 is pure diversity, towards 1 relevance dominates.")
     compat: Compat = "corrected"
-
-    def __post_init__(self) -> None:
-        check_space(self.relevance)
-        if self.sign not in (None, 1, -1):
-            raise OptionError(
-                f"sign={self.sign!r}: write 1 (near the question = relevant), -1 (the reverse) or None (by relevance)."
-            )
-        if self.theta is not None and not 0 <= self.theta < 1:
-            raise OptionError(
-                f"theta={self.theta!r} is not in [0, 1); 0 is pure diversity, towards 1 relevance dominates."
-            )
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokprune.errors import OptionError
 from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
+from tokprune.methods.options import option
 from tokprune.ops.distance import unit
 from tokprune.ops.wide import wide
 from tokprune.registry import register_method
@@ -58,11 +58,7 @@ class Dart(ConnectorMethod):
     changes 5 to 20 % of the kept tokens).
     """
 
-    pivots: int = 4
-
-    def __post_init__(self) -> None:
-        if isinstance(self.pivots, bool) or not isinstance(self.pivots, int) or self.pivots < 1:
-            raise OptionError(f"pivots={self.pivots!r} is not a whole number of at least 1; the paper uses 4.")
+    pivots: int = option(4, low=1)
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         """Choose `keep` tokens of the stream."""

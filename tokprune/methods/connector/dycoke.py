@@ -9,8 +9,9 @@ from torch import Tensor
 
 from tokprune.budget import share
 from tokprune.errors import OptionError
-from tokprune.methods.base import Compat, ConnectorMethod, check_compat, check_finite, check_keep
+from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
 from tokprune.methods.connector.uniform import uniform
+from tokprune.methods.options import Compat, option
 from tokprune.ops.distance import unit
 from tokprune.ops.frames import earlier, similarity_to
 from tokprune.ops.topk import grouped_top
@@ -76,15 +77,8 @@ class DyCoke(ConnectorMethod):
     A picture, or a tile, is a first frame: an even grid of its tokens.
     """
 
-    merging_ratio: float = 0.7
+    merging_ratio: float = option(0.7, low=0, below=1, hint="0.7 drops 70 % of a thinned frame.")
     compat: Compat = "corrected"
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.merging_ratio < 1:
-            raise OptionError(
-                f"merging_ratio={self.merging_ratio!r} is not in [0, 1); 0.7 drops 70 % of a thinned frame."
-            )
-        check_compat(self.compat)
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         """Choose `keep` tokens of the stream."""

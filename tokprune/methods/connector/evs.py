@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from tokprune.budget import share
-from tokprune.methods.base import Compat, ScoreMethod, check_compat, check_finite, top
+from tokprune.methods.base import ScoreMethod, check_finite, top
 from tokprune.methods.connector.uniform import uniform
+from tokprune.methods.options import Compat
 from tokprune.ops.frames import earlier, similarity_to
 from tokprune.ops.wide import wide
 from tokprune.registry import register_method
@@ -41,9 +42,6 @@ class EVS(ScoreMethod):
     """
 
     compat: Compat = "corrected"
-
-    def __post_init__(self) -> None:
-        check_compat(self.compat)
 
     def scores(self, tokens: VisualTokens) -> Tensor:
         """Change since the frame before: 1 - cosine at the same place; 255 where there is none. Returns (N,) in float32.

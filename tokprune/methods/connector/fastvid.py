@@ -11,7 +11,8 @@ from torch import Tensor
 from tokprune.budget import equal
 from tokprune.errors import OptionError
 from tokprune.methods.attended import attended, scene_lengths
-from tokprune.methods.base import Compat, ConnectorMethod, check_compat
+from tokprune.methods.base import ConnectorMethod
+from tokprune.methods.options import Compat, option
 from tokprune.ops.distance import unit
 from tokprune.ops.dpc import euclidean, peaks
 from tokprune.ops.frames import in_proportion, raster, spread
@@ -171,27 +172,20 @@ class FastVID(ConnectorMethod):
     A picture or tile is a scene of one frame, and its own anchor.
     """
 
-    c: int = 8
+    c: int = option(8, low=1)
     tau: float = 0.9
-    share: float = 0.4
-    stride: int = 4
-    beta: float = 0.6
-    longest: int = 64
+    share: float = option(0.4, low=0, high=1)
+    stride: int = option(4, low=1)
+    beta: float = option(0.6, low=0, high=1)
+    longest: int = option(64, low=1)
     compat: Compat = "corrected"
 
     def __post_init__(self) -> None:
-        for name in ("c", "stride", "longest"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise OptionError(f"{name}={value!r} is not a whole number of at least 1.")
-        for name in ("share", "beta"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise OptionError(f"{name}={getattr(self, name)!r} is a share: 0 <= {name} <= 1.")
+        super().__post_init__()
         if self.longest % self.stride:
             raise OptionError(
                 f"longest={self.longest} must be a multiple of stride={self.stride}, so that anchors stay."
             )
-        check_compat(self.compat)
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from tokprune.errors import OptionError
 from tokprune.methods.attended import attended, scene_lengths
-from tokprune.methods.base import Compat, ConnectorMethod, check_compat
+from tokprune.methods.base import ConnectorMethod
+from tokprune.methods.options import Compat, option
 from tokprune.ops.distance import cosine_distance, cosine_similarity
 from tokprune.ops.dpc import dpc_knn
 from tokprune.ops.frames import in_proportion, raster, spread
@@ -188,18 +189,11 @@ class FlashVID(ConnectorMethod):
     A picture or tile is a scene of one frame: chosen tokens, and clusters of the others.
     """
 
-    alpha: float = 0.7
-    segments: int = 8
+    alpha: float = option(0.7, low=0, high=1)
+    segments: int = option(8, low=1)
     cut: float = 0.9
     threshold: float = 0.8
     compat: Compat = "corrected"
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:
-            raise OptionError(f"alpha={self.alpha!r} is the share of tokens that stay as they are: 0 <= alpha <= 1.")
-        if isinstance(self.segments, bool) or not isinstance(self.segments, int) or self.segments < 1:
-            raise OptionError(f"segments={self.segments!r} is not a whole number of at least 1; 8 as published.")
-        check_compat(self.compat)
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from tokprune.budget import equal
-from tokprune.errors import OptionError
 from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
+from tokprune.methods.options import Block, option
 from tokprune.ops.ranking import group_sum
 from tokprune.ops.topk import grouped_top
 from tokprune.ops.wide import wide
@@ -17,7 +17,7 @@ from tokprune.registry import Checked, register_method
 from tokprune.tokens import Selection, VisualTokens
 
 # Every block up to the third last, 0 … 21 of CLIP-L's 24, as relative depths.
-BLOCKS = ("0", *(f"{block / 23:.3f}" for block in range(1, 22)))
+BLOCKS = (0, *(round(block / 23, 3) for block in range(1, 22)))
 
 
 def flowcut_scores(
@@ -75,16 +75,8 @@ class FlowCut(ConnectorMethod):
     towers, which have no [CLS], answer with received attention.
     """
 
-    blocks: tuple[str, ...] = BLOCKS
-    momentum: float = 0.5
-
-    def __post_init__(self) -> None:
-        if not self.blocks or isinstance(self.blocks, str):
-            raise OptionError(
-                f"blocks={self.blocks!r}; write a tuple of blocks of the vision tower, such as ('0.478', '0.913')."
-            )
-        if not 0 <= self.momentum < 1:
-            raise OptionError(f"momentum={self.momentum!r} is not in [0, 1); 0.5 is the published weight of the past.")
+    blocks: tuple[Block, ...] = option(BLOCKS, filled=True)
+    momentum: float = option(0.5, low=0, below=1)
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tokprune.errors import OptionError
 from tokprune.methods.attended import attended
 from tokprune.methods.base import ConnectorMethod
+from tokprune.methods.options import option
 from tokprune.ops.frames import similarity_to
 from tokprune.ops.ranking import ranks, top_by_tier
 from tokprune.registry import register_method
@@ -75,11 +74,7 @@ class FrameFusion(ConnectorMethod):
     A picture or tile has nothing before it: the most attended tokens.
     """
 
-    threshold: float = 0.6
-
-    def __post_init__(self) -> None:
-        if not -1 <= self.threshold <= 1 or math.isnan(self.threshold):
-            raise OptionError(f"threshold={self.threshold!r} is no cosine: -1 <= threshold <= 1, 0.6 as published.")
+    threshold: float = option(0.6, low=-1, high=1)
 
     @property
     def needs(self) -> tuple[str, ...]:

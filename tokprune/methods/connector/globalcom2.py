@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokprune.errors import OptionError
 from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
+from tokprune.methods.options import Block, option
 from tokprune.ops.ranking import group_sum, top_in_groups
 from tokprune.ops.shares import share_out
 from tokprune.ops.wide import wide
@@ -84,12 +84,8 @@ class GlobalCom2(ConnectorMethod):
     second image of a batch on, and its LLaVA-1.5 path fails.
     """
 
-    layer: str = "-1"
-    temperature: float = 10.0
-
-    def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise OptionError(f"temperature={self.temperature!r} is not above 0; 10 is the published one.")
+    layer: Block = -1
+    temperature: float = option(10.0, above=0)
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokprune.errors import OptionError
 from tokprune.methods.base import ScoreMethod, check_finite
+from tokprune.methods.options import option
 from tokprune.ops.distance import cosine_similarity
 from tokprune.ops.wide import wide
 from tokprune.registry import register_method
@@ -50,17 +50,9 @@ class GPrune(ScoreMethod):
     alone (there it would be linked to all). All tiles or frames of a stream are one graph.
     """
 
-    threshold: float = 0.5
-    temperature: float = 0.03
-    steps: int = 5
-
-    def __post_init__(self) -> None:
-        if not -1 <= self.threshold <= 1:
-            raise OptionError(f"threshold={self.threshold!r} is no cosine; write a number from -1 to 1, such as 0.5.")
-        if not self.temperature > 0:
-            raise OptionError(f"temperature={self.temperature!r} must be above 0, such as 0.03.")
-        if self.steps < 0:
-            raise OptionError(f"steps={self.steps!r} must be 0 or more, such as 5.")
+    threshold: float = option(0.5, low=-1, high=1)
+    temperature: float = option(0.03, above=0)
+    steps: int = option(5, low=0)
 
     def scores(self, tokens: VisualTokens) -> Tensor:
         """What has arrived at each token, per link. Returns (N,)."""

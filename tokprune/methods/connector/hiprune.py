@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokprune.budget import equal
-from tokprune.errors import OptionError
-from tokprune.methods.base import Compat, ConnectorMethod, check_finite, check_keep
+from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
+from tokprune.methods.options import Block, Compat, option
 from tokprune.ops.ranking import top_by_tier, top_indices
 from tokprune.ops.stacks import stacks
 from tokprune.ops.wide import wide
@@ -77,7 +77,7 @@ class HiPrune(ConnectorMethod):
     """HiPrune (2025): a middle layer shows objects, a deep layer gathers the whole picture; keep tokens of both.
 
     alpha: share of the budget for anchors with their neighbours (0.1 in the scripts). object_layer: a block of the vision tower,
-    as relative depth; "0.348" is block 8 of CLIP-L's 24 (number 9 in the paper). deep_layer: "-2" is its block 22. Scores are
+    as relative depth; 0.348 is block 8 of CLIP-L's 24 (number 9 in the paper). deep_layer: -2 is its block 22. Scores are
     the attention that a token receives, mean over heads and queries, so a tower without [CLS] will do. Tiles and frames
     get equal budgets, as published.
 
@@ -88,14 +88,10 @@ class HiPrune(ConnectorMethod):
     the budget remain; here nothing is picked twice in either mode. It takes the grid width of the first image for all.
     """
 
-    alpha: float = 0.1
-    object_layer: str = "0.348"
-    deep_layer: str = "-2"
+    alpha: float = option(0.1, low=0, high=1)
+    object_layer: Block = 0.348
+    deep_layer: Block = -2
     compat: Compat = "corrected"
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:
-            raise OptionError(f"alpha={self.alpha!r} is not in [0, 1]; 0.1 is the published share for anchors.")
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from tokprune.budget import equal
 from tokprune.errors import OptionError
-from tokprune.methods.base import Compat, ScoreMethod, check_compat, check_finite
+from tokprune.methods.base import ScoreMethod, check_finite
+from tokprune.methods.options import Block, Compat, option
 from tokprune.ops.ranking import top_in_groups
 from tokprune.ops.regions import check_canvas, region_sums
 from tokprune.ops.shares import share_out
@@ -83,14 +84,9 @@ class HiRED(ScoreMethod):
     afterwards, and swapped height and width when unpadding; padding never reaches a method here.)
     """
 
-    alpha: float = 0.5
-    init_layer: int | str = 0
+    alpha: float = option(0.5, low=0, high=1)
+    init_layer: Block = 0
     compat: Compat = "corrected"
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:
-            raise OptionError(f"alpha={self.alpha!r} is the thumbnail's share of the budget: 0 <= alpha <= 1.")
-        check_compat(self.compat)
 
     @property
     def needs(self) -> tuple[str, ...]:

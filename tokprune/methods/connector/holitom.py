@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokprune.errors import OptionError
 from tokprune.methods.attended import attended
-from tokprune.methods.base import Compat, ConnectorMethod, check_compat
+from tokprune.methods.base import ConnectorMethod
+from tokprune.methods.options import Compat, option
 from tokprune.ops.dpc import dpc_knn
 from tokprune.ops.frames import earlier, raster, similarity_to
 from tokprune.ops.pools import Pools, selection, still_and_moving
@@ -101,15 +101,8 @@ class HoliTom(ConnectorMethod):
     """
 
     tau: float = 0.8
-    beta: float | None = 0.6
+    beta: float | None = option(0.6, above=0, high=1, hint="It weighs a cluster's centre; None is the mean.")
     compat: Compat = "corrected"
-
-    def __post_init__(self) -> None:
-        if self.beta is not None and not 0 < self.beta <= 1:
-            raise OptionError(
-                f"beta={self.beta!r} is the weight of a cluster's centre: 0 < beta <= 1, or None for the mean."
-            )
-        check_compat(self.compat)
 
     @property
     def needs(self) -> tuple[str, ...]:

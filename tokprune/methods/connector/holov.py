@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from tokprune.budget import equal
-from tokprune.errors import OptionError
-from tokprune.methods.base import Compat, ConnectorMethod, check_finite, check_keep
+from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
+from tokprune.methods.options import Compat, option
 from tokprune.ops.ranking import rank_in_group, ranks, top_by_tier, top_in_groups
 from tokprune.ops.shares import share_out
 from tokprune.ops.stacks import stacks
@@ -118,18 +118,10 @@ class HoloV(ConnectorMethod):
     a budget is kept exactly in every mode (`holov_published` shows the empty ones).
     """
 
-    crops: int = 16
-    gamma: float = 0.09
-    tau: float = 1.0
+    crops: int = option(16, low=1)
+    gamma: float = option(0.09, low=0)
+    tau: float = option(1.0, low=0)
     compat: Compat = "corrected"
-
-    def __post_init__(self) -> None:
-        if self.crops < 1:
-            raise OptionError(f"crops={self.crops!r}; write a number of crops of at least 1, 16 as published.")
-        if self.gamma < 0 or self.tau < 0:
-            raise OptionError(
-                f"gamma={self.gamma!r}, tau={self.tau!r}: neither may be negative; gamma=0.09, tau=1 are the defaults."
-            )
 
     @property
     def needs(self) -> tuple[str, ...]:

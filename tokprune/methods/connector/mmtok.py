@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokprune.errors import OptionError
 from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
+from tokprune.methods.options import option
 from tokprune.methods.question import word_embeddings
 from tokprune.ops.coverage import greedy_coverage
 from tokprune.ops.distance import cosine_similarity
@@ -105,17 +105,10 @@ class MMTok(ConnectorMethod):
     Published code and paper agree; the code's list-of-images path feeds text padding as words, which cannot happen here.
     """
 
-    alpha: float = 0.5
-    text_temperature: float = 0.02
-    vision_temperature: float = 0.2
+    alpha: float = option(0.5, low=0, hint="0 is the question alone.")
+    text_temperature: float = option(0.02, above=0)
+    vision_temperature: float = option(0.2, above=0)
     stop_words: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("text_temperature", "vision_temperature"):
-            if not getattr(self, name) > 0:
-                raise OptionError(f"{name}={getattr(self, name)!r} must be above 0, such as 0.02 or 0.2.")
-        if self.alpha < 0:
-            raise OptionError(f"alpha={self.alpha!r} must be 0 (the question alone) or more, such as 0.5.")
 
     @property
     def needs(self) -> tuple[str, ...]:

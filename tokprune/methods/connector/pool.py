@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 
 from tokprune.budget import share
-from tokprune.errors import OptionError
 from tokprune.methods.base import ConnectorMethod, check_keep
+from tokprune.methods.options import option
 from tokprune.ops.cells import centres, even_cells, even_runs, middles
 from tokprune.registry import register_method
 from tokprune.tokens import Merge, Selection, VisualTokens
@@ -35,11 +35,7 @@ class Pool(ConnectorMethod):
     The published code averages positions in float16, so that those above 2048 are off; here they are exact.
     """
 
-    dims: Literal[1, 2] = 1
-
-    def __post_init__(self) -> None:
-        if isinstance(self.dims, bool) or self.dims not in (1, 2):
-            raise OptionError(f"dims={self.dims!r} is neither 1 (windows along the raster) nor 2 (cells of the grid).")
+    dims: Literal[1, 2] = option(1, hint="1: windows along the raster, 2: cells of the grid.")
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         """Pool the stream to `keep` tokens."""

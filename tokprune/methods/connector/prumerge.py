@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from tokprune.budget import equal
-from tokprune.errors import OptionError
-from tokprune.methods.base import Compat, ConnectorMethod, check_finite, check_keep
+from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
+from tokprune.methods.options import Compat, option
 from tokprune.ops.iqr import upper_outliers
 from tokprune.ops.neighbours import neighbour_rows
 from tokprune.ops.stacks import stacks
@@ -74,14 +74,8 @@ class PruMerge(ConnectorMethod):
     - Without outliers it returns the pooled token alone; it fails below 33 tokens; quartiles run over the whole batch.
     """
 
-    neighbours: int = 32
+    neighbours: int = option(32, low=1)
     compat: Compat = "corrected"
-
-    def __post_init__(self) -> None:
-        if self.neighbours < 1:
-            raise OptionError(
-                f"neighbours={self.neighbours!r}; write how many tokens to merge into each kept one, 32 as published."
-            )
 
     @property
     def needs(self) -> tuple[str, ...]:

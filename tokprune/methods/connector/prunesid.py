@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokprune.errors import OptionError
 from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
+from tokprune.methods.options import Seed
 from tokprune.ops.distance import cosine_similarity, unit
 from tokprune.ops.lowrank import randomised_pca
 from tokprune.ops.ranking import rank_in_group
@@ -97,11 +97,7 @@ class PruneSID(ConnectorMethod):
     fill its share leaves it to the others.
     """
 
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise OptionError(f"seed={self.seed!r} is not a whole number; write seed=0.")
+    seed: Seed = 0
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokprune.errors import OptionError
-from tokprune.methods.base import Compat, ConnectorMethod, check_compat, check_finite, check_keep
+from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
+from tokprune.methods.options import Compat, option
 from tokprune.ops.distance import unit
 from tokprune.ops.dpc import dpc_knn
 from tokprune.ops.frames import frame_means, raster
@@ -95,15 +95,9 @@ class PruneVid(ConnectorMethod):
     """
 
     tau: float = 0.8
-    scene_share: float = 0.25
-    cluster_ratio: float = 0.5
+    scene_share: float = option(0.25, above=0, high=1)
+    cluster_ratio: float = option(0.5, above=0, high=1)
     compat: Compat = "corrected"
-
-    def __post_init__(self) -> None:
-        for name in ("scene_share", "cluster_ratio"):
-            if not 0 < getattr(self, name) <= 1:
-                raise OptionError(f"{name}={getattr(self, name)!r} is a share: 0 < {name} <= 1.")
-        check_compat(self.compat)
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         """Merge the stream to `keep` tokens."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokprune.errors import OptionError
 from tokprune.methods.base import ScoreMethod
+from tokprune.methods.options import Seed
 from tokprune.registry import register_method
 from tokprune.tokens import VisualTokens
 
@@ -29,11 +29,7 @@ class Random(ScoreMethod):
     smaller budget keeps a subset of what a larger one keeps. Run several seeds for error bars.
     """
 
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise OptionError(f"seed={self.seed!r} is not a whole number; write seed=0.")
+    seed: Seed = 0
 
     def scores(self, tokens: VisualTokens) -> Tensor:
         """A random rank for each token. Returns (N,), no two equal."""

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokprune.errors import OptionError
-from tokprune.methods.base import Compat, ConnectorMethod, check_finite, check_keep
-from tokprune.methods.question import CLIP_SIGNALS, Relevance, check_space, question_relevance
+from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
+from tokprune.methods.options import Compat, option
+from tokprune.methods.question import CLIP_SIGNALS, Relevance, question_relevance
 from tokprune.ops.distance import unit
 from tokprune.ops.outliers import outliers
 from tokprune.ops.ranking import rank_in_group, top_by_tier
@@ -79,18 +79,10 @@ class Recoverable(ConnectorMethod):
     """
 
     relevance: Relevance = "embeddings"
-    neighbours: int = 20
-    merge_neighbours: int = 32
+    neighbours: int = option(20, low=1)
+    merge_neighbours: int = option(32, low=0)
     text_weight: float = 50 / 768**0.5
     compat: Compat = "corrected"
-
-    def __post_init__(self) -> None:
-        check_space(self.relevance)
-        if self.neighbours < 1 or self.merge_neighbours < 0:
-            raise OptionError(
-                f"neighbours={self.neighbours!r} must be at least 1 and merge_neighbours={self.merge_neighbours!r} at least 0; "
-                "the paper uses 20 and 32."
-            )
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from tokprune.budget import equal
-from tokprune.errors import OptionError
 from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
+from tokprune.methods.options import option
 from tokprune.ops.coverage import greedy_coverage
 from tokprune.ops.distance import cosine_similarity
 from tokprune.ops.stacks import stacks
@@ -45,13 +45,7 @@ class Scope(ConnectorMethod):
     When everything is covered, further picks gain nothing and go to the lowest index.
     """
 
-    alpha: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.alpha < 0:
-            raise OptionError(
-                f"alpha={self.alpha!r} would prefer the least attended tokens; write a number >= 0, 1 as published."
-            )
+    alpha: float = option(1.0, low=0)
 
     @property
     def needs(self) -> tuple[str, ...]:

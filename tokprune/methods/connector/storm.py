@@ -8,14 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tokprune.errors import OptionError, unknown
 from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
+from tokprune.methods.options import option
 from tokprune.ops.cells import centres, even_cells
 from tokprune.ops.frames import raster, spread
 from tokprune.registry import register_method
 from tokprune.tokens import Layout, Merge, Selection, VisualTokens
-
-MODES = ("sample", "pool")
 
 
 @register_method(
@@ -41,14 +39,8 @@ class Storm(ConnectorMethod):
     both have a token. Tiles and pictures do not follow one another in time: they are pooled in space only.
     """
 
-    stride: int = 2
+    stride: int = option(2, low=1, hint="2 keeps every other frame.")
     mode: Literal["sample", "pool"] = "sample"
-
-    def __post_init__(self) -> None:
-        if isinstance(self.stride, bool) or not isinstance(self.stride, int) or self.stride < 1:
-            raise OptionError(f"stride={self.stride!r} is not a whole number of frames; 2 keeps every other one.")
-        if self.mode not in MODES:
-            raise unknown("mode", self.mode, MODES)
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         """Sample or pool the stream to `keep` tokens."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokprune.errors import OptionError
 from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
+from tokprune.methods.options import option
 from tokprune.ops.bipartite import bipartite_matching, cap, merge_weighted
 from tokprune.ops.wide import wide
 from tokprune.registry import register_method
@@ -55,13 +55,7 @@ class ToMeMerge(ConnectorMethod):
     maximum per round. All tiles or frames of a stream may merge with each other.
     """
 
-    share: float = 0.25
-
-    def __post_init__(self) -> None:
-        if not 0 < self.share <= 0.5:
-            raise OptionError(
-                f"share={self.share!r} is not in (0, 0.5]; one round can merge at most half of the tokens."
-            )
+    share: float = option(0.25, above=0, high=0.5, hint="One round can merge at most half of the tokens.")
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         """Merge the stream down to `keep` tokens."""

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tokprune.errors import OptionError
-from tokprune.methods.base import Compat, ConnectorMethod, check_compat, check_finite, check_keep
+from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
+from tokprune.methods.options import Compat, option
 from tokprune.ops.distance import unit
 from tokprune.ops.ranking import rank_in_group, top_by_tier
 from tokprune.ops.wide import wide
@@ -90,13 +90,8 @@ class VidCom2(ConnectorMethod):
     (published: the model's dtype). Tiles count as frames; a picture is one frame.
     """
 
-    temperature: float = 0.01
+    temperature: float = option(0.01, above=0)
     compat: Compat = "corrected"
-
-    def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise OptionError(f"temperature={self.temperature!r} is not above 0; 0.01 as published.")
-        check_compat(self.compat)
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         """Choose `keep` tokens of the stream."""

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from tokprune.budget import equal
-from tokprune.errors import OptionError
-from tokprune.methods.base import Compat, ConnectorMethod, check_finite, check_keep
+from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
+from tokprune.methods.options import Compat, option
 from tokprune.ops.nearest import nearest_target
 from tokprune.ops.ranking import true_indices
 from tokprune.ops.stacks import stacks
@@ -78,14 +78,8 @@ class VisionZip(ConnectorMethod):
     - It divides by zero without context tokens, prunes nothing when images come as a list, and knows only 24 x 24 grids.
     """
 
-    contextual_share: float = 10 / 64
+    contextual_share: float = option(10 / 64, low=0, below=1)
     compat: Compat = "corrected"
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.contextual_share < 1:
-            raise OptionError(
-                f"contextual_share={self.contextual_share!r} is not in [0, 1); 10/64 is the published share."
-            )
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from tokprune.budget import equal
-from tokprune.errors import OptionError
 from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
+from tokprune.methods.options import option
 from tokprune.ops.distance import cosine_similarity
 from tokprune.ops.stacks import stacks
 from tokprune.ops.wide import wide
@@ -63,16 +63,8 @@ class VisPruner(ConnectorMethod):
     runs, both choose the same tokens, so there is no compat mode.
     """
 
-    important_ratio: float = 0.5
-    step: int = 8
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.important_ratio <= 1:
-            raise OptionError(f"important_ratio={self.important_ratio!r} is not in [0, 1]; 0.5 is the published share.")
-        if self.step < 1:
-            raise OptionError(
-                f"step={self.step!r} would drop nothing; write the duplicates to drop per round, 8 as published."
-            )
+    important_ratio: float = option(0.5, low=0, high=1)
+    step: int = option(8, low=1)
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from tokprune.budget import equal
-from tokprune.errors import OptionError
-from tokprune.methods.base import Compat, ConnectorMethod, check_finite, check_keep
+from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
+from tokprune.methods.options import Block, Compat, option
 from tokprune.ops.nearest import nearest_target
 from tokprune.ops.ranking import rank_in_group, top_by_tier
 from tokprune.ops.stacks import stacks
@@ -59,7 +59,7 @@ class VScan(ConnectorMethod):
     """VScan, stage 1 (TMLR 2026): local tokens of a shallow layer, global tokens of a deep one, dropped ones averaged in.
 
     windows: the grid is cut into windows x windows, 4 as published (6 x 6 tokens of 24 x 24). shallow: block of the local scan;
-    "0.217" is block 5 of CLIP-L's 24. The global scan reads the layer that the model selects (block 22). Half of the budget
+    0.217 is block 5 of CLIP-L's 24. The global scan reads the layer that the model selects (block 22). Half of the budget
     goes to each. The paper's scripts keep 96 of 576 here and prune on to 32 in layer 16 of the LLM, which is its stage 2:
     put a `decoder` method after this one. Tiles and frames get equal budgets. Merging acts on projected features, as published.
 
@@ -68,13 +68,9 @@ class VScan(ConnectorMethod):
     and what is lost goes to the global scan, since a budget is kept exactly. It knows 24 x 24 only.
     """
 
-    windows: int = 4
-    shallow: str = "0.217"
+    windows: int = option(4, low=1)
+    shallow: Block = 0.217
     compat: Compat = "corrected"
-
-    def __post_init__(self) -> None:
-        if self.windows < 1:
-            raise OptionError(f"windows={self.windows!r}; write the number of windows along each side, 4 as published.")
 
     @property
     def needs(self) -> tuple[str, ...]:

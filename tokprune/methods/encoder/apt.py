@@ -9,13 +9,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tokprune.errors import OptionError, unknown
+from tokprune.errors import OptionError
 from tokprune.methods.encoder_base import BlockView, EncoderMethod, Place, Reduction
+from tokprune.methods.options import option
 from tokprune.registry import register_method
 
 GREY = (0.2989, 0.5870, 0.1140)
 BINS = 512
-EMBEDDINGS = ("resize", "mean")
 STEPS = 22  # halvings of the search for a common threshold shift, to 0.00001 bit
 TIE = 2e-5  # bits by which each further patch counts as busier, so that equal ones go one by one
 
@@ -110,19 +110,15 @@ class APT(EncoderMethod):
     towers with absolute positions and one token per patch at the connector; a batch is padded to its busiest picture.
     """
 
-    thresholds: tuple[float, ...] = (5.5,)
+    thresholds: tuple[float, ...] = option((5.5,), filled=True)
     embed: Literal["resize", "mean"] = "resize"
     proportional: bool = True
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
+    mean: tuple[float, ...] | None = option(None, filled=True, example=(0.5, 0.5, 0.5))
+    std: tuple[float, ...] | None = option(None, above=0, filled=True, example=(0.5, 0.5, 0.5))
     place: ClassVar[Place] = "entrance"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "thresholds", tuple(self.thresholds))
-        if not self.thresholds:
-            raise OptionError("thresholds is empty; write thresholds=(5.5,) for patches of one and two times the size.")
-        if self.embed not in EMBEDDINGS:
-            raise unknown("embed", self.embed, EMBEDDINGS)
+        super().__post_init__()
         if (self.mean is None) != (self.std is None):
             raise OptionError("mean and std go together: mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5).")
 

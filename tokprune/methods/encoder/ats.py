@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from tokprune.errors import OptionError
-from tokprune.methods.base import Compat
 from tokprune.methods.encoder_base import BlockView, EncoderMethod, Reduction, at_depths
+from tokprune.methods.options import Block, Compat, option
 from tokprune.registry import register_method
 
 
@@ -72,13 +72,9 @@ class ATS(EncoderMethod):
     depends on its batch (compat="published"); here padding does not count.
     """
 
-    first: int | float = 0.25
-    samples: int | None = None
+    first: Block = 0.25
+    samples: int | None = option(None, low=2, hint="[CLS] and one patch are the least.")
     compat: Compat = "corrected"
-
-    def __post_init__(self) -> None:
-        if self.samples is not None and self.samples < 2:
-            raise OptionError(f"samples={self.samples!r} is too few: at least 2 ([CLS] and one patch).")
 
     def check(self, depth: int, target: bool) -> None:
         at_depths((self.first,), depth)

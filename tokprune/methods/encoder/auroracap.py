@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tokprune.budget import check_ratio, kept
+from tokprune.budget import kept
 from tokprune.errors import OptionError
-from tokprune.methods.base import Compat
 from tokprune.methods.encoder_base import BlockView, EncoderMethod, Reduction, even_steps
+from tokprune.methods.options import Compat, option
 from tokprune.ops.bipartite import bipartite_matching
 from tokprune.registry import register_method
 
@@ -32,11 +32,8 @@ class AuroraCap(EncoderMethod):
     adds a number that is the same for all keys, so that attention is not weighted at all.
     """
 
-    keep: float = 0.4
+    keep: float = option(0.4, above=0, high=1)
     compat: Compat = "corrected"
-
-    def __post_init__(self) -> None:
-        check_ratio(self.keep)
 
     @property
     def size_bias(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from tokprune.errors import OptionError
 from tokprune.methods.base import top
 from tokprune.methods.encoder_base import BlockView, EncoderMethod, Place, Reduction, at_depths, geometric_counts
+from tokprune.methods.options import Block, option
 from tokprune.registry import register_method
 
 UNTRAINED = (
@@ -118,15 +120,15 @@ class DynamicViT(EncoderMethod):
     in the paper. Kept patches stay in raster order, which changes nothing but their order.
     """
 
-    weights: str = ""
-    keep: float = 0.7
-    blocks: tuple[int | float, ...] = (0.25, 0.5, 0.75)
+    weights: str = option("", example="predictors.pt")
+    keep: float = option(0.7, above=0, high=1)
+    blocks: tuple[Block, ...] = option((0.25, 0.5, 0.75), filled=True)
     place: ClassVar[Place] = "end"
 
     def __post_init__(self) -> None:
-        if not 0 < self.keep <= 1:
-            raise OptionError(f"keep={self.keep!r} is not a share in (0, 1]; write keep=0.7.")
-        object.__setattr__(self, "weights", str(self.weights))
+        if isinstance(self.weights, os.PathLike):
+            object.__setattr__(self, "weights", os.fspath(self.weights))
+        super().__post_init__()
 
     def check(self, depth: int, target: bool) -> None:
         if not self.weights:

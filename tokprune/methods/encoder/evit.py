@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokprune.errors import OptionError
-from tokprune.methods.base import Compat
 from tokprune.methods.encoder_base import BlockView, EncoderMethod, Reduction, at_depths, geometric_counts
+from tokprune.methods.options import Block, Compat, option
 from tokprune.registry import register_method
 
 
@@ -55,16 +54,10 @@ class EViT(EncoderMethod):
     published code does (the outputs are the same but for their order).
     """
 
-    keep: float = 0.7
-    blocks: tuple[int | float, ...] = (0.25, 0.5, 0.75)
+    keep: float = option(0.7, above=0, high=1)
+    blocks: tuple[Block, ...] = option((0.25, 0.5, 0.75), filled=True)
     fuse: bool = True
     compat: Compat = "corrected"
-
-    def __post_init__(self) -> None:
-        if not 0 < self.keep <= 1:
-            raise OptionError(f"keep={self.keep!r} is not a share in (0, 1]; write keep=0.7.")
-        if not self.blocks:
-            raise OptionError("blocks is empty; name the blocks that reduce, such as blocks=(3, 6, 9).")
 
     def check(self, depth: int, target: bool) -> None:
         at_depths(self.blocks, depth)

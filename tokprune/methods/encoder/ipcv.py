@@ -11,6 +11,7 @@ from torch import Tensor
 from tokprune.errors import OptionError
 from tokprune.methods.base import top
 from tokprune.methods.encoder_base import BlockView, Cut, EncoderMethod, Place, Reduction, at_depths
+from tokprune.methods.options import Block, option
 from tokprune.ops.wide import wide
 from tokprune.registry import register_method
 
@@ -71,18 +72,12 @@ class IPCV(EncoderMethod):
     no published numbers.
     """
 
-    keep: float = 0.5
-    first: int | float = 0.25
-    steady: int = 1
-    neighbours: int = 10
+    keep: float = option(0.5, above=0, high=1)
+    first: Block = 0.25
+    steady: int = option(1, low=0)
+    neighbours: int = option(10, low=1)
     place: ClassVar[Place] = "end"
     restores: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        if not 0 < self.keep <= 1:
-            raise OptionError(f"keep={self.keep!r} is not a share in (0, 1]; write keep=0.5.")
-        if self.steady < 0 or self.neighbours < 1:
-            raise OptionError(f"steady={self.steady!r} is at least 0 and neighbours={self.neighbours!r} at least 1.")
 
     def check(self, depth: int, target: bool) -> None:
         at_depths((self.first,), depth)

@@ -8,14 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tokprune.errors import OptionError, unknown
 from tokprune.methods.encoder_base import BlockView, EncoderMethod, Reduction, geometric_counts
+from tokprune.methods.options import option
 from tokprune.ops.bipartite import Matching
 from tokprune.ops.distance import unit
 from tokprune.ops.energy import energy
 from tokprune.registry import register_method
-
-VARIANTS = ("auto", "energy", "bipartite")
 
 
 @torch.no_grad()
@@ -79,19 +77,11 @@ class PiToMe(EncoderMethod):
     never uses them there, so it is off.
     """
 
-    keep: float = 0.9125
+    keep: float = option(0.9125, low=0.5, high=1, hint="A block can merge at most half of its patches.")
     margin: float = 0.75
     alpha: float = 1.0
     variant: Literal["auto", "energy", "bipartite"] = "auto"
     proportional: bool = False
-
-    def __post_init__(self) -> None:
-        if self.variant not in VARIANTS:
-            raise unknown("variant", self.variant, VARIANTS)
-        if not 0.5 <= self.keep <= 1:
-            raise OptionError(
-                f"keep={self.keep!r}: a block can merge at most half of its patches; keep is in [0.5, 1]."
-            )
 
     @property
     def size_bias(self) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 from tokprune.errors import OptionError
 from tokprune.methods.base import top
 from tokprune.methods.encoder_base import BlockView, Cut, EncoderMethod, Place, Reduction, at_depths
+from tokprune.methods.options import Block, option
 from tokprune.registry import register_method
 
 
@@ -41,14 +42,10 @@ class ToC3D(EncoderMethod):
     output has full length, so the connector and the LLM see all tokens.
     """
 
-    keep: float = 0.5
-    first: int | float = 0.25
+    keep: float = option(0.5, above=0, high=1)
+    first: Block = 0.25
     place: ClassVar[Place] = "end"
     restores: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        if not 0 < self.keep <= 1:
-            raise OptionError(f"keep={self.keep!r} is not a share in (0, 1]; write keep=0.5.")
 
     def check(self, depth: int, target: bool) -> None:
         at_depths((self.first,), depth)

@@ -10,6 +10,7 @@ from torch import Tensor
 from tokprune.errors import OptionError
 from tokprune.methods.encoder.tome import merge_schedule
 from tokprune.methods.encoder_base import BlockView, EncoderMethod, Reduction, even_steps
+from tokprune.methods.options import Block, option
 from tokprune.ops.bipartite import Matching, bipartite_matching, merge, merge_weighted
 from tokprune.registry import register_method
 
@@ -54,16 +55,11 @@ class ToFu(EncoderMethod):
     another norm and switches one block later.
     """
 
-    r: int | tuple[int, ...] | None = None
-    switch: int | float = 0.5
+    r: int | tuple[int, ...] | None = option(
+        None, low=0, example=8, hint="It is how many tokens a block merges, or one number per block: r=(16, 8, 0)."
+    )
+    switch: Block = 0.5
     proportional: bool = True
-
-    def __post_init__(self) -> None:
-        if isinstance(self.r, list):
-            object.__setattr__(self, "r", tuple(self.r))
-        rs = self.r if isinstance(self.r, tuple) else () if self.r is None else (self.r,)
-        if any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in rs):
-            raise OptionError(f"r={self.r!r} is not a number of tokens to merge per block; write r=8, or r=(16, 8, 0).")
 
     @property
     def size_bias(self) -> bool:

@@ -8,14 +8,12 @@ from typing import Literal
 
 import torch
 
-from tokprune.errors import OptionError, unknown
-from tokprune.methods.base import Compat
+from tokprune.errors import OptionError
 from tokprune.methods.encoder_base import BlockView, EncoderMethod, Reduction, even_steps
+from tokprune.methods.options import Compat, Seed, option
 from tokprune.ops.bipartite import Matching, bipartite_matching
 from tokprune.ops.partners import kth_matching, random_matching
 from tokprune.registry import register_method
-
-MATCHINGS = ("bipartite", "kth", "random")
 
 
 def merge_schedule(r: int | Sequence[int], depth: int, inflection: float = 0.0, exact: bool = True) -> tuple[int, ...]:
@@ -64,24 +62,15 @@ class ToMe(EncoderMethod):
     of the models it patches and protects two prefix tokens at most; here blocks stay as they are.
     """
 
-    r: int | tuple[int, ...] | None = None
-    inflection: float = 0.0
+    r: int | tuple[int, ...] | None = option(
+        None, low=0, example=8, hint="It is how many tokens a block merges, or one number per block: r=(16, 8, 0)."
+    )
+    inflection: float = option(0.0, low=-1, high=1, hint="-1 merges early, 1 late.")
     proportional: bool = True
     matching: Literal["bipartite", "kth", "random"] = "bipartite"
-    k: int = 2
-    seed: int = 0
+    k: int = option(2, low=1)
+    seed: Seed = 0
     compat: Compat = "corrected"
-
-    def __post_init__(self) -> None:
-        if self.matching not in MATCHINGS:
-            raise unknown("matching", self.matching, MATCHINGS)
-        if not -1 <= self.inflection <= 1:
-            raise OptionError(f"inflection={self.inflection!r} is not between -1 (merge early) and 1 (merge late).")
-        if isinstance(self.r, list):
-            object.__setattr__(self, "r", tuple(self.r))
-        rs = self.r if isinstance(self.r, tuple) else () if self.r is None else (self.r,)
-        if any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in rs):
-            raise OptionError(f"r={self.r!r} is not a number of tokens to merge per block; write r=8, or r=(16, 8, 0).")
 
     @property
     def size_bias(self) -> bool:

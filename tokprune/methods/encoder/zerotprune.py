@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokprune.errors import OptionError
 from tokprune.methods.base import top
 from tokprune.methods.encoder_base import BlockView, EncoderMethod, Place, Reduction, at_depths, geometric_counts
+from tokprune.methods.options import Block, option
 from tokprune.ops.distance import unit
 from tokprune.ops.pagerank import head_consensus, weighted_page_rank
 from tokprune.registry import register_method
@@ -67,18 +67,12 @@ class ZeroTPrune(EncoderMethod):
     sense for scores of mean 1, which is assumed.
     """
 
-    blocks: tuple[int | float, ...] = (0.25, 0.5, 0.75)
-    keep: float = 0.8
-    similar: float = 0.3
-    rounds: tuple[int, ...] = (30, 10, 1)
+    blocks: tuple[Block, ...] = option((0.25, 0.5, 0.75), filled=True)
+    keep: float = option(0.8, above=0, high=1)
+    similar: float = option(0.3, low=0, high=1)
+    rounds: tuple[int, ...] = option((30, 10, 1), low=1, filled=True)
     variance: tuple[float, float] | None = (0.01, 0.7)
     place: ClassVar[Place] = "end"
-
-    def __post_init__(self) -> None:
-        if not 0 < self.keep <= 1 or not 0 <= self.similar <= 1:
-            raise OptionError(f"keep={self.keep!r} is a share in (0, 1], similar={self.similar!r} one in [0, 1].")
-        if not self.blocks or not self.rounds or min(self.rounds) < 1:
-            raise OptionError("blocks and rounds must not be empty, and a PageRank needs at least 1 round.")
 
     def check(self, depth: int, target: bool) -> None:
         at_depths(self.blocks, depth)

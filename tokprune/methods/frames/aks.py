@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
 from tokprune.errors import OptionError
-from tokprune.methods.base import Compat, check_compat
 from tokprune.methods.frames.questions import QuestionScored
+from tokprune.methods.options import Compat, option
 from tokprune.ops.frame_budget import whole_frames
 from tokprune.ops.frame_scores import finite
 from tokprune.ops.keyframes import aks, aks_published, best_first, cut
@@ -47,18 +47,10 @@ class AKS(QuestionScored):
     at most.
     """
 
-    calibrate: Literal["auto", "minmax", "softmax", "sigmoid", "none"] = field(default="none")
+    calibrate: Literal["auto", "minmax", "softmax", "sigmoid", "none"] = "none"
     threshold: float = 0.8
-    depth: int = 5
+    depth: int = option(5, low=0, high=32, hint="It is how often a video is halved.")
     compat: Compat = "corrected"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_compat(self.compat)
-        if isinstance(self.depth, bool) or not isinstance(self.depth, int) or not 0 <= self.depth <= 32:
-            raise OptionError(f"depth={self.depth!r} is not how often a video is halved: 0 … 32, published 5.")
-        if isinstance(self.threshold, bool) or not isinstance(self.threshold, int | float):
-            raise OptionError(f"threshold={self.threshold!r} is not a difference of scores in 0 … 1; published 0.8.")
 
     def allocate_by(self, worth: Tensor, tokens: VisualTokens, keep: int) -> list[int]:
         """Tokens that each frame may keep. One host synchronisation."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tokprune.methods.frames_base import FramesMethod
+from tokprune.methods.options import option
 from tokprune.ops.frames import spread
 from tokprune.registry import register_method
 from tokprune.tokens import VisualTokens
-from tokprune.video.sampling import check_rate
 from tokprune.video.select import frames_by_time
 
 
@@ -22,10 +22,7 @@ class FpsFrames(FramesMethod):
     rate. Streams that do not know their timestamps count as one frame a second.
     """
 
-    fps: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_rate(self.fps)
+    fps: float = option(1.0, above=0, hint="It is in frames per second.")
 
     def allocate(self, tokens: VisualTokens, keep: int) -> list[int]:
         """Tokens that each frame may keep."""

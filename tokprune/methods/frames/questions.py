@@ -8,15 +8,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tokprune.errors import OptionError, unknown
+from tokprune.errors import OptionError
 from tokprune.methods.base import check_finite
 from tokprune.methods.frames_base import ScoredFrames, ScoreOptions
+from tokprune.methods.options import option
 from tokprune.methods.question import word_embeddings
-from tokprune.ops.frame_scores import CALIBRATIONS, calibrated, finite, word_relevance
+from tokprune.ops.frame_scores import calibrated, finite, word_relevance
 from tokprune.ops.wide import wide
 from tokprune.tokens import VisualTokens
 
-SCORERS = ("embeddings", "clip", "self")
 ENTITY_PROMPT = (
     "This is one frame of a video. Does it show at least one of the following: {entities}?\n"
     "A. yes\nB. no\nReply with the letter of the right option."
@@ -58,25 +58,15 @@ class QuestionScored(ScoredFrames):
     granularity: Literal["frame", "token"] = "frame"
     normalize: Literal["pair", "vocab"] = "pair"
     decouple: bool = False
-    entities: tuple[str, ...] | None = None
+    entities: tuple[str, ...] | None = option(None, example=("red car", "dog"))
     entity_prompt: str | None = None
     query_prompt: str | None = None
 
     def __post_init__(self) -> None:
-        for name, allowed in (
-            ("score", SCORERS),
-            ("calibrate", ("auto", *CALIBRATIONS)),
-            ("granularity", ("frame", "token")),
-            ("normalize", ("pair", "vocab")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise unknown(name, getattr(self, name), allowed)
-        if isinstance(self.entities, str) or not all(isinstance(e, str) and e.strip() for e in self.entities or ()):
-            raise OptionError(
-                f"entities={self.entities!r} are names of things to look for, such as ('red car', 'dog')."
-            )
-        if self.entities is not None:
-            object.__setattr__(self, "entities", tuple(self.entities) or None)
+        super().__post_init__()
+        if not all(entity.strip() for entity in self.entities or ()):
+            raise OptionError(f'entities={self.entities!r} holds an empty name; write such as ("red car", "dog").')
+        object.__setattr__(self, "entities", self.entities or None)
         if self.score == "embeddings" and (self.entities or self.decouple):
             raise OptionError(
                 "score='embeddings' compares with the words of the question; entities= and decouple= belong to score='clip' or 'self'."

@@ -9,10 +9,11 @@ from typing import Literal
 
 from torch import Tensor
 
-from tokprune.errors import OptionError, unknown
-from tokprune.methods.base import Compat, ConnectorMethod, check_compat
+from tokprune.errors import OptionError
+from tokprune.methods.base import ConnectorMethod
 from tokprune.methods.frames.questions import QuestionScored
-from tokprune.methods.frames.reduce import MODES, RECTANGULAR, FrameReducer
+from tokprune.methods.frames.reduce import RECTANGULAR, FrameReducer
+from tokprune.methods.options import Compat, option
 from tokprune.ops.frame_budget import fit_rectangles, weighted_shares
 from tokprune.registry import register_method
 from tokprune.tokens import VisualTokens
@@ -97,20 +98,10 @@ class Quota(QuestionScored):
     scorer is Qwen2-VL-2B with decoupled questions: score="self", normalize="vocab", decouple=True on that model.
     """
 
-    power: float = 2.0
-    minimum: int = 0
+    power: float = option(2.0, low=0, high=100, hint="0 treats all frames alike.")
+    minimum: int = option(0, low=0, hint="It is tokens per frame; 0 lets frames vanish.")
     reducer: Literal["bilinear", "avgpool", "linspace", "tome", "tome_separable"] = "bilinear"
     compat: Compat = "corrected"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_compat(self.compat)
-        if self.reducer not in MODES:
-            raise unknown("reducer", self.reducer, MODES)
-        if isinstance(self.power, bool) or not isinstance(self.power, int | float) or not 0 <= self.power <= 100:
-            raise OptionError(f"power={self.power!r} is not an exponent: 0 (all frames alike) … 100; the paper's is 2.")
-        if isinstance(self.minimum, bool) or not isinstance(self.minimum, int) or self.minimum < 0:
-            raise OptionError(f"minimum={self.minimum!r} is not a number of tokens per frame; 0 lets frames vanish.")
 
     @property
     def inside(self) -> ConnectorMethod:

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tokprune.errors import OptionError, unknown
+from tokprune.errors import OptionError
 from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
 from tokprune.methods.connector.tome_merge import tome_merge
 from tokprune.ops.cells import centres, even_cells
@@ -43,10 +43,6 @@ class FrameReducer(ConnectorMethod):
 
     mode: Mode = "bilinear"
     published: bool = False
-
-    def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise unknown("reducer", self.mode, MODES)
 
     @property
     def info(self) -> MethodInfo:  # type: ignore[override]

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Literal
 
-from tokprune.errors import OptionError, unknown
 from tokprune.methods.base import check_finite
 from tokprune.methods.frames_base import FramesMethod
+from tokprune.methods.options import option
 from tokprune.ops.frame_budget import whole_frames
 from tokprune.ops.frames import frame_means, spread
 from tokprune.ops.scenes import frames_of_scenes, scenes
@@ -41,19 +41,9 @@ class SceneTilling(FramesMethod):
     """
 
     alpha: float = 0.5
-    most: int = 15
-    boundaries: int | None = None
+    most: int = option(15, low=0)
+    boundaries: int | None = option(None, low=0, example=3)
     spread: Literal["tokens", "frames"] = "tokens"
-
-    def __post_init__(self) -> None:
-        if self.spread not in ("frames", "tokens"):
-            raise unknown("spread", self.spread, ("frames", "tokens"))
-        for name in ("most", "boundaries"):
-            value = getattr(self, name)
-            if (name == "most" or value is not None) and (
-                isinstance(value, bool) or not isinstance(value, int) or value < 0
-            ):
-                raise OptionError(f"{name}={value!r} is not a number of boundaries between scenes.")
 
     def allocate(self, tokens: VisualTokens, keep: int) -> list[int]:
         """Tokens that each frame may keep. One host synchronisation."""

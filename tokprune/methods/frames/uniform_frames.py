@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from tokprune.errors import unknown
 from tokprune.methods.frames_base import FramesMethod
+from tokprune.methods.options import option
 from tokprune.ops.frame_budget import whole_frames
 from tokprune.ops.frames import spread
 from tokprune.registry import register_method
@@ -27,13 +27,7 @@ class UniformFrames(FramesMethod):
     """
 
     spread: Literal["frames", "tokens"] = "frames"
-    rule: str = "middles"
-
-    def __post_init__(self) -> None:
-        if self.spread not in ("frames", "tokens"):
-            raise unknown("spread", self.spread, ("frames", "tokens"))
-        if self.rule not in ("middles", *RULES):
-            raise unknown("sampling rule", self.rule, ("middles", *RULES))
+    rule: str = option("middles", choices=("middles", *RULES))
 
     def allocate(self, tokens: VisualTokens, keep: int) -> list[int]:
         """Tokens that each frame may keep."""

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tokprune.errors import OptionError
 from tokprune.methods.base import check_finite
 from tokprune.methods.frames.questions import QuestionScored
+from tokprune.methods.options import option
 from tokprune.ops.frame_budget import whole_frames
 from tokprune.ops.frame_scores import finite
 from tokprune.ops.frames import frame_means
@@ -47,16 +47,11 @@ class WfsSb(QuestionScored):
     alone.
     """
 
-    weights: tuple[float, float, float, float] = WEIGHTS
+    weights: tuple[float, float, float, float] = option(
+        WEIGHTS, low=0, hint="They weigh duration, mean, best and variance."
+    )
     strictness: float = 1.2
-    balance: float = 0.5
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if len(self.weights) != 4 or not all(isinstance(w, int | float) and w >= 0 for w in self.weights):
-            raise OptionError(f"weights={self.weights!r} are four numbers >= 0: duration, mean, best, variance.")
-        if not 0 <= self.balance <= 1:
-            raise OptionError(f"balance={self.balance!r} is not between 0 (relevance alone) and 1 (diversity alone).")
+    balance: float = option(0.5, low=0, high=1, hint="0 is relevance alone, 1 diversity alone.")
 
     def allocate_by(self, worth: Tensor, tokens: VisualTokens, keep: int) -> list[int]:
         """Tokens that each frame may keep. The frames' means go to the host."""

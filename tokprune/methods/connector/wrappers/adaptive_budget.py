@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from tokprune.budget import share
-from tokprune.errors import OptionError
 from tokprune.methods.base import check_finite
 from tokprune.methods.connector.wrappers.base import Wrapper
+from tokprune.methods.options import option
 from tokprune.ops.distance import unit
 from tokprune.ops.wide import wide
 from tokprune.registry import register_method
@@ -56,14 +56,8 @@ class AdaptiveBudget(Wrapper):
     at content alone. A prompt with one image keeps its budget.
     """
 
-    density: float = 0.5
-    least: float = 0.25
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("density", "least"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise OptionError(f"{name}={getattr(self, name)!r} is not in [0, 1].")
+    density: float = option(0.5, low=0, high=1)
+    least: float = option(0.25, low=0, high=1)
 
     def budgets(self, batch: Sequence[VisualTokens], keeps: Sequence[int]) -> list[int]:
         """Share the prompt's tokens between its images by resolution and content. One host synchronisation."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from tokprune.errors import OptionError
 from tokprune.methods.base import ConnectorMethod
 from tokprune.methods.connector.divprune import DivPrune
+from tokprune.methods.options import option
 from tokprune.registry import get_method
 from tokprune.tokens import VisualTokens
 
@@ -16,15 +16,12 @@ from tokprune.tokens import VisualTokens
 class Wrapper(ConnectorMethod):
     """Base of the wrappers: passes on what the wrapped method needs. `method` is a connector method, or the name of one."""
 
-    method: ConnectorMethod = field(default_factory=DivPrune)
+    method: ConnectorMethod = option(factory=DivPrune, hint="It wraps a connector method, such as method=DivPrune().")
 
     def __post_init__(self) -> None:
         if isinstance(self.method, str):
             object.__setattr__(self, "method", get_method(self.method))
-        if not isinstance(self.method, ConnectorMethod):
-            raise OptionError(
-                f"{type(self).__name__} wraps a connector method, not {self.method!r}; write {type(self).__name__}(DivPrune())."
-            )
+        super().__post_init__()
 
     @property
     def needs(self) -> tuple[str, ...]:

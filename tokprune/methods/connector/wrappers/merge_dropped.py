@@ -6,14 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from tokprune.errors import unknown
 from tokprune.methods.base import check_finite
 from tokprune.methods.connector.wrappers.base import Wrapper
 from tokprune.ops.joining import merge_dropped
 from tokprune.registry import register_method
 from tokprune.tokens import Selection, VisualTokens
-
-INTO = ("nearest", "none")
 
 
 @register_method(
@@ -33,11 +30,6 @@ class MergeDropped(Wrapper):
     """
 
     into: Literal["nearest", "none"] = "nearest"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.into not in INTO:
-            raise unknown("into", self.into, INTO)
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         """Choose and merge to `keep` tokens."""

@@ -9,18 +9,16 @@ from typing import Literal
 import torch
 
 from tokprune.budget import equal, share
-from tokprune.errors import OptionError, unknown
 from tokprune.methods.base import check_finite, check_keep
 from tokprune.methods.connector.globalcom2 import crop_scales
 from tokprune.methods.connector.hired import hired_budgets
 from tokprune.methods.connector.wrappers.base import Wrapper
+from tokprune.methods.options import option
 from tokprune.ops.joining import join
 from tokprune.ops.regions import check_canvas
 from tokprune.ops.wide import wide
 from tokprune.registry import register_method
 from tokprune.tokens import Selection, VisualTokens
-
-SPLITS = ("equal", "proportional", "hired", "globalcom2")
 
 
 @register_method(
@@ -44,14 +42,7 @@ class PerTile(Wrapper):
     """
 
     split: Literal["equal", "proportional", "hired", "globalcom2"] = "equal"
-    alpha: float = 0.5
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.split not in SPLITS:
-            raise unknown("split", self.split, SPLITS)
-        if not 0 <= self.alpha <= 1:
-            raise OptionError(f"alpha={self.alpha!r} is the thumbnail's share of the budget: 0 <= alpha <= 1.")
+    alpha: float = option(0.5, low=0, high=1, hint="It is the thumbnail's share of the budget.")
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from tokprune.errors import OptionError
 from tokprune.methods.base import check_keep
 from tokprune.methods.connector.wrappers.base import Wrapper
+from tokprune.methods.options import option
 from tokprune.ops.joining import join
 from tokprune.ops.ranking import true_indices
 from tokprune.registry import register_method
@@ -31,16 +32,11 @@ class Protect(Wrapper):
     them: the count stays exact.
     """
 
-    border: int = 1
-    indices: tuple[int, ...] = ()
+    border: int = option(1, low=0, hint="It is a width in tokens; 0 is none.")
+    indices: tuple[int, ...] = option((), example=(0, 1, 2))
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.border, bool) or not isinstance(self.border, int) or self.border < 0:
-            raise OptionError(f"border={self.border!r} is not a width in tokens; write border=1, or border=0 for none.")
-        if isinstance(self.indices, str) or any(isinstance(i, bool) or not isinstance(i, int) for i in self.indices):
-            raise OptionError(f"indices={self.indices!r} are not whole numbers; write indices=(0, 1, 2).")
-        object.__setattr__(self, "indices", tuple(self.indices))
         if self.border == 0 and not self.indices:
             raise OptionError("nothing to protect: border=0 and no indices; write border=1, or indices=(0, 1, 2).")
 

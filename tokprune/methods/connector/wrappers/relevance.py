@@ -8,17 +8,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tokprune.errors import MissingQueryError, OptionError, unknown
+from tokprune.errors import MissingQueryError, OptionError
 from tokprune.methods.base import ScoreMethod, check_finite, check_keep
 from tokprune.methods.connector.divprune import DivPrune
 from tokprune.methods.connector.wrappers.base import Wrapper
+from tokprune.methods.options import option
 from tokprune.ops.distance import cosine_distance, cosine_similarity
 from tokprune.ops.maxmin import greedy_max_min
 from tokprune.ops.wide import wide
 from tokprune.registry import register_method
 from tokprune.tokens import Selection, VisualTokens
-
-SOURCES = ("embeddings", "clip")
 
 
 def relevance(features: Tensor, query: Tensor) -> Tensor:
@@ -57,7 +56,7 @@ class Relevance(Wrapper):
     be mixed. Wrap the inside of a wrapper: PerTile(Relevance(DivPrune())).
     """
 
-    weight: float = 0.5
+    weight: float = option(0.5, low=0, high=1, hint="0 is the method alone, 1 relevance alone.")
     source: Literal["embeddings", "clip"] = "embeddings"
     sign: Literal[1, -1] = 1
 
@@ -71,14 +70,6 @@ class Relevance(Wrapper):
                 f"relevance cannot be mixed into {type(self.method).__name__}: it neither scores tokens one by one nor is it "
                 f"DivPrune, so there is no place for it in its maths.{hint}"
             )
-        if isinstance(self.weight, bool) or not isinstance(self.weight, int | float) or not 0 <= self.weight <= 1:
-            raise OptionError(
-                f"weight={self.weight!r} is not a share: 0 (the method alone) <= weight <= 1 (relevance alone)."
-            )
-        if self.source not in SOURCES:
-            raise unknown("source", self.source, SOURCES)
-        if self.sign not in (1, -1):
-            raise OptionError(f"sign={self.sign!r} is neither 1 nor -1.")
 
     @property
     def needs(self) -> tuple[str, ...]:
