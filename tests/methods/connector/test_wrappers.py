@@ -89,7 +89,7 @@ def test_names_and_options_through_the_registry() -> None:
         PerTile(3)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="equal"):
         PerTile(DivPrune(), split="even")  # type: ignore[arg-type]
-    with pytest.raises(OptionError, match=rr"alpha=2 is not a number in \[0, 1\]"):
+    with pytest.raises(OptionError, match=r"alpha=2 is not a number in \[0, 1\]"):
         PerTile(DivPrune(), split="hired", alpha=2)
 
 
