@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokprune.adapters.attach import Ref
 from tokprune.adapters.dialect import arguments_from, cache_in, parameters
 from tokprune.adapters.state import logical_length
 from tokprune.errors import UnsupportedModelError
@@ -65,9 +66,18 @@ class Adapter:
     model_types: tuple[str, ...] = ()
 
     def __init__(self, model: Any) -> None:
-        self.model: Any = model
-        self.base: Any = model.base_model
+        self._model, self._base = Ref(model), Ref(model.base_model)  # a model owns its pruning, not the other way round
         self.config: Any = model.config
+
+    @property
+    def model(self) -> Any:
+        """The model as it was given; None when it is gone."""
+        return self._model()
+
+    @property
+    def base(self) -> Any:
+        """Its multimodal base model."""
+        return self._base()
 
     @property
     def hybrid(self) -> bool:

@@ -8,13 +8,14 @@ pruning record of the cache itself, so that beams, copies, second turns and inte
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tokprune.adapters.attach import Attachments, PerThread
 from tokprune.adapters.attention_row import attention_row, check_attention, newest_query
 from tokprune.adapters.base import Adapter
 from tokprune.adapters.cache_keys import Chosen, narrow_mask
@@ -39,17 +40,12 @@ class _View:
         return getattr(self._cache, name)
 
 
-class _Reading(threading.local):
-    """The keys that the reading layer of this thread's forward used; a copied model starts with none."""
+@dataclass
+class _Reading:
+    """The keys that the reading layer of this thread's forward used."""
 
     keys: Tensor | None = None
     state: PruneState | None = None
-
-    def __deepcopy__(self, memo: Any) -> _Reading:
-        return _Reading()
-
-    def __reduce__(self) -> Any:
-        return (_Reading, ())
 
 
 class CacheStage:
@@ -60,9 +56,8 @@ class CacheStage:
 
     def __init__(self, adapter: Adapter, method: CacheMethod, keep_of: Callable[[int], int]) -> None:
         self.adapter, self.method, self.keep_of = adapter, method, keep_of
-        self.handles: list[Any] = []
-        self.patched = False
-        self.reading = _Reading()
+        self.on = Attachments(self)
+        self.threads = PerThread(_Reading)
         self.steps, self.used, self.visual = 0, 0, 0
         layers = list(adapter.text_model.layers)
         attentions = [(i, layer.self_attn) for i, layer in enumerate(layers) if hasattr(layer, "self_attn")]
@@ -85,26 +80,23 @@ class CacheStage:
         self._check_kernel(kernel)
         model = self.adapter.model
         try:
-            on = self.handles.append
-            on(self.source.register_forward_pre_hook(self._before, with_kwargs=True))
-            on(self.source.register_forward_hook(self._after, with_kwargs=True, always_call=True))
+            self.on.before(self.source, "_before", with_kwargs=True)
+            self.on.after(self.source, "_after", with_kwargs=True, always_call=True)
             for attention in self.above:
-                on(attention.register_forward_pre_hook(self._narrow, with_kwargs=True))
+                self.on.before(attention, "_narrow", with_kwargs=True)
             if hasattr(model, "_get_candidate_generator"):
-                model._get_candidate_generator = _refuse_assistance
-                self.patched = True
+                self.on.instead(model, "_get_candidate_generator", "_refuse_assistance")
         except BaseException:
             self.remove()
             raise
 
     def remove(self) -> None:
         """Take every hook and instance attribute away."""
-        for handle in self.handles:
-            handle.remove()
-        self.handles = []
-        if self.patched:
-            self.adapter.model.__dict__.pop("_get_candidate_generator", None)
-            self.patched = False
+        self.on.remove()
+
+    def anchor(self) -> Any:
+        """The model that this stage belongs to."""
+        return self.adapter.model
 
     def notes(self) -> list[str]:
         """What the decode steps since `install` did, for the report."""
@@ -130,7 +122,7 @@ class CacheStage:
 
     @torch.compiler.disable
     def _before(self, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        self.reading.keys = self.reading.state = None  # an interrupt may have left something behind
+        self.threads.now.keys = self.threads.now.state = None  # an interrupt may have left something behind
         cache = cache_in(kwargs)
         if getattr(cache, "is_compileable", False):
             raise UnsupportedModelError(
@@ -149,18 +141,18 @@ class CacheStage:
         if not state.chosen.width:
             state.chosen = None
             return None
-        self.reading.state = state
+        self.threads.now.state = state
 
         def note(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-            self.reading.keys = keys
+            self.threads.now.keys = keys
             return keys, values
 
         return args, swap_cache(kwargs, _View(cache, note))
 
     @torch.compiler.disable
     def _after(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        keys, state = self.reading.keys, self.reading.state
-        self.reading.keys = self.reading.state = None
+        keys, state = self.threads.now.keys, self.threads.now.state
+        self.threads.now.keys = self.threads.now.state = None
         if keys is None or state is None or output is None:
             return
         cache = cache_in(kwargs)
@@ -218,9 +210,9 @@ class CacheStage:
         chosen.masks[id(mask)] = (mask, cut)
         return cut
 
-
-def _refuse_assistance(*args: Any, **kwargs: Any) -> Any:
-    raise UnsupportedModelError(
-        "assisted decoding and prompt lookup check several drafted tokens at once, while a method of the cache stage chooses for one "
-        "new token at a time: the answers would differ. Generate without assistant_model and prompt_lookup_num_tokens."
-    )
+    @staticmethod
+    def _refuse_assistance(*args: Any, **kwargs: Any) -> Any:
+        raise UnsupportedModelError(
+            "assisted decoding and prompt lookup check several drafted tokens at once, while a method of the cache stage chooses for one "
+            "new token at a time: the answers would differ. Generate without assistant_model and prompt_lookup_num_tokens."
+        )

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import inspect
 import sys
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tokprune.adapters.attach import Attachments, PerThread, Ref
 from tokprune.errors import MissingSignalError
 from tokprune.ops.wide import wide
 
@@ -67,12 +69,12 @@ def _find_attention(block: nn.Module) -> nn.Module | None:
     return None
 
 
-def _linear(attention: nn.Module, name: str) -> nn.Module | None:
+def _linear(attention: nn.Module | None, name: str) -> nn.Module | None:
     module = getattr(attention, name, None)
     return module if isinstance(module, nn.Module) else None
 
 
-def _norm(attention: nn.Module, name: str) -> nn.Module | None:
+def _norm(attention: nn.Module | None, name: str) -> nn.Module | None:
     module = _linear(attention, name)
     return None if isinstance(module, nn.Identity) else module
 
@@ -196,58 +198,82 @@ def _column_mean(
     return total / visible[:, 0].sum(-2).clamp(min=1)
 
 
+@dataclass
+class _Seen:
+    """What a thread's last run of the tower showed. open: inside a call of the probe's own model. store: by (name, block)."""
+
+    open: bool = False
+    running: bool = False
+    store: dict[tuple[str, int], Any] | None = None
+
+
+class _Lock:
+    """A lock that copies and pickles of a model have for themselves."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+    def __reduce__(self) -> Any:
+        return _Lock, ()
+
+
 class AttentionProbe:
     """Keeps references to what chosen blocks of a vision tower compute; scores are made from them on demand.
 
     Nothing is copied and no attention map is kept: for one block of CLIP-L that is 5 MB instead of 500. Hooks sit on the
     instances alone and only listen while the tower itself runs, so gradient checkpointing's second pass leaves nothing
-    behind. The projections are looked up again at every run: adapters (LoRA) put on later are seen.
+    behind. The projections are looked up again at every run: adapters (LoRA) put on later are seen. Each thread sees its own
+    runs alone.
     """
 
     def __init__(self, tower: nn.Module, blocks: Iterable[int] = (), outputs: Iterable[int] = ()) -> None:
         """blocks: indices whose queries, keys and values are wanted; outputs: indices whose output is. 0-based."""
-        self.tower = tower
+        self._tower = Ref(tower)
         self.blocks, self.outputs = sorted(set(blocks)), sorted(set(outputs))
-        self._store: dict[tuple[str, int], Any] = {}
-        self._handles: list[Any] = []
+        self.on = Attachments(self)
+        self._threads = PerThread(_Seen)
+        self._own_calls = False
+        self._lock = _Lock()
         self._hooked: dict[tuple[str, int], tuple[nn.Module, Any]] = {}
-        self._listening = False
         # A tower without blocks is only an error when something is to be read from them.
         modules = tower_blocks(tower) if self.blocks or self.outputs else []
         self._modules = {i: modules[i] for i in {*self.blocks, *self.outputs}}
 
-    def install(self) -> AttentionProbe:
-        """Start listening to the tower."""
-        if self._handles or not self._modules:
+    @property
+    def tower(self) -> Any:
+        """The vision tower."""
+        return self._tower()
+
+    def anchor(self) -> Any:
+        """The vision tower."""
+        return self._tower()
+
+    def install(self, own_calls: bool = False) -> AttentionProbe:
+        """Start listening to the tower. own_calls: to runs inside `listening()` alone, for towers that other models hold, too."""
+        if len(self.on) or not self._modules:
             return self
-        self._handles = [
-            self.tower.register_forward_pre_hook(self._begin),
-            self.tower.register_forward_hook(self._end, always_call=True),
-        ]
+        self._own_calls = own_calls
+        self.on.before(self.tower, "_begin")
+        self.on.after(self.tower, "_end", always_call=True)
         for i in self.blocks:
             attention = _find_attention(self._modules[i])
             if attention is None:
                 raise MissingSignalError(f"block {i} of {type(self.tower).__name__} has no attention to read from.")
-            keep = functools.partial(self._keep_call, ("call", i))
-            self._handles.append(attention.register_forward_pre_hook(keep, with_kwargs=True))
+            self.on.before(attention, "_keep_call", ("call", i), with_kwargs=True)
         for i in self.outputs:
-            keep = functools.partial(self._keep_output, ("output", i))
-            self._handles.append(self._modules[i].register_forward_hook(keep))
+            self.on.after(self._modules[i], "_keep_output", ("output", i))
         self._hook_projections()
         return self
 
     def remove(self) -> None:
         """Stop listening and leave no trace."""
-        for handle in self._handles:
-            handle.remove()
-        for _, handle in self._hooked.values():
-            handle.remove()
-        self._handles, self._hooked = [], {}
-        self.clear()
+        self.on.remove()
+        self._hooked = {}
+        self._threads = PerThread(_Seen)
 
     def clear(self) -> None:
-        """Let go of everything seen."""
-        self._store.clear()
+        """Let go of everything that this thread saw."""
+        self._threads.now.store = None
 
     def __enter__(self) -> AttentionProbe:
         return self.install()
@@ -255,46 +281,68 @@ class AttentionProbe:
     def __exit__(self, *_: object) -> None:
         self.remove()
 
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Runs of the tower in this thread belong to the probe's own model meanwhile."""
+        seen = self._threads.now
+        seen.open, seen.store = True, None
+        try:
+            yield
+        finally:
+            seen.open = seen.running = False
+
     def _begin(self, module: nn.Module, args: Any) -> None:
-        self._store.clear()
-        self._hook_projections()
-        self._listening = True
+        seen = self._threads.now
+        seen.running = seen.open or not self._own_calls
+        if seen.running:
+            seen.store = {}
+            self._hook_projections()
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._listening = False
+        self._threads.now.running = False
 
     def _hook_projections(self) -> None:
         """Listen to the projections that are in place now; they may have been wrapped since."""
+        wanted: dict[tuple[str, int], nn.Module] = {}
         for i in self.blocks:
             attention = _find_attention(self._modules[i])
-            if attention is None:
-                continue
-            for name in ("qkv", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm"):
+            for name in () if attention is None else ("qkv", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm"):
                 module = _norm(attention, name) if name.endswith("norm") else _linear(attention, name)
-                known = self._hooked.get((name, i))
-                if known is not None and known[0] is module:
-                    continue
-                if known is not None:
-                    known[1].remove()
-                    del self._hooked[name, i]
                 if module is not None:
-                    keep = functools.partial(self._keep_output, (name, i))
-                    self._hooked[name, i] = (module, module.register_forward_hook(keep))
+                    wanted[name, i] = module
+        hooked = self._hooked
+        if len(hooked) == len(wanted) and all(key in hooked and hooked[key][0] is m for key, m in wanted.items()):
+            return
+        with self._lock.lock:  # two threads may see the change at once
+            for key, (module, handle) in list(self._hooked.items()):
+                if wanted.get(key) is not module:
+                    self.on.drop(handle)
+                    del self._hooked[key]
+            for key, module in wanted.items():
+                if key not in self._hooked:
+                    self._hooked[key] = (module, self.on.after(module, "_keep_output", key))
 
     def _keep_output(self, key: tuple[str, int], module: nn.Module, args: Any, output: Any) -> None:
-        if self._listening:
-            self._store[key] = (output[0] if isinstance(output, (tuple, list)) else output).detach()
+        seen = self._threads.now
+        if seen.running and seen.store is not None:
+            seen.store[key] = (output[0] if isinstance(output, (tuple, list)) else output).detach()
 
     def _keep_call(self, key: tuple[str, int], module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self._listening:
-            self._store[key] = (args, dict(kwargs))
+        seen = self._threads.now
+        if seen.running and seen.store is not None:
+            seen.store[key] = (args, dict(kwargs))
+
+    @property
+    def _store(self) -> dict[tuple[str, int], Any]:
+        """What this thread saw last."""
+        return self._threads.now.store or {}
 
     def output(self, block: int) -> Tensor:
         """The hidden state that block `block` gave, (B, N, C)."""
-        found = self._seen("output", block)
+        found = self._look("output", block)
         return found if found.dim() == 3 else found[None]
 
-    def _seen(self, name: str, block: int) -> Any:
+    def _look(self, name: str, block: int) -> Any:
         if (name, block) not in self._store:
             wanted = self.outputs if name == "output" else self.blocks
             why = (
@@ -308,7 +356,7 @@ class AttentionProbe:
     def projections(self, block: int) -> Projections:
         """Queries, keys and values of block `block`, as the last run of the tower made them."""
         attention: Any = _find_attention(self._modules[block]) if block in self._modules else None
-        args, kwargs = self._seen("call", block)
+        args, kwargs = self._look("call", block)
         call = _named(attention, args, kwargs)
         config = getattr(attention, "config", None)
         heads = getattr(attention, "num_heads", None) or getattr(config, "num_attention_heads", None)
@@ -320,7 +368,7 @@ class AttentionProbe:
             parts = dict(zip("qkv", three.unbind(-3), strict=True))
         else:
             for name in "qkv":
-                flat = self._seen(f"{name}_proj", block)
+                flat = self._look(f"{name}_proj", block)
                 parts[name] = flat.unflatten(-1, (-1, head_dim) if head_dim else (heads, -1))
         for name in "qk":
             if (f"{name}_norm", block) in self._store:

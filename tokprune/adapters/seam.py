@@ -7,9 +7,6 @@ does everything else. A forward hook widens the output back. The record of a pre
 
 from __future__ import annotations
 
-import functools
-import inspect
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokprune.adapters.attach import Attachments, PerThread
 from tokprune.adapters.base import TYPE_IDS, Adapter, mask_2d
 from tokprune.adapters.dialect import as_cache, bind, cache_in, cache_of
 from tokprune.adapters.frame_scores import FrameScorer
@@ -79,22 +77,11 @@ class Mode:
 
 @dataclass
 class _Thread:
+    """The forward in flight."""
+
     frame: Frame | None = None
     physical_prefill: bool = False
     rope: tuple[Tensor, Tensor] | None = None
-
-
-class _Threads(threading.local):
-    """State of the forwards in flight, per thread; a copied model starts with none."""
-
-    def __init__(self) -> None:
-        self.now = _Thread()
-
-    def __deepcopy__(self, memo: Any) -> _Threads:
-        return _Threads()
-
-    def __reduce__(self) -> Any:
-        return (_Threads, ())
 
 
 class Seam:
@@ -102,9 +89,8 @@ class Seam:
 
     def __init__(self, adapter: Adapter, options: Options) -> None:
         self.adapter, self.options = adapter, options
-        self.threads = _Threads()
-        self.handles: list[Any] = []
-        self.patched: list[tuple[Any, str]] = []
+        self.threads = PerThread(_Thread)
+        self.on = Attachments(self)
         self.recorder = Recorder(adapter, options.method.needs, options.scorer, options.encoder)
         self.frame_scorer = FrameScorer.of(adapter, options.frames, options.processor, options.scorer)
         self.last: LastRun | None = None
@@ -115,17 +101,14 @@ class Seam:
         base, model = self.adapter.base, self.adapter.model
         self.reader.active = True
         try:
-            self.handles.append(base.register_forward_pre_hook(self._pre, with_kwargs=True))
-            self.handles.append(base.register_forward_hook(self._post, with_kwargs=True, always_call=True))
+            self.on.before(base, "_pre", with_kwargs=True)
+            self.on.after(base, "_post", with_kwargs=True, always_call=True)
             for module in self.adapter.text_model.modules():
                 if type(module).__name__.endswith("RotaryEmbedding"):
-                    self.handles.append(module.register_forward_pre_hook(self._rope, with_kwargs=True))
-            for name, replacement in (
-                ("prepare_inputs_for_generation", self._prepare),
-                ("_prefill", self._chunked_prefill),
-            ):
+                    self.on.before(module, "_rope", with_kwargs=True)
+            for name, method in (("prepare_inputs_for_generation", "_prepare"), ("_prefill", "_chunked_prefill")):
                 if hasattr(model, name):
-                    self._patch(model, name, replacement)
+                    self.on.instead(model, name, method)
             self.recorder.install()
         except BaseException:
             self.remove()
@@ -134,12 +117,12 @@ class Seam:
     def remove(self) -> None:
         """Take every hook and instance attribute away."""
         self.reader.active = False
-        for handle in self.handles:
-            handle.remove()
-        for owner, name in self.patched:
-            owner.__dict__.pop(name, None)
-        self.handles, self.patched = [], []
         self.recorder.remove()
+        self.on.remove()
+
+    def anchor(self) -> Any:
+        """The model that this seam belongs to."""
+        return self.adapter.model
 
     def _state(self, cache: Any) -> PruneState | None:
         """The pruning record of a cache, which this seam reads from now on."""
@@ -147,14 +130,6 @@ class Seam:
         if state is not None:
             state.reader = self.reader
         return state
-
-    def _patch(self, owner: Any, name: str, replacement: Any) -> None:
-        original = getattr(owner, name)
-        wrapper: Any = functools.partial(replacement, original)
-        functools.update_wrapper(wrapper, original)
-        wrapper.__signature__ = inspect.signature(original)  # generate() inspects it
-        setattr(owner, name, wrapper)
-        self.patched.append((owner, name))
 
     # -- generate(): translate before masks are built, static caches and compiled decoding included ----------------------
 

@@ -124,6 +124,14 @@ def required_blocks(base: nn.Module, needs: Sequence[str]) -> AttentionProbe:
 
     Nothing is hooked when nothing needs a block. Raises MissingSignalError for a tower that cannot tell.
     """
+    return signal_probe(base, needs).install()
+
+
+def signal_probe(base: nn.Module, needs: Sequence[str]) -> AttentionProbe:
+    """A probe of what `needs` can be computed from, for the vision tower of `base`; nothing is hooked before `install`.
+
+    Raises MissingSignalError for a tower that cannot tell.
+    """
     blocks: set[int] = set()
     outputs: set[int] = set()
     for name, kind, spec in _parse(needs):
@@ -140,7 +148,7 @@ def required_blocks(base: nn.Module, needs: Sequence[str]) -> AttentionProbe:
             outputs |= {b for b in (_block_of_layer(layer, count) for layer in layers) if b >= 0}
         else:
             blocks.add(_block(base, spec, count))
-    return AttentionProbe(tower_of(base), blocks, outputs).install()
+    return AttentionProbe(tower_of(base), blocks, outputs)
 
 
 def _name(base: nn.Module) -> str:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import inspect
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokprune.adapters.attach import Attachments, PerThread
 from tokprune.adapters.base import Adapter, flatten
 from tokprune.adapters.layouts import Call, Run, StreamLayout, placeholder_runs, reads_runs, stream_layouts
 from tokprune.adapters.probe import AttentionProbe
-from tokprune.adapters.signals import SignalSet, compute_signals, required_blocks
+from tokprune.adapters.signals import SignalSet, compute_signals, signal_probe
 from tokprune.errors import MissingSignalError, TokpruneError
 from tokprune.methods.base import ConnectorMethod
 from tokprune.tokens import Layout, Query, Selection, VisualTokens
@@ -41,88 +40,67 @@ class EncoderRecord:
     seconds: float
 
 
-class _Busy(threading.local):
-    """Whether this thread is inside an observed encoder call; a copied model starts outside."""
+@dataclass
+class _Call:
+    """Whether this thread is inside an observed encoder call."""
 
-    value = False
-
-    def __deepcopy__(self, memo: Any) -> _Busy:
-        return _Busy()
-
-    def __reduce__(self) -> Any:
-        return (_Busy, ())
-
-
-class _Turn:
-    """One encoder call at a time: what a probe sees belongs to one thread's call. A copied model has a lock of its own."""
-
-    def __init__(self) -> None:
-        self.lock = threading.RLock()
-
-    def __deepcopy__(self, memo: Any) -> _Turn:
-        return _Turn()
-
-    def __reduce__(self) -> Any:
-        return (_Turn, ())
+    open: bool = False
 
 
 class Recorder:
     """Observes get_image_features and get_video_features of one model: generate() encodes before the prefill, and drops
-    pixels, grids and sizes afterwards, so layout and signals must be taken there."""
+    pixels, grids and sizes afterwards, so layout and signals must be taken there.
+
+    What the probe sees belongs to one call of one thread; other models may hold the same tower and call it meanwhile.
+    """
 
     def __init__(self, adapter: Adapter, needs: Sequence[str], scorer: Any = None, encoder: Any = None) -> None:
         self.adapter, self.scorer, self.encoder = adapter, scorer, encoder
         self.needs = tuple(n for n in needs if n not in QUERY_NEEDS and n != SURVIVORS)
-        self.busy = _Busy()
-        self.turn = _Turn()
-        self.patched: list[str] = []
-        self.probe: AttentionProbe | None = None
+        self.threads = PerThread(_Call)
+        self.on = Attachments(self)
+        self.probe: AttentionProbe | None = signal_probe(adapter.base, self.needs) if self.needs else None
+
+    def anchor(self) -> Any:
+        """The model that is observed."""
+        return self.adapter.model
 
     def install(self) -> None:
         """Start observing; instance attributes and hooks only."""
         base = self.adapter.base
-        if self.needs:
-            self.probe = required_blocks(base, self.needs)
+        if self.probe is not None:
+            self.probe.install(own_calls=True)
         for name in ("get_image_features", "get_video_features"):
             if hasattr(base, name):
-                original = getattr(base, name)
-                wrapper = functools.partial(self._call, original, name.split("_")[1])
-                functools.update_wrapper(wrapper, original)  # generate() inspects the signature
-                setattr(base, name, wrapper)
-                self.patched.append(name)
+                self.on.instead(base, name, "_call", name.split("_")[1])
 
     def remove(self) -> None:
         """Stop observing."""
-        for name in self.patched:
-            self.adapter.base.__dict__.pop(name, None)
-        self.patched = []
+        self.on.remove()
         if self.probe is not None:
             self.probe.remove()
-            self.probe = None
 
-    def _call(self, original: Any, modality: str, *args: Any, **kwargs: Any) -> Any:
-        if self.busy.value:  # Qwen3-VL encodes videos with its own get_image_features
+    def _call(self, modality: str, original: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.threads.now.open:  # Qwen3-VL encodes videos with its own get_image_features
             return original(*args, **kwargs)
-        self.busy.value = True
+        self.threads.now.open = True
         try:
-            with self.turn.lock if self.probe is not None else contextlib.nullcontext():
-                return self._observe(original, modality, args, kwargs)
+            return self._observe(original, modality, args, kwargs)
         finally:
-            self.busy.value = False
+            self.threads.now.open = False
+            if self.probe is not None:
+                self.probe.clear()
 
     def _observe(self, original: Any, modality: str, args: Any, kwargs: Any) -> Any:
         start = time.perf_counter()
-        try:
+        with contextlib.nullcontext() if self.probe is None else self.probe.listening():
             output = original(*args, **kwargs)
-            seconds = time.perf_counter() - start
-            arguments = dict(inspect.signature(original).bind(*args, **kwargs).arguments)
-            arguments.update(arguments.pop("kwargs", {}))
-            with torch.no_grad():
-                self._record(modality, arguments, output, seconds)
-            return output
-        finally:
-            if self.probe is not None:
-                self.probe.clear()
+        seconds = time.perf_counter() - start
+        arguments = dict(inspect.signature(original).bind(*args, **kwargs).arguments)
+        arguments.update(arguments.pop("kwargs", {}))
+        with torch.no_grad():
+            self._record(modality, arguments, output, seconds)
+        return output
 
     @torch.compiler.disable
     def _record(self, modality: str, arguments: dict[str, Any], output: Any, seconds: float) -> None:

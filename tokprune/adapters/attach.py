@@ -1,0 +1,173 @@
+"""Hooks and stand-in methods on a model's modules, tied so that nothing keeps the model alive and nothing is left behind.
+
+A model owns its pruning, the pruning looks at the model through weak references, and a hook on a module looks at the pruning
+through one: no cycles, so that `del model` frees the weights at once. Copies and pickles of a model follow the references.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+
+class Ref:
+    """A weak reference to an object that deepcopy and pickle follow; called, it gives the object, or None when that is gone."""
+
+    def __init__(self, target: Any = None) -> None:
+        self._target = (lambda: None) if target is None else weakref.ref(target)
+
+    def __call__(self) -> Any:
+        return self._target()
+
+    def __deepcopy__(self, memo: Any) -> Ref:
+        target = self()
+        return Ref(None if target is None else copy.deepcopy(target, memo))
+
+    def __getstate__(self) -> Any:
+        return {"target": self()}
+
+    def __setstate__(self, state: Any) -> None:
+        Ref.__init__(self, state["target"])
+
+
+class PerThread(threading.local):
+    """`now`: the state of this thread's call in flight, made by `kind()`. Copies of a model start afresh, as new threads do.
+
+    There is deliberately no default of the class: torch.compile would read it instead of the thread's own value.
+    """
+
+    def __init__(self, kind: Callable[[], Any]) -> None:  # Python calls it in each thread
+        self.kind, self.now = kind, kind()
+
+    def __deepcopy__(self, memo: Any) -> PerThread:
+        return PerThread(self.kind)
+
+    def __reduce__(self) -> Any:
+        return PerThread, (self.kind,)
+
+
+class Hook:
+    """One method of a pruning, as a hook of some module; does nothing once the pruning is gone.
+
+    A copy of the whole model is hooked to the copied pruning, a copy of a mere part of the model to nothing.
+    """
+
+    def __init__(self, owner: Any, method: str, first: tuple[Any, ...]) -> None:
+        """owner: has `method`, and `anchor()`, the model it belongs to. first: arguments before torch's own."""
+        self.owner, self.method, self.first = Ref(owner), method, first
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        owner = self.owner()
+        return None if owner is None else getattr(owner, self.method)(*self.first, *args, **kwargs)
+
+    def __deepcopy__(self, memo: Any) -> Hook:
+        return Hook(_copied(self.owner(), memo), self.method, self.first)
+
+
+def _copied(owner: Any, memo: Any) -> Any:
+    """The copy of a pruning whose model is being copied, else None."""
+    anchor = None if owner is None else owner.anchor()
+    return None if anchor is None or id(anchor) not in memo else copy.deepcopy(owner, memo)
+
+
+class StandIn:
+    """Takes the place of a method of one object: `method(*first, original, ...)` of a pruning answers instead.
+
+    Whatever stood in the object's own __dict__ before comes back in the end. The signature is the original's: generate()
+    inspects it.
+    """
+
+    def __init__(self, owner: Any, method: str, first: tuple[Any, ...], target: Any, name: str) -> None:
+        self.owner, self.method, self.first = Ref(owner), method, first
+        self.target, self.name = Ref(target), name
+        self.before = vars(target).get(name)
+        self.active = True
+        self.__name__ = name
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.original)
+
+    @property
+    def original(self) -> Any:
+        """The method that this one stands in for, bound."""
+        target = self.target()
+        return self.before if self.before is not None else getattr(type(target), self.name).__get__(target)
+
+    @property
+    def __func__(self) -> Any:
+        """The original's plain function: what caches of signatures may keep."""
+        return getattr(self.original, "__func__", self.original)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        owner = self.owner() if self.active else None
+        if owner is None:
+            return self.original(*args, **kwargs)
+        return getattr(owner, self.method)(*self.first, self.original, *args, **kwargs)
+
+    def __deepcopy__(self, memo: Any) -> StandIn:
+        new = copy.copy(self)
+        memo[id(self)] = new
+        new.owner, new.target = Ref(_copied(self.owner(), memo)), copy.deepcopy(self.target, memo)
+        new.before = copy.deepcopy(self.before, memo)
+        return new
+
+    def undo(self) -> None:
+        """Give the object its own method back; where somebody has wrapped this one since, it passes calls through."""
+        self.active = False
+        target = self.target()
+        if target is None or vars(target).get(self.name) is not self:
+            return
+        if self.before is None:
+            del target.__dict__[self.name]
+        else:
+            target.__dict__[self.name] = self.before
+
+
+class Attachments:
+    """Everything that one pruning has put on modules; `remove` takes all of it away."""
+
+    def __init__(self, owner: Any) -> None:
+        self._owner = Ref(owner)
+        self._handles: list[Any] = []
+        self._stand_ins: list[StandIn] = []
+
+    def __len__(self) -> int:
+        return len(self._handles) + len(self._stand_ins)
+
+    def before(self, module: nn.Module, method: str, *first: Any, **how: Any) -> Any:
+        """Call the owner's `method` before `module` runs. how: options of register_forward_pre_hook. Returns torch's handle."""
+        hook = Hook(self._owner(), method, first)
+        self._handles.append(module.register_forward_pre_hook(hook, **how))
+        return self._handles[-1]
+
+    def after(self, module: nn.Module, method: str, *first: Any, **how: Any) -> Any:
+        """Call the owner's `method` after `module` has run. how: options of register_forward_hook. Returns torch's handle."""
+        hook = Hook(self._owner(), method, first)
+        self._handles.append(module.register_forward_hook(hook, **how))
+        return self._handles[-1]
+
+    def instead(self, target: Any, name: str, method: str, *first: Any) -> None:
+        """Let the owner's `method` answer calls of `target.name`; it gets the original before the call's arguments."""
+        stand_in = StandIn(self._owner(), method, first, target, name)
+        target.__dict__[name] = stand_in
+        self._stand_ins.append(stand_in)
+
+    def drop(self, handle: Any) -> None:
+        """Take one hook away."""
+        handle.remove()
+        self._handles.remove(handle)
+
+    def remove(self) -> None:
+        """Take everything away, the last first."""
+        for stand_in in reversed(self._stand_ins):
+            stand_in.undo()
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._stand_ins = [], []
