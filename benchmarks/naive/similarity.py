@@ -160,17 +160,26 @@ def prunesid_survivors(features: Tensor, attention: Tensor, group: Tensor, thres
 
 def prunesid(features: Tensor, attention: Tensor, keep: int) -> Tensor:
     """PruneSID: groups by principal component, suppression inside them, budgets by survivors. (N, C), (N,) -> (keep,)."""
-    groups = max(1, keep // 4)
-    _, _, loadings = torch.pca_lowrank(torch.sigmoid(features).T, q=groups)
+    slots, n = keep + 1, len(features)  # with [CLS]
+    _, _, loadings = torch.pca_lowrank(torch.sigmoid(features).T, q=max(1, slots // 4))
     group = loadings.abs().argmax(-1)
     x = _rows(features)
-    threshold = float((x @ x.T).mean()) * keep / 32
-    survivors = [s for s in prunesid_survivors(features, attention, group, threshold) if s]
-    most, total = 5 * math.ceil(keep / 64), sum(map(len, survivors))
-    budgets = [max(1, min(len(s), most, int(keep * len(s) / total))) for s in survivors]
-    chosen = [token for s, b in zip(survivors, budgets, strict=True) for token in s[:b]]
-    if len(chosen) < keep:  # filled from what is left, by attention
-        taken = set(chosen)
-        ranked = attention.argsort(descending=True).tolist()
-        chosen += [token for token in ranked if token not in taken][: keep - len(chosen)]
+    threshold = float((x @ x.T).triu(1).sum()) / (n * (n - 1) / 2) * slots / 32
+    survivors = prunesid_survivors(features, attention, group, threshold)
+    members = [torch.nonzero(group == g)[:, 0].tolist() for g in range(len(survivors))]
+    bounds = [min(len(s), 5 * math.ceil(slots / 64)) for s in survivors]
+    while sum(bounds) < min(slots, n):
+        bounds = [min(b + 1, len(m)) for b, m in zip(bounds, members, strict=True)]
+    budgets = [min(1, len(m)) for m in members]
+    rest, total, until = max(0, keep - sum(budgets)), sum(map(len, survivors)), 0.0
+    for g, alive in enumerate(survivors):
+        budgets[g] += round((until + len(alive)) / total * rest) - round(until / total * rest)
+        until += len(alive)
+    budgets = [min(b, most) for b, most in zip(budgets, bounds, strict=True)]
+    for g in sorted(range(len(survivors)), key=lambda g: -len(survivors[g])):
+        budgets[g] += min(bounds[g] - budgets[g], keep - sum(budgets))
+    chosen = []
+    for alive, group_members, b in zip(survivors, members, budgets, strict=True):
+        others = sorted(set(group_members) - set(alive), key=lambda i: -float(attention[i]))
+        chosen += (alive + others)[:b]
     return torch.tensor(sorted(chosen[:keep]))

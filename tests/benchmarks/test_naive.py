@@ -111,7 +111,7 @@ def test_prunesid_suppresses_the_same_tokens() -> None:
     )
     for threshold in (0.1, 0.4, 2.0):
         naive = sorted(i for s in similarity.prunesid_survivors(x, scores, group, threshold) for i in s)
-        ours = suppress(x, scores, group, torch.tensor(threshold), 90).nonzero()[:, 0].tolist()
+        ours = suppress(x, scores, group, torch.tensor(threshold)).nonzero()[:, 0].tolist()
         assert naive == ours
 
 

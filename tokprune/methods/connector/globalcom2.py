@@ -116,9 +116,9 @@ class GlobalCom2(ConnectorMethod):
         h, w = layout.grids[1]
         tile = (group - 1).clamp_min(0)
         place = torch.stack([tile // across * h + row, tile % across * w + col], 1)  # the thumbnail's own mean nothing
-        first = place.masked_fill((group == 0)[:, None], down * h + across * w).amin(0)
-        extent = place.masked_fill((group == 0)[:, None], -1).amax(0) + 1 - first
-        seen = seen_at(thumbnail, place, first, extent)
+        begin = place.masked_fill((group == 0)[:, None], down * h + across * w).amin(0)
+        extent = place.masked_fill((group == 0)[:, None], -1).amax(0) + 1 - begin
+        seen = seen_at(thumbnail, place, begin, extent)
         both = _group_norm(own, group, layout.num_groups) + _group_norm(seen, group, layout.num_groups)
         scales = crop_scales(thumbnail, canvas, ratio, self.temperature)
         return torch.cat([scales.new_full((1,), ratio), scales]), torch.where(group == 0, own, both)

@@ -4,76 +4,126 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from tokprune.budget import equal
 from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
 from tokprune.methods.options import Seed
 from tokprune.ops.distance import cosine_similarity, unit
 from tokprune.ops.lowrank import randomised_pca
-from tokprune.ops.ranking import rank_in_group
+from tokprune.ops.ranking import rank_in_group, ranks, true_indices
+from tokprune.ops.stacks import stacks
 from tokprune.ops.wide import wide
-from tokprune.registry import register_method
+from tokprune.registry import Checked, register_method
 from tokprune.tokens import Selection, VisualTokens
 
+Importance = Literal["attention", "loading"]
 
-def semantic_groups(features: Tensor, groups: int, seed: int = 0) -> Tensor:
-    """Group of each token: the principal component on which it loads most (the paper's PSCA).
 
-    features: (N, C), squashed by a sigmoid; channels are the samples, tokens the variables. Returns (N,) in 0 .. groups-1.
+def semantic_loadings(features: Tensor, groups: int, seed: int = 0) -> Tensor:
+    """How much each token loads on each principal component (the paper's PSCA).
+
+    features: (..., N, C), squashed by a sigmoid; channels are the samples, tokens the variables. Returns (..., N, G), positive;
+    a token belongs to the component on which it loads most.
     """
-    rank = min(groups, *features.shape)
-    return randomised_pca(torch.sigmoid(wide(features)).T, rank, seed).abs().argmax(-1)
+    rank = min(groups, *features.shape[-2:])
+    return randomised_pca(torch.sigmoid(wide(features)).mT, rank, seed).abs()
 
 
 @torch.no_grad()
-def suppress(features: Tensor, scores: Tensor, group: Tensor, threshold: Tensor, steps: int) -> Tensor:
+def suppress(features: Tensor, scores: Tensor, group: Tensor, threshold: Tensor) -> Tensor:
     """Survivors of non-maximum suppression inside each group.
 
-    In all groups at once, the best token that is left survives and removes those of its group whose cosine with it exceeds
-    the threshold; `steps` times, so at most `steps` per group survive. features: (N, C), scores, group: (N,). Returns (N,) bool.
+    The best token that is left survives and removes those of its group whose cosine with it exceeds the threshold, and so on;
+    tokens without a positive score never survive. features: (..., N, C), scores, group: (..., N), threshold: (...,).
+    Returns (..., N) bool.
     """
-    similarity = cosine_similarity(features)
-    n = len(scores)
-    place = torch.arange(n, device=scores.device)
-    by_order = torch.sort(scores, descending=True, stable=True).indices
-    order = torch.empty_like(by_order).scatter(0, by_order, place)  # 0 for the best: unique, so ties are settled
-    alive = torch.ones(n, dtype=torch.bool, device=scores.device)
+    order = ranks(scores)
+    removes = (
+        cosine_similarity(features) > threshold[..., None, None]
+    )  # (..., N, N): column removes row, if it survives
+    removes &= (group[..., None, :] == group[..., :, None]) & (order[..., None, :] < order[..., :, None])
+    counts = removes.to(torch.float32)
+    alive = scores > 0
     survives = torch.zeros_like(alive)
-    for _ in range(steps):
-        best = torch.full((n,), n, device=scores.device).scatter_reduce(0, group, order.masked_fill(~alive, n), "amin")
-        winner = best[group]  # (N,) order number of the winner of one's own group, n if the group is used up
-        survives |= alive & (winner == order)
-        close = similarity[place, by_order[winner.clamp_max(n - 1)]] > threshold
-        alive &= (winner != order) & ~close
-        if alive.device.type == "cpu" and not alive.any():  # elsewhere the host would have to wait for the answer
+    for step in range(scores.shape[-1]):
+        # All tokens at once that nobody better can remove any more: the same survivors as one by one, in few rounds.
+        safe = alive & ~_any(counts, alive)
+        survives |= safe
+        alive &= ~safe & ~_any(counts, safe)
+        if (alive.device.type == "cpu" or step % 8 == 7) and not alive.any():
             break
     return survives
 
 
-@torch.no_grad()
-def prunesid(features: Tensor, attention: Tensor, keep: int, pictures: int = 1, seed: int = 0) -> Tensor:
-    """The whole choice. features: (N, C), attention: (N,) -> (keep,) ascending indices.
+def _any(counts: Tensor, mask: Tensor) -> Tensor:
+    """Whether a row of (..., N, N) has an entry where the mask (..., N) is set."""
+    return (counts @ mask.to(counts.dtype)[..., None])[..., 0] > 0
 
-    keep // 4 groups; the threshold of suppression is keep / (32 pictures) times the mean cosine of all pairs. Each group's best
-    token stays; the rest of the budget goes to the groups in proportion to their survivors, up to 5 ceil(keep / 64) each;
-    when survivors run out, the most attended of the others fill up.
+
+def group_budgets(sizes: Tensor, survivors: Tensor, keep: int, slots: int) -> Tensor:
+    """Tokens of each group, `keep` in sum.
+
+    Each group takes one; the rest is shared in proportion to the survivors (running sums, rounded), but a group takes at most
+    its survivors and at most 5 ceil(slots / 64). If that is not enough for `slots` in all, every bound rises by one until it
+    is, up to the group's size. What bounds cut off goes to the groups with most survivors, each filled up in turn.
+
+    sizes, survivors: (..., G). slots: what the published code counts, `keep` and its [CLS]. Returns (..., G) long.
     """
-    x, attention = wide(features), wide(attention)
-    group = semantic_groups(x, max(1, keep // 4), seed)
-    redundancy = unit(x).mean(0).square().sum()  # mean cosine of all pairs
-    alive = suppress(x, attention, group, redundancy * keep / (32 * pictures), keep)
-    rank = rank_in_group(attention.masked_fill(~alive, -torch.inf), group)
-    count = torch.zeros(len(x), device=x.device).index_add(0, group, alive.float())[group]
-    # Equal shares of a group's survivors come up at equal times (Webster's apportionment): no counts need to reach the host.
-    turn = (rank + 0.5) / count.clamp_min(1)
-    tier = alive.long() + (alive & (rank < 5 * math.ceil(keep / 64))).long() + (alive & (rank == 0)).long()
-    order = torch.sort(attention, descending=True, stable=True).indices  # ties of what follows: the more attended first
-    urgency = torch.where(alive, -turn, 0.0)
-    order = order[torch.sort(urgency[order], descending=True, stable=True).indices]
-    order = order[torch.sort(tier[order], descending=True, stable=True).indices]
-    return order[:keep].sort().values
+    bound = survivors.minimum(sizes).clamp_max(5 * math.ceil(slots / 64))
+    low, high = torch.zeros_like(bound[..., :1]), sizes.amax(-1, keepdim=True)
+    for _ in range(int(sizes.shape[-1] + keep + 64).bit_length() + 20):
+        middle = (low + high) // 2
+        enough = (bound + middle).minimum(sizes).sum(-1, keepdim=True) >= slots
+        low, high = torch.where(enough, low, middle + 1).minimum(high), torch.where(enough, middle, high)
+    bound = (bound + high).minimum(sizes)
+    first = sizes.clamp_max(1)
+    rest = (keep - first.sum(-1, keepdim=True)).clamp_min(0)
+    part = survivors / survivors.sum(-1, keepdim=True).clamp_min(1)
+    until = (part.cumsum(-1) * rest).round().long()
+    out = (first + until.diff(dim=-1, prepend=torch.zeros_like(until[..., :1]))).minimum(bound)
+    most = survivors.argsort(-1, descending=True)  # not stable, as there: this is the order of equal counts on a CPU
+    room = (bound - out).gather(-1, most)
+    missing = first.sum(-1, keepdim=True) + rest - out.sum(-1, keepdim=True)
+    filled = (missing - (room.cumsum(-1) - room)).clamp_min(0).minimum(room)
+    return out.scatter_add(-1, most, filled)
+
+
+@torch.no_grad()
+def prunesid(features: Tensor, attention: Tensor | None, keep: int, seed: int = 0) -> Tensor:
+    """The whole choice for pictures or tiles of equal size. features: (..., N, C) -> (..., keep) ascending indices.
+
+    attention: (..., N) says what is important, as in the published code for towers with [CLS]: (keep + 1) // 4 groups, threshold
+    of suppression (keep + 1) / 32 times the mean cosine of all pairs. None: the form of the published Qwen2-VL code, where
+    a token is important that loads highly on its component; keep // 4 groups, at least 4, threshold max(18 keep / N, 1)
+    times the mean of the similarity matrix with its lower half set to 0.
+    """
+    x = wide(features)
+    n = x.shape[-2]
+    if keep >= n:
+        return torch.arange(n, device=x.device).expand(*x.shape[:-1])
+    slots = keep if attention is None else keep + 1  # [CLS] takes one of theirs
+    rows = unit(x)
+    squares = rows.square().sum((-2, -1))
+    pairs = (rows.sum(-2).square().sum(-1) - squares) / 2  # sum of the cosines of all pairs of two different tokens
+    loadings = semantic_loadings(
+        x, max(1, slots // 4) if attention is not None else min(max(slots // 4, 4), keep), seed
+    )
+    strongest, group = loadings.max(-1)
+    if attention is None:
+        scores, threshold = strongest, max(18 * keep / n, 1) * (pairs + squares) / n**2
+    else:
+        scores, threshold = wide(attention), slots / 32 * pairs / (n * (n - 1) / 2)
+    alive = suppress(x, scores, group, threshold)
+    empty = torch.zeros(*group.shape[:-1], loadings.shape[-1], dtype=torch.long, device=x.device)
+    sizes, survivors = (empty.scatter_add(-1, group, m.long()) for m in (torch.ones_like(alive), alive))
+    budgets = group_budgets(sizes, survivors, keep, slots)
+    # Survivors first, the better first; then what suppression removed, by score too.
+    rank = rank_in_group(ranks(scores) * -1 + alive.long() * n, group)
+    return true_indices(rank < budgets.gather(-1, group), keep)
 
 
 @register_method(
@@ -83,30 +133,48 @@ def prunesid(features: Tensor, attention: Tensor, keep: int, pictures: int = 1, 
     url="https://arxiv.org/abs/2603.09480",
     complexity="O(N²C + KN)",
     deterministic=False,
+    checked=Checked(
+        "ZhengyaoFang/PruneSID",
+        agrees="the kept patches of both forms (LLaVA, Qwen2-VL) behind the same seed: groups, survivors and budgets",
+        differs="the [CLS] slot; its random draws, which are not seeded",
+    ),
 )
 @dataclass(frozen=True)
 class PruneSID(ConnectorMethod):
     """PruneSID (ICLR 2026): principal semantic components for coverage, suppression inside groups against repetition.
 
-    It reads the tower's features before the projector and the [CLS] attention. The principal components come from a random
-    projection; `seed` fixes it (the published code draws from the global generator, and two runs keep sets that agree to
-    about a half). Its paper varies the budget between images by their redundancy; that is what `adaptive_budget` is for.
+    importance: "attention", the published form for towers with [CLS], reads the tower's features before the projector and the
+    [CLS] attention; "loading", the published form for Qwen2-VL, reads the projected features alone. The principal
+    components come from a random projection: the published code draws from the global generator, and two runs keep sets
+    that agree to about a half; here `seed` fixes it, and seed=s is what the published code does behind
+    torch.manual_seed(s) on a CPU. Tiles and frames get equal budgets and are treated one by one, as published.
 
-    Differences from the published code: exactly `keep` tokens stay, without a [CLS] slot among them; tiles or frames of a
-    stream are grouped together (there one by one), with the suppression threshold of a single one; a group that cannot
-    fill its share leaves it to the others.
+    Differences from the published code: our streams hold patches only, so that `keep` patches are what it keeps of keep + 1
+    tokens, one of them [CLS]; its Qwen form keeps at least 16 tokens. Its paper varies the budget between images by their
+    redundancy; that is what `adaptive_budget` is for.
     """
 
+    importance: Importance = "attention"
     seed: Seed = 0
 
     @property
     def needs(self) -> tuple[str, ...]:
         """The tower's features before the projector and its [CLS] attention."""
-        return ("encoder_features", "cls_attention")
+        return ("encoder_features", "cls_attention") if self.importance == "attention" else ()
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         """Choose `keep` tokens of the stream."""
         check_keep(keep, len(tokens))
-        features = check_finite(tokens.signal("encoder_features"), "the tower's features")
-        attention = check_finite(tokens.signal("cls_attention"), "the [CLS] attention")
-        return Selection(prunesid(features, attention, keep, tokens.layout.num_groups, self.seed))
+        if self.importance == "attention":
+            features = check_finite(tokens.signal("encoder_features"), "the tower's features")
+            attention = check_finite(tokens.signal("cls_attention"), "the [CLS] attention")
+        else:
+            features, attention = check_finite(tokens.features, "the visual features"), None
+        sizes = tokens.layout.group_sizes
+        kept = [
+            where.gather(
+                1, prunesid(features[where], None if attention is None else attention[where], count, self.seed)
+            )
+            for where, count, _ in stacks(sizes, equal(keep, sizes), features.device)
+        ]
+        return Selection(torch.cat([k.flatten() for k in kept]).sort().values)
