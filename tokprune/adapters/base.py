@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,27 +33,24 @@ def unwrap(model: Any) -> Any:
             return model
 
 
-def mask_2d(mask: Any, keys: int) -> Tensor | None:
-    """(B, keys) visibility of keys, from whatever mask reaches the model: None, 2-D, 4-D, or a dict of 4-D masks."""
-    if isinstance(mask, Mapping):
-        preferred = mask.get("full_attention")
-        mask = preferred if preferred is not None else next((m for m in mask.values() if m is not None), None)
-    if mask is None or mask.ndim == 2:
-        return mask
-    last = mask[:, 0, -1, :keys]
-    return (last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min / 2).long()
-
-
 def flatten(features: Any) -> list[Tensor]:
     """Encoder items as a list of (n_i, D): a tensor (items, n, D) or a list of (..., D)."""
     return [t.reshape(-1, t.shape[-1]) for t in features]
 
 
-def like(template: Any, rows: Tensor) -> Any:
-    """`rows` (k, D) in the container of `template`: one item that holds them all."""
-    if isinstance(template, Tensor):
-        return rows.reshape((1,) * (template.ndim - 2) + rows.shape)
-    return [rows.reshape((1,) * (template[0].ndim - 2) + rows.shape)]
+def like(template: Any, rows: Tensor, sizes: Sequence[int]) -> Any:
+    """`rows` (k, D) in the container of `template`, one item for each there; sizes: rows of each item.
+
+    A tensor cannot hold items of unequal length: it gets one item with all rows then, as does a list of other items.
+    """
+    if not isinstance(template, Tensor):
+        sizes = sizes if len(sizes) == len(template) else [rows.shape[0]]
+        items = zip(template, rows.split(list(sizes)), strict=False)
+        return type(template)(r.reshape((1,) * (t.ndim - 2) + r.shape) for t, r in items)
+    if template.ndim < 3:
+        return rows
+    count = len(sizes) if len(sizes) == template.shape[0] and len(set(sizes)) == 1 else 1
+    return rows.reshape(count, *(1,) * (template.ndim - 3), rows.shape[0] // count, rows.shape[-1])
 
 
 class Adapter:
@@ -83,6 +80,11 @@ class Adapter:
     def hybrid(self) -> bool:
         """Whether the LLM has recurrent (linear-attention) layers, where masked filler is not neutral."""
         return any("linear" in kind for kind in getattr(self.config.get_text_config(), "layer_types", None) or ())
+
+    def caches(self, call: Mapping[str, Any]) -> bool:
+        """Whether a forward builds a KV cache."""
+        given = call.get("use_cache")
+        return bool(getattr(self.config.get_text_config(), "use_cache", True) if given is None else given)
 
     @property
     def text_model(self) -> Any:
@@ -168,7 +170,8 @@ class Adapter:
             embeds = x if x.ndim == 3 else x.new_empty((*x.shape, 0), dtype=torch.float)
             kwargs = arguments_from(call, compute)
             kwargs["input_ids"], kwargs["inputs_embeds"] = x if x.ndim == 2 else None, embeds
-            kwargs["attention_mask"] = mask_2d(kwargs.get("attention_mask"), past + x.shape[1])
+            if isinstance(kwargs.get("attention_mask"), Mapping):
+                kwargs["attention_mask"] = None
             found = compute(**kwargs)
             if found is not None:
                 return found[..., -x.shape[1] :]

@@ -6,30 +6,67 @@ import torch
 from torch import Tensor
 
 
-def compact_1d(positions: Tensor, keep: Tensor, real: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+def restarts(positions: Tensor) -> Tensor | None:
+    """(B, L) number of the sample that each column belongs to, where positions start anew inside a row; None where none does.
+
+    positions: (B, L), or (4, B, L), whose first row counts the tokens. It is transformers' own rule for packed rows: the next
+    position is not one more than the last. Asks the device.
+    """
+    if positions.ndim == 3:
+        if positions.shape[0] != 4:
+            return None  # three axes do not tell a picture from a restart, to transformers neither
+        positions = positions[0]
+    segments = (positions.diff(dim=-1, prepend=positions[:, :1] - 1) != 1).cumsum(-1)
+    return segments if bool(segments[:, -1].any()) else None
+
+
+def _since_restart(dropped: Tensor, segments: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(B, L) tokens dropped before each column and up to it, in its row or, when given, in its sample."""
+    upto = dropped.cumsum(1)
+    before = upto - dropped
+    if segments is not None:
+        first = segments.diff(dim=1, prepend=segments[:, :1] - 1) != 0
+        base = torch.where(first, before, 0).cummax(1).values
+        before, upto = before - base, upto - base
+    return before, upto
+
+
+def compact_1d(
+    positions: Tensor, lost: Tensor, shift: Tensor, segments: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Re-number: each position moves back by the tokens dropped before it in its row.
 
-    positions: (B, L). keep, real: (B, L) bool. shift: (B, 1) move that earlier turns left. Returns the new positions and
-    the move that later tokens inherit. Works for arange and for mask-cumsum conventions alike.
+    positions: (B, L). lost: (B, L) bool, dropped tokens that had a number. shift: (B, 1) move that earlier turns left.
+    segments: (B, L) samples of a packed row, each with numbers of its own. Returns the new positions and the moves (B, L + 1):
+    of each column, and the one that later tokens inherit. Works for arange and for mask-cumsum conventions alike.
     """
-    dropped = (real & ~keep).long()
-    before = dropped.cumsum(1) - dropped
-    return positions - shift - before, shift + dropped.sum(1, keepdim=True)
+    before, upto = _since_restart(lost.long(), segments)
+    moves = shift + torch.cat([before, upto[:, -1:]], 1)
+    return positions - moves[:, :-1], moves
 
 
-def compact_mrope(positions: Tensor, keep: Tensor, visual: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+def compact_mrope(
+    positions: Tensor, keep: Tensor, visual: Tensor, shift: Tensor, segments: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Re-number M-RoPE: in each visual run every axis by the dense rank of its kept coordinates.
 
-    positions: (3, B, L) time, height, width. keep, visual: (B, L) bool. shift: (B, 1). What follows a run moves back by how
-    much the larger of its height and width shrank. Returns new positions and the accumulated move.
+    positions: (3, B, L) time, height, width. keep, visual: (B, L) bool. shift: (B, 1). segments: as in compact_1d. What
+    follows a run moves back by how much the larger of its height and width shrank. Returns the new positions and the moves
+    (B, L + 1); inside a run they are those of its start.
     """
-    positions, shift = positions.clone(), shift.clone()
+    positions = positions.clone()
+    moves = shift.repeat(1, positions.shape[2] + 1)
     for b in range(positions.shape[1]):
         moved = int(shift[b])
         is_visual, kept_row = visual[b], keep[b]
-        edges = (is_visual[1:] != is_visual[:-1]).nonzero().flatten() + 1
-        starts = [0, *edges.tolist()]
+        cut = is_visual[1:] != is_visual[:-1]
+        if segments is not None:
+            cut = cut | (segments[b, 1:] != segments[b, :-1])
+        starts = [0, *(cut.nonzero().flatten() + 1).tolist()]
         for start, end in zip(starts, [*starts[1:], positions.shape[2]], strict=True):
+            if segments is not None and start and segments[b, start] != segments[b, start - 1]:
+                moved = 0
+            moves[b, start:] = moved
             if not is_visual[start]:
                 positions[:, b, start:end] -= moved
                 continue
@@ -45,28 +82,46 @@ def compact_mrope(positions: Tensor, keep: Tensor, visual: Tensor, shift: Tensor
                     rank = torch.searchsorted(kept_values, run[axis].contiguous()).clamp(max=kept_values.numel() - 1)
                     positions[axis, b, start:end] = first - moved + rank
             moved += before - after
-        shift[b] = moved
-    return positions, shift
+            moves[b, end:] = moved
+    return positions, moves
+
+
+def counted(positions: Tensor, visible: Tensor) -> Tensor:
+    """(B, L) bool: columns that advance the numbering. A token that the mask hides does so only where positions run on.
+
+    positions: (B, L). visible: (B, L) bool. generate() numbers visible tokens alone; a forward numbers columns.
+    """
+    running = positions == positions[:, :1] + torch.arange(positions.shape[1], device=positions.device)
+    return visible | running
 
 
 def translate(
-    positions: Tensor, policy: str, keep: Tensor, real: Tensor, visual: Tensor, shift: Tensor
+    positions: Tensor,
+    policy: str,
+    keep: Tensor,
+    dropped: Tensor,
+    visible: Tensor,
+    visual: Tensor,
+    shift: Tensor,
+    segments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Positions of the kept tokens under `policy` ("keep" or "compact"), still at logical columns.
 
     positions: (B, L), (3, B, L) or (4, B, L); the first of four rows is text bookkeeping that only feeds mask building, so
-    it is always made contiguous. Returns positions of the same shape and the move (B, 1) that later tokens inherit.
+    it is always made contiguous. keep, dropped: (B, L) bool; padding is neither. visible: (B, L) bool, what the mask shows.
+    visual: (B, L) bool placeholders. Returns positions of the same shape and the moves (B, L + 1) of each column and of later tokens.
     """
     text_row = None
     if positions.ndim == 3 and positions.shape[0] == 4:
         text_row, positions = positions[0], positions[1:]
     if policy == "keep":
-        new, moved = positions, shift
+        new, moves = positions, shift.expand(-1, positions.shape[-1] + 1)
     elif positions.ndim == 2:
-        new, moved = compact_1d(positions, keep, real, shift)
+        new, moves = compact_1d(positions, dropped & counted(positions, visible), shift, segments)
     else:
-        new, moved = compact_mrope(positions, keep, visual, shift)
+        new, moves = compact_mrope(positions, keep, visual, shift, segments)
     if text_row is not None:
-        row, _ = compact_1d(text_row, keep, real, torch.zeros_like(shift))
+        lost = dropped & counted(text_row, visible)
+        row, _ = compact_1d(text_row, lost, torch.zeros_like(shift), segments)
         new = torch.cat([row[None], new])
-    return new, moved
+    return new, moves

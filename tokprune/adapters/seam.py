@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from tokprune.adapters.attach import Attachments, PerThread
-from tokprune.adapters.base import TYPE_IDS, Adapter, mask_2d
+from tokprune.adapters.base import TYPE_IDS, Adapter
 from tokprune.adapters.dialect import as_cache, bind, cache_in, cache_of
 from tokprune.adapters.frame_scores import FrameScorer
 from tokprune.adapters.layouts import told_by_words
-from tokprune.adapters.plan import Frame, Plan, StreamRecord, clear_raw, columns_of, execute, make_plan
+from tokprune.adapters.outputs import widen_output
+from tokprune.adapters.plan import Columns, Frame, Plan, StreamRecord, clear_raw, columns_of, execute, make_plan
 from tokprune.adapters.query import build_queries, tokenizer_of
 from tokprune.adapters.state import PruneState, Reader, attach_state, get_state, logical_length, physical_length
 from tokprune.adapters.streams import Recorder, Stream, build_streams, choose
@@ -176,8 +177,8 @@ class Seam:
             **{k: model_kwargs[k][:, -length:] for k in TYPE_IDS if model_kwargs.get(k) is not None},
         }
         plan = self._plan(call, dict(encoded))
-        if plan is None or plan.untouched:
-            return original(input_ids, generation_config, model_kwargs, **kwargs)
+        if plan is None or (plan.untouched and state is None):
+            return self._chunks(original, input_ids, generation_config, model_kwargs, kwargs)
         new, frame, table = execute(self.adapter, plan, call, self._hide_positions())
         shortened = {
             **model_kwargs,
@@ -186,19 +187,25 @@ class Seam:
             "position_ids": new["position_ids"],
             **{k: new[k] for k in TYPE_IDS if k in call},
         }
-        thread = self.threads.now
-        thread.physical_prefill, thread.rope = True, table
+        if state is not None:
+            cache._tokprune_view = "physical"
         try:
-            if state is not None:
-                cache._tokprune_view = "physical"
-            out = original(new["input_ids"], generation_config, shortened, **kwargs)
+            out = self._chunks(original, new["input_ids"], generation_config, shortened, kwargs, table)
         finally:
-            thread.physical_prefill, thread.rope = False, None
             if state is not None:
                 cache._tokprune_view = "logical"
         frame.state.reader = self.reader
         attach_state(cache_of(out), frame.state)
         return out
+
+    def _chunks(self, original: Any, ids: Any, config: Any, model_kwargs: Any, kwargs: Any, rope: Any = None) -> Any:
+        """transformers' own chunked prefill of a prompt that is not to be planned again, piece by piece."""
+        thread = self.threads.now
+        thread.physical_prefill, thread.rope = True, rope
+        try:
+            return original(ids, config, model_kwargs, **kwargs)
+        finally:
+            thread.physical_prefill, thread.rope = False, None
 
     # -- forward of the multimodal base model -----------------------------------------------------------------------------
 
@@ -218,20 +225,24 @@ class Seam:
                 if encoded.get(modality) is not None:
                     encoded[modality].tokprune_record = record
             plan = self._plan(call, encoded)
-            if plan is None or plan.untouched:  # only avoid encoding twice
+            state = self._state(cache_in(call))
+            if plan is None or (plan.untouched and state is None):  # only avoid encoding twice
                 call["mm_encoder_outputs"] = encoded
                 clear_raw(call)
                 return (), call
             new, frame, thread.rope = execute(self.adapter, plan, call, self._hide_positions())
             frame.for_generate = mode is not None
+            frame.as_tuple = not _wants_dict(self.adapter, call)
             thread.frame = frame
-            return (), new
-        cache = cache_in(call)
-        state = self._state(cache)
+            return (), {**new, "return_dict": True}
+        state = self._state(cache_in(call))
         if x is not None and state is not None:  # a hand-written decode loop, or a text-only turn on a kept cache
-            mask = mask_2d(call.get("attention_mask"), logical_length(cache) + x.shape[1])
+            cache = cache_in(call)
             positions = self.adapter.positions(call, x)
-            call["attention_mask"] = state.key_mask(mask, physical_length(cache) + x.shape[1])
+            keys = physical_length(cache) + x.shape[1]
+            call["attention_mask"] = state.key_mask(
+                call.get("attention_mask"), keys, x.shape[1], self.adapter.model.dtype
+            )
             call["position_ids"] = positions - state.shift.to(positions.device)
             for name in TYPE_IDS:
                 call.pop(name, None)
@@ -250,17 +261,8 @@ class Seam:
         if cache is not None and physical_length(cache) > 0:
             frame.state.reader = self.reader
             attach_state(cache, frame.state)
-        if frame.for_generate:  # only the last position is read
-            return output
-
-        def widen(hidden: Tensor) -> Tensor:  # (B, P, D) -> (B, L, D)
-            index = frame.expand.to(hidden.device)[..., None]
-            return hidden.gather(1, index.expand(-1, -1, hidden.shape[-1]))
-
-        output.last_hidden_state = widen(output.last_hidden_state)
-        if output.get("hidden_states") is not None:
-            output.hidden_states = tuple(None if h is None else widen(h) for h in output.hidden_states)
-        return output
+        widen_output(output, frame.expand, last=not frame.for_generate)
+        return output.to_tuple() if frame.as_tuple else output
 
     def _rope(self, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Exchange contiguous positions for the kept ones, when attention must not see gaps."""
@@ -269,7 +271,8 @@ class Seam:
             return None
         kept, pad = table
         positions = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
-        positions = kept.gather(1, (positions + pad).clamp(max=kept.shape[1] - 1))
+        whole = positions.shape[1] == kept.shape[1]  # else a chunk of the prompt, told by its place
+        positions = kept if whole else kept.gather(1, (positions + pad).clamp(max=kept.shape[1] - 1))
         if "position_ids" in kwargs:
             return args, {**kwargs, "position_ids": positions}
         return (args[0], positions, *args[2:]), kwargs
@@ -281,31 +284,24 @@ class Seam:
 
     @torch.compiler.disable
     def _plan(self, call: dict[str, Any], encoded: dict[str, Any]) -> Plan | None:
-        x = columns_of(call)
-        length = x.shape[1]
-        mask = mask_2d(call.get("attention_mask"), logical_length(cache_in(call)) + length)
-        real = (
-            torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-            if mask is None
-            else mask[:, -length:].bool().to(x.device)
-        )
         encode_ms = (
             sum(r.seconds for v in encoded.values() if (r := getattr(v, "tokprune_record", None)) is not None) * 1e3
         )
         survivors = self.adapter.prepare_encoded(call, encoded)
-        masks = {m: v & real for m, v in self.adapter.placeholders(call, encoded).items()}
+        columns = Columns.of(self.adapter, call, encoded)
+        masks = columns.placeholders
         start = time.perf_counter()
         with torch.no_grad():
-            queries = self._queries(call, real, masks)
+            queries = self._queries(call, columns)
             streams = []
-            for modality, columns in masks.items():
-                if encoded.get(modality) is None or not bool(columns.any()):
+            for modality, where in masks.items():
+                if encoded.get(modality) is None or not bool(where.any()):
                     continue
                 streams += build_streams(
                     self.adapter,
                     modality,
                     encoded[modality],
-                    columns,
+                    where,
                     queries,
                     self.options.method.needs,
                     ids=call.get("input_ids"),
@@ -317,7 +313,7 @@ class Seam:
             score_ms = self._frames(streams, encoded)
             choose(self.options.method, streams, self.options.keep_of)
         select_ms = (time.perf_counter() - start) * 1e3 - score_ms
-        plan = make_plan(self.adapter, call, encoded, masks, real, streams, self.options.positions)
+        plan = make_plan(self.adapter, call, encoded, columns, streams, self.options.positions)
         plan.untouched &= not self.options.cached
         width = max(int(plan.keep.sum(1).max()), 1)
         self.last = LastRun(plan.keep, plan.streams, plan.policy, width, encode_ms, select_ms, score_ms)
@@ -339,7 +335,8 @@ class Seam:
             self.frame_scorer.fill(asked, encoded)
         return (time.perf_counter() - start) * 1e3
 
-    def _queries(self, call: dict[str, Any], real: Tensor, masks: dict[str, Tensor]) -> list[Query | None]:
+    def _queries(self, call: dict[str, Any], columns: Columns) -> list[Query | None]:
+        real = columns.visible
         if not self.options.method.query_aware:
             return [None] * real.shape[0]
         ids = call.get("input_ids")
@@ -356,3 +353,9 @@ class Seam:
             given = [q for q in given for _ in range(expand)]
         table = self.adapter.base.get_input_embeddings()
         return build_queries(self.options.processor, table, rows, given, visual, self.options.scorer)
+
+
+def _wants_dict(adapter: Adapter, call: dict[str, Any]) -> bool:
+    """Whether the caller of a forward gets a ModelOutput, not a tuple."""
+    given = call.get("return_dict")
+    return bool(getattr(adapter.base.config, "return_dict", True) if given is None else given)

@@ -8,35 +8,40 @@ that second turns, beams, copies and interleaved generations each carry their ow
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokprune.errors import TokpruneError
+from tokprune.adapters.masks import causal_mask, gather_mask
+from tokprune.errors import TokpruneError, UnsupportedModelError
 
 
 class Reader:
     """Whether the pruning that translates for a cache is still on its model."""
 
-    def __init__(self) -> None:
-        self.active = True
+    def __init__(self, active: bool = True) -> None:
+        self.active = active
+
+    def __reduce__(self) -> Any:
+        return Reader, (False,)  # an unpickled cache waits for a pruning that reads it
 
 
 @dataclass
 class PruneState:
     """The link between physical keys and logical prompt columns.
 
-    kept: (B, P) logical column of each physical key, -1 for filler. shift: (B, 1) logical minus physical position of the
-    next text token. n_logical: logical length covered by `kept`. has_fill: some physical key must stay masked. reader: of
-    the pruning that reads the cache now; without one a model would take prompt columns for keys. visual: (B, P) bool, keys of
-    visual tokens (newlines are none), where known. chosen: what the cache stage decided last, an object with `index(fn)`.
+    kept: (B, P) logical column of each physical key, -1 for filler. moves: (B, n_logical + 1) logical minus physical position
+    of a text token at each column, and of the next one at last. n_logical: logical length covered by `kept`. has_fill: some
+    physical key must stay masked. reader: of the pruning that reads the cache now; without one a model would take prompt
+    columns for keys. visual: (B, P) bool, keys of visual tokens (newlines are none), where known. chosen: what the cache stage
+    decided last, an object with `index(fn)`.
     """
 
     kept: Tensor
-    shift: Tensor
+    moves: Tensor
     n_logical: int
     has_fill: bool
     reader: Reader = field(default_factory=Reader)
@@ -48,6 +53,18 @@ class PruneState:
         return self.index(torch.clone)
 
     @property
+    def shift(self) -> Tensor:
+        """(B, 1) logical minus physical position of the next text token."""
+        return self.moves[:, -1:]
+
+    def moves_until(self, length: int) -> Tensor:
+        """(B, length) `moves` of the first columns; tokens that came after the prefill inherit the last move."""
+        known = self.moves.shape[1]
+        if length <= known:
+            return self.moves[:, :length]
+        return torch.cat([self.moves, self.shift.expand(-1, length - known)], 1)
+
+    @property
     def removed(self) -> int:
         """Logical minus physical length; one number for the whole batch."""
         return self.n_logical - self.kept.shape[1]
@@ -57,19 +74,25 @@ class PruneState:
         return replace(
             self,
             kept=fn(self.kept),
-            shift=fn(self.shift),
+            moves=fn(self.moves),
             visual=None if self.visual is None else fn(self.visual),
             chosen=None if self.chosen is None else self.chosen.index(fn),
         )
 
     def cropped(self, length: int) -> PruneState:
-        """The state after the cache lost all but its first `length` physical keys."""
-        if length >= self.kept.shape[1]:
+        """The state after the conversation lost all but its first `length` logical columns.
+
+        Rows may keep different numbers of these columns: what is left over of a row becomes filler.
+        """
+        if length >= self.n_logical:
             return self
-        kept = self.kept[:, :length]
-        logical = int(kept.max()) + 1 if kept.numel() else 0
-        visual = None if self.visual is None else self.visual[:, :length]
-        return PruneState(kept, self.shift, logical, self.has_fill, self.reader, visual)
+        stay = (self.kept >= 0) & (self.kept < length)
+        used = stay.any(0).nonzero()
+        width = int(used.max()) + 1 if len(used) else 0
+        kept = self.kept.masked_fill(~stay, -1)[:, :width]
+        visual = None if self.visual is None else (self.visual & stay)[:, :width]
+        has_fill = bool((kept < 0).any())
+        return PruneState(kept, self.moves[:, : length + 1], length, has_fill, self.reader, visual)
 
     def columns(self, length: int) -> Tensor:
         """(B, length) logical column of every physical key, tokens appended after the prefill included."""
@@ -79,18 +102,19 @@ class PruneState:
         tail = torch.arange(self.n_logical, self.n_logical + length - known, device=self.kept.device)
         return torch.cat([self.kept, tail.expand(self.kept.shape[0], -1)], 1)
 
-    def key_mask(self, logical_mask: Tensor | None, length: int) -> Tensor | None:
-        """2-D mask over `length` physical keys, or None when every key is visible.
+    def key_mask(self, logical_mask: Any, length: int, queries: int = 1, dtype: torch.dtype = torch.float32) -> Any:
+        """The mask over `length` physical keys, the last `queries` of which are new, or None when every key is visible.
 
-        logical_mask: (B, logical length) 0/1 mask over prompt columns, or None.
+        logical_mask: over prompt columns: None, (B, keys) 0/1, (B or 1, H or 1, queries, keys), or a dict of these. dtype: of
+        the mask that takes the place of an entry of the dict that is None.
         """
         if logical_mask is None and not self.has_fill:
             return None
         columns = self.columns(length)
         if logical_mask is None:
             return (columns >= 0).long()
-        mask = logical_mask.to(columns.device).gather(1, columns.clamp(min=0))
-        return mask.masked_fill(columns < 0, 0)
+        causal = causal_mask(columns, queries, dtype) if isinstance(logical_mask, Mapping) and self.has_fill else None
+        return gather_mask(logical_mask, columns, causal=causal)
 
 
 class PrunedCacheMixin:
@@ -123,15 +147,32 @@ class PrunedCacheMixin:
         """Keys that are really held."""
         return self.get_query_offset(layer_idx)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle by the class that the cache had before: this one is made on the fly."""
+        return _unpickled, (type(self)._tokprune_base,), self.__dict__
+
     def reset(self) -> None:
         """Empty the cache and forget the pruning."""
         super().reset()  # type: ignore[misc]
         detach_state(self)
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
-        """Drop the last tokens; the record follows when they reach into the prompt."""
-        super().crop(*args, **kwargs)  # type: ignore[misc]
-        self._tokprune = self._tokprune.cropped(int(self.physical_length()))
+        """Drop the last n tokens, given as -n: of the prompt and answer as written, pruned ones included."""
+        count = int(args[0] if args else next(iter(kwargs.values())))
+        if count >= 0:  # nothing, or refused
+            super().crop(*args, **kwargs)  # type: ignore[misc]
+            return
+        held = int(self.physical_length())
+        logical = max(int(self.get_seq_length()) + count, 0)
+        state = self._tokprune.cropped(logical)
+        stay = state.kept.shape[1] + logical - state.n_logical
+        if state is not self._tokprune and any(getattr(self, "is_linear", ())) and self._tokprune.kept.shape[0] > 1:
+            raise UnsupportedModelError(
+                "the cache of a model with recurrent layers cannot be cropped back over pictures in a batch: its prompts lost "
+                "different tokens. Crop one prompt at a time, or start with a new cache."
+            )
+        super().crop(stay - held)  # type: ignore[misc]
+        self._tokprune = state
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the batch; the record goes along."""
@@ -152,6 +193,12 @@ class PrunedCacheMixin:
 @functools.lru_cache(None)
 def _pruned_class(cls: Any) -> Any:
     return type(cls.__name__, (PrunedCacheMixin, cls), {"__module__": cls.__module__, "_tokprune_base": cls})
+
+
+def _unpickled(cls: Any) -> Any:
+    """An empty cache of the pruned kind of `cls`, for pickle to fill."""
+    pruned = _pruned_class(cls)
+    return pruned.__new__(pruned)
 
 
 def get_state(cache: Any) -> PruneState | None:
