@@ -66,4 +66,6 @@ def causal_mask(columns: Tensor, length: int, dtype: torch.dtype) -> Tensor:
     keys = columns.shape[1]
     seen = torch.ones(length, keys, dtype=torch.bool, device=columns.device).tril(keys - length)
     seen = (seen & (columns >= 0)[:, None]) | torch.eye(keys, dtype=torch.bool, device=columns.device)[keys - length :]
-    return torch.zeros(seen.shape, dtype=dtype, device=columns.device).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
+    return torch.zeros(seen.shape, dtype=dtype, device=columns.device).masked_fill(~seen, torch.finfo(dtype).min)[
+        :, None
+    ]

@@ -225,9 +225,7 @@ def make_plan(
         policy = "keep" if positions.ndim == 3 else "compact"
     visual = torch.stack([r >= 0 for r in row.values()]).any(0)
     dropped = columns.present & ~keep
-    positions, moves = translate(
-        positions, policy, keep, dropped, columns.visible, visual, shift, columns.segments
-    )
+    positions, moves = translate(positions, policy, keep, dropped, columns.visible, visual, shift, columns.segments)
     if adapter.hybrid and state is not None and len(set(dropped.sum(1).tolist())) > 1:
         raise UnsupportedModelError(
             f"{type(adapter.model).__name__} has recurrent layers: a later turn whose prompts lose different numbers of tokens "
@@ -324,9 +322,7 @@ def execute(
     moves = plan.moves.to(device)
     earlier = moves[:, :0]
     if plan.start:
-        earlier = (
-            state.moves_until(plan.start).to(device) if state is not None else moves.new_zeros(batch, plan.start)
-        )
+        earlier = state.moves_until(plan.start).to(device) if state is not None else moves.new_zeros(batch, plan.start)
     after = PruneState(
         columns,
         torch.cat([earlier, moves], 1),

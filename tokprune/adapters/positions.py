@@ -31,9 +31,7 @@ def _since_restart(dropped: Tensor, segments: Tensor | None) -> tuple[Tensor, Te
     return before, upto
 
 
-def compact_1d(
-    positions: Tensor, lost: Tensor, shift: Tensor, segments: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def compact_1d(positions: Tensor, lost: Tensor, shift: Tensor, segments: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Re-number: each position moves back by the tokens dropped before it in its row.
 
     positions: (B, L). lost: (B, L) bool, dropped tokens that had a number. shift: (B, 1) move that earlier turns left.

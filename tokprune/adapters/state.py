@@ -25,6 +25,9 @@ class Reader:
     def __init__(self, active: bool = True) -> None:
         self.active = active
 
+    def __deepcopy__(self, memo: Any) -> Reader:
+        return memo.setdefault(id(self), Reader(self.active))
+
     def __reduce__(self) -> Any:
         return Reader, (False,)  # an unpickled cache waits for a pruning that reads it
 
