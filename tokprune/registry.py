@@ -6,8 +6,8 @@ import dataclasses
 import importlib
 import pkgutil
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -39,7 +39,8 @@ class MethodInfo:
 
     complexity is for N tokens of width D with K kept. adaptive: the image, not the user, chooses the count unless an exact
     budget is asked for. wrapper: it runs another method. video: it is made for frames; a single picture is one frame to it.
-    checked: the published code it was run against; None for baselines and parts of our own.
+    checked: the published code it was run against; None for baselines and parts of our own. presets: settings of the official
+    code for a model family, by name, where they are not the defaults: get_method(name, preset="qwen2_5_vl").
     """
 
     name: str
@@ -54,6 +55,7 @@ class MethodInfo:
     wrapper: bool = False
     video: bool = False
     checked: Checked | None = None
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 _methods: dict[str, type[Method]] = {}
@@ -107,9 +109,14 @@ def method_class(name: str) -> type[Method]:
 
 
 def get_method(name: str, **options: Any) -> Method:
-    """Build the method `name` with its published defaults, or with `options` in place of some of them."""
+    """Build the method `name` with its published defaults, or with `options` in place of some of them.
+
+    preset="<family>" takes the official settings for that family first; other options still win.
+    """
     cls = method_class(name)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    if "preset" in options and "preset" not in fields:
+        options = {**_preset(cls.info, options.pop("preset")), **options}
     allowed = ", ".join(sorted(fields)) or "none"
     for option in options:
         if option not in fields:
@@ -120,6 +127,15 @@ def get_method(name: str, **options: Any) -> Method:
         if option not in options and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise OptionError(f"method {cls.info.name!r} needs the option {option!r}. Its options: {allowed}.")
     return cls(**options)
+
+
+def _preset(info: MethodInfo, preset: Any) -> Mapping[str, Any]:
+    """The options that a preset stands for."""
+    if not info.presets:
+        raise OptionError(f"method {info.name!r} has no presets: its defaults hold for every family.")
+    if preset not in info.presets:
+        raise unknown(f"preset of method {info.name!r}", preset, info.presets)
+    return info.presets[preset]
 
 
 def list_methods(stage: str | None = None, *, query_aware: bool | None = None, merges: bool | None = None) -> list[str]:

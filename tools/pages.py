@@ -60,7 +60,17 @@ def methods_page() -> str:
                 lines += ["Signals: " + ", ".join(f"`{n}`" for n in r["needs"]) + ".", ""]
             if r["options"]:
                 lines += ["Options: " + ", ".join(f"`{k}={v!r}`" for k, v in r["options"].items()) + ".", ""]
+            if r["presets"]:
+                lines += [
+                    "Presets: " + "; ".join(f"`preset={k!r}` is {given(v)}" for k, v in r["presets"].items()) + ".",
+                    "",
+                ]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def given(options: dict[str, Any]) -> str:
+    """Options as they are written."""
+    return ", ".join(f"`{k}={v!r}`" for k, v in options.items())
 
 
 def checked_table(rows: list[dict[str, Any]]) -> list[str]:

@@ -169,3 +169,19 @@ def test_a_module_of_ours_that_fails_keeps_failing(monkeypatch: pytest.MonkeyPat
     for _ in range(2):
         with pytest.raises(ImportError):
             list_methods()
+
+
+def test_presets_are_options_of_their_method() -> None:
+    """Every preset of every method builds, differs from the defaults and yields to options given beside it."""
+    found = [(name, preset) for name in list_methods() for preset in method_class(name).info.presets]
+    assert ("mmtok", "qwen2_5_vl") in found
+    for name, preset in found:
+        settings = method_class(name).info.presets[preset]
+        built = get_method(name, preset=preset)
+        assert {k: getattr(built, k) for k in settings} == dict(settings)
+        assert built == get_method(name, **settings) != get_method(name)
+    assert get_method("mmtok", preset="qwen2_5_vl", stop_words=True).stop_words  # type: ignore[attr-defined]
+    with pytest.raises(OptionError, match="Did you mean 'qwen2_5_vl'"):
+        get_method("mmtok", preset="qwen2_vl")
+    with pytest.raises(OptionError, match="'random' has no presets"):
+        get_method("random", preset="llava")

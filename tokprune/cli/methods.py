@@ -86,6 +86,9 @@ def explain(name: str, as_json: bool) -> None:
         console.print("[bold]options[/]")
         for option, default in r["options"].items():
             console.print(f"  {option} = {default!r}")
+    for preset, settings in r["presets"].items():
+        given = ", ".join(f"{k}={v!r}" for k, v in settings.items())
+        console.print(f"  preset={preset!r}: {escape(given)}")
     flags = [
         ("reads the question", r["query_aware"]),
         ("merges tokens", r["merges"]),

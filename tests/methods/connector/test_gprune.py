@@ -1,10 +1,11 @@
-"""G-Prune against its rule written out in float64."""
+"""G-Prune against its rule written out in float64, and the published tokens of a tiled picture."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from tests.golden_vectors import GoldenCase, claims
 from tokprune.errors import OptionError
 from tokprune.methods.connector.gprune import GPrune, gprune
 from tokprune.tokens import Layout, VisualTokens
@@ -35,6 +36,43 @@ def test_equals_the_rule_written_out(options: dict[str, float]) -> None:
     torch.testing.assert_close(gprune(x, **options).double(), expected, rtol=1e-4, atol=1e-5)  # type: ignore[arg-type]
     kept = GPrune(**options).select(VisualTokens(x, Layout.line(40)), 11).indices  # type: ignore[arg-type]
     assert kept.tolist() == sorted(expected.topk(11).indices.tolist())
+
+
+@claims("gprune", anchor="features")
+def test_golden(case: GoldenCase) -> None:
+    """Thumbnail and canvas of a tiled picture, each graph with its own count (tokens without newlines)."""
+    x, thumbnail = case["features"], case.number("thumbnail")
+    rows, cols = case["canvas"].tolist()
+    scores = gprune(x[:thumbnail]), gprune(x[thumbnail:])
+    counts = [int(case.number("ratio") * thumbnail), int(case.number("ratio") * rows * cols)]
+    ours = [s.topk(k).indices.sort().values for s, k in zip(scores, counts, strict=True)]
+    assert torch.equal(torch.cat([ours[0], ours[1] + thumbnail]), case["kept"])
+    side = round(thumbnail**0.5)
+    cell = torch.arange(rows * cols)
+    layout = Layout(
+        torch.cat([torch.zeros(thumbnail, dtype=torch.long), torch.ones(rows * cols, dtype=torch.long)]),
+        torch.cat([torch.arange(thumbnail) // side, cell // cols]),
+        torch.cat([torch.arange(thumbnail) % side, cell % cols]),
+        ((side, side), (rows, cols)),
+        "tiles",
+        (1, 1),
+        True,
+    )
+    assert torch.equal(GPrune().select(VisualTokens(x, layout), len(case["kept"])).indices, case["kept"])
+
+
+def test_thumbnail_and_canvas_are_two_graphs() -> None:
+    x = clustered(3).repeat(2, 1)[:72] + 0.01 * torch.arange(72)[:, None]
+    layout = Layout.grid(4, 6, 3, "tiles", canvas=(1, 2), thumbnail=True)
+    tokens = VisualTokens(x, layout)
+    scores = GPrune().scores(tokens)
+    assert torch.equal(scores, torch.cat([gprune(x[:24]), gprune(x[24:])]))
+    for keep in (1, 7, 30, 72):
+        kept = GPrune().select(tokens, keep).indices
+        assert abs(int((kept < 24).sum()) - keep / 3) < 1
+        assert len(kept.unique()) == keep
+    frames = VisualTokens(x, Layout.grid(4, 6, 3, "video"))
+    assert torch.equal(GPrune().scores(frames), gprune(x))
 
 
 def test_a_crowd_does_not_keep_all_its_members() -> None:

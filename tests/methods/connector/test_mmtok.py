@@ -8,6 +8,7 @@ import torch
 from tests.golden_vectors import GoldenCase, claims
 from tokprune.errors import MissingQueryError, OptionError
 from tokprune.methods.connector.mmtok import MMTok, content_rows, coverage_rows, mmtok
+from tokprune.registry import get_method
 from tokprune.tokens import Layout, Query, VisualTokens
 
 
@@ -83,12 +84,59 @@ def test_alone_the_question_decides() -> None:
         ("What colour is the car?", 6, [1, 4]),  # a row for the question mark
         ("What colour is the car?", 5, [1, 4]),
         ("What colour is the car?", 9, list(range(9))),  # sub-words: rows cannot be told apart
-        ("What is this?", 3, [0, 1, 2]),  # nothing else is left
+        ("What is this?", 3, [2]),
+        ("What is it?", 3, [0, 1, 2]),  # nothing else is left
+        ("Is it red? Answer the question using a single word or phrase.", 14, [2]),  # what the prompt adds goes, too
+        ("A dog? Answer with the option's letter from the given choices directly.", 16, [1]),
         (None, 2, [0, 1]),
     ],
 )
 def test_stop_words(text: str | None, count: int, rows: list[int]) -> None:
     assert content_rows(Query(text), count) == rows
+
+
+def test_words_of_several_rows() -> None:
+    """A stop word or an added sentence goes with all its rows."""
+    pieces = (
+        "Which",
+        "giraffe",
+        "giraffe",
+        "is",
+        "taller?",
+        *["Answer", "the", "question", "using", "a", "single", "word", "or", "phrase."],
+    )
+    assert content_rows(Query(None, pieces=pieces), len(pieces)) == [1, 2, 4]
+    pieces = (
+        "Answer",
+        "the",
+        "question",
+        "question",
+        "using",
+        "a",
+        "single",
+        "word",
+        "or",
+        "phrase",
+        "phrase",
+        ".",
+        "Cats",
+    )
+    assert content_rows(Query(None, pieces=pieces), len(pieces)) == [12]
+
+
+def test_each_tile_is_covered_on_its_own() -> None:
+    one = stream(48, text="red car", words=2)
+    layout = Layout.grid(4, 4, 3, "tiles", canvas=(1, 2), thumbnail=True)
+    tokens = VisualTokens(one.features, layout, one.signals, one.query)
+    x, v, text = one.features, one.signal("encoder_features"), one.query.embeddings  # type: ignore[union-attr]
+    parts = [mmtok(x[t : t + 16], v[t : t + 16], text, 5).sort().values + t for t in (0, 16, 32)]  # type: ignore[arg-type]
+    assert torch.equal(MMTok().select(tokens, 15).indices, torch.cat(parts))
+    assert len(MMTok().select(tokens, 2).indices) == 2
+
+
+def test_settings_of_the_family() -> None:
+    assert get_method("mmtok", preset="qwen2_5_vl") == MMTok(text_temperature=0.01, stop_words=False)
+    assert get_method("mmtok", preset="qwen2_5_vl", alpha=1.0).alpha == 1.0  # type: ignore[attr-defined]
 
 
 def test_stop_words_change_the_choice_only_through_the_rows() -> None:

@@ -5,25 +5,76 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+from tokprune.budget import equal
 from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
 from tokprune.methods.options import option
 from tokprune.methods.question import word_embeddings
 from tokprune.ops.coverage import greedy_coverage
 from tokprune.ops.distance import cosine_similarity
-from tokprune.registry import register_method
+from tokprune.registry import Checked, register_method
 from tokprune.tokens import Query, Selection, VisualTokens
 
-# Words that name nothing in a picture.
-_WORDS = (
-    "a an the this that these those there here it its is are was were be been am do does did has have had can could will "
-    "would shall should may might must i you he she we they me him her us them my your his our their of in on at by to "
-    "from for with as into and or but not no if so than then what which who whom whose when where why how please any some"
+# The published settings: words that say nothing about a picture, and what evaluation prompts add to a question.
+STOP_WORDS = frozenset(
+    [
+        "a",
+        "an",
+        "the",
+        "is",
+        "are",
+        "was",
+        "were",
+        "be",
+        "been",
+        "being",
+        "have",
+        "has",
+        "had",
+        "do",
+        "does",
+        "did",
+        "it",
+        "they",
+        "he",
+        "she",
+        "we",
+        "you",
+        "i",
+        "what",
+        "where",
+        "when",
+        "why",
+        "how",
+        "who",
+        "which",
+        "and",
+        "or",
+        "but",
+        "so",
+        "if",
+        "then",
+        "question",
+        "answer",
+        "to",
+        "for",
+        "with",
+        "by",
+        "from",
+        "at",
+        "into",
+        "onto",
+        "upon",
+    ]
 )
-STOP_WORDS = frozenset(_WORDS.split())
+ADDED = (
+    "answer the question using a single word or phrase",
+    "answer with the option s letter from the given choices directly",
+)
 
 
 @torch.no_grad()
@@ -68,21 +119,40 @@ def mmtok(
 
 
 def content_rows(query: Query, count: int) -> list[int]:
-    """Which of the question's `count` embedding rows belong to words that name something.
+    """Which of the question's `count` embedding rows belong to words that say something about the picture.
 
-    `query.pieces` names the word of each row. Without it, rows can be told apart only when the words of the text are as
-    many as the rows (one row per word, with or without rows for punctuation). Otherwise, and when nothing but stop words
-    remains, all rows count.
+    Stop words and the sentences that evaluation prompts add are left out. `query.pieces` names the word of each row. Without
+    it, rows can be told apart only when the words of the text are as many as the rows (one row per word, with or without
+    rows for punctuation). Otherwise, and when nothing but stop words remains, all rows count.
     """
-    if query.pieces is not None and len(query.pieces) == count:
-        found = [i for i, w in enumerate(query.pieces) if w.lower() not in STOP_WORDS and re.search(r"\w", w)]
-        return found or list(range(count))
-    text = (query.text or "").lower()
-    for words in (re.findall(r"\w+|[^\w\s]", text), text.split()):
-        if len(words) == count:
-            found = [i for i, w in enumerate(words) if w.strip(".,;:!?\"'") not in STOP_WORDS and re.search(r"\w", w)]
-            return found or list(range(count))
-    return list(range(count))
+    words = list(query.pieces) if query.pieces is not None and len(query.pieces) == count else None
+    text = query.text or ""
+    for split in (re.findall(r"\w+|[^\w\s]", text), text.split()):
+        if words is None and len(split) == count:
+            words = split
+    if words is None:
+        return list(range(count))
+    plain = [" ".join(re.findall(r"\w+", w.lower())) for w in words]
+    asked = [i for i in _question(plain) if plain[i]]
+    found = [i for i in asked if plain[i] not in STOP_WORDS]
+    return found or asked or list(range(count))
+
+
+def _question(words: list[str]) -> list[int]:
+    """Rows of the words that do not belong to a sentence of ADDED. A word of several rows stands there several times."""
+    rows = [i for i, w in enumerate(words) if w]
+    firsts = [i for n, i in enumerate(rows) if n == 0 or words[i] != words[rows[n - 1]]]
+    spoken = " ".join(words[i] for i in firsts).split()
+    owner = [i for i in firsts for _ in words[i].split()]
+    gone: set[str | int] = set()
+    for sentence in ADDED:
+        wanted = sentence.split()
+        for start in range(len(spoken) - len(wanted) + 1):
+            if spoken[start : start + len(wanted)] == wanted:
+                last = owner[start + len(wanted) - 1]
+                end = next((i for i in firsts if i > last), len(words))
+                gone |= set(range(owner[start], end))
+    return [i for i in range(len(words)) if i not in gone]
 
 
 @register_method(
@@ -92,17 +162,26 @@ def content_rows(query: Query, count: int) -> list[int]:
     url="https://arxiv.org/abs/2508.18264",
     complexity="O(N²(C + K))",
     query_aware=True,
+    checked=Checked(
+        "Ironieser/MMTok",
+        agrees="the order of choice on one picture and on each tile, excluded padding, the words that are left out",
+        differs="the list-of-images path; the word Question: before Qwen2.5-VL's questions; words of several sub-words, which "
+        "the code splits anew from plain text",
+    ),
+    presets={"qwen2_5_vl": {"text_temperature": 0.01, "stop_words": False}},
 )
 @dataclass(frozen=True)
 class MMTok(ConnectorMethod):
     """MMTok (ICLR 2026): greedy maximum coverage of the question's words and of the picture itself.
 
     It compares projected features with LLM embeddings of the question's words and the tower's own features with each other, so
-    it needs no CLIP text tower. alpha = 0.5 and the temperatures 0.02 and 0.2 are the published settings. stop_words:
-    leave out words such as "what is the" (the publication does, with a list of its own), see `content_rows`. All tiles or
-    frames of a stream are covered together.
+    it needs no CLIP text tower. alpha = 0.5 and the temperatures 0.02 and 0.2 are the published settings for LLaVA;
+    preset="qwen2_5_vl" takes those for Qwen2.5-VL, which reads the whole question. stop_words: leave out words such as "what is
+    the" and the sentences that evaluation prompts add, by the published list, see `content_rows`. As published, each
+    tile of a picture is covered on its own, with equal budgets. The frames of a video are covered together.
 
-    Published code and paper agree; the code's list-of-images path feeds text padding as words, which cannot happen here.
+    Published code and paper agree; the code's list-of-images path feeds text padding as words, which cannot happen here. For
+    Qwen2.5-VL it puts the word "Question:" before the question; here the question stands alone.
     """
 
     alpha: float = option(0.5, low=0, hint="0 is the question alone.")
@@ -121,7 +200,7 @@ class MMTok(ConnectorMethod):
 
     def select_batch(self, batch: Sequence[VisualTokens], keeps: Sequence[int]) -> list[Selection]:
         """Choose for several streams; those of equal size, budget and number of words share one greedy loop."""
-        jobs: dict[tuple[torch.Size, int, torch.device], list[tuple[int, Tensor]]] = {}
+        jobs: dict[tuple[torch.Size, int, torch.device], list[tuple[int, int, Tensor]]] = {}
         for i, (tokens, keep) in enumerate(zip(batch, keeps, strict=True)):
             check_keep(keep, len(tokens))
             text = word_embeddings(tokens)
@@ -129,11 +208,16 @@ class MMTok(ConnectorMethod):
                 text = text[content_rows(tokens.question(), len(text))]
             features = check_finite(tokens.features, "the visual features")
             vision = check_finite(tokens.signal("encoder_features"), "the tower's features")
-            rows = coverage_rows(features, vision, text, self.alpha, self.text_temperature, self.vision_temperature)
-            jobs.setdefault((rows.shape, keep, rows.device), []).append((i, rows))
-        out: dict[int, Selection] = {}
-        for (_, keep, _), members in jobs.items():
-            orders = greedy_coverage(torch.stack([rows for _, rows in members]), keep)
-            for (i, _), order in zip(members, orders, strict=True):
-                out[i] = Selection(order.sort().values)
-        return [out[i] for i in range(len(batch))]
+            tiled = tokens.layout.kind == "tiles"
+            sizes = tokens.layout.group_sizes if tiled else (len(tokens),)
+            for start, size, count in zip(accumulate(sizes, initial=0), sizes, equal(keep, sizes), strict=False):
+                if count > 0:
+                    x, v = features[start : start + size], vision[start : start + size]
+                    rows = coverage_rows(x, v, text, self.alpha, self.text_temperature, self.vision_temperature)
+                    jobs.setdefault((rows.shape, count, rows.device), []).append((i, start, rows))
+        kept: list[list[Tensor]] = [[] for _ in batch]
+        for (_, count, _), members in jobs.items():
+            orders = greedy_coverage(torch.stack([rows for _, _, rows in members]), count)
+            for (i, start, _), order in zip(members, orders, strict=True):
+                kept[i].append(start + order)
+        return [Selection(torch.cat(parts).sort().values) for parts in kept]
