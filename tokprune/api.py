@@ -10,7 +10,8 @@ from types import TracebackType
 from typing import Any
 
 from tokprune import budget as budgets
-from tokprune.adapters.base import VERIFIED, get_adapter, unwrap
+from tokprune.adapters.base import get_adapter, unwrap
+from tokprune.adapters.families import tiny_families
 from tokprune.adapters.seam import LastRun, Options, Seam
 from tokprune.config import PruneConfig
 from tokprune.errors import OptionError, TokpruneError
@@ -123,7 +124,11 @@ class Pruning:
     def report(self) -> Report:
         """What the last prefill kept, how, and what it cost; prints as a table."""
         kind = getattr(self.model.config, "model_type", "?")
-        notes = [] if kind in VERIFIED else [f"{kind} runs through the generic adapter; it is not in the verified list"]
+        notes = (
+            []
+            if kind in tiny_families()
+            else [f"{kind} runs through the generic adapter; it is not in the verified list"]
+        )
         if self.encoder is not None and self.last is not None:
             notes += str(self.encoder.report()).splitlines()
         if self.cache is not None and self.last is not None:

@@ -16,11 +16,18 @@ from PIL import Image
 from torch import Tensor, nn
 
 from tokprune.adapters.base import get_adapter
-from tokprune.adapters.layouts import FAMILIES as LISTED
-from tokprune.adapters.layouts import Call, Run, StreamLayout, arrange, placeholder_runs, reads_runs, stream_layouts
-from tokprune.adapters.layouts.canvas import canvas_from_pixels, canvas_from_shape
-from tokprune.adapters.layouts.core import scaled_grid
-from tokprune.adapters.layouts.tiles import SmolVLM
+from tokprune.adapters.families import FAMILIES as LISTED
+from tokprune.adapters.families import (
+    EncoderCall,
+    PlaceholderRun,
+    StreamLayout,
+    arrange,
+    family_of,
+    placeholder_runs,
+    stream_layouts,
+)
+from tokprune.adapters.families.geometry import canvas_from_pixels, canvas_from_shape, scaled_grid
+from tokprune.adapters.families.idefics import SmolVLM
 from tokprune.adapters.probe import tower_of
 from tokprune.adapters.signals import SignalSet, compute_signals, required_blocks
 from tokprune.errors import MissingSignalError
@@ -45,7 +52,7 @@ class Encoded:
     modality: str
     kwargs: dict[str, Any]
     output: Any
-    runs: list[Run]
+    runs: list[PlaceholderRun]
     signals: SignalSet
 
     @property
@@ -58,7 +65,7 @@ class Encoded:
 
     @property
     def call(self) -> Call:
-        return Call(self.base, self.modality, self.kwargs, self.output)
+        return EncoderCall(self.base, self.modality, self.kwargs, self.output)
 
     def layouts(self, **changes: Any) -> list[StreamLayout]:
         more = {"runs": self.runs, "decode": self.vlm.processor.tokenizer.decode} | changes
@@ -70,7 +77,7 @@ def encode(vlm: TinyVLM, samples: Samples, needs: tuple[str, ...] = (), **option
     """Run the encoder on a batch of prompts, as generate() does."""
     inputs, base, adapter = vlm.inputs(samples), vlm.model.base_model, get_adapter(vlm.model)
     modality = "video" if "pixel_values_videos" in inputs else "image"
-    name, argument = adapter.encoder(modality) or ("", "")
+    name, argument = adapter.family.encoder(adapter.base, modality) or ("", "")
     function = getattr(base, name)
     kwargs = {k: v for k, v in inputs.items() if k in inspect.signature(function).parameters}
     if argument:
@@ -314,8 +321,8 @@ def test_internvl_needs_only_lengths_of_runs() -> None:
     encoded = encode(tiny("internvl"), prompts([picture(60, 40), picture(40, 40)], "image"))
     streams = encoded.layouts(runs=[run.length for run in encoded.runs])
     assert [s.layout.num_groups for s in streams] == [5, 1]
-    assert reads_runs(encoded.base)
-    assert not reads_runs(tiny("llava").model.base_model)
+    assert family_of(encoded.base).reads_runs
+    assert not family_of(tiny("llava").model.base_model).reads_runs
 
 
 @pytest.mark.parametrize("family", ["internvl", "aya_vision", "cohere2_vision", "idefics3", "ovis2", "minicpmv4_6"])
@@ -338,7 +345,7 @@ def test_smolvlm_frames_make_a_video_with_the_times_of_the_prompt() -> None:
     texts = ["a 2 s video.\n\nFrame from 00:00:<f><g>", "<f>\nFrame from 00:01:<f><g>", "<f> and <f><g>"]
     texts += ["<f> video.\n\nFrame from 01:05:<f><g>"]
     call: Any = SimpleNamespace(decode=lambda ids: texts[ids[0]])
-    runs = [Run(16, 0, (i, 99)) for i in range(4)]
+    runs = [PlaceholderRun(16, 0, (i, 99)) for i in range(4)]
     found = list(SmolVLM().pictures(call, runs, 16))
     assert [(p.count, p.video, p.seconds) for p in found] == [(2, True, (0, 1)), (1, False, None), (1, True, (65,))]
     call.decode = None
@@ -406,10 +413,10 @@ def test_a_contradiction_ends_in_lines_not_in_wrong_places() -> None:
 def test_placeholder_runs_see_what_stands_between() -> None:
     ids = torch.tensor([[0, 5, 9, 9, 6, 9, 7], [5, 9, 9, 9, 1, 1, 9]])
     assert placeholder_runs(ids, ids == 9) == [
-        Run(2, 0, (0, 5)),
-        Run(1, 0, (6,)),
-        Run(3, 1, (5,)),
-        Run(1, 1, (1, 1)),
+        PlaceholderRun(2, 0, (0, 5)),
+        PlaceholderRun(1, 0, (6,)),
+        PlaceholderRun(3, 1, (5,)),
+        PlaceholderRun(1, 1, (1, 1)),
     ]
     assert placeholder_runs(ids, ids == 3) == []
 

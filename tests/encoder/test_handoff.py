@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.encoder.test_vlm_towers import encode, rows, two_images
-from tokprune.adapters.layouts import Call, stream_layouts
+from tokprune.adapters.families import EncoderCall, stream_layouts
 from tokprune.adapters.splice import apply_encoder
 from tokprune.adapters.splice.handoff import SIGNAL, AmongSurvivors, survivor_rows
 from tokprune.methods.connector.divprune import DivPrune
@@ -26,7 +26,7 @@ def test_survivors_line_up_with_the_features(family: str) -> None:
     names: dict[str, Any] = {k: inputs[k] for k in ("pixel_values", "image_grid_thw", "image_sizes") if k in inputs}
     with apply_encoder(tiny.model, "tome", ratio=0.4) as pruning:
         output = encode(tiny, inputs)
-    call = Call(tiny.model.base_model, "image", names, output)
+    call = EncoderCall(tiny.model.base_model, "image", names, output)
     flat, place = rows(output.pooler_output), survivor_rows(pruning, call) > 0
     assert place.shape == flat.shape[:1]
     unique = torch.unique((flat * 1e4).round(), dim=0).shape[0]

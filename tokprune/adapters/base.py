@@ -1,8 +1,7 @@
-"""The generic adapter: what the seam must know of a multimodal model, and the families that differ in a line or two."""
+"""The adapter: what the runtime must know of a multimodal model of transformers."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from tokprune.adapters.attach import Ref
 from tokprune.adapters.dialect import arguments_from, cache_in, parameters
+from tokprune.adapters.families import Family, family_named
 from tokprune.adapters.state import logical_length
 from tokprune.errors import UnsupportedModelError
 
@@ -57,14 +57,13 @@ class Adapter:
     """How one placeholder-style model lets its visual tokens be rewritten.
 
     Rests on an invariant of transformers: row i of a modality's flattened encoder output fills the i-th placeholder of
-    that modality, in (batch, position) order. Subclasses override what their family does differently.
+    that modality, in (batch, position) order. What a family does differently stands in its file in `families/`.
     """
-
-    model_types: tuple[str, ...] = ()
 
     def __init__(self, model: Any) -> None:
         self._model, self._base = Ref(model), Ref(model.base_model)  # a model owns its pruning, not the other way round
         self.config: Any = model.config
+        self.family: Family = family_named(str(model.config.model_type))
 
     @property
     def model(self) -> Any:
@@ -100,10 +99,6 @@ class Adapter:
             return int(pad)
         return next(i for i in range(3) if i not in visual)
 
-    def encoder(self, modality: str) -> tuple[str, str] | None:
-        """(method name, argument name of the pixels) that encodes a modality, or None when the model has none."""
-        return (f"get_{modality}_features", "") if hasattr(self.base, f"get_{modality}_features") else None
-
     def has_visual(self, call: Mapping[str, Any]) -> bool:
         """Whether a forward brings images or videos along, raw or encoded."""
         if any(v is not None for v in (call.get("mm_encoder_outputs") or {}).values()):
@@ -118,7 +113,7 @@ class Adapter:
             key = next((k for k in keys if call.get(k) is not None), None)
             if key is None or encoded.get(modality) is not None:
                 continue
-            found = self.encoder(modality)
+            found = self.family.encoder(self.base, modality)
             if found is None:
                 raise UnsupportedModelError(
                     f"{type(self.base).__name__} was given {key} but has no encoder for {modality}."
@@ -129,10 +124,6 @@ class Adapter:
                 kwargs = {renamed: call[key]}
             encoded[modality] = function(**kwargs, return_dict=True)
         return encoded
-
-    def prepare_encoded(self, call: dict[str, Any], encoded: dict[str, Any]) -> dict[str, Tensor]:
-        """Make features line up with placeholders before planning; returns (R,) bool masks of surviving rows, if any."""
-        return {}
 
     def placeholders(self, call: Mapping[str, Any], encoded: Mapping[str, Any]) -> dict[str, Tensor]:
         """(B, L) bool per modality: the columns that its features fill."""
@@ -154,7 +145,7 @@ class Adapter:
             out["image"] = columns(image)
         if video is not None and (video != image or "image" not in out):
             out["video"] = columns(video)
-        return out
+        return self.family.placeholders(call, out)
 
     def positions(self, call: Mapping[str, Any], x: Tensor) -> Tensor:
         """Logical positions of the columns of this forward: (B, L), or (3 or 4, B, L) for M-RoPE."""
@@ -175,102 +166,8 @@ class Adapter:
             found = compute(**kwargs)
             if found is not None:
                 return found[..., -x.shape[1] :]
-        return self.first_position() + torch.arange(past, past + x.shape[1], device=x.device).expand(x.shape[0], -1)
+        return self.family.first_position + torch.arange(past, past + x.shape[1], device=x.device).expand(x.shape[0], -1)
 
-    def first_position(self) -> int:
-        """The position id of the first token."""
-        return 0
-
-
-class GLM4V(Adapter):
-    """One placeholder id for images and videos; the type ids tell them apart."""
-
-    model_types = ("glm4v", "glm4v_moe")
-
-    def placeholders(self, call: Mapping[str, Any], encoded: Mapping[str, Any]) -> dict[str, Tensor]:
-        out = super().placeholders(call, encoded)
-        types = call.get("mm_token_type_ids")
-        if types is None:
-            return out
-        columns = out["image"] if "image" in out else out["video"]
-        length = columns.shape[1]
-        missing = length - types.shape[1]
-        types = nn.functional.pad(types, (0, missing)) if missing > 0 else types[:, -length:]
-        return {"image": columns & (types != 2), "video": columns & (types == 2)}
-
-
-class PaliGemma(Adapter):
-    """Positions start at 1."""
-
-    model_types = ("paligemma",)
-
-    def first_position(self) -> int:
-        return 1
-
-
-class PerceptionLM(Adapter):
-    """Videos go through the image encoder."""
-
-    model_types = ("perception_lm",)
-
-    def encoder(self, modality: str) -> tuple[str, str] | None:
-        return ("get_image_features", "pixel_values" if modality == "video" else "")
-
-
-class VideoLlama3(Adapter):
-    """The model itself drops repeated video patches; its features must lose them before they meet the placeholders."""
-
-    model_types = ("video_llama_3",)
-
-    def prepare_encoded(self, call: dict[str, Any], encoded: dict[str, Any]) -> dict[str, Tensor]:
-        mask, output = call.get("video_compression_mask"), encoded.get("video")
-        if mask is None or output is None:
-            return {}
-        call["video_compression_mask"] = None
-        if bool(mask.all()):
-            return {}
-        sizes = [f.shape[0] for f in output.pooler_output]
-        record = getattr(output, "tokprune_record", None)
-        if record is not None and sum(record.sizes) != sum(sizes):
-            raise UnsupportedModelError(
-                "VideoLLaMA3 drops repeated patches of this clip, and transformers mixes up that choice when beams or several return "
-                "sequences repeat the prompt (it fails without tokprune, too). Use num_beams=1 and num_return_sequences=1."
-            )
-        output = copy.copy(output)
-        output.pooler_output = [f[m.to(f.device)] for f, m in zip(output.pooler_output, mask.split(sizes), strict=True)]
-        encoded["video"] = output
-        return {"video": mask}
-
-
-FAMILIES: tuple[type[Adapter], ...] = (GLM4V, PaliGemma, PerceptionLM, VideoLlama3)
-
-# Families whose pruned forward is proven equal to a brute-force reference by the test matrix.
-VERIFIED = (
-    "aya_vision",
-    "cohere2_vision",
-    "fast_vlm",
-    "gemma3",
-    "glm4v",
-    "idefics3",
-    "internvl",
-    "llava",
-    "llava_next",
-    "llava_next_video",
-    "llava_onevision",
-    "minicpmv4_6",
-    "mistral3",
-    "molmo2",
-    "ovis2",
-    "paligemma",
-    "perception_lm",
-    "qwen2_5_vl",
-    "qwen2_vl",
-    "qwen3_5",
-    "qwen3_vl",
-    "smolvlm",
-    "video_llama_3",
-    "vipllava",
-)
 
 # Models with pictures that reach the LLM in another way, and why they cannot be pruned here.
 REFUSED = {
@@ -322,5 +219,4 @@ def get_adapter(model: object) -> Adapter:
         )
     if not any(hasattr(base, t) for t in TEXT_MODELS):
         raise UnsupportedModelError(f"{name} ({kind}) has no language model under {' or '.join(TEXT_MODELS)}.")
-    cls = next((f for f in FAMILIES if kind in f.model_types), Adapter)
-    return cls(inner)
+    return Adapter(inner)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from tokprune.adapters.base import Adapter, flatten
-from tokprune.adapters.layouts import told_by_words
 from tokprune.adapters.query import tokenizer_of
 from tokprune.errors import MissingSignalError
 
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
 SIDE = 6  # a frame is shown with at most SIDE x SIDE tokens
 TOKENS_AT_ONCE = 8192  # of one pass through the language model
 YES, NO = "A", "B"  # the letters that a frames method's prompts offer
-ADDITIVE = ("molmo2",)  # visual features are added onto the embedding of their placeholder
 
 
 class Asking:
@@ -126,7 +124,7 @@ class Asking:
             ("video", np.zeros((1, 64, 64, 3), np.uint8)),  # for templates that know clips only
         ]
         splits = getattr(getattr(self.processor, "image_processor", None), "do_image_splitting", False)
-        if splits and told_by_words(self.adapter.base):  # SmolVLM: a frame is not cut into tiles, as a picture would be
+        if splits and self.adapter.family.frames_by_words:  # SmolVLM: a frame is not cut into tiles, as a picture would be
             blank.reverse()
         failure: Exception | None = None
         for kind, picture in blank:
@@ -177,7 +175,7 @@ class Asking:
         adapter, (frames, cells) = self.adapter, shown.shape[:2]
         table = adapter.base.get_input_embeddings()
         head, tail = len(before), len(after)
-        if adapter.config.model_type in ADDITIVE:
+        if adapter.family.adds_to_placeholder:
             shown = shown + table(torch.tensor(adapter.config.image_patch_id, device=before.device)).to(shown)
         words = table(torch.cat([before, after]))
         embeds = torch.cat(
@@ -209,7 +207,7 @@ class Asking:
 
     def positions(self, head: int, tail: int, place: Tensor, grid: tuple[int, int], real: Tensor) -> Tensor:
         """Position ids (T, L), or (3, T, L) for M-RoPE: a picture is a grid there, and the words go on behind its longer side."""
-        first = self.adapter.first_position()
+        first = self.adapter.family.first_position
         if not hasattr(self.adapter.base, "compute_3d_position_ids"):
             return ((real.cumsum(1) - 1).clamp(min=0) + first) * real
         numbers = torch.arange(max(head, tail), device=place.device)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokprune.adapters.layouts import Call, UnknownGeometryError, arrange, family_of
-from tokprune.adapters.layouts.qwen import Packed
+from tokprune.adapters.families import EncoderCall, UnknownGeometryError, arrange, family_of
+from tokprune.adapters.families.qwen_vl import Packed
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Pictures:
         return self.batches[-1][(wanted - start).to(self.batches[-1].device)]
 
 
-def frame_pictures(call: Call) -> Pictures:
+def frame_pictures(call: EncoderCall) -> Pictures:
     """The pictures of a call. Raises UnknownGeometryError where the pixels cannot be put together again."""
     family = family_of(call.base, call.kwargs)
     if isinstance(family, Packed):
@@ -51,7 +51,7 @@ def frame_pictures(call: Call) -> Pictures:
     return Pictures((units[:, None],), owner)
 
 
-def _packed(family: Packed, call: Call) -> Pictures:
+def _packed(family: Packed, call: EncoderCall) -> Pictures:
     """Pixels that lie as rows of patches, block by block of those that merge: (t, h, w) of each video, in patches."""
     pixels = call.pixels
     if pixels is None or pixels.dim() != 2:

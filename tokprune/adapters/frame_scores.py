@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tokprune.adapters.base import Adapter
 from tokprune.adapters.frame_pictures import frame_pictures
-from tokprune.adapters.layouts import Call, UnknownGeometryError
+from tokprune.adapters.families import EncoderCall, UnknownGeometryError
 from tokprune.errors import MissingQueryError, MissingSignalError, OptionError
 from tokprune.methods.frames_base import PerFrame, ScoreOptions
 
@@ -123,7 +123,7 @@ class FrameScorer:
                 f"{self.name!r} scores frames by their pixels, which are not at hand: the video was encoded before tokprune saw "
                 "it. Pass the pixels, or encode again after apply."
             )
-        call = Call(self.adapter.base, stream.modality, stream.record.kwargs, stream.record.output)
+        call = EncoderCall(self.adapter.base, stream.modality, stream.record.kwargs, stream.record.output)
         try:
             pictures = frame_pictures(call)
         except UnknownGeometryError as error:

@@ -16,18 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tokprune.adapters.base import unwrap
+from tokprune.adapters.families import family_named
 from tokprune.adapters.media import Clip, as_clip, as_picture, check_lengths, stamp
 from tokprune.adapters.query import tokenizer_of
 from tokprune.errors import OptionError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformers import BatchFeature
-
-STACKED = ("llava_next_video", "llava_onevision", "internvl", "perception_lm", "smolvlm")
-"""Families that hold all clips of a call in one tensor."""
-
-APART = ("glm4v", "glm4v_moe", "perception_lm", "minicpmv4_6", "molmo2", "smolvlm")
-"""Families that take pictures or clips in one call, not both."""
 
 SPLITTING = ("do_image_splitting", "crop_to_patches")
 """Options of image processors that cut a picture into tiles; off for frames that are given as pictures."""
@@ -91,12 +86,11 @@ def inputs_of(model: Any, processor: Any, chats: Sequence[Sequence[Mapping[str, 
     ...} and {"type": "video", "video": ...} in any order.
     """
     inner = unwrap(model)
-    config = inner.config
-    kind = str(getattr(config, "model_type", ""))
+    family = family_named(str(getattr(inner.config, "model_type", "")))
     rows = [_Row(chat) for chat in chats]
     clips, pictures = [c for row in rows for c in row.clips], [p for row in rows for p in row.pictures]
     native = takes_videos(processor)
-    if clips and pictures and kind in APART:
+    if clips and pictures and not family.mixes_modalities:
         warnings.warn(
             f"{type(inner).__name__} takes pictures or videos in one prompt, not both: the frames are given as pictures.",
             stacklevel=3,
@@ -105,7 +99,7 @@ def inputs_of(model: Any, processor: Any, chats: Sequence[Sequence[Mapping[str, 
     more: dict[str, Any] = {}
     if clips and not native:
         for row in rows:
-            row.spread_clips(timed=kind == "smolvlm")
+            row.spread_clips(timed=family.times_frames)
         pictures = [p for row in rows for p in row.pictures]
         images = getattr(processor, "image_processor", None)
         more |= {name: False for name in SPLITTING if getattr(images, name, None)}
@@ -114,7 +108,7 @@ def inputs_of(model: Any, processor: Any, chats: Sequence[Sequence[Mapping[str, 
     if pictures:
         more["images"] = [row.pictures for row in rows]
     if clips:
-        if kind in STACKED:
+        if family.clips_in_one_tensor:
             check_lengths(clips, type(inner).__name__)
         more["videos"] = [c.frames for c in clips]
         more["video_metadata"] = [c.metadata() for c in clips]

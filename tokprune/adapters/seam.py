@@ -19,7 +19,6 @@ from tokprune.adapters.attach import Attachments, PerThread
 from tokprune.adapters.base import TYPE_IDS, Adapter
 from tokprune.adapters.dialect import as_cache, bind, cache_in, cache_of
 from tokprune.adapters.frame_scores import FrameScorer
-from tokprune.adapters.layouts import told_by_words
 from tokprune.adapters.outputs import widen_output
 from tokprune.adapters.plan import Columns, Frame, Plan, StreamRecord, clear_raw, columns_of, execute, make_plan
 from tokprune.adapters.query import build_queries, tokenizer_of
@@ -287,7 +286,7 @@ class Seam:
         encode_ms = (
             sum(r.seconds for v in encoded.values() if (r := getattr(v, "tokprune_record", None)) is not None) * 1e3
         )
-        survivors = self.adapter.prepare_encoded(call, encoded)
+        survivors = self.adapter.family.prepare_encoded(call, encoded)
         columns = Columns.of(self.adapter, call, encoded)
         masks = columns.placeholders
         start = time.perf_counter()
@@ -326,7 +325,7 @@ class Seam:
             return 0.0
         for stream in streams:
             stream.note = frames.note(stream.tokens)
-            if stream.note and told_by_words(self.adapter.base) and self.options.processor is None:
+            if stream.note and self.adapter.family.frames_by_words and self.options.processor is None:
                 stream.note += "; this model's frames are told from pictures with apply(..., processor=processor) only"
         start = time.perf_counter()
         if self.frame_scorer is not None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokprune.adapters.layouts import Call, UnknownGeometryError, arrange, family_of
+from tokprune.adapters.families import EncoderCall, UnknownGeometryError, arrange, family_of
 from tokprune.adapters.probe import AttentionProbe, Projections, tower_blocks, tower_of
 from tokprune.errors import MissingSignalError, OptionError, unknown
 from tokprune.ops.attention import mean_value_norm
@@ -89,7 +89,7 @@ def selected_block(base: nn.Module, count: int, kwargs: Mapping[str, Any] | None
 
 def _feature_layers(base: nn.Module, kwargs: Mapping[str, Any] | None) -> list[int] | None:
     """The hidden states the model selects, or None when it takes the tower's last output."""
-    call = Call(base, "image", kwargs or {}, None)
+    call = EncoderCall(base, "image", kwargs or {}, None)
     return family_of(base, kwargs).feature_layers(call)
 
 
@@ -177,7 +177,7 @@ def compute_signals(
     asked = _parse(needs)
     if not asked:
         return SignalSet()
-    call = Call(base, modality, kwargs, output)
+    call = EncoderCall(base, modality, kwargs, output)
     reader = _Reader(call, probe, scorer, encoder)
     result = SignalSet()
     for name, kind, spec in asked:
@@ -193,7 +193,7 @@ def compute_signals(
 class _Reader:
     """Reads the signals of one call; projections of a block are put in order once."""
 
-    def __init__(self, call: Call, probe: AttentionProbe | None, scorer: Any, encoder: Any = None) -> None:
+    def __init__(self, call: EncoderCall, probe: AttentionProbe | None, scorer: Any, encoder: Any = None) -> None:
         self.call, self.scorer, self.encoder = call, scorer, encoder
         self.family = family_of(call.base, call.kwargs)
         self._probe = probe

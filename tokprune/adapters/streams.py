@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tokprune.adapters.attach import Attachments, PerThread
 from tokprune.adapters.base import Adapter, flatten
-from tokprune.adapters.layouts import Call, Run, StreamLayout, placeholder_runs, reads_runs, stream_layouts
+from tokprune.adapters.families import EncoderCall, PlaceholderRun, StreamLayout, placeholder_runs, stream_layouts
 from tokprune.adapters.probe import AttentionProbe
 from tokprune.adapters.signals import SignalSet, compute_signals, signal_probe
 from tokprune.errors import MissingSignalError, TokpruneError
@@ -115,7 +115,7 @@ class Recorder:
 
             signals = SignalSet() if signals is None else signals
             signals.values[SURVIVORS] = survivor_rows(
-                self.encoder, Call(self.adapter.base, modality, arguments, output)
+                self.encoder, EncoderCall(self.adapter.base, modality, arguments, output)
             )
         sizes = [f.shape[0] for f in flatten(output.pooler_output)]
         output.tokprune_record = EncoderRecord(modality, arguments, copy.copy(output), sizes, signals, seconds)
@@ -144,9 +144,9 @@ class Stream:
     selection: Selection | None = None
 
 
-def _runs(adapter: Adapter, ids: Tensor | None, columns: Tensor, copies: int) -> list[Run] | None:
+def _runs(adapter: Adapter, ids: Tensor | None, columns: Tensor, copies: int) -> list[PlaceholderRun] | None:
     """The prompt's placeholder runs, for the families whose tiles are told apart by them; copies of a prompt count once."""
-    if not reads_runs(adapter.base):
+    if not adapter.family.reads_runs:
         return None
     if ids is None:
         ids = torch.zeros_like(columns, dtype=torch.long)  # embeddings only: lengths still tell contiguous tiles

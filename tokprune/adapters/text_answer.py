@@ -30,7 +30,7 @@ def text_answer(adapter: Adapter, processor: Any, words: str, max_new_tokens: in
     ends = _ends(model, processor)
     cache = DynamicCache(config=adapter.config.get_text_config())
     answer: list[int] = []
-    position = adapter.first_position()
+    position = adapter.family.first_position
     total = 0
     for _ in range(max_new_tokens):
         length = ids.shape[1]

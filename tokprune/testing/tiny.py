@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import math
 from collections.abc import Sequence
@@ -12,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from tokprune.adapters.families import FAMILIES as REGISTERED
+from tokprune.adapters.families import tiny_families
+from tokprune.adapters.families.tiny import BOS, BYTES, PAD, TinyParts
 from tokprune.errors import OptionError, missing_extra, unknown
-from tokprune.testing.families import MODULES
-from tokprune.testing.parts import BOS, BYTES, PAD, Parts
 
 if TYPE_CHECKING:
     from transformers import BatchFeature
 
-FAMILIES: tuple[str, ...] = tuple(MODULES)
+FAMILIES: tuple[str, ...] = tuple(tiny_families())
 
 Part = str | tuple[str, Any]
 """A piece of a prompt: text, ("image", PIL image) or ("video", (T, H, W, 3) uint8 array)."""
@@ -105,15 +105,14 @@ def build(family: str, *, seed: int = 0, attn: str = "sdpa", dtype: torch.dtype 
     The weights are scaled so that every mistake shows in the logits. Generation is greedy, never ends early and only
     ever writes bytes: a placeholder id that a random model happens to emit would break the next turn.
     """
-    if family not in MODULES:
+    if family not in tiny_families():
         raise unknown("family of tiny models", family, FAMILIES)
     _require("torchvision", "the image processors of transformers")
-    if MODULES[family] == "timm":
+    if REGISTERED[family].tower_of_timm:
         _require("timm", f"the vision tower of {family}")
-    module = importlib.import_module(f"tokprune.testing.families.{MODULES[family]}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        parts: Parts = module.BUILDERS[family]()
+        parts: TinyParts = REGISTERED[family].tiny(family)
     model = parts.model
     _randomise(model, seed)
     model.set_attn_implementation(attn)

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from tokprune.adapters.base import unwrap
+from tokprune.adapters.families import family_named
 from tokprune.adapters.splice import eva, hf_vit, openclip, qwen, timm_vit
 from tokprune.adapters.splice.tower import Tower
 from tokprune.errors import UnsupportedModelError
@@ -25,21 +26,6 @@ def used_depth(config: Any, blocks: int) -> int:
     if not 1 <= depth <= blocks:
         raise UnsupportedModelError(f"vision_feature_layer={layer!r} does not fit a tower of {blocks} blocks.")
     return depth
-
-
-def joined_side(model: Any, config: Any) -> int:
-    """Side of the square of patches that the connector of a VLM with a batched tower joins to one token."""
-    kind = getattr(config, "model_type", "")
-    if kind == "internvl":
-        return round(1 / config.downsample_ratio)
-    if kind in ("idefics3", "smolvlm"):
-        return int(config.scale_factor)
-    if kind in ("aya_vision", "cohere2_vision"):
-        return int(config.downsample_factor)
-    projector = getattr(model, "multi_modal_projector", None)
-    if kind == "gemma3" and projector is not None:
-        return int(projector.kernel_size)
-    return 1
 
 
 def find_tower(model: nn.Module) -> Tower:
@@ -79,7 +65,7 @@ def find_tower(model: nn.Module) -> Tower:
             if not vlm:
                 return hf_vit.tower(candidate, inner)
             depth = used_depth(inner.config, len(found))
-            return hf_vit.tower(candidate, inner, depth, joined_side(base, inner.config), vlm=True)
+            return hf_vit.tower(candidate, inner, depth, family_named(str(inner.config.model_type)).joined_side(base, inner.config), vlm=True)
         raise UnsupportedModelError(
             f"the vision tower {type(candidate).__name__} of {type(inner).__name__} cannot be reduced inside; known are {KNOWN}. Methods of the "
             "connector stage work on its output."

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tokprune.adapters.layouts import Call, arrange
+from tokprune.adapters.families import EncoderCall, arrange
 from tokprune.adapters.splice.handle import EncoderPruning
 from tokprune.methods.base import ConnectorMethod
 from tokprune.registry import MethodInfo
@@ -19,7 +19,7 @@ from tokprune.tokens import Merge, Selection, VisualTokens
 SIGNAL = "encoder_survivor"
 
 
-def survivor_rows(pruning: EncoderPruning, call: Call) -> Tensor:
+def survivor_rows(pruning: EncoderPruning, call: EncoderCall) -> Tensor:
     """1 for each row of an encoder call that is the place of a group, 0 for its copies and dropped tokens. (R,) in
     float32.
 

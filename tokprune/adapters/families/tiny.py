@@ -19,7 +19,7 @@ PIXELS: dict[str, Any] = {"patch_size": 4, "merge_size": 2, "temporal_patch_size
 MROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
 
 
-class Parts(NamedTuple):
+class TinyParts(NamedTuple):
     """What a family builder returns: the model with its initial weights, the processor, and how prompts are written."""
 
     model: Any

@@ -1,4 +1,4 @@
-"""MiniCPM-V 4.6: pictures and slices of any size, packed, with a merger inside the tower."""
+"""MiniCPM-V 4.6: a thumbnail and slices of any size, packed, with a merger inside the tower."""
 
 from __future__ import annotations
 
@@ -8,38 +8,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokprune.adapters.layouts.canvas import canvas_from_shape
-from tokprune.adapters.layouts.core import (
-    Call,
-    Run,
+from tokprune.adapters.families.base import (
+    EncoderCall,
+    PlaceholderRun,
     StreamLayout,
     UnknownGeometryError,
-    frames,
-    mixed_tiles,
-    plain,
-    pool,
+    register_family,
 )
-from tokprune.adapters.layouts.grids import SizedImages
-from tokprune.adapters.layouts.tiles import APART
+from tokprune.adapters.families.geometry import canvas_from_shape, frames, mixed_tiles, plain, pool
+from tokprune.adapters.families.tiles import APART
+from tokprune.adapters.families.tiny import TinyParts, chat_template, hybrid_language, tokenizer, tower
+from tokprune.adapters.families.units import SizedImages
 from tokprune.tokens import Layout
 
 
+@register_family("minicpmv4_6")
 class MiniCPM(SizedImages):
     """A thumbnail, then slices of one size; each is a run of its own. What stands before a run tells thumbnails from
     slices: the first run of every sample is a thumbnail (or a frame)."""
 
+    mixes_modalities = False
+    tiny_types: tuple[str, ...] = ("minicpmv4_6",)
+
     reads_runs = True
 
-    def patch_grids(self, call: Call) -> list[tuple[int, int]]:
+    def patch_grids(self, call: EncoderCall) -> list[tuple[int, int]]:
         name = "target_sizes_videos" if call.modality == "video" else "target_sizes"
         return [(h, w) for h, w in call.rows_of(name)]
 
-    def token_grids(self, call: Call) -> list[tuple[int, int]]:
+    def token_grids(self, call: EncoderCall) -> list[tuple[int, int]]:
         grids = self.patch_grids(call)
         merge = round((sum(h * w for h, w in grids) / max(call.total, 1)) ** 0.5)
         return [(h // merge, w // merge) for h, w in grids]
 
-    def arrange(self, call: Call, values: Tensor, fill: float = 0.0) -> Tensor:
+    def arrange(self, call: EncoderCall, values: Tensor, fill: float = 0.0) -> Tensor:
         patches, targets = self.patch_grids(call), self.token_grids(call)
         # Behind the tower's own merger there is a quarter of the patches left.
         shrink = round((sum(h * w for h, w in patches) / max(values.shape[0], 1)) ** 0.5)
@@ -47,10 +49,10 @@ class MiniCPM(SizedImages):
         parts = values.split([h * w for h, w in sources])
         return torch.cat([pool(part[None], a, b)[0] for part, a, b in zip(parts, sources, targets, strict=True)])
 
-    def feature_layers(self, call: Call) -> list[int] | None:
+    def feature_layers(self, call: EncoderCall) -> list[int] | None:
         return None
 
-    def streams(self, call: Call) -> list[StreamLayout]:
+    def streams(self, call: EncoderCall) -> list[StreamLayout]:
         grids = self.token_grids(call)
         if len(grids) == 1:
             return [plain(Layout.grid(*grids[0]))]
@@ -63,7 +65,7 @@ class MiniCPM(SizedImages):
             start += count
         return out
 
-    def groups(self, runs: list[Run], video: bool) -> Iterator[int]:
+    def groups(self, runs: list[PlaceholderRun], video: bool) -> Iterator[int]:
         """How many consecutive runs make one picture or video."""
         first: dict[int, tuple[int, ...]] = {}
         for run in runs:
@@ -79,7 +81,7 @@ class MiniCPM(SizedImages):
         if count:
             yield count
 
-    def picture(self, call: Call, grids: list[tuple[int, int]], video: bool) -> StreamLayout:
+    def picture(self, call: EncoderCall, grids: list[tuple[int, int]], video: bool) -> StreamLayout:
         """One picture of these units, the thumbnail first, or one video of these frames."""
         count, tile = len(grids), grids[-1]
         if count == 1:
@@ -90,5 +92,39 @@ class MiniCPM(SizedImages):
             return plain(frames(count, tile))
         return plain(mixed_tiles(grids, canvas_from_shape(count - 1, tile, grids[0])))
 
+    def tiny(self, model_type: str) -> TinyParts:
+        return minicpmv4_6()
 
-MINICPM: dict[str, Any] = {"minicpmv4_6": MiniCPM()}
+
+def minicpmv4_6() -> TinyParts:
+    """MiniCPM-V 4.6: slices, a merger inside the tower, hybrid language model; a prompt holds images or clips."""
+    import transformers as hf
+
+    names = {
+        "image_token": "<|image_pad|>",
+        "video_token": "<|video_pad|>",
+        "image_start_token": "<image>",
+        "image_end_token": "</image>",
+        "slice_start_token": "<slice>",
+        "slice_end_token": "</slice>",
+        "image_id_start_token": "<image_id>",
+        "image_id_end_token": "</image_id>",
+    }
+    text = tokenizer(list(names.values()), named=names)
+    views: dict[str, Any] = {"scale_resolution": 64, "patch_size": 4}
+    processor = hf.MiniCPMV4_6Processor(
+        hf.MiniCPMV4_6ImageProcessor(max_slice_nums=4, **views),
+        hf.MiniCPMV4_6VideoProcessor(max_slice_nums=1, do_sample_frames=False, **views),
+        text,
+        chat_template=chat_template("<|image_pad|>", "<|video_pad|>"),
+    )
+    config = hf.MiniCPMV4_6Config(
+        vision_config=tower(num_hidden_layers=3, image_size=64),
+        insert_layer_id=1,
+        image_size=64,
+        image_token_id=text.convert_tokens_to_ids("<|image_pad|>"),
+        video_token_id=text.convert_tokens_to_ids("<|video_pad|>"),
+        text_config=hybrid_language(),
+    )
+    model = hf.MiniCPMV4_6ForConditionalGeneration(config)
+    return TinyParts(model, processor, "<|image_pad|>", "<|video_pad|>", mixes=False)

@@ -1,69 +1,84 @@
-"""Where the visual tokens of each family lie: tiles, canvases, newline rows, frames, grids.
+"""The families of models that tokprune knows: one file each, found by being in this folder.
 
-Adding a family is one entry in `FAMILIES`; models without one get a grid where the counts allow only one reading, else
-one line, and a note that says so.
+Adding a family is one file with a class under `@register_family`: its placeholders, geometry, vision tower, prompt facts, and a
+tiny model for the test matrix. Models without one get a grid where the counts allow only one reading, else one line, and a
+note that says so.
 """
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from tokprune.adapters.layouts.core import (
-    Call,
+from tokprune.adapters.families.base import (
+    _FAMILIES,
+    EncoderCall,
     Family,
-    Run,
+    PlaceholderRun,
     StreamLayout,
     UnknownGeometryError,
     placeholder_runs,
-    plain,
+    register_family,
 )
-from tokprune.adapters.layouts.grids import GRIDS, Fallback
-from tokprune.adapters.layouts.llava import LLAVA
-from tokprune.adapters.layouts.minicpm import MINICPM
-from tokprune.adapters.layouts.molmo import MOLMO
-from tokprune.adapters.layouts.qwen import QWEN, Packed
-from tokprune.adapters.layouts.tiles import TILES
+from tokprune.adapters.families.geometry import plain
+from tokprune.adapters.families.qwen_vl import Packed
+from tokprune.adapters.families.units import Fallback
 from tokprune.tokens import Layout
 
 __all__ = [
     "FAMILIES",
-    "Call",
+    "EncoderCall",
     "Family",
-    "Run",
+    "PlaceholderRun",
     "StreamLayout",
     "UnknownGeometryError",
     "arrange",
+    "family_named",
     "family_of",
     "placeholder_runs",
-    "reads_runs",
+    "register_family",
     "stream_layouts",
-    "told_by_words",
+    "tiny_families",
 ]
 
-FAMILIES: Mapping[str, Family] = LLAVA | QWEN | TILES | GRIDS | MINICPM | MOLMO
-"""The families with a geometry of their own, by the `model_type` of their config."""
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+FAMILIES: Mapping[str, Family] = _FAMILIES
+"""The registered families by the `model_type` of their config."""
+
+_PACKED, _FALLBACK = Packed(), Fallback()
+
+
+def family_named(model_type: str) -> Family:
+    """The family of a model type; what is known of every model where none is registered."""
+    return FAMILIES.get(model_type, _FALLBACK)
 
 
 def family_of(base: nn.Module, kwargs: Mapping[str, Any] | None = None) -> Family:
     """The family of a multimodal base model; unlisted models that are called with grid_thw are read like Qwen-VL."""
     config: Any = base.config
-    known = FAMILIES.get(config.model_type)
-    if known is not None:
-        return known
-    return Packed() if any(name.endswith("_grid_thw") for name in kwargs or ()) else Fallback()
+    if config.model_type not in FAMILIES and any(name.endswith("_grid_thw") for name in kwargs or ()):
+        return _PACKED
+    return family_named(config.model_type)
 
 
-def reads_runs(base: nn.Module) -> bool:
-    """Whether the layouts of this model depend on the prompt's placeholder runs (tiles that are items of their own)."""
-    return family_of(base).reads_runs
+def tiny_families() -> list[str]:
+    """Model types of which a tiny model can be built, in the order that the test matrix and the pages show."""
+    found = {name for family in FAMILIES.values() for name in family.tiny_types}
+    first = [name for name in ORDER if name in found]
+    return first + sorted(found - set(first))
 
 
-def told_by_words(base: nn.Module) -> bool:
-    """Whether only the words of the prompt tell this model's video frames from pictures."""
-    return family_of(base).told_by_words
+ORDER = (
+    *("llava", "vipllava", "llava_next", "llava_next_video", "llava_onevision"),
+    *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "internvl"),
+)
+"""The families that people ask for first."""
 
 
 def stream_layouts(
@@ -71,7 +86,7 @@ def stream_layouts(
     modality: str,
     kwargs: Mapping[str, Any],
     output: Any,
-    runs: Sequence[Run | int] | None = None,
+    runs: Sequence[PlaceholderRun | int] | None = None,
     decode: Callable[[list[int]], str] | None = None,
 ) -> list[StreamLayout]:
     """One layout per stream (an image with all its tiles, or a video), in the order of the flattened encoder rows.
@@ -83,21 +98,25 @@ def stream_layouts(
 
     Where the geometry cannot be known each item is one line, and `note` says why.
     """
-    given = None if runs is None else tuple(run if isinstance(run, Run) else Run(int(run)) for run in runs)
-    call = Call(base, modality, kwargs, output, given, decode)
+    read = (
+        None
+        if runs is None
+        else tuple(run if isinstance(run, PlaceholderRun) else PlaceholderRun(int(run)) for run in runs)
+    )
+    call = EncoderCall(base, modality, kwargs, output, read, decode)
     name = call.config.model_type
     try:
-        found = family_of(base, kwargs).streams(call)
-        rows = sum(stream.total for stream in found)
+        layouts = family_of(base, kwargs).streams(call)
+        rows = sum(stream.total for stream in layouts)
         if rows != call.total:
             raise UnknownGeometryError(f"a geometry of {rows} tokens was expected, the encoder gave {call.total}")
-        return found
+        return layouts
     except UnknownGeometryError as error:
         note = f"geometry of {name} unknown, one line per item: {error}"
         return [plain(Layout.line(n), note) for n in call.lengths]
 
 
-def arrange(call: Call, values: Tensor, fill: float = 0.0) -> Tensor:
+def arrange(call: EncoderCall, values: Tensor, fill: float = 0.0) -> Tensor:
     """Values of the tower's patches (P, ...) as values of the flattened rows (R, ...); separators get `fill`.
 
     P counts the patches in the tower's order, special tokens cut. Raises UnknownGeometryError where a family cannot tell.

@@ -1,18 +1,19 @@
-"""What all families of layouts share: the result type, the call they look at, and how plain grids and tiles are written down."""
+"""What the runtime asks of a family of models: where visual tokens lie in the prompt, the picture and the vision tower."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from tokprune.adapters.families.tiny import TinyParts
+from tokprune.errors import OptionError
 from tokprune.tokens import Layout
+
+F = TypeVar("F", bound="Family")
 
 
 class UnknownGeometryError(Exception):
@@ -39,7 +40,7 @@ class StreamLayout:
 
 
 @dataclass(frozen=True)
-class Run:
+class PlaceholderRun:
     """A contiguous run of placeholder tokens of one modality in the prompt.
 
     length: tokens. sample: row of the batch. before: ids of the other tokens since the run before it in the same sample
@@ -54,7 +55,7 @@ class Run:
 GAP = 32
 
 
-def placeholder_runs(input_ids: Tensor, mask: Tensor) -> list[Run]:
+def placeholder_runs(input_ids: Tensor, mask: Tensor) -> list[PlaceholderRun]:
     """The runs of placeholders of one modality, in (batch, position) order.
 
     input_ids: (B, L). mask: (B, L) bool, true at the placeholders of that modality. One transfer to the host.
@@ -65,20 +66,20 @@ def placeholder_runs(input_ids: Tensor, mask: Tensor) -> list[Run]:
         end = 0
         for start, stop in zip([0, *edges], [*edges, len(flags)], strict=True):
             if stop > start and flags[start]:
-                runs.append(Run(stop - start, sample, tuple(ids[max(end, start - GAP) : start])))
+                runs.append(PlaceholderRun(stop - start, sample, tuple(ids[max(end, start - GAP) : start])))
                 end = stop
     return runs
 
 
 @dataclass(frozen=True)
-class Call:
+class EncoderCall:
     """One call of get_image_features or get_video_features, and what is known about the prompt it belongs to."""
 
     base: nn.Module
     modality: str
     kwargs: Mapping[str, Any]
     output: Any
-    runs: tuple[Run, ...] | None = None
+    runs: tuple[PlaceholderRun, ...] | None = None
     decode: Callable[[list[int]], str] | None = None
 
     @property
@@ -125,21 +126,59 @@ class Call:
 
 
 class Family:
-    """What is particular to the models of one family: where tokens lie, and how patches of the tower become rows.
+    """What is particular to the models of one family: placeholders, geometry, vision tower, prompts, and a tiny model for tests.
 
-    Subclasses override `streams` and `arrange`, and the rest where their tower differs.
+    One file a family: a class under `@register_family`. Subclasses override `streams` and `arrange`, and the rest where their
+    models differ.
     """
 
+    # -- prompt and placeholders --------------------------------------------------------------------------------------------
+
+    first_position: int = 0
+    """The position id of the first token of a prompt."""
+    adds_to_placeholder: bool = False
+    """Whether visual features are added onto the embedding of their placeholder instead of replacing it."""
+    clips_in_one_tensor: bool = False
+    """Whether all clips of a call lie in one tensor, so that they must have the same number of frames."""
+    mixes_modalities: bool = True
+    """Whether pictures and clips may stand in one call."""
+    times_frames: bool = False
+    """Whether frames that are given as pictures stand behind words that say their time."""
+    frames_by_words: bool = False
+    """Whether only the words of the prompt tell video frames from pictures."""
+    tower_of_timm: bool = False
+    """Whether the vision tower is a model of timm, which must be installed."""
     reads_runs: bool = False
     """Whether `streams` needs the prompt's placeholder runs to tell which tiles belong together."""
-    told_by_words: bool = False
-    """Whether only the words of the prompt tell video frames from pictures."""
 
-    def streams(self, call: Call) -> list[StreamLayout]:
+    def placeholders(self, call: Mapping[str, Any], columns: dict[str, Tensor]) -> dict[str, Tensor]:
+        """(B, L) bool per modality: the columns that its features fill, from those that hold its placeholder id."""
+        return columns
+
+    # -- encoder call -------------------------------------------------------------------------------------------------------
+
+    def encoder(self, base: Any, modality: str) -> tuple[str, str] | None:
+        """(method of the base model, its argument for the pixels where that has another name) that encodes a modality, or None."""
+        return (f"get_{modality}_features", "") if hasattr(base, f"get_{modality}_features") else None
+
+    def prepare_encoded(self, call: dict[str, Any], encoded: dict[str, Any]) -> dict[str, Tensor]:
+        """Make features line up with placeholders before planning; (R,) bool masks of the rows that stay, where some do not."""
+        return {}
+
+    def feature_layers(self, call: EncoderCall) -> list[int] | None:
+        """Indices of the hidden states that the model selects, as written in its config; None: the tower's last output."""
+        layers = call.option("vision_feature_layer")
+        if layers is None:
+            return None
+        return [layers] if isinstance(layers, int) else list(layers)
+
+    # -- geometry -----------------------------------------------------------------------------------------------------------
+
+    def streams(self, call: EncoderCall) -> list[StreamLayout]:
         """One layout per image or video, in the order of the flattened rows."""
         raise UnknownGeometryError("unlisted family")
 
-    def arrange(self, call: Call, values: Tensor, fill: float = 0.0) -> Tensor:
+    def arrange(self, call: EncoderCall, values: Tensor, fill: float = 0.0) -> Tensor:
         """Values of the tower's patches (P, C), special tokens cut, as values of the rows (R, C); separators get `fill`.
 
         Where a row is made of several patches it gets their mean, or the interpolation that the model itself uses.
@@ -148,78 +187,44 @@ class Family:
             raise UnknownGeometryError(f"{values.shape[0]} patches do not make {call.total} rows")
         return values
 
-    def patches(self, call: Call) -> int | None:
+    def patches(self, call: EncoderCall) -> int | None:
         """Patches per unit of a tower that works on a batch of equal units; None for packed towers without special tokens."""
         return None
 
-    def feature_layers(self, call: Call) -> list[int] | None:
-        """Indices of the hidden states that the model selects, as written in its config; None: the tower's last output."""
-        layers = call.option("vision_feature_layer")
-        if layers is None:
-            return None
-        return [layers] if isinstance(layers, int) else list(layers)
-
-    def frame_sizes(self, call: Call) -> Tensor | None:
+    def frame_sizes(self, call: EncoderCall) -> Tensor | None:
         """(P,) patches of the frame that each patch belongs to, where attention may be confined to windows; else None."""
         return None
 
-    def units(self, call: Call) -> Tensor:
+    def units(self, call: EncoderCall) -> Tensor:
         """The pictures that the tower saw, (U, 3, H, W), in its order."""
         raise UnknownGeometryError("its tower does not take a batch of pictures")
 
+    def joined_side(self, base: Any, config: Any) -> int:
+        """Side of the square of patches that the connector joins to one token, for towers that see a batch of equal pictures."""
+        return 1
 
-def plain(layout: Layout, note: str = "") -> StreamLayout:
-    """A stream without separators whose candidates lie in the order of the rows."""
-    n = layout.group.shape[0]
-    none = torch.zeros(0, dtype=torch.long)
-    return StreamLayout(torch.arange(n), n, layout, none, none, torch.zeros(n, dtype=torch.long), note)
+    # -- tests --------------------------------------------------------------------------------------------------------------
 
+    tiny_types: tuple[str, ...] = ()
+    """Model types of which `tiny` builds a model; the test matrix proves each of them equal to a brute-force reference."""
 
-def tiled(
-    count: int, grid: tuple[int, int], canvas: tuple[int, int] | None, thumbnail: int | None, note: str = ""
-) -> StreamLayout:
-    """A stream of `count` tiles of `grid` tokens each, raster inside; `thumbnail` is the position of the whole picture's tile."""
-    n = grid[0] * grid[1]
-    order = list(range(count))
-    if thumbnail is not None:
-        order.insert(0, order.pop(thumbnail))
-    layout = Layout.grid(*grid, count, "tiles", canvas=canvas, thumbnail=thumbnail is not None)
-    stream = plain(layout, note)
-    rows = (torch.tensor(order)[:, None] * n + torch.arange(n)).flatten()
-    return StreamLayout(rows, count * n, layout, stream.separators, stream.separator_line, stream.line, note)
+    def tiny(self, model_type: str) -> TinyParts:
+        """A small random-weight model of `model_type` with its real processor, built offline."""
+        raise UnknownGeometryError(f"no tiny model of {model_type} is known")
 
 
-def mixed_tiles(grids: list[tuple[int, int]], canvas: tuple[int, int]) -> Layout:
-    """Layout of a thumbnail, the first of `grids`, and tiles whose grids may differ from it."""
-    parts = [Layout.grid(*grid) for grid in grids]
-    group = torch.cat([torch.full_like(part.row, i) for i, part in enumerate(parts)])
-    row, col = (torch.cat([getattr(part, name) for part in parts]) for name in ("row", "col"))
-    return Layout(group, row, col, tuple(grids), "tiles", canvas=canvas, thumbnail=True)
+_FAMILIES: dict[str, Family] = {}
 
 
-def frames(count: int, grid: tuple[int, int], timestamps: Sequence[float] | None = None) -> Layout:
-    """Layout of a video of `count` frames of `grid` tokens."""
-    return Layout.grid(*grid, count, "video", timestamps=None if timestamps is None else tuple(timestamps))
+def register_family(*model_types: str) -> Callable[[type[F]], type[F]]:
+    """Class decorator: models whose config has one of these `model_type`s belong to the family."""
 
+    def register(cls: type[F]) -> type[F]:
+        instance = cls()
+        for name in model_types:
+            if name in _FAMILIES:
+                raise OptionError(f"model type {name!r} belongs to {type(_FAMILIES[name]).__name__} already.")
+        _FAMILIES.update(dict.fromkeys(model_types, instance))
+        return cls
 
-def pair(value: Any) -> tuple[int, int]:
-    """A size that configs write as one number or as (height, width)."""
-    return (int(value), int(value)) if isinstance(value, int) else (int(value[0]), int(value[1]))
-
-
-def scaled_grid(shape: tuple[int, int], n: int) -> tuple[int, int] | None:
-    """The grid of `n` tokens with the aspect ratio of `shape` (height, width), or None when there is none."""
-    height = round(shape[0] * math.sqrt(n / (shape[0] * shape[1]))) if n > 0 else 0
-    if height < 1 or n % height:
-        return None
-    width = n // height
-    # One token of slack per side: pooling rounds odd sides up.
-    return (height, width) if abs(width * shape[0] - height * shape[1]) <= max(shape) else None
-
-
-def pool(values: Tensor, source: tuple[int, int], target: tuple[int, int]) -> Tensor:
-    """Mean over the patches of each token. values: (U, h*w, C) in raster order -> (U, h'*w', C)."""
-    if source == target:
-        return values
-    x = values.transpose(1, 2).unflatten(2, source)  # (U, C, h, w)
-    return F.adaptive_avg_pool2d(x, target).flatten(2).transpose(1, 2)
+    return register

@@ -1,30 +1,19 @@
-"""Families whose tower sees pictures of one size: every picture becomes one grid of tokens. Also the fallback for others."""
+"""Vision towers that see a batch of equal pictures, or pictures of different sizes one after the other: grids without tiles."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokprune.adapters.layouts.core import (
-    Call,
-    Family,
-    StreamLayout,
-    UnknownGeometryError,
-    frames,
-    pair,
-    plain,
-    pool,
-    scaled_grid,
-)
+from tokprune.adapters.families.base import EncoderCall, Family, StreamLayout, UnknownGeometryError
+from tokprune.adapters.families.geometry import frames, pair, plain, pool, scaled_grid
 from tokprune.tokens import Layout
 
 
 class Units(Family):
     """A tower that works on a batch of equal pictures (images, tiles or frames), each of which becomes a grid of tokens."""
 
-    def patch_grid(self, call: Call) -> tuple[int, int]:
+    def patch_grid(self, call: EncoderCall) -> tuple[int, int]:
         """(height, width) in patches of one picture."""
         size = getattr(call.vision_config, "patch_size", None)
         if size is None or call.pixels is None or call.pixels.dim() < 4:
@@ -32,15 +21,15 @@ class Units(Family):
         down, across = pair(size)
         return call.pixels.shape[-2] // down, call.pixels.shape[-1] // across
 
-    def patches(self, call: Call) -> int | None:
+    def patches(self, call: EncoderCall) -> int | None:
         height, width = self.patch_grid(call)
         return height * width
 
-    def tokens_per_unit(self, call: Call) -> int:
+    def tokens_per_unit(self, call: EncoderCall) -> int:
         """Rows that one picture becomes."""
         return call.lengths[0] if call.lengths else 0
 
-    def token_grid(self, call: Call) -> tuple[int, int]:
+    def token_grid(self, call: EncoderCall) -> tuple[int, int]:
         """(height, width) in tokens of one picture."""
         n = self.tokens_per_unit(call)
         grid = scaled_grid(self.patch_grid(call), n)
@@ -48,14 +37,14 @@ class Units(Family):
             raise UnknownGeometryError(f"{n} tokens do not make a grid of the picture's shape")
         return grid
 
-    def unit_count(self, call: Call) -> int:
+    def unit_count(self, call: EncoderCall) -> int:
         """How many pictures the rows belong to."""
         n = self.tokens_per_unit(call)
         if n == 0 or call.total % n:
             raise UnknownGeometryError(f"{call.total} rows are no multiple of {n}")
         return call.total // n
 
-    def streams(self, call: Call) -> list[StreamLayout]:
+    def streams(self, call: EncoderCall) -> list[StreamLayout]:
         grid, count = self.token_grid(call), self.unit_count(call)
         pixels = call.pixels
         if call.modality == "video" and pixels is not None and pixels.dim() == 5:
@@ -63,7 +52,7 @@ class Units(Family):
             return [plain(frames(length, grid)) for _ in range(count // length)]
         return [plain(Layout.grid(*grid)) for _ in range(count)]
 
-    def arrange(self, call: Call, values: Tensor, fill: float = 0.0) -> Tensor:
+    def arrange(self, call: EncoderCall, values: Tensor, fill: float = 0.0) -> Tensor:
         source, target = self.patch_grid(call), self.token_grid(call)
         per_unit = values.unflatten(0, (-1, source[0] * source[1]))
         return self.pooled(per_unit, source, target).flatten(0, 1)
@@ -72,7 +61,7 @@ class Units(Family):
         """Mean over the patches of each token. values: (U, patches, C) -> (U, tokens, C)."""
         return pool(values, source, target)
 
-    def units(self, call: Call) -> Tensor:
+    def units(self, call: EncoderCall) -> Tensor:
         if call.pixels is None or call.pixels.dim() < 4:
             return super().units(call)
         return call.pixels.flatten(0, -4)
@@ -81,7 +70,7 @@ class Units(Family):
 class Fallback(Units):
     """Models without an entry of their own: a grid where the counts allow only one reading, else one line."""
 
-    def token_grid(self, call: Call) -> tuple[int, int]:
+    def token_grid(self, call: EncoderCall) -> tuple[int, int]:
         pixels = call.pixels
         if pixels is None or pixels.dim() < 4 or len(set(call.lengths)) != 1:
             raise UnknownGeometryError("its items differ in size")
@@ -92,57 +81,33 @@ class Fallback(Units):
             raise UnknownGeometryError(f"{call.total} tokens of {count} pictures do not make grids")
         return grid
 
-    def tokens_per_unit(self, call: Call) -> int:
+    def tokens_per_unit(self, call: EncoderCall) -> int:
         height, width = self.token_grid(call)
         return height * width
 
-    def arrange(self, call: Call, values: Tensor, fill: float = 0.0) -> Tensor:
+    def arrange(self, call: EncoderCall, values: Tensor, fill: float = 0.0) -> Tensor:
         if values.shape[0] == call.total:
             return values
         return super().arrange(call, values, fill)
 
 
-class FastVLM(Fallback):
-    """FastVLM: a convolutional tower that gives one grid per picture and no patches."""
-
-    def patches(self, call: Call) -> int | None:
-        return None
-
-    def arrange(self, call: Call, values: Tensor, fill: float = 0.0) -> Tensor:
-        return Family.arrange(self, call, values, fill)
-
-    def feature_layers(self, call: Call) -> list[int] | None:
-        return None
-
-
 class SizedImages(Family):
     """Towers that pack pictures of different sizes one after the other: Pixtral, and towers fed with target sizes."""
 
-    def patch_grids(self, call: Call) -> list[tuple[int, int]]:
+    def patch_grids(self, call: EncoderCall) -> list[tuple[int, int]]:
         """(height, width) in patches of each picture."""
         down, across = pair(call.vision_config.patch_size)
         return [(h // down, w // across) for h, w in call.rows_of("image_sizes")]
 
-    def token_grids(self, call: Call) -> list[tuple[int, int]]:
+    def token_grids(self, call: EncoderCall) -> list[tuple[int, int]]:
         """(height, width) in tokens of each picture."""
         merge = int(getattr(call.config, "spatial_merge_size", 1) or 1)
         return [(h // merge, w // merge) for h, w in self.patch_grids(call)]
 
-    def streams(self, call: Call) -> list[StreamLayout]:
+    def streams(self, call: EncoderCall) -> list[StreamLayout]:
         return [plain(Layout.grid(*grid)) for grid in self.token_grids(call)]
 
-    def arrange(self, call: Call, values: Tensor, fill: float = 0.0) -> Tensor:
+    def arrange(self, call: EncoderCall, values: Tensor, fill: float = 0.0) -> Tensor:
         sources, targets = self.patch_grids(call), self.token_grids(call)
         parts = values.split([h * w for h, w in sources])
         return torch.cat([pool(part[None], a, b)[0] for part, a, b in zip(parts, sources, targets, strict=True)])
-
-
-GRIDS: dict[str, Any] = {
-    "paligemma": Units(),
-    "gemma3": Units(),
-    "got_ocr2": Units(),
-    "deepseek_vl": Units(),
-    "fast_vlm": FastVLM(),
-    "mistral3": SizedImages(),
-    "lighton_ocr": SizedImages(),
-}

@@ -1,4 +1,4 @@
-"""The LLaVA line: plain grids, anyres tiles with unpadding and newline rows, pooled video frames."""
+"""LLaVA-NeXT and LLaVA-NeXT-Video: a thumbnail and tiles without their padding, newline rows, pooled video frames."""
 
 from __future__ import annotations
 
@@ -8,66 +8,33 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tokprune.adapters.layouts.core import Call, Family, StreamLayout, UnknownGeometryError, frames, pair, plain
-from tokprune.adapters.layouts.grids import SizedImages, Units
+from tokprune.adapters.families.base import EncoderCall, Family, StreamLayout, UnknownGeometryError, register_family
+from tokprune.adapters.families.geometry import frames, pair, plain
+from tokprune.adapters.families.llava import COUNTING, cropped, words
+from tokprune.adapters.families.tiny import TinyParts, chat_template, clip_tower, language
 from tokprune.tokens import Layout
 
 
-class Llava(Units):
-    """LLaVA-1.5 and VipLLaVA: one grid per image; with the strategy "full" the [CLS] token stands before it."""
-
-    def patches(self, call: Call) -> int | None:
-        return None if call.kwargs.get("image_sizes") is not None else super().patches(call)
-
-    def cls_rows(self, call: Call) -> int:
-        """Rows of special tokens before the grid of each image."""
-        height, width = self.patch_grid(call)
-        extra = super().tokens_per_unit(call) - height * width
-        if extra not in (0, 1):
-            raise UnknownGeometryError(f"{call.lengths[0]} tokens do not fit {height} x {width} patches")
-        return extra
-
-    def tokens_per_unit(self, call: Call) -> int:
-        return super().tokens_per_unit(call) - self.cls_rows(call)
-
-    def unit_count(self, call: Call) -> int:
-        return len(call.lengths)
-
-    def streams(self, call: Call) -> list[StreamLayout]:
-        if call.kwargs.get("image_sizes") is not None:  # a Pixtral tower
-            return SizedImages().streams(call)
-        extra = self.cls_rows(call)
-        streams = super().streams(call)
-        if not extra:
-            return streams
-        # [CLS] is no candidate: like a newline it stays as long as a token of its line, here the image, does.
-        lone = torch.zeros(1, dtype=torch.long)
-        return [StreamLayout(s.rows + 1, s.total + 1, s.layout, lone, lone, s.line, s.note) for s in streams]
-
-    def arrange(self, call: Call, values: Tensor, fill: float = 0.0) -> Tensor:
-        if call.kwargs.get("image_sizes") is not None:
-            return SizedImages().arrange(call, values, fill)
-        extra = self.cls_rows(call)
-        grid = super().arrange(call, values, fill)
-        if not extra:
-            return grid
-        per_unit = grid.unflatten(0, (self.unit_count(call), -1))
-        return F.pad(per_unit, (0, 0, extra, 0), value=fill).flatten(0, 1)
-
-
+@register_family("llava_next", "llava_next_video")
 class AnyRes(Family):
     """LLaVA-NeXT, LLaVA-NeXT-Video and LLaVA-OneVision: a thumbnail, then a canvas of tiles without its padding, each line
     closed by a newline row. Traced through the model's own pack_image_features."""
 
-    def side(self, call: Call) -> int:
+    clips_in_one_tensor = True
+    tiny_types: tuple[str, ...] = (
+        "llava_next",
+        "llava_next_video",
+    )
+
+    def side(self, call: EncoderCall) -> int:
         """Patches along one side of a tile."""
         config = call.vision_config
         return pair(config.image_size)[0] // pair(config.patch_size)[0]
 
-    def patches(self, call: Call) -> int | None:
+    def patches(self, call: EncoderCall) -> int | None:
         return self.side(call) ** 2
 
-    def tile_counts(self, call: Call) -> list[int]:
+    def tile_counts(self, call: EncoderCall) -> list[int]:
         """Tower pictures of each image, the thumbnail included."""
         from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
@@ -81,7 +48,7 @@ class AnyRes(Family):
             for size, yes in zip(sizes, cut, strict=True)
         ]
 
-    def pack(self, call: Call, values: Tensor, fill: float) -> list[Tensor]:
+    def pack(self, call: EncoderCall, values: Tensor, fill: float) -> list[Tensor]:
         """Per-patch values (U, patches, C) re-arranged by the model itself; newline rows are `fill`."""
         parts = values.split(self.tile_counts(call))
         newline = values.new_full((values.shape[-1],), fill)
@@ -92,7 +59,7 @@ class AnyRes(Family):
             return base.pack_image_features(parts, sizes, image_newline=newline, vision_aspect_ratio=ratio)[0]
         return base.pack_image_features(parts, sizes, vision_feature_select_strategy="full", image_newline=newline)[0]
 
-    def canvas(self, call: Call, size: list[int]) -> tuple[int, int]:
+    def canvas(self, call: EncoderCall, size: list[int]) -> tuple[int, int]:
         """Tiles down and across of an image of `size`."""
         from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
@@ -100,7 +67,7 @@ class AnyRes(Family):
         down, across = get_anyres_image_grid_shape(size, call.config.image_grid_pinpoints, tile)
         return int(down), int(across)
 
-    def streams(self, call: Call) -> list[StreamLayout]:
+    def streams(self, call: EncoderCall) -> list[StreamLayout]:
         if call.modality == "video":
             return self.video_streams(call)
         side, counts, sizes = self.side(call), self.tile_counts(call), call.rows_of("image_sizes")
@@ -115,31 +82,31 @@ class AnyRes(Family):
         traced = self.pack(call, torch.cat(places), torch.nan)
         return [_traced(rows, side, count, shape) for rows, count, shape in zip(traced, counts, shapes, strict=True)]
 
-    def arrange(self, call: Call, values: Tensor, fill: float = 0.0) -> Tensor:
+    def arrange(self, call: EncoderCall, values: Tensor, fill: float = 0.0) -> Tensor:
         per_unit = values.unflatten(0, (-1, self.side(call) ** 2))
         if call.modality == "video":
             return self.video_rows(call, per_unit, fill)
         return torch.cat(self.pack(call, per_unit, fill))
 
-    def video_shape(self, call: Call) -> tuple[int, int]:
+    def video_shape(self, call: EncoderCall) -> tuple[int, int]:
         """Videos and frames of the call."""
         if call.pixels is None or call.pixels.dim() != 5:
             raise UnknownGeometryError("the call has no video frames")
         return call.pixels.shape[0], call.pixels.shape[1]
 
-    def video_streams(self, call: Call) -> list[StreamLayout]:
+    def video_streams(self, call: EncoderCall) -> list[StreamLayout]:
         """LLaVA-NeXT-Video: frames pooled by a stride, no newline."""
         count, length = self.video_shape(call)
         side = self.side(call) // int(call.config.spatial_pool_stride)
         return [plain(frames(length, (side, side))) for _ in range(count)]
 
-    def video_rows(self, call: Call, values: Tensor, fill: float) -> Tensor:
+    def video_rows(self, call: EncoderCall, values: Tensor, fill: float) -> Tensor:
         """Frames (T, patches, C) as rows. Whatever the pooling mode, a signal is the mean over the pooled patches."""
         side, stride = self.side(call), int(call.config.spatial_pool_stride)
         x = F.avg_pool2d(values.transpose(1, 2).unflatten(2, (side, side)), stride)
         return x.flatten(2).transpose(1, 2).flatten(0, 1)
 
-    def units(self, call: Call) -> Tensor:
+    def units(self, call: EncoderCall) -> Tensor:
         pixels = call.pixels
         if pixels is None:
             return super().units(call)
@@ -149,24 +116,8 @@ class AnyRes(Family):
             return torch.cat([image[:n] for image, n in zip(pixels, self.tile_counts(call), strict=True)])
         return pixels
 
-
-class OneVision(AnyRes):
-    """LLaVA-OneVision: images as LLaVA-NeXT, shrunk bilinearly above a limit; videos pooled, one newline at the end."""
-
-    def video_streams(self, call: Call) -> list[StreamLayout]:
-        count, length = self.video_shape(call)
-        side = (self.side(call) + 1) // 2
-        layout = frames(length, (side, side))
-        n = length * side * side
-        end, zero = torch.tensor([n]), torch.zeros(1, dtype=torch.long)
-        one = StreamLayout(torch.arange(n), n + 1, layout, end, zero, torch.zeros(n, dtype=torch.long))
-        return [one] * count
-
-    def video_rows(self, call: Call, values: Tensor, fill: float) -> Tensor:
-        base: Any = call.base
-        count, _ = self.video_shape(call)
-        rows = base.apply_pooling(values).reshape(count, -1, values.shape[-1])
-        return F.pad(rows, (0, 0, 0, 1), value=fill).flatten(0, 1)
+    def tiny(self, model_type: str) -> TinyParts:
+        return llava_next() if model_type == "llava_next" else llava_next_video()
 
 
 def _traced(rows: Tensor, side: int, count: int, canvas: tuple[int, int]) -> StreamLayout:
@@ -197,10 +148,50 @@ def _traced(rows: Tensor, side: int, count: int, canvas: tuple[int, int]) -> Str
     return StreamLayout(candidates[order], len(where), layout, separators, before[separators], line[order])
 
 
-LLAVA: dict[str, Any] = {
-    "llava": Llava(),
-    "vipllava": Llava(),
-    "llava_next": AnyRes(),
-    "llava_next_video": AnyRes(),
-    "llava_onevision": OneVision(),
-}
+CANVASES = [[32, 64], [64, 32], [64, 64], [96, 32], [32, 96]]
+
+
+def llava_next() -> TinyParts:
+    """LLaVA-NeXT: thumbnail and tiles, unpadded, a newline after every row."""
+    import transformers as hf
+
+    text = words()
+    processor = hf.LlavaNextProcessor(
+        cropped(hf.LlavaNextImageProcessor, image_grid_pinpoints=CANVASES),
+        text,
+        chat_template=chat_template("<image>"),
+        **COUNTING,
+    )
+    config = hf.LlavaNextConfig(
+        vision_config=clip_tower(),
+        text_config=language(),
+        image_token_index=text.convert_tokens_to_ids("<image>"),
+        vision_feature_layer=-2,
+        image_grid_pinpoints=CANVASES,
+        image_seq_length=64,
+    )
+    return TinyParts(hf.LlavaNextForConditionalGeneration(config), processor, "<image>")
+
+
+def llava_next_video() -> TinyParts:
+    """LLaVA-NeXT-Video: tiled images, and clips pooled to 16 tokens a frame."""
+    import transformers as hf
+
+    text = words()
+    processor = hf.LlavaNextVideoProcessor(
+        cropped(hf.LlavaNextVideoVideoProcessor, do_sample_frames=False),
+        cropped(hf.LlavaNextImageProcessor, image_grid_pinpoints=CANVASES),
+        text,
+        chat_template=chat_template("<image>", "<video>"),
+        **COUNTING,
+    )
+    config = hf.LlavaNextVideoConfig(
+        vision_config=clip_tower(),
+        text_config=language(),
+        image_token_index=text.convert_tokens_to_ids("<image>"),
+        video_token_index=text.convert_tokens_to_ids("<video>"),
+        vision_feature_layer=-2,
+        image_grid_pinpoints=CANVASES,
+        image_seq_length=64,
+    )
+    return TinyParts(hf.LlavaNextVideoForConditionalGeneration(config), processor, "<image>", "<video>")

@@ -1,0 +1,68 @@
+"""Aya Vision: tiles and a thumbnail last, 2 x 2 shuffle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from tokprune.adapters.families.base import EncoderCall, PlaceholderRun, register_family
+from tokprune.adapters.families.tiles import TILED, Picture, Tiles
+from tokprune.adapters.families.tiny import TinyParts, chat_template, language, siglip_tower, tokenizer
+
+
+@register_family("aya_vision")
+class Aya(Tiles):
+    """Aya Vision: the tag before the thumbnail, which comes last, is the one before the last run of a sample."""
+
+    tiny_types: tuple[str, ...] = ("aya_vision",)
+
+    def pictures(self, call: EncoderCall, runs: list[PlaceholderRun], n: int) -> Iterator[Picture]:
+        last = {run.sample: run.before[-1:] for run in runs}
+        count = 0
+        for run in runs:
+            count += 1
+            if run.before[-1:] == last[run.sample]:
+                yield Picture(count)
+                count = 0
+
+    def joined_side(self, base: Any, config: Any) -> int:
+        return int(config.downsample_factor)
+
+    def tiny(self, model_type: str) -> TinyParts:
+        return aya_vision()
+
+
+def cohere_language() -> dict[str, Any]:
+    return language("cohere2", head_dim=16, sliding_window=2048, layer_types=["sliding_attention", "full_attention"])
+
+
+def aya_vision() -> TinyParts:
+    """Aya Vision: tiles and thumbnail, 2 x 2 shuffle."""
+    import transformers as hf
+
+    marks = [
+        "<image>",
+        "<|START_OF_IMG|>",
+        "<|END_OF_IMG|>",
+        "<|IMG_PATCH|>",
+        "<|IMG_LINE_BREAK|>",
+        "TILE",
+        "TILE_GLOBAL",
+    ]
+    text = tokenizer(marks, bos=True)
+    processor = hf.AyaVisionProcessor(
+        hf.GotOcr2ImageProcessor(**TILED),
+        text,
+        patch_size=4,
+        img_size=32,
+        downsample_factor=2,
+        chat_template=chat_template("<image>"),
+    )
+    config = hf.AyaVisionConfig(
+        vision_config=siglip_tower(),
+        downsample_factor=2,
+        image_token_index=text.convert_tokens_to_ids("<|IMG_PATCH|>"),
+        text_config=cohere_language(),
+        tie_word_embeddings=True,
+    )
+    return TinyParts(hf.AyaVisionForConditionalGeneration(config), processor, "<image>")

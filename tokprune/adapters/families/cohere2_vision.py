@@ -1,0 +1,63 @@
+"""Command A Vision: tiles with break tokens between them, thumbnail last, 2 x 2 shuffle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from tokprune.adapters.families.aya_vision import cohere_language
+from tokprune.adapters.families.base import EncoderCall, PlaceholderRun, register_family
+from tokprune.adapters.families.tiles import Picture, Tiles
+from tokprune.adapters.families.tiny import TinyParts, chat_template, siglip_tower, square, tokenizer
+
+
+@register_family("cohere2_vision")
+class Cohere2(Tiles):
+    """Command A Vision: one break token between the tiles of a picture, thumbnail last."""
+
+    tiny_types: tuple[str, ...] = ("cohere2_vision",)
+
+    def pictures(self, call: EncoderCall, runs: list[PlaceholderRun], n: int) -> Iterator[Picture]:
+        count = 0
+        for i, run in enumerate(runs):
+            if count and (len(run.before) != 1 or run.sample != runs[i - 1].sample):
+                yield Picture(count)
+                count = 0
+            count += 1
+        if count:
+            yield Picture(count)
+
+    def joined_side(self, base: Any, config: Any) -> int:
+        return int(config.downsample_factor)
+
+    def tiny(self, model_type: str) -> TinyParts:
+        return cohere2_vision()
+
+
+def cohere2_vision() -> TinyParts:
+    """Command A Vision: tiles and thumbnail, 2 x 2 shuffle, line breaks between tiles."""
+    import transformers as hf
+
+    names = {
+        "image_token": "<|IMG_PATCH|>",
+        "boi_token": "<|START_OF_IMG|>",
+        "eoi_token": "<|END_OF_IMG|>",
+        "img_line_break_token": "<|IMG_LINE_BREAK|>",
+    }
+    text = tokenizer(list(names.values()), bos=True, named=names)
+    # what this processor calls patch_size is the number of tokens along a tile's side
+    tiles: dict[str, Any] = {"size": square(32), "min_patches": 1, "max_patches": 4, "patch_size": 4}
+    processor = hf.Cohere2VisionProcessor(
+        hf.Cohere2VisionImageProcessor(**tiles),
+        text,
+        chat_template=chat_template("<|IMG_PATCH|>"),
+    )
+    config = hf.Cohere2VisionConfig(
+        vision_config=siglip_tower(),
+        downsample_factor=2,
+        alignment_intermediate_size=128,
+        image_token_id=text.convert_tokens_to_ids("<|IMG_PATCH|>"),
+        text_config=cohere_language(),
+        tie_word_embeddings=True,
+    )
+    return TinyParts(hf.Cohere2VisionForConditionalGeneration(config), processor, "<|IMG_PATCH|>")

@@ -1,0 +1,89 @@
+"""Families that cut a picture into tiles of one size: which tiles belong together, and how they lie."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from tokprune.adapters.families.base import EncoderCall, PlaceholderRun, StreamLayout, UnknownGeometryError
+from tokprune.adapters.families.geometry import canvas_from_pixels, canvases, frames, plain, tiled
+from tokprune.adapters.families.tiny import square
+from tokprune.adapters.families.units import Units
+from tokprune.tokens import Layout
+
+APART = "which tiles make one picture is not known without the prompt: every tile is a stream of its own"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Consecutive tower units that belong together.
+
+    count: units. across: tiles in a line where the prompt tells it, else 0. video: the units are frames, shown at
+    `seconds` where the prompt tells it.
+    """
+
+    count: int
+    across: int = 0
+    video: bool = False
+    seconds: tuple[float, ...] | None = None
+
+
+class Tiles(Units):
+    """Several units make one picture, with a thumbnail of the whole when there are more than one."""
+
+    reads_runs = True
+    thumbnail_last = True
+
+    def pictures(self, call: EncoderCall, runs: list[PlaceholderRun], n: int) -> Iterator[Picture]:
+        """The pictures that the runs of placeholders tell of; n: tokens of a unit."""
+        raise UnknownGeometryError("its prompt is not understood")
+
+    def streams(self, call: EncoderCall) -> list[StreamLayout]:
+        grid, count = self.token_grid(call), self.unit_count(call)
+        if count == 1:
+            return [plain(Layout.grid(*grid))]
+        n = grid[0] * grid[1]
+        if call.runs is None or sum(run.length for run in call.runs) != count * n:
+            return [plain(Layout.grid(*grid), APART)] * count
+        runs = list(call.runs)
+        if self.reads_tags and not any(run.before for run in runs):
+            return [plain(Layout.grid(*grid), APART)] * count
+        if any(run.length % n for run in runs):
+            raise UnknownGeometryError(f"placeholder runs are no multiples of the {n} tokens of a tile")
+        out, start = [], 0
+        for picture in self.pictures(call, runs, n):
+            out.append(self.stream(call, picture, grid, start))
+            start += picture.count
+        if start != count:
+            raise UnknownGeometryError(f"the prompt tells of {start} tiles, the encoder of {count}")
+        return out
+
+    reads_tags = True
+    """Whether the tokens between the runs are needed, not only their lengths."""
+
+    def stream(self, call: EncoderCall, picture: Picture, grid: tuple[int, int], start: int) -> StreamLayout:
+        """The stream of one picture whose first unit is `start`."""
+        if picture.video:
+            return plain(frames(picture.count, grid, picture.seconds))
+        if picture.count == 1:
+            return plain(Layout.grid(*grid))
+        thumbnail = picture.count - 1 if self.thumbnail_last else 0
+        tiles = picture.count - 1
+        if picture.across and tiles % picture.across == 0:
+            return tiled(picture.count, grid, (tiles // picture.across, picture.across), thumbnail)
+        canvas, note = self.look(call, start, picture.count, thumbnail)
+        return tiled(picture.count, grid, canvas, thumbnail, note)
+
+    def look(self, call: EncoderCall, start: int, count: int, thumbnail: int) -> tuple[tuple[int, int], str]:
+        """The canvas of the picture whose first unit is `start`, read off its pixels."""
+        try:
+            units = self.units(call)[start : start + count]
+        except UnknownGeometryError:
+            return canvases(count - 1)[0], "tiles down and across are guessed"
+        others = [i for i in range(count) if i != thumbnail]
+        canvas, clear = canvas_from_pixels(units[others], units[thumbnail])
+        return canvas, "" if clear else "tiles down and across are guessed: the picture looks alike either way"
+
+
+TILED: dict[str, Any] = {"size": square(32), "crop_to_patches": True, "min_patches": 1, "max_patches": 4}
