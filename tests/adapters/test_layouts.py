@@ -64,7 +64,7 @@ class Encoded:
         return torch.cat([f.reshape(-1, f.shape[-1]) for f in self.output.pooler_output])
 
     @property
-    def call(self) -> Call:
+    def call(self) -> EncoderCall:
         return EncoderCall(self.base, self.modality, self.kwargs, self.output)
 
     def layouts(self, **changes: Any) -> list[StreamLayout]:

@@ -166,7 +166,9 @@ class Adapter:
             found = compute(**kwargs)
             if found is not None:
                 return found[..., -x.shape[1] :]
-        return self.family.first_position + torch.arange(past, past + x.shape[1], device=x.device).expand(x.shape[0], -1)
+        return self.family.first_position + torch.arange(past, past + x.shape[1], device=x.device).expand(
+            x.shape[0], -1
+        )
 
 
 # Models with pictures that reach the LLM in another way, and why they cannot be pruned here.

@@ -124,7 +124,9 @@ class Asking:
             ("video", np.zeros((1, 64, 64, 3), np.uint8)),  # for templates that know clips only
         ]
         splits = getattr(getattr(self.processor, "image_processor", None), "do_image_splitting", False)
-        if splits and self.adapter.family.frames_by_words:  # SmolVLM: a frame is not cut into tiles, as a picture would be
+        if (
+            splits and self.adapter.family.frames_by_words
+        ):  # SmolVLM: a frame is not cut into tiles, as a picture would be
             blank.reverse()
         failure: Exception | None = None
         for kind, picture in blank:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from tokprune.adapters.base import Adapter
-from tokprune.adapters.frame_pictures import frame_pictures
 from tokprune.adapters.families import EncoderCall, UnknownGeometryError
+from tokprune.adapters.frame_pictures import frame_pictures
 from tokprune.errors import MissingQueryError, MissingSignalError, OptionError
 from tokprune.methods.frames_base import PerFrame, ScoreOptions
 

@@ -65,7 +65,13 @@ def find_tower(model: nn.Module) -> Tower:
             if not vlm:
                 return hf_vit.tower(candidate, inner)
             depth = used_depth(inner.config, len(found))
-            return hf_vit.tower(candidate, inner, depth, family_named(str(inner.config.model_type)).joined_side(base, inner.config), vlm=True)
+            return hf_vit.tower(
+                candidate,
+                inner,
+                depth,
+                family_named(str(inner.config.model_type)).joined_side(base, inner.config),
+                vlm=True,
+            )
         raise UnsupportedModelError(
             f"the vision tower {type(candidate).__name__} of {type(inner).__name__} cannot be reduced inside; known are {KNOWN}. Methods of the "
             "connector stage work on its output."
