@@ -48,7 +48,7 @@ class Pruning:
             amount = (None, None) if connector is not None else (config.ratio, config.budget)
             self.encoder = EncoderPruning(model, encoder, *amount, processor=processor)
             encoder.check(self.encoder.tower.depth, amount != (None, None))
-            method = AmongSurvivors(connector)
+            method = AmongSurvivors() if connector is None else AmongSurvivors(connector)
         keep_of = self._keep if connector is not None else lambda n: n
         frames = connector if isinstance(connector, PerFrame) else None
         self.cache: Any = None

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
+import tokprune
 from tests.encoder.test_vlm_towers import encode, rows, two_images
 from tokprune.adapters.families import EncoderCall, stream_layouts
 from tokprune.adapters.splice import apply_encoder
 from tokprune.adapters.splice.handoff import SIGNAL, AmongSurvivors, survivor_rows
+from tokprune.methods.base import ConnectorMethod, Wrapper
 from tokprune.methods.connector.divprune import DivPrune
-from tokprune.testing import build
+from tokprune.registry import MethodInfo, get_method
+from tokprune.testing import build, picture
 from tokprune.tokens import Layout, Merge, Selection, VisualTokens
 
 FAMILIES = ("llava", "llava_next", "internvl", "gemma3", "idefics3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -66,3 +72,34 @@ def test_merge_weights_of_the_part_are_those_of_the_stream(dense: bool) -> None:
     inner = Selection(torch.arange(3), Merge(rows=merge.dense(3, len(place))) if dense else merge)
     outer = AmongSurvivors.outward(inner, place, len(tokens))
     torch.testing.assert_close(outer.apply(tokens.features), inner.apply(tokens.features[place]))
+
+
+@dataclass(frozen=True)
+class Seen(Wrapper):
+    """Remembers what it was asked."""
+
+    method: ConnectorMethod
+    asked: list[Any] = field(default_factory=list)
+    info = MethodInfo("seen", "a wrapper that remembers")
+
+    def budgets(self, batch: Sequence[VisualTokens], keeps: Sequence[int]) -> list[int]:
+        self.asked.append((batch, list(keeps)))
+        return super().budgets(batch, keeps)
+
+
+@pytest.mark.parametrize("rule", ["adaptive_budget", "catp"])
+@pytest.mark.parametrize("family", ["llava", "internvl", "qwen2_5_vl"])
+@torch.no_grad()
+def test_images_share_a_budget_by_the_methods_rule_behind_an_encoder_method(family: str, rule: str) -> None:
+    tiny = build(family)
+    plain = Image.new("RGB", (60, 60), "gray")
+    inputs = tiny.inputs([["a ", ("image", plain), " or ", ("image", picture(60, 60)), "?"]])
+    seen = Seen(get_method(rule))  # type: ignore[arg-type]
+    methods = [get_method("tome", r=1), seen]
+    with tokprune.apply(tiny.model, methods, ratio=0.3, processor=tiny.processor, query="which one?") as pruning:
+        tiny.model(**inputs)
+        counts = [stream.kept for stream in pruning.last.streams]
+    ((batch, before),) = seen.asked
+    assert counts == seen.method.budgets(batch, before)
+    assert sum(counts) == sum(before)
+    assert counts != before, "the rule had nothing to say here"

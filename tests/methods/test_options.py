@@ -201,7 +201,7 @@ def test_options_of_a_plug_in_are_checked_alike() -> None:
         {"must": 1, "mode": 3.0},
         {"must": 1, "mode": "c"},
         {"must": 1, "names": []},
-        {"must": 1, "inner": "divprune"},
+        {"must": 1, "inner": "quota"},
     ):
         with pytest.raises(OptionError, match=r"^Toy: .* is not "):
             Toy(**wrong)  # type: ignore[arg-type]

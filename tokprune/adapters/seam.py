@@ -329,8 +329,8 @@ class Seam:
                 stream.note += "; this model's frames are told from pictures with apply(..., processor=processor) only"
         start = time.perf_counter()
         if self.frame_scorer is not None:
-            options, narrows = self.options, self.options.method.narrows
-            asked = [s for s in streams if narrows or options.keep_of(len(s.tokens)) < len(s.tokens)]
+            options, always = self.options, self.options.method.drops_at_full_budget
+            asked = [s for s in streams if always or options.keep_of(len(s.tokens)) < len(s.tokens)]
             self.frame_scorer.fill(asked, encoded)
         return (time.perf_counter() - start) * 1e3
 

@@ -285,9 +285,9 @@ def choose(method: ConnectorMethod, streams: Sequence[Stream], keep_of: Any) -> 
         keeps = method.budgets([s.tokens for s in members], [s.keep for s in members])
         for stream, keep in zip(members, keeps, strict=True):
             stream.keep = int(keep)
-    active = [s for s in streams if s.keep < len(s.tokens) or method.narrows]
+    active = [s for s in streams if s.keep < len(s.tokens) or method.drops_at_full_budget]
     for stream in streams:
-        if stream.keep >= len(stream.tokens) and not method.narrows:
+        if stream.keep >= len(stream.tokens) and not method.drops_at_full_budget:
             stream.selection = Selection(torch.arange(len(stream.tokens), device=stream.tokens.features.device))
     if active:
         chosen = method.select_batch([s.tokens for s in active], [s.keep for s in active])

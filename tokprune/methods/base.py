@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,10 +22,20 @@ class Method:
 
     The fields are the method's options, declared as `tokprune.methods.options` says and checked here. A subclass that looks
     at several of them together overrides `__post_init__` and calls this one first.
+
+    needs: names of the signals that the method reads, class data like `stage`. Where they depend on an option or on another
+    method, it is a property of that name.
     """
 
     stage: ClassVar[str]
     info: ClassVar[MethodInfo]
+    if TYPE_CHECKING:
+
+        @property
+        def needs(self) -> tuple[str, ...]:
+            """Names of the signals that the method reads."""
+    else:
+        needs: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -34,15 +45,10 @@ class Method:
 class ConnectorMethod(Method):
     """Base of methods that pick or merge the tokens the LLM will receive.
 
-    Subclasses implement `select`, and `select_batch` when the maths gains from images of equal size in one call.
+    Subclasses implement `select`, or `select_batch` when the maths gains from images of equal size in one call.
     """
 
     stage: ClassVar[str] = "connector"
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """Names of the signals that `select` reads."""
-        return ()
 
     @property
     def query_aware(self) -> bool:
@@ -52,17 +58,18 @@ class ConnectorMethod(Method):
     @property
     def exact(self) -> bool:
         """Whether `select` keeps exactly what it is asked to; published code that under-fills its budget may not."""
-        inner = [v for v in vars(self).values() if isinstance(v, ConnectorMethod)]
-        return (
-            getattr(self, "compat", "corrected") == "corrected"
-            and not self.info.adaptive
-            and all(m.exact for m in inner)
-        )
+        return getattr(self, "compat", "corrected") == "corrected" and not self.info.adaptive
+
+    @property
+    def drops_at_full_budget(self) -> bool:
+        """Whether `select` may drop tokens, and so must be asked, even where the budget covers all of them."""
+        return False
 
     @property
     def narrows(self) -> bool:
-        """Whether `select` must be asked even when all tokens may stay."""
-        return False
+        """Deprecated name of `drops_at_full_budget`."""
+        warnings.warn("narrows is now called drops_at_full_budget", DeprecationWarning, stacklevel=2)
+        return self.drops_at_full_budget
 
     def budgets(self, batch: Sequence[VisualTokens], keeps: Sequence[int]) -> list[int]:
         """Share the tokens of one prompt's images out anew, before `select_batch`; as given unless a method has a rule.
@@ -74,6 +81,8 @@ class ConnectorMethod(Method):
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         """Choose exactly `keep` (1 <= keep <= N) of the stream's tokens."""
+        if type(self).select_batch is not ConnectorMethod.select_batch:
+            return self.select_batch([tokens], [keep])[0]
         raise OptionError(f"{type(self).__name__} does not implement select(tokens, keep).")
 
     def select_batch(self, batch: Sequence[VisualTokens], keeps: Sequence[int]) -> list[Selection]:
@@ -101,6 +110,50 @@ class ScoreMethod(ConnectorMethod):
         check_keep(keep, len(tokens))
         scores = check_finite(self.scores(tokens), f"the scores of {self.info.name}")
         return Selection(self.choose(tokens, scores, keep), info={"scores": scores})
+
+
+class Wrapper(ConnectorMethod):
+    """Base of everything that wraps a connector method: whatever it does not override is answered by the wrapped `method`.
+
+    A subclass is a frozen dataclass with a field or property `method`, and overrides what it changes, `select_batch` as a
+    rule. A new hook of ConnectorMethod gets a line here, so that no wrapper loses it.
+    """
+
+    if TYPE_CHECKING:
+
+        @property
+        def method(self) -> ConnectorMethod:
+            """What is wrapped."""
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What the wrapped method needs."""
+        return self.method.needs
+
+    @property
+    def query_aware(self) -> bool:
+        """Whether the wrapped method reads the question."""
+        return self.method.query_aware
+
+    @property
+    def exact(self) -> bool:
+        """Whether both keep exactly what they are asked to."""
+        return super().exact and self.method.exact
+
+    @property
+    def drops_at_full_budget(self) -> bool:
+        """Whether the wrapped method must be asked even where the budget covers all tokens."""
+        return self.method.drops_at_full_budget
+
+    def budgets(self, batch: Sequence[VisualTokens], keeps: Sequence[int]) -> list[int]:
+        """The wrapped method's rule for sharing one prompt's budget out over its images."""
+        return self.method.budgets(batch, keeps)
+
+    def select_batch(self, batch: Sequence[VisualTokens], keeps: Sequence[int]) -> list[Selection]:
+        """As the wrapped method chooses, or stream by stream where a subclass has a `select` of its own."""
+        if type(self).select is ConnectorMethod.select:
+            return self.method.select_batch(batch, keeps)
+        return super().select_batch(batch, keeps)
 
 
 def check_keep(keep: int, n: int) -> None:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from tokprune.errors import OptionError
-from tokprune.methods.base import ConnectorMethod, Method, check_keep
+from tokprune.methods.base import ConnectorMethod, Method, Wrapper, check_keep
 from tokprune.methods.connector.uniform import Uniform
 from tokprune.methods.options import option
-from tokprune.methods.parts import Parts
+from tokprune.methods.parts import select_in_parts
 from tokprune.registry import MethodInfo
 from tokprune.tokens import Selection, VisualTokens
 
@@ -47,11 +47,6 @@ class FramesMethod(Method):
     """
 
     stage: ClassVar[str] = "frames"
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """Names of the signals that `allocate` reads; the connector method inside the frames has its own."""
-        return ()
 
     @property
     def query_aware(self) -> bool:
@@ -103,7 +98,7 @@ class ScoredFrames(FramesMethod):
 
 
 @dataclass(frozen=True)
-class PerFrame(ConnectorMethod):
+class PerFrame(Wrapper):
     """A frames method shares the budget out, a connector method picks or merges inside each frame.
 
     Not registered: apply makes it of the two.
@@ -123,9 +118,14 @@ class PerFrame(ConnectorMethod):
     )
 
     @property
+    def method(self) -> ConnectorMethod:
+        """What works inside the frames."""
+        return self.frames.inside if self.inner is None else self.inner
+
+    @property
     def info(self) -> MethodInfo:  # type: ignore[override]
         """The facts of both; named after the methods."""
-        own, inside = self.frames.info, (self.inner or self.frames.inside).info
+        own, inside = self.frames.info, self.method.info
         return replace(
             inside,
             name=own.name if self.inner is None else f"{own.name} + {inside.name}",
@@ -141,23 +141,17 @@ class PerFrame(ConnectorMethod):
     @property
     def needs(self) -> tuple[str, ...]:
         """What both need."""
-        inside = self.frames.inside if self.inner is None else self.inner
-        return tuple(dict.fromkeys([*self.frames.needs, *inside.needs]))
+        return tuple(dict.fromkeys([*self.frames.needs, *self.method.needs]))
 
     @property
     def query_aware(self) -> bool:
         """Whether one of them reads the question."""
-        return self.frames.query_aware or (self.inner is not None and self.inner.query_aware)
+        return self.frames.query_aware or self.method.query_aware
 
     @property
     def exact(self) -> bool:
         """Whether both keep exactly what they are asked to."""
-        return self.frames.exact and (self.inner is None or self.inner.exact)
-
-    @property
-    def narrows(self) -> bool:
-        """Whether the inner method must be asked even when all tokens may stay."""
-        return self.inner is not None and self.inner.narrows
+        return self.frames.exact and self.method.exact
 
     def note(self, tokens: VisualTokens) -> str:
         """What the report has to say about this stream; empty for a video."""
@@ -173,7 +167,7 @@ class PerFrame(ConnectorMethod):
     def budgets(self, batch: Sequence[VisualTokens], keeps: Sequence[int]) -> list[int]:
         """The inner method's rule; without one, what is not a video keeps all its tokens."""
         if self.inner is not None:
-            return self.inner.budgets(batch, keeps)
+            return super().budgets(batch, keeps)
         return [keep if t.layout.kind == "video" else len(t) for t, keep in zip(batch, keeps, strict=True)]
 
     def shares(self, tokens: VisualTokens, keep: int) -> tuple[list[int], dict[str, Tensor]]:
@@ -195,22 +189,18 @@ class PerFrame(ConnectorMethod):
             )
         return counts, {"frame_tokens": torch.tensor(counts, device=tokens.features.device), **worth}
 
-    def select(self, tokens: VisualTokens, keep: int) -> Selection:
-        """Choose `keep` tokens of the stream."""
-        return self.select_batch([tokens], [keep])[0]
-
     def select_batch(self, batch: Sequence[VisualTokens], keeps: Sequence[int]) -> list[Selection]:
         """Choose for several streams: all frames of all of them go to the inner method in one call."""
-        work = Parts()
+        parts: list[list[tuple[slice, int]]] = []
         records: list[dict[str, Tensor]] = []
         for tokens, keep in zip(batch, keeps, strict=True):
             check_keep(keep, len(tokens))
             if tokens.layout.kind == "video":
                 counts, record = self.shares(tokens, keep)
-                work.frames(tokens, counts, self.narrows)
+                parts.append(list(zip(tokens.layout.group_slices(), counts, strict=True)))
             else:
                 record = {}
-                work.whole(tokens, keep if self.inner is not None else len(tokens), self.narrows)
+                parts.append([(slice(0, len(tokens)), keep if self.inner is not None else len(tokens))])
             records.append(record)
-        chosen = work.run(self.inner or self.frames.inside)
+        chosen = select_in_parts(self.method, batch, parts, ask_full=self.drops_at_full_budget)
         return [replace(found, info={**found.info, **record}) for found, record in zip(chosen, records, strict=True)]

@@ -19,6 +19,7 @@ from numbers import Integral, Real
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from tokprune.errors import OptionError, nearest
+from tokprune.registry import get_method
 
 KEY = "tokprune.option"  # of a field's metadata
 
@@ -28,7 +29,7 @@ class Limits:
     """What an option may be beyond its type.
 
     low, high: bounds that are allowed themselves; above, below: bounds that are not. They hold for every number in the
-    value, such as each member of a tuple. choices: the allowed strings, where a Literal cannot list them. filled: an empty
+    value, such as each member of a tuple; an option that is a method takes the name of one. choices: the allowed strings, where a Literal cannot list them. filled: an empty
     tuple is refused. block: a block of the vision tower. example: what an error tells to write, else the default.
     hint: what an error adds.
     """
@@ -128,6 +129,8 @@ def fitted(kind: Any, value: Any, limits: Limits) -> Any:
         return _chosen(limits.choices, value) if limits.choices else _instance(str, value)
     if origin is tuple:
         return _tuple(args, value, limits)
+    if isinstance(value, str) and isinstance(getattr(kind, "stage", None), str):
+        return _instance(kind, get_method(value))
     expected = object if kind is Any else origin or kind
     return _instance(expected, value) if isinstance(expected, type) else value
 

@@ -11,53 +11,42 @@ from tokprune.ops.joining import join
 from tokprune.tokens import Selection, VisualTokens
 
 
-class Parts:
-    """The parts of all streams of a call: those a method is asked about, all at once, and those that stay whole."""
+def select_in_parts(
+    method: ConnectorMethod,
+    batch: Sequence[VisualTokens],
+    parts: Sequence[Sequence[tuple[slice, int]]],
+    ask_full: bool = True,
+) -> list[Selection]:
+    """Let `method` choose within each part of each stream, all parts of all streams in one call.
 
-    def __init__(self) -> None:
-        self.streams: list[VisualTokens] = []
-        self.pieces: list[
-            list[tuple[slice, int]]
-        ] = []  # per stream: where a part lies, its number in `parts`, or -1: stays
-        self.parts: list[VisualTokens] = []
-        self.asked: list[int] = []
-
-    def frames(self, tokens: VisualTokens, counts: Sequence[int], ask_all: bool) -> None:
-        """A video: its frames that keep anything."""
-        self.streams.append(tokens)
-        self.pieces.append([])
-        for where, count in zip(tokens.layout.group_slices(), counts, strict=True):
-            if count > 0:
-                stays = count == where.stop - where.start and not ask_all
-                self._add(where, None if stays else tokens.part(where), count)
-
-    def whole(self, tokens: VisualTokens, keep: int, ask_all: bool) -> None:
-        """A stream that is not a video, in one piece."""
-        self.streams.append(tokens)
-        self.pieces.append([])
-        stays = keep == len(tokens) and not ask_all
-        self._add(slice(0, len(tokens)), None if stays else tokens, keep)
-
-    def _add(self, where: slice, part: VisualTokens | None, count: int) -> None:
-        self.pieces[-1].append((where, -1 if part is None else len(self.parts)))
-        if part is not None:
-            self.parts.append(part)
-            self.asked.append(count)
-
-    def run(self, method: ConnectorMethod) -> list[Selection]:
-        """Ask the method once, and put each stream's parts together."""
-        chosen = method.select_batch(self.parts, self.asked) if self.parts else []
-        out = []
-        for tokens, pieces in zip(self.streams, self.pieces, strict=True):
-            device = tokens.features.device
-            found = [
-                (torch.arange(s.start, s.stop, device=device), chosen[i] if i >= 0 else _all(s.stop - s.start, device))
-                for s, i in pieces
-            ]
-            single = len(found) == 1 and len(found[0][0]) == len(tokens)
-            out.append(found[0][1] if single else join(found, tokens.features))
-        return out
+    parts: for each stream, where its parts lie, ascending, and the keep count of each; a part that keeps 0 drops out.
+    ask_full: ask also about parts that keep all their tokens, which otherwise stay as they are. Returns one selection per
+    stream, in the stream's own positions.
+    """
+    asked: list[VisualTokens] = []
+    keeps: list[int] = []
+    pieces: list[list[tuple[slice, int]]] = []  # per stream: a part and its number in `asked`, -1: it stays as it is
+    for tokens, own in zip(batch, parts, strict=True):
+        pieces.append([])
+        for where, keep in own:
+            size = where.stop - where.start
+            if keep == 0:
+                continue
+            stays = keep == size and not ask_full
+            pieces[-1].append((where, -1 if stays else len(asked)))
+            if not stays:
+                asked.append(tokens if size == len(tokens) else tokens.part(where))
+                keeps.append(keep)
+    chosen = method.select_batch(asked, keeps) if asked else []
+    return [_joined(tokens, own, chosen) for tokens, own in zip(batch, pieces, strict=True)]
 
 
-def _all(n: int, device: torch.device) -> Selection:
-    return Selection(torch.arange(n, device=device))
+def _joined(tokens: VisualTokens, pieces: Sequence[tuple[slice, int]], chosen: Sequence[Selection]) -> Selection:
+    """The answers about one stream's parts as one selection of the stream."""
+    device = tokens.features.device
+    found = []
+    for where, number in pieces:
+        place = torch.arange(where.start, where.stop, device=device)
+        found.append((place, chosen[number] if number >= 0 else Selection(place - where.start)))
+    single = len(found) == 1 and len(found[0][0]) == len(tokens)
+    return found[0][1] if single else join(found, tokens.features)

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from tokprune.adapters.families import EncoderCall, arrange
 from tokprune.adapters.splice.handle import EncoderPruning
-from tokprune.methods.base import ConnectorMethod
+from tokprune.methods.base import ConnectorMethod, Wrapper
+from tokprune.methods.connector.none import NoPruning
+from tokprune.methods.options import option
 from tokprune.registry import MethodInfo
 from tokprune.tokens import Merge, Selection, VisualTokens
 
@@ -40,49 +42,52 @@ def survivor_rows(pruning: EncoderPruning, call: EncoderCall) -> Tensor:
 
 
 @dataclass(frozen=True)
-class AmongSurvivors(ConnectorMethod):
-    """A connector method that sees only the places of groups; None keeps all of these. Not registered: the encoder
-    stage wraps with it.
+class AmongSurvivors(Wrapper):
+    """A connector method that sees only the tokens which the encoder stage left; by default it keeps all of these.
 
-    The budget is the whole stream's: `keep` of N tokens, less where fewer survived.
+    Not registered: the encoder stage wraps with it. The budget is the whole stream's: `keep` of N tokens, less where fewer
+    survived.
     """
 
-    inner: ConnectorMethod | None = None
+    method: ConnectorMethod = option(factory=NoPruning)
 
     @property
     def info(self) -> MethodInfo:  # type: ignore[override]
         """The wrapped method's facts; the count is the encoder's where it is smaller."""
-        if self.inner is None:
+        if isinstance(self.method, NoPruning):
             return MethodInfo("survivors", "tokens that the encoder stage left", adaptive=True)
-        return replace(self.inner.info, adaptive=True)
+        return replace(self.method.info, adaptive=True)
 
     @property
     def needs(self) -> tuple[str, ...]:
-        return (SIGNAL, *(() if self.inner is None else self.inner.needs))
+        """Which tokens survived, and what the wrapped method needs."""
+        return (SIGNAL, *self.method.needs)
 
     @property
-    def narrows(self) -> bool:
+    def drops_at_full_budget(self) -> bool:
+        """Always: what did not survive goes, whatever the budget."""
         return True
 
-    @property
-    def query_aware(self) -> bool:
-        return self.inner is not None and self.inner.query_aware
+    def budgets(self, batch: Sequence[VisualTokens], keeps: Sequence[int]) -> list[int]:
+        """The wrapped method's rule over the survivors of each stream, for as many tokens as these can fill."""
+        return self.method.budgets(*self.survivors(batch, keeps)[1:])
 
     def select_batch(self, batch: Sequence[VisualTokens], keeps: Sequence[int]) -> list[Selection]:
         """Choose among the survivors of each stream."""
-        places = [self.places(tokens) for tokens in batch]
-        if self.inner is None:
-            return [Selection(place) for place in places]
-        parts = [tokens.part(place) for tokens, place in zip(batch, places, strict=True)]
-        counts = [min(keep, len(place)) for keep, place in zip(keeps, places, strict=True)]
-        chosen = self.inner.select_batch(parts, counts)
+        places, parts, counts = self.survivors(batch, keeps)
+        chosen = self.method.select_batch(parts, counts)
         return [
             self.outward(selection, place, len(tokens))
             for selection, place, tokens in zip(chosen, places, batch, strict=True)
         ]
 
-    def select(self, tokens: VisualTokens, keep: int) -> Selection:
-        return self.select_batch([tokens], [keep])[0]
+    def survivors(
+        self, batch: Sequence[VisualTokens], keeps: Sequence[int]
+    ) -> tuple[list[Tensor], list[VisualTokens], list[int]]:
+        """Where the survivors of each stream lie, these as streams of their own, and how many of them may stay."""
+        places = [self.places(tokens) for tokens in batch]
+        parts = [tokens.part(place) for tokens, place in zip(batch, places, strict=True)]
+        return places, parts, [min(keep, len(place)) for keep, place in zip(keeps, places, strict=True)]
 
     def places(self, tokens: VisualTokens) -> Tensor:
         """Ascending positions of the survivors; all of a stream that lost them (cut away by unpadding)."""

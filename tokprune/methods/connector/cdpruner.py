@@ -78,10 +78,6 @@ class CDPruner(ConnectorMethod):
         """The scorer's embeddings, when they decide what is relevant."""
         return CLIP_SIGNALS if self.relevance == "clip" else ()
 
-    def select(self, tokens: VisualTokens, keep: int) -> Selection:
-        """Choose `keep` tokens of the stream."""
-        return self.select_batch([tokens], [keep])[0]
-
     def select_batch(self, batch: Sequence[VisualTokens], keeps: Sequence[int]) -> list[Selection]:
         """Choose for several streams; parts of equal size and budget share one greedy loop."""
         jobs: dict[tuple[torch.Size, int, torch.device], list[tuple[int, int, Tensor, Tensor]]] = {}

@@ -50,10 +50,6 @@ class DivPrune(ConnectorMethod):
     clamped and distances are float32.
     """
 
-    def select(self, tokens: VisualTokens, keep: int) -> Selection:
-        """Choose `keep` tokens of the stream."""
-        return self.select_batch([tokens], [keep])[0]
-
     def select_batch(self, batch: Sequence[VisualTokens], keeps: Sequence[int]) -> list[Selection]:
         """Choose for several streams; those of equal size and budget share one call."""
         out: dict[int, Selection] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -40,10 +41,7 @@ class FasterVLM(ScoreMethod):
     padding patches compete.
     """
 
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """The [CLS] row of the layer whose output the model selects."""
-        return ("cls_attention",)
+    needs: ClassVar[tuple[str, ...]] = ("cls_attention",)
 
     def scores(self, tokens: VisualTokens) -> Tensor:
         """[CLS] attention of each token. Returns (N,)."""

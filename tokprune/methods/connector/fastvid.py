@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -172,6 +173,7 @@ class FastVID(ConnectorMethod):
     A picture or tile is a scene of one frame, and its own anchor.
     """
 
+    needs: ClassVar[tuple[str, ...]] = ("cls_attention",)
     c: int = option(8, low=1)
     tau: float = 0.9
     share: float = option(0.4, low=0, high=1)
@@ -186,11 +188,6 @@ class FastVID(ConnectorMethod):
             raise OptionError(
                 f"longest={self.longest} must be a multiple of stride={self.stride}, so that anchors stay."
             )
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """The attention that the tower pays to each token."""
-        return ("cls_attention",)
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         """Choose and merge `keep` tokens of the stream."""

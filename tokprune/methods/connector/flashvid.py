@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -189,16 +189,12 @@ class FlashVID(ConnectorMethod):
     A picture or tile is a scene of one frame: chosen tokens, and clusters of the others.
     """
 
+    needs: ClassVar[tuple[str, ...]] = ("cls_attention",)
     alpha: float = option(0.7, low=0, high=1)
     segments: int = option(8, low=1)
     cut: float = 0.9
     threshold: float = 0.8
     compat: Compat = "corrected"
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """The attention that the tower pays to each token."""
-        return ("cls_attention",)
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         """Choose and merge `keep` tokens of the stream."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -74,12 +75,8 @@ class FrameFusion(ConnectorMethod):
     A picture or tile has nothing before it: the most attended tokens.
     """
 
+    needs: ClassVar[tuple[str, ...]] = ("cls_attention",)
     threshold: float = option(0.6, low=-1, high=1)
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """The attention that the tower pays to each token."""
-        return ("cls_attention",)
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         """Merge and choose `keep` tokens of the stream."""

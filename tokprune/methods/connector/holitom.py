@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -100,14 +101,10 @@ class HoliTom(ConnectorMethod):
     A picture or tile is a scene of one frame: the top of its attention.
     """
 
+    needs: ClassVar[tuple[str, ...]] = ("cls_attention",)
     tau: float = 0.8
     beta: float | None = option(0.6, above=0, high=1, hint="It weighs a cluster's centre; None is the mean.")
     compat: Compat = "corrected"
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """The attention that the tower pays to each token."""
-        return ("cls_attention",)
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         """Merge the stream to `keep` tokens."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -118,14 +119,11 @@ class HoloV(ConnectorMethod):
     a budget is kept exactly in every mode (`holov_published` shows the empty ones).
     """
 
+    needs: ClassVar[tuple[str, ...]] = ("cls_attention",)
     crops: int = option(16, low=1)
     gamma: float = option(0.09, low=0)
     tau: float = option(1.0, low=0)
     compat: Compat = "corrected"
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        return ("cls_attention",)
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         """Choose `keep` tokens of the stream."""

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -184,19 +185,11 @@ class MMTok(ConnectorMethod):
     Qwen2.5-VL it puts the word "Question:" before the question; here the question stands alone.
     """
 
+    needs: ClassVar[tuple[str, ...]] = ("encoder_features",)
     alpha: float = option(0.5, low=0, hint="0 is the question alone.")
     text_temperature: float = option(0.02, above=0)
     vision_temperature: float = option(0.2, above=0)
     stop_words: bool = True
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """The tower's features before the projector."""
-        return ("encoder_features",)
-
-    def select(self, tokens: VisualTokens, keep: int) -> Selection:
-        """Choose `keep` tokens of the stream."""
-        return self.select_batch([tokens], [keep])[0]
 
     def select_batch(self, batch: Sequence[VisualTokens], keeps: Sequence[int]) -> list[Selection]:
         """Choose for several streams; those of equal size, budget and number of words share one greedy loop."""

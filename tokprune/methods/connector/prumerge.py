@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -74,12 +75,9 @@ class PruMerge(ConnectorMethod):
     - Without outliers it returns the pooled token alone; it fails below 33 tokens; quartiles run over the whole batch.
     """
 
+    needs: ClassVar[tuple[str, ...]] = ("cls_attention_1head:-1", "keys:-1")
     neighbours: int = option(32, low=1)
     compat: Compat = "corrected"
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        return ("cls_attention_1head:-1", "keys:-1")
 
     def pick(self, attention: Tensor, keep: int) -> Tensor:
         """Which tokens are kept. attention: (B, N) -> (B, keep)."""

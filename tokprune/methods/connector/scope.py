@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -45,11 +46,8 @@ class Scope(ConnectorMethod):
     When everything is covered, further picks gain nothing and go to the lowest index.
     """
 
+    needs: ClassVar[tuple[str, ...]] = ("encoder_features", "cls_attention")
     alpha: float = option(1.0, low=0)
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        return ("encoder_features", "cls_attention")
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         """Choose `keep` tokens of the stream."""

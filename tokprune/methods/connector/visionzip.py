@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -78,12 +79,9 @@ class VisionZip(ConnectorMethod):
     - It divides by zero without context tokens, prunes nothing when images come as a list, and knows only 24 x 24 grids.
     """
 
+    needs: ClassVar[tuple[str, ...]] = ("cls_attention", "keys:-2")
     contextual_share: float = option(10 / 64, low=0, below=1)
     compat: Compat = "corrected"
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        return ("cls_attention", "keys:-2")
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         """Choose `keep` slots and say what flows into each."""

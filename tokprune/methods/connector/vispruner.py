@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -63,12 +64,9 @@ class VisPruner(ConnectorMethod):
     runs, both choose the same tokens, so there is no compat mode.
     """
 
+    needs: ClassVar[tuple[str, ...]] = ("encoder_features", "cls_attention")
     important_ratio: float = option(0.5, low=0, high=1)
     step: int = option(8, low=1)
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        return ("encoder_features", "cls_attention")
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         """Choose `keep` tokens of the stream."""

@@ -5,7 +5,7 @@ Protect(FasterVLM(), border=2)        the frame of the picture stays, the rest b
 Relevance(DivPrune(), weight=1.0)     diverse, and about the question
 """
 
-from tokprune.methods.connector.wrappers.base import Wrapper
+from tokprune.methods.base import Wrapper
 from tokprune.methods.connector.wrappers.merge_dropped import MergeDropped
 from tokprune.methods.connector.wrappers.per_tile import PerTile
 from tokprune.methods.connector.wrappers.protect import Protect

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from tokprune.budget import share
-from tokprune.methods.base import check_finite
-from tokprune.methods.connector.wrappers.base import Wrapper
+from tokprune.methods.base import ConnectorMethod, Wrapper, check_finite
+from tokprune.methods.connector.wrappers.base import wrapped
 from tokprune.methods.options import option
 from tokprune.ops.distance import unit
 from tokprune.ops.wide import wide
 from tokprune.registry import register_method
-from tokprune.tokens import Selection, VisualTokens
+from tokprune.tokens import VisualTokens
 
 
 @torch.no_grad()
@@ -56,6 +56,7 @@ class AdaptiveBudget(Wrapper):
     at content alone. A prompt with one image keeps its budget.
     """
 
+    method: ConnectorMethod = wrapped()
     density: float = option(0.5, low=0, high=1)
     least: float = option(0.25, low=0, high=1)
 
@@ -71,11 +72,3 @@ class AdaptiveBudget(Wrapper):
         base = [max(1, int(self.least * k)) for k in keeps]
         more = share(sum(keeps) - sum(base), weights, [n - b for n, b in zip(sizes, base, strict=True)])
         return [b + m for b, m in zip(base, more, strict=True)]
-
-    def select(self, tokens: VisualTokens, keep: int) -> Selection:
-        """As the wrapped method chooses."""
-        return self.method.select(tokens, keep)
-
-    def select_batch(self, batch: Sequence[VisualTokens], keeps: Sequence[int]) -> list[Selection]:
-        """As the wrapped method chooses."""
-        return self.method.select_batch(batch, keeps)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from tokprune.methods.base import check_finite
-from tokprune.methods.connector.wrappers.base import Wrapper
+from tokprune.methods.base import ConnectorMethod, Wrapper, check_finite
+from tokprune.methods.connector.wrappers.base import wrapped
 from tokprune.ops.joining import merge_dropped
 from tokprune.registry import register_method
 from tokprune.tokens import Selection, VisualTokens
@@ -29,11 +29,8 @@ class MergeDropped(Wrapper):
     into its outputs, on top. into="none" leaves the dropped tokens out, for an ablation with one switch.
     """
 
+    method: ConnectorMethod = wrapped()
     into: Literal["nearest", "none"] = "nearest"
-
-    def select(self, tokens: VisualTokens, keep: int) -> Selection:
-        """Choose and merge to `keep` tokens."""
-        return self.select_batch([tokens], [keep])[0]
 
     def select_batch(self, batch: Sequence[VisualTokens], keeps: Sequence[int]) -> list[Selection]:
         """Choose for several streams, then merge in each."""

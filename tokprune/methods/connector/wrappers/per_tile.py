@@ -6,15 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
 from tokprune.budget import equal, share
-from tokprune.methods.base import check_finite, check_keep
+from tokprune.methods.base import ConnectorMethod, Wrapper, check_finite, check_keep
 from tokprune.methods.connector.globalcom2 import crop_scales
 from tokprune.methods.connector.hired import hired_budgets
-from tokprune.methods.connector.wrappers.base import Wrapper
+from tokprune.methods.connector.wrappers.base import wrapped
 from tokprune.methods.options import option
-from tokprune.ops.joining import join
+from tokprune.methods.parts import select_in_parts
 from tokprune.ops.regions import check_canvas
 from tokprune.ops.wide import wide
 from tokprune.registry import register_method
@@ -41,6 +39,7 @@ class PerTile(Wrapper):
     whose share is 0 (a budget below the number of tiles) drops out.
     """
 
+    method: ConnectorMethod = wrapped()
     split: Literal["equal", "proportional", "hired", "globalcom2"] = "equal"
     alpha: float = option(0.5, low=0, high=1, hint="It is the thumbnail's share of the budget.")
 
@@ -70,30 +69,10 @@ class PerTile(Wrapper):
         density = [ratio, *crop_scales(shown, check_canvas(layout), ratio).tolist()]
         return share(keep, [d * n for d, n in zip(density, sizes, strict=True)], sizes)
 
-    def select(self, tokens: VisualTokens, keep: int) -> Selection:
-        """Choose `keep` tokens of the stream."""
-        return self.select_batch([tokens], [keep])[0]
-
     def select_batch(self, batch: Sequence[VisualTokens], keeps: Sequence[int]) -> list[Selection]:
         """Choose for several streams: all tiles of all of them go to the method in one call."""
-        parts: list[VisualTokens] = []
-        counts: list[int] = []
-        places: list[list[slice]] = []
+        parts = []
         for tokens, keep in zip(batch, keeps, strict=True):
             check_keep(keep, len(tokens))
-            used = [
-                (where, count)
-                for where, count in zip(tokens.layout.group_slices(), self.shares(tokens, keep), strict=True)
-                if count > 0
-            ]
-            places.append([where for where, _ in used])
-            counts += [count for _, count in used]
-            parts += [tokens.part(where) for where, _ in used]
-        chosen = iter(self.method.select_batch(parts, counts))
-        out = []
-        for tokens, slices in zip(batch, places, strict=True):
-            device = tokens.features.device
-            found = [(torch.arange(s.start, s.stop, device=device), next(chosen)) for s in slices]
-            whole = len(found) == 1 and len(found[0][0]) == len(tokens)
-            out.append(found[0][1] if whole else join(found, tokens.features))
-        return out
+            parts.append(list(zip(tokens.layout.group_slices(), self.shares(tokens, keep), strict=True)))
+        return select_in_parts(self.method, batch, parts)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from tokprune.errors import OptionError
-from tokprune.methods.base import check_keep
-from tokprune.methods.connector.wrappers.base import Wrapper
+from tokprune.methods.base import ConnectorMethod, Wrapper, check_keep
+from tokprune.methods.connector.wrappers.base import wrapped
 from tokprune.methods.options import option
 from tokprune.ops.joining import join
 from tokprune.ops.ranking import true_indices
@@ -32,6 +32,7 @@ class Protect(Wrapper):
     them: the count stays exact.
     """
 
+    method: ConnectorMethod = wrapped()
     border: int = option(1, low=0, hint="It is a width in tokens; 0 is none.")
     indices: tuple[int, ...] = option((), example=(0, 1, 2))
 

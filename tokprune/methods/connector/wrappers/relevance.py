@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from tokprune.errors import MissingQueryError, OptionError
-from tokprune.methods.base import ScoreMethod, check_finite, check_keep
+from tokprune.methods.base import ConnectorMethod, ScoreMethod, Wrapper, check_finite, check_keep
 from tokprune.methods.connector.divprune import DivPrune
-from tokprune.methods.connector.wrappers.base import Wrapper
+from tokprune.methods.connector.wrappers.base import wrapped
 from tokprune.methods.options import option
 from tokprune.ops.distance import cosine_distance, cosine_similarity
 from tokprune.ops.maxmin import greedy_max_min
@@ -56,6 +56,7 @@ class Relevance(Wrapper):
     be mixed. Wrap the inside of a wrapper: PerTile(Relevance(DivPrune())).
     """
 
+    method: ConnectorMethod = wrapped()
     weight: float = option(0.5, low=0, high=1, hint="0 is the method alone, 1 relevance alone.")
     source: Literal["embeddings", "clip"] = "embeddings"
     sign: Literal[1, -1] = 1
