@@ -137,6 +137,59 @@ def shown(packet: Any, codec: str) -> bool:
     return not packet.is_discard and not (codec == "vp8" and packet.size > 0 and not memoryview(packet)[0] & 0x10)
 
 
+@dataclass
+class _Seen:
+    """What one pass over the packets of a video stream collects."""
+
+    first: Any = None
+    """The first frame that could be decoded; its orientation is that of the video."""
+    pts: list[int] = field(default_factory=list)
+    """Presentation time of each shown packet, in units of the stream's time base."""
+    place: list[int] = field(default_factory=list)
+    """Number of each shown packet in the file."""
+    keys: list[tuple[int, int]] = field(default_factory=list)
+    """(time, number) of the key frames."""
+    count: int = 0
+    hidden: int = 0
+    broken: int = 0
+    timeless: int = 0
+    last_duration: int = 0
+
+    def add(self, packet: Any, codec: str, error: type[Exception]) -> None:
+        """Take one packet in; only the first frame is decoded."""
+        number, self.count = self.count, self.count + 1
+        if self.first is None:
+            with contextlib.suppress(error):  # the next packet may do
+                self.first = next(iter(packet.decode()), None)
+        if packet.pts is None:
+            self.timeless += 1
+            return
+        if packet.is_keyframe:
+            self.keys.append((packet.pts, number))
+        if packet.is_corrupt:
+            self.broken += 1
+        elif shown(packet, codec):
+            self.pts.append(packet.pts)
+            self.place.append(number)
+            self.last_duration = packet.duration or self.last_duration
+        elif packet.is_discard:
+            self.hidden += 1
+
+    def usable(self, warnings: list[str]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Times, ascending, and file positions of the frames that can be decoded."""
+        times, where = np.unique(np.asarray(self.pts, np.int64), return_index=True)
+        position = np.asarray(self.place, np.int64)[where]
+        self.keys.sort()
+        if self.keys and len(times):
+            # Pictures before the first key frame, in time or in the file, lack what they refer to.
+            first_key = min(self.keys, key=lambda k: k[1])
+            stay = (times >= first_key[0]) & (position >= first_key[1])
+            if lost := int((~stay).sum()):
+                warnings.append(f"{lost} frames before the first key frame cannot be decoded and are not counted")
+                times, position = times[stay], position[stay]
+        return times, position
+
+
 def scan_packets(path: Path) -> PacketIndex:
     """Read the index of a video file. Memory: some numbers per frame.
 
@@ -145,76 +198,43 @@ def scan_packets(path: Path) -> PacketIndex:
     av = import_av()
     warnings: list[str] = []
     trouble: list[str] = []
+    seen = _Seen()
     with open_container(path) as container:
         stream = pick_stream(container, path)
         codec, time_base = stream.codec_context.name, stream.time_base
-        promised, alone, header = stream.frames, len(container.streams) == 1, container.duration
-        number, rate = stream.index, float(stream.average_rate or 25)  # now: a closed container's streams are dangling
-        first: Any = None
-        pts: list[int] = []
-        place: list[int] = []
-        keys: list[tuple[int, int]] = []
-        hidden = broken = timeless = count = last_duration = 0
-        for count, packet in enumerate(packets(container, stream, trouble), 1):
-            if first is None:
-                with contextlib.suppress(av.error.FFmpegError):  # the next packet may do
-                    first = next(iter(packet.decode()), None)
-            if packet.pts is None:
-                timeless += 1
-                continue
-            if packet.is_keyframe:
-                keys.append((packet.pts, count - 1))
-            if packet.is_corrupt:
-                broken += 1
-            elif shown(packet, codec):
-                pts.append(packet.pts)
-                place.append(count - 1)
-                last_duration = packet.duration or last_duration
-            elif packet.is_discard:
-                hidden += 1
-        if first is None and count:
+        # Read now: a closed container's streams are dangling.
+        number, rate = stream.index, float(stream.average_rate or 25)
+        promised, header = stream.frames, container.duration if len(container.streams) == 1 else None
+        for packet in packets(container, stream, trouble):
+            seen.add(packet, codec, av.error.FFmpegError)
+        if seen.first is None and seen.count:
             with contextlib.suppress(av.error.FFmpegError):  # a file shorter than the decoder's delay
-                first = next(iter(stream.codec_context.decode(None)), None)
-    if not count:
-        raise VideoError(f"{path} has a video stream without a single frame{cause(trouble)}.")
-    if first is None:
-        raise VideoError(f"{path}: none of the {count} frames can be decoded{cause(trouble)}.")
-    if trouble:
-        warnings.append(f"{len(trouble)} places in the file cannot be read ({trouble[0]})")
-    if broken:
-        warnings.append(f"{broken} frames are stored incompletely and were left out")
-    orientation = Orientation.of(first)
+                seen.first = next(iter(stream.codec_context.decode(None)), None)
+    _check_decodable(path, seen, trouble, warnings)
+    orientation = Orientation.of(seen.first)
     common: dict[str, Any] = {
         "path": path,
-        "size": orientation.size(first.height, first.width),
+        "size": orientation.size(seen.first.height, seen.first.width),
         "stream": number,
         "codec": codec,
-        "hidden": hidden,
+        "hidden": seen.hidden,
         "orientation": orientation,
     }
-    if timeless > count // 2:
+    if seen.timeless > seen.count // 2:
         return count_frames(path, rate, warnings, common)
-    times, where = np.unique(np.asarray(pts, np.int64), return_index=True)
-    position = np.asarray(place, np.int64)[where]
-    keys.sort()
-    if keys and len(times):
-        # Pictures before the first key frame, in time or in the file, lack what they refer to.
-        first_key = min(keys, key=lambda k: k[1])
-        usable = (times >= first_key[0]) & (position >= first_key[1])
-        if lost := int((~usable).sum()):
-            warnings.append(f"{lost} frames before the first key frame cannot be decoded and are not counted")
-            times, position = times[usable], position[usable]
+    times, position = seen.usable(warnings)
     if not len(times):
-        raise VideoError(f"{path} shows no frame: {hidden} of {count} are hidden by its edit list{cause(trouble)}.")
+        raise VideoError(
+            f"{path} shows no frame: {seen.hidden} of {seen.count} are hidden by its edit list{cause(trouble)}."
+        )
     timestamps = (times - times[0]) * float(time_base)
     gap = float(timestamps[-1] / (len(times) - 1)) if len(times) > 1 else 0.0
-    duration = float(timestamps[-1]) + (float(last_duration * time_base) or gap or 1 / rate)
-    if promised > count:
-        warnings.append(f"the file is cut off: it announces {promised} frames and holds {count}")
-    elif alone and header and header / av.time_base - duration > max(1.0, 2 * gap) and not hidden:
-        warnings.append(
-            f"the file may be cut off: it announces {header / av.time_base:.2f} s and holds {duration:.2f} s"
-        )
+    duration = float(timestamps[-1]) + (float(seen.last_duration * time_base) or gap or 1 / rate)
+    if promised > seen.count:
+        warnings.append(f"the file is cut off: it announces {promised} frames and holds {seen.count}")
+    elif header and not seen.hidden and header / av.time_base - duration > max(1.0, 2 * gap):
+        announced = header / av.time_base
+        warnings.append(f"the file may be cut off: it announces {announced:.2f} s and holds {duration:.2f} s")
     return PacketIndex(
         timestamps=timestamps,
         duration=duration,
@@ -222,10 +242,22 @@ def scan_packets(path: Path) -> PacketIndex:
         time_base=time_base,
         pts=times,
         position=position,
-        key_pts=np.asarray([k[0] for k in keys], np.int64),
-        key_position=np.asarray([k[1] for k in keys], np.int64),
+        key_pts=np.asarray([k[0] for k in seen.keys], np.int64),
+        key_position=np.asarray([k[1] for k in seen.keys], np.int64),
         **common,
     )
+
+
+def _check_decodable(path: Path, seen: _Seen, trouble: list[str], warnings: list[str]) -> None:
+    """Refuse a stream that holds no frame to be shown; warn of one that is damaged."""
+    if not seen.count:
+        raise VideoError(f"{path} has a video stream without a single frame{cause(trouble)}.")
+    if seen.first is None:
+        raise VideoError(f"{path}: none of the {seen.count} frames can be decoded{cause(trouble)}.")
+    if trouble:
+        warnings.append(f"{len(trouble)} places in the file cannot be read ({trouble[0]})")
+    if seen.broken:
+        warnings.append(f"{seen.broken} frames are stored incompletely and were left out")
 
 
 def count_frames(path: Path, rate: float, warnings: list[str], common: dict[str, Any]) -> PacketIndex:

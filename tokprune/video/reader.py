@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ MOST_BYTES = 8 << 30  # of frames; more is nearly always a forgotten frames= or 
 Decode = Callable[[Any, Sequence[int], Job], Iterator[tuple[int, Frame]]]
 
 
-def read_video(
+def read_video(  # one argument per question that people ask of a video
     path: str | os.PathLike[str],
     frames: int | Sequence[int] | None = None,
     fps: float | None = None,
@@ -75,53 +76,13 @@ def read_video(
     notes: list[str] = []
     chosen, named = choose(index, frames, fps, start, end, rule, notes)
     name, reason, decode = pick_backend(index, backend)
+    shape = size or index.size
+    check_memory(len(chosen), shape)
     job = Job(time_limit)
-    height, width = size or index.size
-    if (need := len(chosen) * height * width * 3) > MOST_BYTES:
-        raise OptionError(
-            f"{len(chosen)} frames of {height}×{width} are {need / 2**30:.0f} GiB. Ask for fewer with frames= or fps=, or "
-            "for smaller ones with size=(height, width)."
-        )
-    out = np.empty((len(chosen), height, width, 3), np.uint8)
-    wanted, slot = np.unique(chosen, return_inverse=True)
-    slots: dict[int, list[int]] = {}
-    for place, number in enumerate(slot.tolist()):
-        slots.setdefault(int(wanted[number]), []).append(place)
-    got: set[int] = set()
-    scaled = False
-    for i, frame in decode(index, wanted.tolist(), job):
-        scaled |= frame.shape[:2] != index.size
-        out[slots[i]] = fit(frame, (height, width))
-        got.add(i)
-    missing = tuple(int(i) for i in wanted if int(i) not in got)
-    notes += summary(job.notes)
-    if scaled:
-        notes.append(f"the picture size changes within the video; all frames were scaled to {height}×{width}")
-    if job.damaged:
-        notes.append(f"{len(set(job.damaged))} frames were decoded with errors: {listed(sorted(set(job.damaged)))}")
-    indices = chosen
-    if missing:
-        what = f"{len(missing)} of {len(wanted)} chosen frames cannot be decoded: {listed(missing)}"
-        if not got:
-            raise VideoError(f"{source}: {what}{''.join(f'; {n}' for n in summary(job.notes))}.")
-        if on_missing == "raise":
-            raise VideoError(
-                f"{source}: {what}. on_missing='drop' leaves them out, 'nearest' repeats their neighbours."
-            )
-        if on_missing == "nearest":
-            have = np.asarray(sorted(got), np.int64)
-            indices = chosen.copy()
-            for i in missing:
-                near = int(have[np.abs(have - i).argmin()])
-                for place in slots[i]:
-                    out[place], indices[place] = out[slots[near][0]], near
-            notes.append(f"{what}; the nearest decoded ones stand in their place")
-        else:
-            keep = ~np.isin(chosen, missing)
-            out, indices = out[keep], chosen[keep]
-            notes.append(f"{what}; they were left out")
+    decoded = Decoded.of(index, chosen, shape, decode, job, notes)
+    indices, missing = decoded.settle(chosen, on_missing, source, job, notes)
     return Video(
-        frames=out,
+        frames=decoded.frames,
         timestamps=index.timestamps[indices],
         indices=indices,
         total=index.total,
@@ -135,6 +96,80 @@ def read_video(
         missing=missing,
         warnings=(*index.warnings, *notes),
     )
+
+
+@dataclass
+class Decoded:
+    """The chosen frames as they were decoded."""
+
+    frames: Frame
+    """(n, H, W, 3) uint8, one place per chosen frame; what could not be decoded is not filled."""
+    slots: dict[int, list[int]]
+    """Places of each frame number among the chosen ones."""
+    got: set[int]
+    """Numbers of the frames that were decoded."""
+
+    @staticmethod
+    def of(
+        index: Index, chosen: Indices, shape: tuple[int, int], decode: Decode, job: Job, notes: list[str]
+    ) -> Decoded:
+        """Decode the chosen frames, scaled to `shape` (height, width)."""
+        height, width = shape
+        out = np.empty((len(chosen), height, width, 3), np.uint8)
+        wanted, slot = np.unique(chosen, return_inverse=True)
+        slots: dict[int, list[int]] = {}
+        for place, number in enumerate(slot.tolist()):
+            slots.setdefault(int(wanted[number]), []).append(place)
+        got: set[int] = set()
+        scaled = False
+        for i, frame in decode(index, wanted.tolist(), job):
+            scaled |= frame.shape[:2] != index.size
+            out[slots[i]] = fit(frame, (height, width))
+            got.add(i)
+        notes += summary(job.notes)
+        if scaled:
+            notes.append(f"the picture size changes within the video; all frames were scaled to {height}×{width}")
+        if job.damaged:
+            notes.append(f"{len(set(job.damaged))} frames were decoded with errors: {listed(sorted(set(job.damaged)))}")
+        return Decoded(out, slots, got)
+
+    def settle(
+        self, chosen: Indices, on_missing: str, source: Path, job: Job, notes: list[str]
+    ) -> tuple[Indices, tuple[int, ...]]:
+        """Drop, repeat or refuse what could not be decoded. Returns the frame number at each place, and the missing ones."""
+        missing = tuple(i for i in sorted(self.slots) if i not in self.got)
+        if not missing:
+            return chosen, missing
+        what = f"{len(missing)} of {len(self.slots)} chosen frames cannot be decoded: {listed(missing)}"
+        if not self.got:
+            raise VideoError(f"{source}: {what}{''.join(f'; {n}' for n in summary(job.notes))}.")
+        if on_missing == "raise":
+            raise VideoError(
+                f"{source}: {what}. on_missing='drop' leaves them out, 'nearest' repeats their neighbours."
+            )
+        if on_missing == "drop":
+            stay = ~np.isin(chosen, missing)
+            self.frames = self.frames[stay]
+            notes.append(f"{what}; they were left out")
+            return chosen[stay], missing
+        have = np.asarray(sorted(self.got), np.int64)
+        indices = chosen.copy()
+        for i in missing:
+            near = int(have[np.abs(have - i).argmin()])
+            for place in self.slots[i]:
+                self.frames[place], indices[place] = self.frames[self.slots[near][0]], near
+        notes.append(f"{what}; the nearest decoded ones stand in their place")
+        return indices, missing
+
+
+def check_memory(count: int, shape: tuple[int, int]) -> None:
+    """Refuse more frames than anyone wants in memory; nearly always a forgotten frames= or fps=."""
+    height, width = shape
+    if (need := count * height * width * 3) > MOST_BYTES:
+        raise OptionError(
+            f"{count} frames of {height}×{width} are {need / 2**30:.0f} GiB. Ask for fewer with frames= or fps=, or "
+            "for smaller ones with size=(height, width)."
+        )
 
 
 def scan(path: str | os.PathLike[str], *, image_fps: float = 1.0) -> Index:
