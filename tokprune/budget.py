@@ -49,6 +49,16 @@ def kept(n: int, ratio: float) -> int:
     return min(n, max(1, math.floor(ratio * n * (1 + 1e-12) + 0.5)))
 
 
+def floor_of(n: int, share: float) -> int:
+    """floor(share * n), nudged by one part in 10^12: 0.29 of 100 is 29, where a bare int(0.29 * 100) is 28."""
+    return math.floor(share * n * (1 + 1e-12))
+
+
+def ceil_of(n: int, share: float) -> int:
+    """ceil(share * n), nudged by one part in 10^12: 0.55 of 100 is 55, where a bare math.ceil(0.55 * 100) is 56."""
+    return math.ceil(share * n * (1 - 1e-12))
+
+
 def share(total: int, weights: Sequence[float] | Tensor, capacities: Sequence[int], floor: int = 0) -> list[int]:
     """Split `total` into whole numbers proportional to `weights`, never above `capacities`, with an exact sum.
 

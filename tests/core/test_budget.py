@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokprune.budget import check_budget, check_ratio, counts, equal, kept, share
+from tokprune.budget import ceil_of, check_budget, check_ratio, counts, equal, floor_of, kept, share
 from tokprune.errors import BudgetError
 
 thousandths = st.integers(1, 1000).map(lambda i: i / 1000)
@@ -116,3 +116,13 @@ def test_a_percentage_is_answered_with_the_share() -> None:
 def test_bad_budgets(budget: object) -> None:
     with pytest.raises(BudgetError, match="budget"):
         check_budget(budget)
+
+
+@pytest.mark.parametrize("hundredths", range(1, 101))
+def test_portions_are_of_the_decimal_number_that_was_typed(hundredths: int) -> None:
+    """For every whole n and every two-digit share, although hundreds of the float products are a hair off."""
+    share = hundredths / 100
+    for n in range(1, 301):
+        assert floor_of(n, share) == hundredths * n // 100
+        assert ceil_of(n, share) == -(-hundredths * n // 100)
+    assert floor_of(3, 1 / 3) == ceil_of(3, 1 / 3) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import textwrap
 from dataclasses import dataclass
@@ -60,6 +61,15 @@ def test_every_method_has_the_facts_that_tables_are_made_of() -> None:
         assert info.paper
         assert info.year is None or 1990 <= info.year <= 2100
         assert not info.url or info.url.startswith("https://")
+
+
+def test_the_year_is_that_of_the_venue_in_the_docstring() -> None:
+    for name in list_methods():
+        cls = method_class(name)
+        first = (cls.__doc__ or "").strip().splitlines()[0]
+        venue = re.search(r"\([A-Z][\w ]+? (20\d\d)", first)
+        if venue:
+            assert cls.info.year == int(venue[1]), f"{name}: {first!r}, registered {cls.info.year}"
 
 
 @pytest.fixture

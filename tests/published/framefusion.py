@@ -61,7 +61,7 @@ def framefusion_step(
     """One call of the published procedure: before the first layer of the LLM, and behind the attention of each.
 
     hidden: (L, C), patch: (L,). attention: (L,) mean over heads and queries of what each token receives; read by the one call
-    that prunes. While it merges: the tokens above `threshold`, or, when these are more than have to go, the most similar ones as
+    that prunes. While it merges: the tokens of at least `threshold`, or, when these are more than have to go, the most similar ones as
     many as that, and all is over. Merging ends when less than the share `least` is above. The call after that prunes.
 
     Returns the positions that are left (K,), their tokens (K, C) and the new state.
@@ -72,7 +72,7 @@ def framefusion_step(
     if not state.merged:
         share = framefusion_sparsity(state.sparsities, cost, layers)
         similarity = framefusion_similarity(hidden, patch)
-        above = similarity > threshold
+        above = similarity >= threshold
         found = int(above.sum()) / max(count, 1)
         if found < share:
             state = Fusion((*state.sparsities, found), merged=found < least)

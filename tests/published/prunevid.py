@@ -24,7 +24,7 @@ def prunevid(
     frames, n, _ = features.shape
     x = wide(features).flatten(0, 1)
     place = torch.arange(frames * n, device=x.device)
-    lengths = prunevid_scenes(wide(features).mean(1), scene_share)
+    lengths = prunevid_scenes(wide(features).mean(1), int(frames * scene_share))
     raster_of = place.unflatten(0, (frames, n))
     groups = still_and_moving(raster_of, frames * n, lengths, prunevid_constancy(x, raster_of, lengths), tau)
     counts = prunevid_counts(groups, cluster_ratio)

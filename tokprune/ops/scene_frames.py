@@ -17,17 +17,24 @@ Array = npt.NDArray[np.float64]
 WEIGHTS = (0.4, 0.2, 0.3, 0.1)
 
 
+def detail_level(frames: int) -> int:
+    """Level of the band that shows the scenes of a video: log2 T - 3, as deep as the filter allows, but at least 1."""
+    return min(max(int(math.log2(frames)) - 3, 1), max(deepest_level(frames), 1))
+
+
+def least_distance(frames: int) -> int:
+    """How many frames the boundaries between scenes are apart at least: 2 % of the video, but at least 5."""
+    return max(5, int(0.02 * frames))
+
+
 def relevance_boundaries(scores: Array) -> list[int]:
     """First frames of all scenes but the first: peaks of the scores' coarsest detail band (db4). (T,) -> ascending."""
     n = len(scores)
-    level = min(max(int(math.log2(n)) - 3, 1), deepest_level(n))
-    if level < 1:
-        return []
-    detail = np.abs(detail_band(scores, level))
+    detail = np.abs(detail_band(scores, detail_level(n)))
     span = detail.max() - detail.min()
     if span <= 1e-9 * np.abs(scores).max():  # nothing but rounding
         return []
-    return [p for p in peaks(detail, detail.mean() + 0.5 * detail.std(), 0.05 * span, max(5, int(0.02 * n))) if p > 0]
+    return [p for p in peaks(detail, detail.mean() + 0.5 * detail.std(), 0.05 * span, least_distance(n)) if p > 0]
 
 
 def scene_importance(scores: Array, bounds: Sequence[int], weights: Sequence[float] = WEIGHTS) -> Array:
@@ -35,13 +42,13 @@ def scene_importance(scores: Array, bounds: Sequence[int], weights: Sequence[flo
 
     bounds: 0 … T. Returns (S,), the weighted sum; the variance is relative to the whole video's.
     """
-    spread = scores.var()
+    spread = scores.var() + 1e-8
     rows = [
         (
             (end - begin) / len(scores),
             scores[begin:end].mean(),
             scores[begin:end].max(),
-            scores[begin:end].var() / spread if spread > 0 else 0.0,
+            scores[begin:end].var() / spread,
         )
         for begin, end in pairwise(bounds)
     ]
@@ -49,10 +56,10 @@ def scene_importance(scores: Array, bounds: Sequence[int], weights: Sequence[flo
 
 
 def largest_remainders(total: int, shares: Array) -> list[int]:
-    """Whole numbers in proportion to the shares (which add up to 1), with an exact sum; ties to the earlier one."""
+    """Whole numbers in proportion to the shares (which add up to 1), with an exact sum; ties to the later one."""
     wish = shares * total
     out = np.floor(wish).astype(np.int64)
-    out[np.argsort(out - wish, kind="stable")[: total - int(out.sum())]] += 1
+    out[np.argsort(wish - out, kind="stable")[::-1][: total - int(out.sum())]] += 1
     return [int(k) for k in out]
 
 
@@ -105,9 +112,9 @@ def wfs_sb(
 
     scores: (T,) in 0 … 1. features: (T, C), what frames are compared by; None compares their time. weights: of a
     scene's duration, mean, best and variance in its importance. With more than three scenes those whose importance is
-    below the mean by `strictness` standard deviations (or below 0.05) get nothing. balance: 0 is relevance alone, 1
-    diversity alone. Without scenes: half evenly spaced, half the best. Constant scores: evenly spaced. O(T M C / S) for
-    M frames in S scenes of equal length.
+    below the mean by `strictness` standard deviations (or below 0.05) get nothing, unless that left none. balance: 0 is relevance alone, 1
+    diversity alone. Without scenes: half evenly spaced from the first frame to the last, half the best (the later of
+    equals). Constant scores: evenly spaced. O(T M C / S) for M frames in S scenes of equal length.
     """
     values = np.asarray(scores, dtype=np.float64)
     total = len(values)
@@ -120,15 +127,16 @@ def wfs_sb(
     bounds = [0, *relevance_boundaries(values), total]
     diverse = Diverse(values, rows, balance)
     if len(bounds) == 2:
-        even = middles(total, count // 2) if count > 1 else []
-        best = np.argsort(-values, kind="stable")
-        rest = [int(i) for i in best[: 2 * count] if int(i) not in set(even)]
+        even = [int(i) for i in np.linspace(0, total - 1, count // 2, dtype=int)]
+        best = [int(i) for i in np.argsort(values, kind="stable")[::-1]]
+        rest = [i for i in best if i not in even]
         return sorted([*even, *rest[: count - len(even)]])
     importance = scene_importance(values, bounds, weights)
     kept = np.ones(len(importance), dtype=bool)
     if len(importance) > 3:
         kept = importance >= max(0.05, importance.mean() - strictness * importance.std())
-    kept |= importance == importance.max()
+    if not kept.any():
+        kept[:] = True
     share = np.where(kept, np.exp(importance - importance.max()), 0.0)
     chosen: list[int] = []
     for (begin, end), k in zip(pairwise(bounds), largest_remainders(count, share / share.sum()), strict=True):

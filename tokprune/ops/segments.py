@@ -52,24 +52,20 @@ def frame_clusters(frames: Tensor, clusters: int, k: int = 7) -> Tensor:
 def refine(labels: Sequence[int]) -> list[int]:
     """Make clusters of frames contiguous: each keeps its longest run (several of equal length stay), if that is above 1.
 
-    Frames in between join the longer of the neighbouring runs that stay, the earlier one when they are equally long; if no
-    run stays, all frames are label 0.
+    The gaps in between are filled from left to right, each with the label of the longer of its two neighbouring runs, the left
+    one's when they are equally long. Frames that have joined the run on the left count as part of it. If no run stays, all
+    frames are label 0.
     """
-    spans = []  # label, begin, length
-    begin = 0
-    for label, run in groupby(labels):
-        spans.append((label, begin, len(list(run))))
-        begin += spans[-1][2]
-    longest = {label: max(n for own, _, n in spans if own == label) for label, _, _ in spans}
-    stays = [(label, at, n) for label, at, n in spans if n == longest[label] > 1]
-    out = [0] * len(labels)
-    for t in range(len(labels)):
-        left = next((s for s in reversed(stays) if s[1] <= t), None)
-        right = next((s for s in stays if s[1] > t), None)
-        if left is not None and (right is None or t < left[1] + left[2] or left[2] >= right[2]):
-            out[t] = left[0]
-        elif right is not None:
-            out[t] = right[0]
+    spans = [(label, len(list(run))) for label, run in groupby(labels)]
+    longest = {label: max(n for own, n in spans if own == label) for label, _ in spans}
+    stays = [label if n == longest[label] > 1 else None for label, n in spans for _ in range(n)]
+    spaced = [(label, len(list(run))) for label, run in groupby(stays)]  # None: a gap
+    out: list[int] = []
+    for (label, n), (right, after) in zip(spaced, [*spaced[1:], (None, 0)], strict=True):
+        if label is None:
+            left = runs(out)[-1] if out else 0
+            label = right if after > left and right is not None else out[-1] if out else 0
+        out += [label] * n
     return out
 
 

@@ -11,6 +11,8 @@ from tests.published.fastvid import fastvid
 from tokprune.errors import OptionError
 from tokprune.methods.connector.fastvid import FastVID, anchors, fastvid_onevision_split, fastvid_split
 from tokprune.ops.segments import similar_runs
+from tokprune.registry import get_method
+from tokprune.tokens import Layout, VisualTokens
 
 
 @claims("fastvid", anchor="feat")
@@ -37,6 +39,32 @@ def test_golden(case: GoldenCase) -> None:
     assert torch.equal(kept, row[token] * g + col[token])
     torch.testing.assert_close(out, case["lv_out"][token], atol=1e-5, rtol=1e-5)
     assert torch.equal((kept // g).unique(), row[~token])
+
+
+@claims("fastvid_qwen", anchor="feat")
+def test_golden_of_qwen(case: GoldenCase) -> None:
+    features = case["feat"].float()
+    frames, n, _ = features.shape
+    ratio, c, tau, ignore, share, stride, beta = case["params_ratio_c_tau_ignore_d_p_beta"].tolist()
+    method = FastVID(int(c), tau, share, int(stride), ignore, beta, compat="published")
+    tokens = VisualTokens(
+        features.flatten(0, 1), Layout.grid(1, n, frames, "video"), {"cls_attention": case["attn"].flatten()}
+    )
+    selection = method.select(tokens, int(ratio * n) * frames)
+    assert torch.equal(selection.indices, case["keep"])
+    torch.testing.assert_close(selection.apply(tokens.features), case["out"], atol=1e-5, rtol=1e-5)
+    settings = get_method("fastvid", preset="qwen2_5_vl")
+    assert (settings.tau, settings.ignore) == (tau, ignore)  # type: ignore[attr-defined]
+
+
+def test_frames_that_repeat_keep_nothing_until_the_budget_needs_them() -> None:
+    tokens = video(clip(12, scenes=2, moving=0.0), (6, 6))  # two still scenes of six frames
+    method = FastVID(c=1, tau=0.5, ignore=0.95)
+    for keep in (8, 40, 72):
+        frames = tokens.layout.group[method.select(tokens, keep).indices]
+        assert len(frames) == keep
+        assert set(frames.tolist()) <= {5, 11}
+    assert set(tokens.layout.group[method.select(tokens, 74).indices].tolist()) == set(range(12))
 
 
 def test_anchors_are_counted_from_the_end() -> None:

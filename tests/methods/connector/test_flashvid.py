@@ -9,9 +9,18 @@ from tests.golden_vectors import GoldenCase, claims
 from tests.methods.connector.clips import clip, video
 from tests.published.flashvid import flashvid
 from tokprune.errors import OptionError
-from tokprune.methods.connector.flashvid import FlashVID, flashvid_diverse, flashvid_links, flashvid_trees
+from tokprune.methods.connector.flashvid import (
+    FlashVID,
+    Parts,
+    flashvid_diverse,
+    flashvid_flow,
+    flashvid_links,
+    flashvid_trees,
+    scene_relevance,
+)
 from tokprune.ops.distance import cosine_distance
 from tokprune.ops.segments import similar_runs
+from tokprune.tokens import Layout
 
 
 @claims("flashvid", anchor="feat")
@@ -73,6 +82,30 @@ def test_a_tree_is_a_mean_and_in_the_published_code_a_sum_too_large() -> None:
     published = FlashVID(alpha=0.0, segments=1, cut=-1, compat="published").select(tokens, 5)
     assert published.weights is not None
     assert published.weights.dense(len(published), 20).sum(-1).max() > 2  # a chain of five, halved
+
+
+def test_published_counts_are_not_lost_to_single_precision() -> None:
+    """Of 26 trees in two equal frames 14 stay: 13 x 14/26 is 7 in each, where float32 makes 7.0000005 and rounds up."""
+    assert float(torch.tensor(13) * (torch.tensor(14) / torch.tensor(26))) > 7
+    features = torch.randn(2, 13, 8, generator=torch.Generator().manual_seed(0))
+    parts = Parts([0, 0], [14], [0])
+    layout = Layout.grid(1, 13, 2, "video")
+    _, goal, _ = flashvid_flow(features.flatten(0, 1), torch.ones(26), layout, [2], parts, 0.999, published=True)
+    centres = goal[goal == torch.arange(26)]
+    assert torch.bincount(centres // 13).tolist() == [7, 7]
+
+
+def test_relevance_is_the_likeness_to_the_scene() -> None:
+    features = clip(4, (2, 3), scenes=2, moving=0.5)
+    relevance = scene_relevance(features.flatten(0, 1), Layout.grid(2, 3, 4, "video"), [2, 2])
+    for t in range(4):
+        centre = features[t // 2 * 2 : t // 2 * 2 + 2].mean((0, 1))
+        torch.testing.assert_close(relevance.view(4, 6)[t], features[t] @ centre, atol=1e-5, rtol=1e-4)
+    tokens = video(features + 1, (2, 3))
+    method = FlashVID(alpha=1.0, segments=1, cut=-1, relevance=True)
+    worth = tokens.signals["cls_attention"] * scene_relevance(tokens.features, tokens.layout, [4])
+    expected = flashvid_diverse((features + 1), worth.view(4, 6), 3).sort(-1).values + 6 * torch.arange(4)[:, None]
+    assert torch.equal(method.select(tokens, 12).indices, expected.flatten())
 
 
 def test_options_are_checked() -> None:

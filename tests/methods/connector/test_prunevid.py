@@ -71,8 +71,8 @@ def test_constancy_is_the_mean_cosine_over_pairs() -> None:
 
 
 def test_scenes_are_found() -> None:
-    assert prunevid_scenes(clip(16, scenes=4, moving=0.0).mean(1)) == [4, 4, 4, 4]
-    assert prunevid_scenes(clip(3, scenes=1).mean(1)) == [3]  # below seven frames all are neighbours
+    assert prunevid_scenes(clip(16, scenes=4, moving=0.0).mean(1), 4) == [4, 4, 4, 4]
+    assert prunevid_scenes(clip(3, scenes=1).mean(1), 0) == [3]  # below seven frames all are neighbours
 
 
 def test_a_still_place_is_one_token_for_all_frames_of_its_scene() -> None:

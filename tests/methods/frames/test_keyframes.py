@@ -17,9 +17,16 @@ from tokprune.methods.frames.aks import AKS
 from tokprune.methods.frames.scenetilling import SceneTilling
 from tokprune.methods.frames.wfs_sb import WfsSb
 from tokprune.ops.keyframes import aks, aks_published
-from tokprune.ops.scene_frames import Diverse, relevance_boundaries, wfs_sb
+from tokprune.ops.scene_frames import (
+    Diverse,
+    detail_level,
+    least_distance,
+    relevance_boundaries,
+    scene_importance,
+    wfs_sb,
+)
 from tokprune.ops.scenes import depths, left_peaks, neighbour_similarity, scene_ends, scenes
-from tokprune.ops.wavelet import HIGH, LOW, deepest_level, detail_band, peaks
+from tokprune.ops.wavelet import HIGH, LOW, detail_band, peaks
 from tokprune.tokens import Layout, VisualTokens
 
 # AKS
@@ -162,19 +169,22 @@ def test_a_long_static_scene_gets_no_more_than_a_short_one() -> None:
 @claims("wfs_sb", anchor="scores")
 def test_wfs_sb_golden(case: GoldenCase) -> None:
     scores, n = case.array("scores"), len(case.array("scores"))
-    if "level" in case:
-        level = min(max(int(np.log2(n)) - 3, 1), deepest_level(n))
-        assert level == case.number("level")
-        np.testing.assert_allclose(detail_band(scores, level), case.array("detail"), atol=1e-9)
-    if "peaks" in case:
-        assert relevance_boundaries(scores) == case.array("peaks").tolist()
-    tested = 0
+    assert detail_level(n) == case.number("level")
+    assert least_distance(n) == case.number("min_dist")
+    np.testing.assert_allclose(detail_band(scores, detail_level(n)), case.array("detail"), atol=1e-9)
+    assert relevance_boundaries(scores) == case.array("peaks").tolist()
     for key in case:
         if key.startswith("sel_"):
             features = None if "nofeat" in key else case.array("feat")
             assert wfs_sb(scores.tolist(), int(key.split("_")[-1]), features) == case.array(key).tolist(), key
-            tested += 1
-    assert tested
+
+
+def test_wfs_sb_keeps_all_scenes_where_none_matters() -> None:
+    """Importances below 0.05 throughout: the published filter would leave no scene, and keeps them all instead."""
+    scores = 0.001 * (np.arange(400) % 20 == 10)
+    bounds = [0, *range(20, 400, 20), 400]
+    assert (scene_importance(scores, bounds, (0.4, 0.2, 0.3, 0.0)) < 0.05).all()
+    assert len({f // 20 for f in wfs_sb(scores, 20, weights=(0.4, 0.2, 0.3, 0.0))}) > 10
 
 
 def test_the_wavelet_is_orthogonal_and_its_bands_add_up() -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from tokprune.budget import ceil_of
 from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
 from tokprune.methods.options import option
 from tokprune.methods.question import word_embeddings
@@ -75,7 +75,7 @@ class CATP(ConnectorMethod):
         """Share the prompt's tokens between its images by the gain of each further token."""
         if len(batch) < 2 or self.stretch == 1:
             return list(keeps)
-        limits = [min(len(t), math.ceil(self.stretch * k)) for t, k in zip(batch, keeps, strict=True)]
+        limits = [min(len(t), ceil_of(k, self.stretch)) for t, k in zip(batch, keeps, strict=True)]
         gains = [self._choose(tokens, limit)[1] for tokens, limit in zip(batch, limits, strict=True)]
         return pooled_budgets(gains, sum(keeps))
 

@@ -9,14 +9,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokprune.budget import equal
+from tokprune.budget import equal, floor_of
 from tokprune.errors import OptionError
 from tokprune.methods.attended import attended, scene_lengths
 from tokprune.methods.base import ConnectorMethod
 from tokprune.methods.options import Compat, option
 from tokprune.ops.distance import unit
 from tokprune.ops.dpc import euclidean, peaks
-from tokprune.ops.frames import in_proportion, raster, spread
+from tokprune.ops.frames import frame_means, in_proportion, raster, spread
 from tokprune.ops.ranking import rank_in_group, ranks, true_indices
 from tokprune.registry import register_method
 from tokprune.tokens import Layout, Merge, Selection, VisualTokens
@@ -35,12 +35,12 @@ def fastvid_split(
 ) -> tuple[list[int], list[int]]:
     """Salient and context tokens of each frame of a scene, with the sum `budget` (section 3.3; the code for LLaVA-Video).
 
-    int(share * budget) tokens are context, in equal parts in the anchor frames, the others salient, in equal parts in all frames.
+    floor(share * budget) tokens are context, in equal parts in the anchor frames, the others salient, in equal parts in all frames.
     What full anchors cannot take becomes salient elsewhere. even: odd units at even distances; otherwise as published: to the
     first frames and to the last anchors. sizes: tokens of each frame, together at least `budget`.
     """
     places = anchors(len(sizes), stride)
-    wanted = int(share * budget)
+    wanted = floor_of(budget, share) if even else int(share * budget)
     salient = (spread if even else equal)(budget - wanted, sizes)
     room = [sizes[t] - salient[t] for t in places]
     over = max(0, wanted - sum(room))
@@ -59,6 +59,45 @@ def fastvid_onevision_split(
     context, places = int(share * per_frame), anchors(length, stride)
     each = context * length // len(places)
     return [per_frame - context] * length, [each if t in places else 0 for t in range(length)]
+
+
+def fastvid_qwen_split(
+    budget: int, frames: int, size: int, share: float = 0.4, stride: int = 4
+) -> tuple[list[int], list[int]]:
+    """The same in the published code for Qwen2.5-VL; what a frame cannot hold is lost. size: tokens of each frame.
+
+    The first frames get the odd salient tokens, the last anchors the odd context tokens; at least one token and at most half
+    of a frame is context.
+    """
+    context, places = [0] * frames, anchors(frames, stride)
+    total = max(int(budget * share), 1)
+    for i, t in enumerate(places):
+        context[t] = min(total // len(places) + (i < total % len(places)), size // 2)
+    rest = budget - total
+    salient = [min(rest // frames + (t < rest % frames), size - context[t]) for t in range(frames)]
+    return salient, context
+
+
+def changing_frames(frames: Tensor, lengths: Sequence[int], ignore: float | None) -> list[list[int]]:
+    """Frames of each scene whose cosine with the next one is below `ignore`, and the scene's last; None: all of them.
+
+    frames: (T, C), one vector per frame. The numbers count within the scene.
+    """
+    if ignore is None:
+        return [list(range(length)) for length in lengths]
+    rows = unit(frames)
+    repeats = [*((rows[1:] * rows[:-1]).sum(-1) >= ignore).tolist(), False]
+    out, begin = [], 0
+    for length in lengths:
+        out.append([t for t in range(length) if t == length - 1 or not repeats[begin + t]])
+        begin += length
+    return out
+
+
+def scattered(values: Sequence[int], at: Sequence[int], length: int) -> list[int]:
+    """`values` at the places `at` of a list of `length`, 0 elsewhere."""
+    found = dict(zip(at, values, strict=True))
+    return [found.get(t, 0) for t in range(length)]
 
 
 def fastvid_choice(
@@ -152,6 +191,7 @@ def pieces_of(
     url="https://arxiv.org/abs/2503.11187",
     complexity="O(NnD) for n tokens per frame; merging O(NKD) within a scene",
     merges=True,
+    presets={"qwen2_5_vl": {"tau": 0.84, "ignore": 0.95}},
 )
 @dataclass(frozen=True)
 class FastVID(ConnectorMethod):
@@ -167,6 +207,11 @@ class FastVID(ConnectorMethod):
     frames than c; a share of the budget of less than one context token per frame; more context tokens than an anchor frame
     has (ratios above 0.45). With the corrected code all of these work; what an anchor cannot hold becomes salient.
 
+    ignore: frames that resemble the next one of their scene at least so much keep none of their own tokens, so that the budget of
+    a still scene goes to few frames (None: all frames keep some). The authors use it for Qwen2.5-VL (preset="qwen2_5_vl"), with
+    a code of its own that compat="published" follows then: no remainder is lost, at most half of a frame is context, and the
+    surplus of full frames is lost. Here a scene whose changing frames cannot hold its budget uses all of them.
+
     longest: corrected only, frames. Merging compares every token of a scene with all of its centres, which is quadratic in
     the scene's length; a longer scene merges in pieces of so many frames, and a long still video takes linear time.
 
@@ -178,6 +223,7 @@ class FastVID(ConnectorMethod):
     tau: float = 0.9
     share: float = option(0.4, low=0, high=1)
     stride: int = option(4, low=1)
+    ignore: float | None = option(None, low=-1, high=1)
     beta: float = option(0.6, low=0, high=1)
     longest: int = option(64, low=1)
     compat: Compat = "corrected"
@@ -194,40 +240,62 @@ class FastVID(ConnectorMethod):
         features, attention, layout = attended(tokens, keep)
         sizes, published = layout.group_sizes, self.compat == "published"
         lengths = scene_lengths(features, layout, self.c, self.tau)
-        salient, context = (
-            self.published_counts(layout, lengths, keep) if published else self.counts(sizes, lengths, keep)
-        )
+        changing = changing_frames(frame_means(features, layout), lengths, self.ignore)
+        if published:
+            salient, context = self.published_counts(layout, changing, lengths, keep)
+        else:
+            salient, context = self.counts(sizes, changing, lengths, keep)
         if not published:
             lengths = [part for length in lengths for part in _pieces(length, self.longest)]
         chosen, centre = fastvid_choice(features, attention, layout, salient, context)
         total = sum(salient) + sum(context)
         pieces = pieces_of(sizes, lengths, salient, context)
-        indices, rows = fastvid_rows(features, chosen, centre, pieces, total, self.beta, own=published)
+        indices, rows = fastvid_rows(
+            features, chosen, centre, pieces, total, self.beta, own=published and self.ignore is None
+        )
         return Selection(indices, Merge(rows=rows), info={"scores": attention, "salient": chosen})
 
-    def counts(self, sizes: Sequence[int], lengths: Sequence[int], keep: int) -> tuple[list[int], list[int]]:
+    def counts(
+        self, sizes: Sequence[int], changing: Sequence[Sequence[int]], lengths: Sequence[int], keep: int
+    ) -> tuple[list[int], list[int]]:
         """Salient and context tokens of each frame, `keep` together."""
         salient: list[int] = []
         context: list[int] = []
         frames = iter(sizes)
         own = [[next(frames) for _ in range(length)] for length in lengths]
         shares = in_proportion(keep, torch.tensor([sum(scene) for scene in own])).tolist()
-        for scene, budget in zip(own, shares, strict=True):
-            parts = fastvid_split(budget, scene, self.share, self.stride)
-            salient, context = salient + parts[0], context + parts[1]
+        for scene, at, budget in zip(own, changing, shares, strict=True):
+            if budget > sum(scene[t] for t in at):
+                at = range(len(scene))
+            parts = fastvid_split(budget, [scene[t] for t in at], self.share, self.stride)
+            salient += scattered(parts[0], at, len(scene))
+            context += scattered(parts[1], at, len(scene))
         return salient, context
 
-    def published_counts(self, layout: Layout, lengths: Sequence[int], keep: int) -> tuple[list[int], list[int]]:
+    def published_counts(
+        self, layout: Layout, changing: Sequence[Sequence[int]], lengths: Sequence[int], keep: int
+    ) -> tuple[list[int], list[int]]:
         """The same by the published rule, or the error for what the published code cannot do."""
         sizes, hint = layout.group_sizes, "use compat='corrected'."
         if len(set(sizes)) > 1 or (layout.kind == "video" and len(sizes) < self.c):
             raise OptionError(f"compat='published' needs at least {self.c} frames, all of one size; {hint}")
-        per_frame = keep // len(sizes)
-        parts = [fastvid_onevision_split(per_frame, length, self.share, self.stride) for length in lengths]
-        salient, context = [k for s, _ in parts for k in s], [k for _, c in parts for k in c]
-        if max(context) == 0 or max(s + c for s, c in zip(salient, context, strict=True)) > sizes[0]:
+        per_frame, size = keep // len(sizes), sizes[0]
+        salient: list[int] = []
+        context: list[int] = []
+        for at, length in zip(changing, lengths, strict=True):
+            if self.ignore is None:
+                parts = fastvid_onevision_split(per_frame, length, self.share, self.stride)
+            elif length == 1:
+                few = max(int(per_frame * self.share), 1)
+                parts = [per_frame - few], [few]
+            else:
+                split = fastvid_qwen_split(per_frame * length, len(at), size, self.share, self.stride)
+                parts = scattered(split[0], at, length), scattered(split[1], at, length)
+            salient, context = salient + parts[0], context + parts[1]
+        most = max(s + c for s, c in zip(salient, context, strict=True))
+        if max(context) == 0 or most > size or per_frame == 0:
             raise OptionError(
-                f"compat='published' cannot keep {per_frame} of {sizes[0]} tokens per frame: an anchor frame would hold "
+                f"compat='published' cannot keep {per_frame} of {size} tokens per frame: an anchor frame would hold "
                 f"{max(context)} context tokens; {hint}"
             )
         return salient, context

@@ -10,13 +10,14 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from tokprune.budget import ceil_of
 from tokprune.errors import OptionError
 from tokprune.methods.attended import attended, scene_lengths
 from tokprune.methods.base import ConnectorMethod
 from tokprune.methods.options import Compat, option
 from tokprune.ops.distance import cosine_distance, cosine_similarity
 from tokprune.ops.dpc import dpc_knn
-from tokprune.ops.frames import in_proportion, raster, spread
+from tokprune.ops.frames import frame_means, in_proportion, raster, spread
 from tokprune.ops.maxmin import greedy_max_min
 from tokprune.ops.pools import selection
 from tokprune.ops.ranking import rank_in_group
@@ -38,6 +39,15 @@ def flashvid_diverse(features: Tensor, attention: Tensor, keep: int) -> Tensor:
     distance = cosine_distance(features) * attention[:, None, :]
     apart = distance.diagonal_scatter(torch.full_like(attention, torch.inf), dim1=-2, dim2=-1)
     return greedy_max_min(distance, apart.amin(-2).argmax(-1), keep)
+
+
+def scene_relevance(features: Tensor, layout: Layout, lengths: Sequence[int]) -> Tensor:
+    """Dot product of each token with the mean over its scene of the frames' means. features: (N, C) -> (N,)."""
+    scene = numbers(lengths, features.device)
+    means = frame_means(features, layout)
+    total = means.new_zeros(len(lengths), means.shape[1]).index_add(0, scene, means)
+    centre = total / torch.tensor(list(lengths), device=means.device)[:, None]
+    return (features * centre[scene][layout.group]).sum(-1)
 
 
 def flashvid_links(features: Tensor, free: Tensor, place: Tensor, scene: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,7 +133,8 @@ def flashvid_flow(
     number = lives.sum(-1)
     if published:
         total = torch.zeros_like(merged).index_add(0, scene, number)
-        counts = (number * (merged / total.clamp(min=1))[scene]).ceil().long().minimum(number)
+        ratio = merged.double() / total.clamp(min=1)  # float32 would make 13 x 14/26 more than 7
+        counts = (number * ratio[scene]).ceil().long().minimum(number)
     else:
         counts = in_proportion(merged, number, scene)
     goal, weight = torch.full((n + 1,), -1, device=device), features.new_zeros(n + 1)
@@ -154,7 +165,7 @@ def flashvid_parts(sizes: Sequence[int], lengths: Sequence[int], keep: int, alph
     frames = iter(sizes)
     own = [[next(frames) for _ in range(length)] for length in lengths]
     shares = in_proportion(keep, torch.tensor([sum(scene) for scene in own])).tolist()
-    stay = [math.ceil(alpha * budget) for budget in shares]
+    stay = [ceil_of(budget, alpha) for budget in shares]
     diverse = [k for scene, count in zip(own, stay, strict=True) for k in spread(count, scene)]
     links = [sum(scene) - budget for scene, budget in zip(own, shares, strict=True)]
     return Parts(diverse, [budget - count for budget, count in zip(shares, stay, strict=True)], links)
@@ -168,6 +179,11 @@ def flashvid_parts(sizes: Sequence[int], lengths: Sequence[int], keep: int, alph
     url="https://arxiv.org/abs/2602.08024",
     complexity="O(NnD + KNn/T) for n tokens per frame",
     merges=True,
+    presets={
+        "llava_onevision": {"relevance": True},
+        "qwen2_5_vl": {"segments": 4},
+        "qwen3_vl": {"segments": 4},
+    },
 )
 @dataclass(frozen=True)
 class FlashVID(ConnectorMethod):
@@ -178,6 +194,10 @@ class FlashVID(ConnectorMethod):
     most similar one of the frame before; links above `threshold` make trees, each of which becomes its mean, at its first
     token; those of a frame are clustered by DPC-kNN. The authors keep 1.25 times the nominal ratio here, and drop the rest in
     layer 20 of the LLM: give that ratio, and put a `decoder` method behind.
+
+    relevance: distances count for as much more as a token's dot product with the mean of its scene is larger. The code has
+    both forms, without (its "attn_div", for Qwen) and with ("attn_div_v2", for LLaVA-OneVision and LLaVA-Video); the presets
+    name what its scripts use.
 
     What differs from the published code, which compat="published" restores:
     - counts are rounded up frame by frame (159 tokens for 156); here scenes, frames and clusters share the budget exactly;
@@ -194,6 +214,7 @@ class FlashVID(ConnectorMethod):
     segments: int = option(8, low=1)
     cut: float = 0.9
     threshold: float = 0.8
+    relevance: bool = False
     compat: Compat = "corrected"
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
@@ -204,10 +225,11 @@ class FlashVID(ConnectorMethod):
         if published:
             if len(set(sizes)) > 1:
                 raise OptionError("compat='published' knows frames of one size only; use compat='corrected'.")
-            parts = flashvid_published_parts(math.ceil(keep / len(sizes)), sizes[0], lengths, self.alpha)
+            parts = flashvid_published_parts(-(-keep // len(sizes)), sizes[0], lengths, self.alpha)
         else:
             parts = flashvid_parts(sizes, lengths, keep, self.alpha)
-        diverse, goal, weight = flashvid_flow(features, attention, layout, lengths, parts, self.threshold, published)
+        worth = attention * scene_relevance(features, layout, lengths) if self.relevance else attention
+        diverse, goal, weight = flashvid_flow(features, worth, layout, lengths, parts, self.threshold, published)
         goal = torch.where(diverse, torch.arange(len(goal), device=goal.device), goal)
         weight = weight.masked_fill(diverse, 1.0)
         if published:

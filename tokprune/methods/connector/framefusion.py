@@ -56,12 +56,13 @@ def framefusion_heads(patch: Tensor, merges: Tensor) -> Tensor:
     url="https://arxiv.org/abs/2501.01986",
     complexity="O(ND)",
     merges=True,
+    presets={"internvl": {"threshold": 0.5}},
 )
 @dataclass(frozen=True)
 class FrameFusion(ConnectorMethod):
     """FrameFusion (ICCV 2025) before the first layer: what repeats the frame before merges, then the least attended goes.
 
-    Each token is compared with the previous one at the same place; those above `threshold` (0.6), the most similar first and no
+    Each token is compared with the previous one at the same place; those of at least `threshold` (0.6), the most similar first and no
     more than have to go, merge into it, and runs of them into one mean at the run's first token. If more tokens are left
     than asked, the most attended stay.
 
@@ -86,7 +87,7 @@ class FrameFusion(ConnectorMethod):
         if layout.kind != "video":
             patch = torch.arange(n, device=patch.device)  # nothing comes before anything
         similarity = framefusion_similarity(features, patch)
-        merges = (similarity > self.threshold) & (ranks(similarity) < n - keep)
+        merges = (similarity >= self.threshold) & (ranks(similarity) < n - keep)
         heads = framefusion_heads(patch, merges)
         size = torch.zeros_like(attention).index_add(0, heads, torch.ones_like(attention))
         worth = torch.zeros_like(attention).index_add(0, heads, attention) / size.clamp(min=1)

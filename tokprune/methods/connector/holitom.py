@@ -33,7 +33,7 @@ def holitom_constancy(similarity: Tensor, lengths: Sequence[int]) -> Tensor:
 
 def holitom_ratio(retain: float, saved: int, tokens: int) -> float:
     """Share to keep of what is left after still places are merged over time, so that `retain` of all tokens stay."""
-    return min(retain * tokens / (tokens - saved), 1.0)
+    return min(retain / ((tokens - saved) / tokens), 1.0)  # in the published order, so that counts round alike
 
 
 def holitom_counts(groups: Pools, ratio: float) -> Tensor:

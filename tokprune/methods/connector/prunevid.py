@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tokprune.budget import floor_of
 from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
 from tokprune.methods.options import Compat, option
 from tokprune.ops.distance import unit
@@ -24,9 +25,9 @@ SMALL = 14  # the published code clusters only what has more tokens
 BLOCK = 16  # frames whose distances are in memory together
 
 
-def prunevid_scenes(means: Tensor, share: float = 0.25) -> list[int]:
-    """Lengths of the scenes: the frames' means in int(share T) clusters, made contiguous. means: (T, C)."""
-    return runs(refine(frame_clusters(means, max(1, int(len(means) * share)), NEIGHBOURS).tolist()))
+def prunevid_scenes(means: Tensor, clusters: int) -> list[int]:
+    """Lengths of the scenes: the frames' means in so many clusters, made contiguous. means: (T, C)."""
+    return runs(refine(frame_clusters(means, max(1, clusters), NEIGHBOURS).tolist()))
 
 
 def prunevid_constancy(features: Tensor, place: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -106,7 +107,9 @@ class PruneVid(ConnectorMethod):
         layout = tokens.layout.to(features.device)
         lengths = [1] * layout.num_groups
         if layout.kind == "video":
-            lengths = prunevid_scenes(frame_means(features, layout), self.scene_share)
+            frames, share = layout.num_groups, self.scene_share
+            clusters = int(frames * share) if self.compat == "published" else floor_of(frames, share)
+            lengths = prunevid_scenes(frame_means(features, layout), clusters)
         place = raster(layout)
         constancy = prunevid_constancy(features, place, lengths)
         if self.compat == "published":

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tokprune.budget import floor_of
 from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
 from tokprune.methods.options import option
 from tokprune.ops.bipartite import bipartite_matching, cap, merge_weighted
@@ -28,7 +29,7 @@ def tome_merge(features: Tensor, keep: int, share: float = 0.25) -> tuple[Tensor
     rep = torch.arange(n, device=x.device).expand(batch, n)
     assign = rep
     while n > keep:
-        matching = bipartite_matching(x, min(n - keep, max(1, int(share * n)), cap(n)), ordered=True)
+        matching = bipartite_matching(x, min(n - keep, max(1, floor_of(n, share)), cap(n)), ordered=True)
         x, size = merge_weighted(matching, x, size)
         rep = rep.gather(-1, matching.rep)
         assign = matching.assign.gather(-1, assign)

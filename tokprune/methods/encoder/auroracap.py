@@ -15,7 +15,7 @@ from tokprune.registry import register_method
 @register_method(
     "auroracap",
     paper="AuroraCap: Efficient, Performant Video Detailed Captioning and a New Benchmark",
-    year=2024,
+    year=2025,
     url="https://arxiv.org/abs/2410.03051",
     complexity="O(LN²d)",
     merges=True,

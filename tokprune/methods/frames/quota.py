@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 from torch import Tensor
 
 from tokprune.errors import OptionError
@@ -34,12 +35,21 @@ def quota_shares(
 
 
 def scale_weights(weights: Sequence[float], cap: float) -> list[float]:
-    """Shares of 1 cut at `cap`, stretched once to their old sum, and cut again (published: what this cuts is lost)."""
-    total = sum(weights)
-    if max(weights) <= cap:
-        return list(weights)
-    cut = [min(w, cap) for w in weights]
-    return [min(w * total / sum(cut), cap) for w in cut]
+    """Shares of 1 cut at `cap`, in one pass: each share below the cap grows in proportion to itself by what was cut off so far.
+
+    Published: what a share exceeds the cap by after that joins what is shared out to those behind it, and the sum is not one
+    any more.
+    """
+    out = [min(w, cap) for w in weights]
+    excess = float(sum(max(w - cap, 0.0) for w in weights))
+    if excess > 0:
+        whole = np.sum(out)
+        for i, w in enumerate(out):
+            if w < cap:
+                w += w / whole * excess
+                excess += max(w - cap, 0.0)
+                out[i] = min(w, cap)
+    return out
 
 
 def published_shares(weights: Sequence[float], keep: int, capacity: int | None = None) -> list[int]:
@@ -48,7 +58,7 @@ def published_shares(weights: Sequence[float], keep: int, capacity: int | None =
     weights: (T,) of scores already raised to their power. capacity: tokens of a frame; with it no share exceeds
     capacity / keep (variants 2 to 5 of the code). The code raises for weights that are all 0 or hold NaN; so does this.
     """
-    total = sum(weights)
+    total = float(np.sum(np.asarray(weights, dtype=np.float64)))  # the order of summation is NumPy's there, too
     if not math.isfinite(total) or total <= 0:
         raise OptionError(
             f"QuoTA's published code divides by the sum of the weights, which is {total}; use compat='corrected'."
@@ -68,7 +78,7 @@ def published_shape(count: int) -> tuple[int, int]:
 @register_method(
     "quota",
     paper="QuoTA: Query-oriented Token Assignment via CoT Query Decouple for Long Video Comprehension",
-    year=2025,
+    year=2026,
     url="https://arxiv.org/abs/2503.08689",
     complexity="O(ND), and a forward per frame for score='self'",
     query_aware=True,
@@ -83,8 +93,9 @@ class Quota(QuestionScored):
     - truncating and rounding to rectangles wastes 3 to 20 % of the budget; here it is met exactly: water-filling,
       largest remainders, and, for reducers that need rectangles, these chosen so that next to nothing is left over
       (that rest lengthens single rows).
-    - one dominant frame gets more tokens than it has (it is blown up) in the first variant, and in the others what
-      exceeds it is lost; here the surplus flows to the other frames.
+    - one dominant frame gets more tokens than it has (it is blown up) in the first variant; the others cap shares in one
+      pass that shares the excess out unevenly (60 24 10 6 % with a cap of 25 become 25 25 17 10). Here the surplus flows to
+      the other frames in proportion to their shares.
     - scores that are all 0 or NaN raise; here they count as equal, and a single NaN as 0.
     - model output is passed to eval() and regexes that fail leave variables undefined; see frames.decouple.
     - its token merging raises NameError and counts a mean of three tokens like one token; here means are weighted.
@@ -123,7 +134,7 @@ class Quota(QuestionScored):
 
     def _published(self, scores: list[float], sizes: Sequence[int], keep: int) -> list[int]:
         cap = None if self.reducer == "bilinear" else max(sizes)
-        counts = published_shares([max(s, 0.0) ** self.power for s in scores], keep, cap)
+        counts = published_shares([(100 * max(s, 0.0)) ** self.power for s in scores], keep, cap)
         if self.reducer in RECTANGULAR:
             counts = [h * w for h, w in map(published_shape, counts)]
         counts = [min(c, n) for c, n in zip(counts, sizes, strict=True)]

@@ -20,14 +20,14 @@ from tokprune.tokens import VisualTokens
 @register_method(
     "scenetilling",
     paper="VideoLLaMB: Long Streaming Video Understanding with Recurrent Memory Bridges",
-    year=2024,
+    year=2025,
     url="https://arxiv.org/abs/2409.01071",
     complexity="O(ND)",
     video=True,
 )
 @dataclass(frozen=True)
 class SceneTilling(FramesMethod):
-    """SceneTilling (VideoLLaMB): cut the video where frames change most; every scene gets as much as the next.
+    """SceneTilling (VideoLLaMB, ICCV 2025): cut the video where frames change most; every scene gets as much as the next.
 
     A long static shot then costs no more than a short one. Between frames t and t + 1 the similarity dips by the sum of
     how far it lies below the peaks left and right of it; a scene ends where that exceeds its mean + `alpha` standard

@@ -21,7 +21,7 @@ from tokprune.tokens import VisualTokens
 
 @register_method(
     "wfs_sb",
-    paper="WFS-SB: wavelet-based frame selection by semantic boundaries",
+    paper="Wavelet-based Frame Selection by Detecting Semantic Boundary for Long Video Understanding",
     year=2026,
     url="https://arxiv.org/abs/2603.00512",
     complexity="O(ND + TMD)",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokprune.budget import share
+from tokprune.budget import floor_of, share
 from tokprune.methods.base import ConnectorMethod, Wrapper, check_finite
 from tokprune.methods.connector.wrappers.base import wrapped
 from tokprune.methods.options import option
@@ -69,6 +69,6 @@ class AdaptiveBudget(Wrapper):
         origin = torch.stack([x.sum(0) for x in parts]).sum(0) / sum(sizes)
         distinct = torch.stack([distinct_tokens(x, origin) for x in parts]).tolist()
         weights = [n ** (1 - self.density) * d**self.density for n, d in zip(sizes, distinct, strict=True)]
-        base = [max(1, int(self.least * k)) for k in keeps]
+        base = [max(1, floor_of(k, self.least)) for k in keeps]
         more = share(sum(keeps) - sum(base), weights, [n - b for n, b in zip(sizes, base, strict=True)])
         return [b + m for b, m in zip(base, more, strict=True)]
