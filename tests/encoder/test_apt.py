@@ -11,7 +11,9 @@ from torch import Tensor
 
 import tokprune
 from tests.encoder.test_towers import TOWERS, output, pixels, timm_vit
+from tests.golden_vectors import GoldenCase, claims
 from tokprune.adapters.splice import apply_encoder
+from tokprune.adapters.splice.patches import positions
 from tokprune.errors import OptionError, UnsupportedModelError
 from tokprune.methods.encoder.apt import APT, leaders, patch_count, patch_entropy, patch_levels, shifted_levels
 from tokprune.testing import build, picture
@@ -34,11 +36,11 @@ def normalised(levels: Tensor) -> Tensor:
 def test_entropy_is_that_of_the_histogram() -> None:
     levels = half_plain()
     got = patch_entropy(levels, 4, 1)[0]
-    grey = levels[0, 0] * (0.2989 + 0.5870 + 0.1140)  # 0.9999 of a grey picture's level
+    grey = 0.2989 * levels[0, 0] + 0.5870 * levels[0, 1] + 0.1140 * levels[0, 2]
     for row in range(4):
         for col in range(4):
             block = grey[8 * row : 8 * row + 8, 8 * col : 8 * col + 8]
-            counts = torch.histc((block + 1e-2) * 2, bins=512, min=0, max=512)
+            counts = torch.histc(block, bins=512, min=0, max=255)
             share = counts[counts > 0] / 64
             assert got[row, col].item() == pytest.approx(-(share * share.log2()).sum().item(), abs=1e-4)
     assert (got[:, 2:].abs() < 1e-4).all()
@@ -47,6 +49,28 @@ def test_entropy_is_that_of_the_histogram() -> None:
     back = (normalised(exact) * 0.25 + 0.5) * 255
     close(patch_entropy(back, 8, 1), patch_entropy(exact, 8, 1), atol=1e-3, rtol=0)
     assert patch_entropy(exact, 8, 1).item() == pytest.approx(8, abs=0.05)
+
+
+@claims("apt", anchor="levels")
+def test_golden(case: GoldenCase) -> None:
+    """Entropies of the published data loader on a coloured picture, from its levels and from its normalised pixels."""
+    levels = case["levels"].float()[None]
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.4815, 0.4578, 0.4082), (0.2686, 0.2613, 0.2758)))
+    back = ((levels / 255 - mean) / std * std + mean) * 255
+    for level in (1, 2):
+        for given in (levels, back):
+            close(patch_entropy(given, case.number("side"), level)[0], case[f"entropy{level}"], atol=1e-5, rtol=0)
+    entropies = [case["entropy1"][None], case["entropy2"][None]]
+    sizes = patch_levels(entropies, case["thresholds"][None], tuple(case["sizes"].shape))  # type: ignore[arg-type]
+    assert torch.equal(sizes[0], case["sizes"])
+
+
+def test_positions_are_resampled_as_timm_does() -> None:
+    from timm.layers import resample_abs_pos_embed
+
+    table = torch.randn(8 * 8, 5, generator=torch.Generator().manual_seed(1))
+    expected = resample_abs_pos_embed(table[None], new_size=[4, 4], num_prefix_tokens=0)
+    close(positions(table, (8, 8), 2), expected, atol=1e-6, rtol=0)
 
 
 def test_borders_that_no_large_patch_fits_in_stay_small() -> None:
@@ -108,7 +132,7 @@ def test_what_enters_is_what_the_model_would_make_of_the_small_picture(name: str
         "open_clip": lambda: model.positional_embedding[1:],
     }[name]()
     small = torch.nn.functional.interpolate(x, scale_factor=0.5, mode="bilinear")
-    place = torch.nn.functional.interpolate(table.T.reshape(1, -1, 8, 8), size=(4, 4), mode="bicubic")
+    place = torch.nn.functional.interpolate(table.T.reshape(1, -1, 8, 8), size=(4, 4), mode="bicubic", antialias=True)
     expected = (pruning.tower.patch(small) + place).flatten(2).transpose(1, 2)
     norm = {"clip": lambda t: model.pre_layrnorm(t), "open_clip": lambda t: model.ln_pre(t)}.get(name, lambda t: t)
     close(seen[0][:, prefix:], norm(expected), atol=1e-5, rtol=1e-5)

@@ -12,22 +12,23 @@ Embed = Callable[[Tensor, tuple[int, int], int], Tensor]
 
 
 def positions(table: Tensor, grid: tuple[int, int], step: int) -> Tensor:
-    """Position embeddings (n, C) of a grid, bicubically resampled to patches `step` times as large. -> (1, m, C).
+    """Position embeddings (n, C) of a grid, resampled to patches `step` times as large. -> (1, m, C).
 
+    Bicubically and with antialiasing, as APT's models do and timm by default.
     table: of a square grid when its size is not that of `grid` (models that resample it themselves).
     """
     n = table.shape[0]
     old = grid if grid[0] * grid[1] == n else (math.isqrt(n), math.isqrt(n))
     new = (grid[0] // step, grid[1] // step)
     if old != grid:  # pictures of another size: first what the model itself makes of it
-        table = _resample(table, old, grid)
+        table = _resample(table, old, grid, antialias=False)
     whole = table.view(*grid, -1)[: new[0] * step, : new[1] * step].reshape(-1, table.shape[1])
-    return _resample(whole, (new[0] * step, new[1] * step), new)[None]
+    return _resample(whole, (new[0] * step, new[1] * step), new, antialias=True)[None]
 
 
-def _resample(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+def _resample(table: Tensor, old: tuple[int, int], new: tuple[int, int], antialias: bool) -> Tensor:
     x = table.float().view(1, *old, -1).permute(0, 3, 1, 2)
-    x = nn.functional.interpolate(x, size=new, mode="bicubic", align_corners=False)
+    x = nn.functional.interpolate(x, size=new, mode="bicubic", align_corners=False, antialias=antialias)
     return x.permute(0, 2, 3, 1).flatten(0, 2).to(table.dtype)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from tokprune.errors import OptionError
 from tokprune.methods.encoder_base import BlockView, EncoderMethod, Place, Reduction
 from tokprune.methods.options import option
-from tokprune.registry import register_method
+from tokprune.registry import Checked, register_method
 
 GREY = (0.2989, 0.5870, 0.1140)
 BINS = 512
@@ -23,15 +23,17 @@ TIE = 2e-5  # bits by which each further patch counts as busier, so that equal o
 def patch_entropy(picture: Tensor, side: int, level: int) -> Tensor:
     """Entropy of the grey levels in each patch of `side` * 2 ** `level` pixels, in bits.
 
-    picture: (B, 3, H, W) levels from 0 to 255. The histogram has 512 bins, so whole levels fall into 256 of them. Patches
-    that the border cuts are left out. Returns (B, h, w).
+    picture: (B, 3, H, W) levels from 0 to 255. The histogram has 512 bins from 0 to 255, as that of the published data loader,
+    so that most whole levels have a bin of their own. Patches that the border cuts are left out. Returns (B, h, w).
     """
-    weight = torch.tensor(GREY, device=picture.device, dtype=picture.dtype).view(1, 3, 1, 1)
-    grey = (picture * weight).sum(1)  # (B, H, W)
+    # Normalised pixels come back a hair off their level; on its side of a bin's edge they must lie as the level does.
+    level_of = picture.round()
+    exact = torch.where((picture - level_of).abs() < 0.02, level_of / 255 * 255, picture)
+    red, green, blue = (part * weight for part, weight in zip(exact.unbind(1), GREY, strict=True))
+    grey = red + green + blue  # (B, H, W)
     edge = side * 2**level
     height, width = grey.shape[1] // edge, grey.shape[2] // edge
-    # Normalised pixels come back a hair off their level; the small shift keeps them on its side of the bin's edge.
-    bins = ((grey + 1e-2) * (BINS / 256)).long().clamp(0, BINS - 1)
+    bins = (grey * BINS / 255).long().clamp(0, BINS - 1)
     bins = bins[:, : height * edge, : width * edge].reshape(-1, height, edge, width, edge)
     bins = bins.transpose(2, 3).reshape(bins.shape[0], height * width, edge * edge)
     count = torch.zeros(*bins.shape[:2], BINS, device=grey.device)
@@ -89,15 +91,21 @@ def leaders(levels: Tensor) -> Tensor:
 @register_method(
     "apt",
     paper="Accelerating Vision Transformers with Adaptive Patch Sizes",
-    year=2025,
+    year=2026,
     url="https://arxiv.org/abs/2510.18091",
     complexity="O(pixels)",
     merges=True,
     adaptive=True,
+    checked=Checked(
+        "delude729/apt",
+        agrees="entropies and patch sizes (the data loader's histogram, bit for bit), what enters the first block before training",
+        differs="the trained branch, which starts at zero, is not ours; the newest commit adds a divergence between neighbours to the "
+        "entropy, which the paper does not have",
+    ),
 )
 @dataclass(frozen=True)
 class APT(EncoderMethod):
-    """APT (2025), its patch sizes without its training: where grey levels have little entropy, one patch stands for 2 x
+    """APT (ICLR 2026), its patch sizes without its training: where grey levels have little entropy, one patch stands for 2 x
     2 or 4 x 4.
 
     thresholds: bits below which a patch is plain, for patches of twice the size, four times, ...; (5.5,) as published for
