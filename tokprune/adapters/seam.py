@@ -24,6 +24,7 @@ from tokprune.adapters.plan import Columns, Frame, Plan, StreamRecord, clear_raw
 from tokprune.adapters.query import build_queries, tokenizer_of
 from tokprune.adapters.state import PruneState, Reader, attach_state, get_state, logical_length, physical_length
 from tokprune.adapters.streams import Recorder, Stream, build_streams, choose
+from tokprune.errors import MissingQueryError
 from tokprune.methods.base import ConnectorMethod
 from tokprune.methods.frames_base import PerFrame
 from tokprune.tokens import Query
@@ -347,6 +348,11 @@ class Seam:
             if t is not None
         ]
         given, expand = self.options.query, 1
+        if given is None and self.options.processor is not None and columns.segments is not None:
+            raise MissingQueryError(
+                "a packed row holds several samples, each with a question of its own, and the prompt does not tell which picture a "
+                'question is about. Give one for all: with pruning.query("..."), or run the samples as rows of a batch.'
+            )
         if given is not None and not isinstance(given, str) and len(given) and real.shape[0] % len(given) == 0:
             expand = real.shape[0] // len(given)  # beams repeat prompts
             given = [q for q in given for _ in range(expand)]
