@@ -212,7 +212,8 @@ def test_edit_list_in_other_backends(edited: Path, backend: str) -> None:
     assert numbers(video.frames) == (video.indices + 34).tolist()
 
 
-# Display matrices (a, b, c, d), and what must be done with an upright picture so that the matrix makes it upright again.
+# Display matrices (a, b, c, d), and what must be done with an upright picture so that the matrix makes it upright
+# again.
 MATRICES = {
     "quarter": ((0, 1, -1, 0), lambda f: np.rot90(f, 1)),
     "half": ((-1, 0, 0, -1), lambda f: np.rot90(f, 2)),
@@ -559,7 +560,8 @@ def test_a_hanging_decord_is_ended(clip: Path, folder: Path, monkeypatch: pytest
     fake = folder / "fake"
     fake.mkdir()
     (fake / "decord.py").write_text(
-        "class VideoReader:\n    def __init__(self, *a, **k):\n        print('noise on stdout')\n        while True: pass\n"
+        "class VideoReader:\n    def __init__(self, *a, **k):\n        print('noise on stdout')\n        while True: "
+        "pass\n"
     )
     monkeypatch.syspath_prepend(str(fake))
     start = time.monotonic()

@@ -1,4 +1,5 @@
-"""From a video file, a folder of pictures or an animation to the right frames, with exact indices and true timestamps."""
+"""From a video file, a folder of pictures or an animation to the right frames, with exact indices and true
+timestamps."""
 
 from tokprune.video.errors import VideoError
 from tokprune.video.index import Index, PacketIndex

@@ -36,7 +36,8 @@ def decode(index: PacketIndex, wanted: Sequence[int], job: Job) -> Iterator[tupl
         raise missing_extra("decord", "video", "backend='decord'")
     if index.hidden:
         raise VideoError(
-            f"{index.path} has an edit list that hides {index.hidden} frames; decord ignores it and returns wrong frames. "
+            f"{index.path} has an edit list that hides {index.hidden} frames; decord ignores it and returns wrong "
+            "frames. "
             "Use backend='pyav'."
         )
     if index.orientation.mirrored:
@@ -79,7 +80,8 @@ def decode(index: PacketIndex, wanted: Sequence[int], job: Job) -> Iterator[tupl
                         pipe.close()
         if expired.is_set():
             raise VideoError(
-                f"decord had not finished {index.path} after {max(limit, 0):.0f} s and was ended (it is known to hang). "
+                f"decord had not finished {index.path} after {max(limit, 0):.0f} s and was ended (it is known to "
+                "hang). "
                 "Use backend='pyav', or a larger time_limit=."
             )
         if process.returncode:

@@ -26,7 +26,8 @@ TEXT_AND_STILLS = ("tty", "image2", "_pipe")  # FFmpeg reads text files and sing
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """What there is to choose from. timestamps: (N,) seconds since the first frame, ascending. size: (height, width), upright."""
+    """What there is to choose from. timestamps: (N,) seconds since the first frame, ascending. size: (height, width),
+    upright."""
 
     path: Path
     timestamps: npt.NDArray[np.float64]
@@ -51,9 +52,10 @@ class Index:
 class PacketIndex(Index):
     """The index of a file with packets.
 
-    pts: (N,) presentation times of the displayed frames in units of time_base, ascending, unique. position: (N,) place of
-    each one's packet in the file's order. key_pts, key_position: (K,) the same of the key frames, ascending in pts.
-    hidden: packets that an edit list hides. ordinal: the packets carry no times, so frames are counted as they are decoded.
+    pts: (N,) presentation times of the displayed frames in units of time_base, ascending, unique. position: (N,) place
+    of each one's packet in the file's order. key_pts, key_position: (K,) the same of the key frames, ascending in pts.
+    hidden: packets that an edit list hides. ordinal: the packets carry no times, so frames are counted as they are
+    decoded.
     """
 
     stream: int = 0
@@ -80,8 +82,8 @@ def import_av() -> Any:
 def open_container(path: Path) -> Any:
     """Open a local file. The protocol is pinned: a name such as `concat:…` or a playlist inside cannot reach elsewhere.
 
-    By container_options: with `options` PyAV 15 crashes on files whose streams show up late (FLV), when it frees one set of
-    options per stream.
+    By container_options: with `options` PyAV 15 crashes on files whose streams show up late (FLV), when it frees one
+    set of options per stream.
     """
     av = import_av()
     try:
@@ -133,7 +135,8 @@ def packets(container: Any, stream: Any, trouble: list[str] | None = None) -> It
 
 
 def shown(packet: Any, codec: str) -> bool:
-    """Whether a packet's frame is displayed: not cut by an edit list, and not one of VP8's invisible reference frames."""
+    """Whether a packet's frame is displayed: not cut by an edit list, and not one of VP8's invisible reference
+    frames."""
     return not packet.is_discard and not (codec == "vp8" and packet.size > 0 and not memoryview(packet)[0] & 0x10)
 
 
@@ -193,7 +196,8 @@ class _Seen:
 def scan_packets(path: Path) -> PacketIndex:
     """Read the index of a video file. Memory: some numbers per frame.
 
-    Raises VideoError when the file is no video, has no video stream or no decodable frame, MissingExtraError without PyAV.
+    Raises VideoError when the file is no video, has no video stream or no decodable frame, MissingExtraError without
+    PyAV.
     """
     av = import_av()
     warnings: list[str] = []

@@ -10,7 +10,8 @@ from tokprune.video.errors import VideoError
 
 @dataclass
 class Job:
-    """limit: seconds, None for no limit. damaged: indices of frames that were decoded with visible errors. notes: warnings."""
+    """limit: seconds, None for no limit. damaged: indices of frames that were decoded with visible errors. notes:
+    warnings."""
 
     limit: float | None = None
     damaged: list[int] = field(default_factory=list)

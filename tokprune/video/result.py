@@ -14,8 +14,8 @@ import numpy.typing as npt
 class Video:
     """Some frames of a video, upright and in RGB, with where they come from.
 
-    frames: (T, H, W, 3) uint8. timestamps: (T,) float64 seconds since the video's first frame. indices: (T,) int64 numbers
-    of these frames among the `total` displayed ones of the source (what edit lists hide is not counted).
+    frames: (T, H, W, 3) uint8. timestamps: (T,) float64 seconds since the video's first frame. indices: (T,) int64
+    numbers of these frames among the `total` displayed ones of the source (what edit lists hide is not counted).
     fps: mean rate of the source. duration: seconds, the last frame's included. size: (height, width) of the source,
     upright; the frames have it unless `size=` was asked. backend, reason: who decoded, and why it. rule: how the frames
     were chosen. missing: indices that were chosen and could not be decoded. warnings: what a user should know.
@@ -41,7 +41,8 @@ class Video:
     def metadata(self) -> dict[str, Any]:
         """The fields of a Transformers `VideoMetadata`: give them with the frames, and do_sample_frames=False.
 
-        Processors turn indices into times with the constant `fps`; where the rate varies, `timestamps` has the true ones.
+        Processors turn indices into times with the constant `fps`; where the rate varies, `timestamps` has the true
+        ones.
         """
         height, width = self.frames.shape[1:3]
         return {

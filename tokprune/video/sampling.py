@@ -24,7 +24,8 @@ def check_counts(total: int, count: int) -> None:
 
 
 def linspace(total: int, count: int) -> Indices:
-    """`count` points from the first to the last frame, rounded down; repeats frames when count > total (LLaVA-OneVision)."""
+    """`count` points from the first to the last frame, rounded down; repeats frames when count > total
+    (LLaVA-OneVision)."""
     check_counts(total, count)
     return np.linspace(0, total - 1, count).astype(np.int64)
 
@@ -74,7 +75,8 @@ def every_second(total: int, source_fps: float, most: int | None = None) -> Indi
 
 
 def longvideobench(total: int, source_fps: float, most: int = 16) -> Indices:
-    """i·int(total/K) with K = min(most, whole seconds): never reaches the tail, empty below one second (LongVideoBench)."""
+    """i·int(total/K) with K = min(most, whole seconds): never reaches the tail, empty below one second
+    (LongVideoBench)."""
     check_counts(total, most)
     check_rate(source_fps)
     count = min(most, int(total / source_fps))
@@ -82,7 +84,8 @@ def longvideobench(total: int, source_fps: float, most: int = 16) -> Indices:
 
 
 def quota_frames(duration: float, base: int = 96, per_hour: float = 64) -> int:
-    """How many frames QuoTA samples from a video of `duration` seconds (its dynamic sampling): base + per_hour per hour."""
+    """How many frames QuoTA samples from a video of `duration` seconds (its dynamic sampling): base + per_hour per
+    hour."""
     return base + int(duration / 3600 * per_hour)
 
 

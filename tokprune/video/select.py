@@ -76,7 +76,8 @@ def select_frames(
         if option not in known or option in ("data", "count"):
             own = sorted(set(known) - {"data", "count"})
             raise OptionError(
-                f"frame selection by {name!r} has no option {option!r}.{nearest(option, own)} Its options: {', '.join(own) or 'none'}."
+                f"frame selection by {name!r} has no option {option!r}.{nearest(option, own)} Its options: "
+                f"{', '.join(own) or 'none'}."
             )
     data = _Data(name, scores, features, timestamps, total)
     check_count(count, data.total)

@@ -1,8 +1,8 @@
 """The families of models that tokprune knows: one file each, found by being in this folder.
 
-Adding a family is one file with a class under `@register_family`: its placeholders, geometry, vision tower, prompt facts, and a
-tiny model for the test matrix. Models without one get a grid where the counts allow only one reading, else one line, and a
-note that says so.
+Adding a family is one file with a class under `@register_family`: its placeholders, geometry, vision tower, prompt
+facts, and a tiny model for the test matrix. Models without one get a grid where the counts allow only one reading, else
+one line, and a note that says so.
 """
 
 from __future__ import annotations
@@ -91,10 +91,11 @@ def stream_layouts(
 ) -> list[StreamLayout]:
     """One layout per stream (an image with all its tiles, or a video), in the order of the flattened encoder rows.
 
-    base: the multimodal base model. modality: "image" or "video". kwargs: keyword arguments of the get_image_features or
-    get_video_features call. output: its result. runs: the prompt's placeholder runs of that modality
+    base: the multimodal base model. modality: "image" or "video". kwargs: keyword arguments of the get_image_features
+    or get_video_features call. output: its result. runs: the prompt's placeholder runs of that modality
     (`placeholder_runs`); plain lengths serve where tiles of a picture are contiguous (InternVL), the other tiled
-    families also read the tags between the runs. decode: token ids to text, to tell InternVL's video frames from pictures.
+    families also read the tags between the runs. decode: token ids to text, to tell InternVL's video frames from
+    pictures.
 
     Where the geometry cannot be known each item is one line, and `note` says why.
     """
@@ -119,7 +120,8 @@ def stream_layouts(
 def arrange(call: EncoderCall, values: Tensor, fill: float = 0.0) -> Tensor:
     """Values of the tower's patches (P, ...) as values of the flattened rows (R, ...); separators get `fill`.
 
-    P counts the patches in the tower's order, special tokens cut. Raises UnknownGeometryError where a family cannot tell.
+    P counts the patches in the tower's order, special tokens cut. Raises UnknownGeometryError where a family cannot
+    tell.
     """
     tail = values.shape[1:]
     rows = family_of(call.base, call.kwargs).arrange(call, values.reshape(values.shape[0], -1), fill)

@@ -1,4 +1,5 @@
-"""What the runtime asks of a family of models: where visual tokens lie in the prompt, the picture and the vision tower."""
+"""What the runtime asks of a family of models: where visual tokens lie in the prompt, the picture and the vision
+tower."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ F = TypeVar("F", bound="Family")
 
 
 class UnknownGeometryError(Exception):
-    """A family cannot tell where the tokens of this call lie; the caller falls back to one line and notes the reason."""
+    """A family cannot tell where the tokens of this call lie; the caller falls back to one line and notes the
+    reason."""
 
 
 @dataclass(frozen=True)
@@ -126,13 +128,14 @@ class EncoderCall:
 
 
 class Family:
-    """What is particular to the models of one family: placeholders, geometry, vision tower, prompts, and a tiny model for tests.
+    """What is particular to the models of one family: placeholders, geometry, vision tower, prompts, and a tiny model
+    for tests.
 
-    One file a family: a class under `@register_family`. Subclasses override `streams` and `arrange`, and the rest where their
-    models differ.
+    One file a family: a class under `@register_family`. Subclasses override `streams` and `arrange`, and the rest where
+    their models differ.
     """
 
-    # -- prompt and placeholders --------------------------------------------------------------------------------------------
+    # -- prompt and placeholders ---------------------------------------------------------------------------------------
 
     first_position: int = 0
     """The position id of the first token of a prompt."""
@@ -155,31 +158,35 @@ class Family:
         """(B, L) bool per modality: the columns that its features fill, from those that hold its placeholder id."""
         return columns
 
-    # -- encoder call -------------------------------------------------------------------------------------------------------
+    # -- encoder call --------------------------------------------------------------------------------------------------
 
     def encoder(self, base: Any, modality: str) -> tuple[str, str] | None:
-        """(method of the base model, its argument for the pixels where that has another name) that encodes a modality, or None."""
+        """(method of the base model, its argument for the pixels where that has another name) that encodes a modality,
+        or None."""
         return (f"get_{modality}_features", "") if hasattr(base, f"get_{modality}_features") else None
 
     def prepare_encoded(self, call: dict[str, Any], encoded: dict[str, Any]) -> dict[str, Tensor]:
-        """Make features line up with placeholders before planning; (R,) bool masks of the rows that stay, where some do not."""
+        """Make features line up with placeholders before planning; (R,) bool masks of the rows that stay, where some do
+        not."""
         return {}
 
     def feature_layers(self, call: EncoderCall) -> list[int] | None:
-        """Indices of the hidden states that the model selects, as written in its config; None: the tower's last output."""
+        """Indices of the hidden states that the model selects, as written in its config; None: the tower's last
+        output."""
         layers = call.option("vision_feature_layer")
         if layers is None:
             return None
         return [layers] if isinstance(layers, int) else list(layers)
 
-    # -- geometry -----------------------------------------------------------------------------------------------------------
+    # -- geometry ------------------------------------------------------------------------------------------------------
 
     def streams(self, call: EncoderCall) -> list[StreamLayout]:
         """One layout per image or video, in the order of the flattened rows."""
         raise UnknownGeometryError("unlisted family")
 
     def arrange(self, call: EncoderCall, values: Tensor, fill: float = 0.0) -> Tensor:
-        """Values of the tower's patches (P, C), special tokens cut, as values of the rows (R, C); separators get `fill`.
+        """Values of the tower's patches (P, C), special tokens cut, as values of the rows (R, C); separators get
+        `fill`.
 
         Where a row is made of several patches it gets their mean, or the interpolation that the model itself uses.
         """
@@ -188,11 +195,13 @@ class Family:
         return values
 
     def patches(self, call: EncoderCall) -> int | None:
-        """Patches per unit of a tower that works on a batch of equal units; None for packed towers without special tokens."""
+        """Patches per unit of a tower that works on a batch of equal units; None for packed towers without special
+        tokens."""
         return None
 
     def frame_sizes(self, call: EncoderCall) -> Tensor | None:
-        """(P,) patches of the frame that each patch belongs to, where attention may be confined to windows; else None."""
+        """(P,) patches of the frame that each patch belongs to, where attention may be confined to windows; else
+        None."""
         return None
 
     def units(self, call: EncoderCall) -> Tensor:
@@ -200,13 +209,15 @@ class Family:
         raise UnknownGeometryError("its tower does not take a batch of pictures")
 
     def joined_side(self, base: Any, config: Any) -> int:
-        """Side of the square of patches that the connector joins to one token, for towers that see a batch of equal pictures."""
+        """Side of the square of patches that the connector joins to one token, for towers that see a batch of equal
+        pictures."""
         return 1
 
-    # -- tests --------------------------------------------------------------------------------------------------------------
+    # -- tests ---------------------------------------------------------------------------------------------------------
 
     tiny_types: tuple[str, ...] = ()
-    """Model types of which `tiny` builds a model; the test matrix proves each of them equal to a brute-force reference."""
+    """Model types of which `tiny` builds a model; the test matrix proves each of them equal to a brute-force
+    reference."""
 
     def tiny(self, model_type: str) -> TinyParts:
         """A small random-weight model of `model_type` with its real processor, built offline."""

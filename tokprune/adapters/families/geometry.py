@@ -26,7 +26,8 @@ def plain(layout: Layout, note: str = "") -> StreamLayout:
 def tiled(
     count: int, grid: tuple[int, int], canvas: tuple[int, int] | None, thumbnail: int | None, note: str = ""
 ) -> StreamLayout:
-    """A stream of `count` tiles of `grid` tokens each, raster inside; `thumbnail` is the position of the whole picture's tile."""
+    """A stream of `count` tiles of `grid` tokens each, raster inside; `thumbnail` is the position of the whole
+    picture's tile."""
     n = grid[0] * grid[1]
     order = list(range(count))
     if thumbnail is not None:

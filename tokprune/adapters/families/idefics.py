@@ -112,7 +112,8 @@ def idefics3() -> TinyParts:
 
 
 def smolvlm() -> TinyParts:
-    """SmolVLM. Its own processor adds number words to video prompts only (a further package); images go through Idefics 3's."""
+    """SmolVLM. Its own processor adds number words to video prompts only (a further package); images go through Idefics
+    3's."""
     import transformers as hf
 
     return _idefics(hf.SmolVLMConfig, hf.SmolVLMForConditionalGeneration, "smolvlm_vision")

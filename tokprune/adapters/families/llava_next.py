@@ -17,8 +17,8 @@ from tokprune.tokens import Layout
 
 @register_family("llava_next", "llava_next_video")
 class AnyRes(Family):
-    """LLaVA-NeXT, LLaVA-NeXT-Video and LLaVA-OneVision: a thumbnail, then a canvas of tiles without its padding, each line
-    closed by a newline row. Traced through the model's own pack_image_features."""
+    """LLaVA-NeXT, LLaVA-NeXT-Video and LLaVA-OneVision: a thumbnail, then a canvas of tiles without its padding, each
+    line closed by a newline row. Traced through the model's own pack_image_features."""
 
     clips_in_one_tensor = True
     tiny_types: tuple[str, ...] = (
@@ -121,7 +121,8 @@ class AnyRes(Family):
 
 
 def _traced(rows: Tensor, side: int, count: int, canvas: tuple[int, int]) -> StreamLayout:
-    """The layout of one image from its traced patches. rows: (n, 3) in a tile (0 or 1), canvas y, canvas x; newlines NaN."""
+    """The layout of one image from its traced patches. rows: (n, 3) in a tile (0 or 1), canvas y, canvas x; newlines
+    NaN."""
     newline = torch.isnan(rows[:, 0])
     where = torch.arange(rows.shape[0])
     candidates, separators = where[~newline], where[newline]

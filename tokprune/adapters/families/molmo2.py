@@ -14,8 +14,8 @@ from tokprune.tokens import Layout
 
 @register_family("molmo2")
 class Molmo2(Family):
-    """The call says which patches each token pools, so crops and their overlaps need no unravelling. The full-resolution
-    picture is one tile of its own grid; the small one is the thumbnail."""
+    """The call says which patches each token pools, so crops and their overlaps need no unravelling. The
+    full-resolution picture is one tile of its own grid; the small one is the thumbnail."""
 
     mixes_modalities = False
     adds_to_placeholder = True
@@ -52,7 +52,8 @@ class Molmo2(Family):
 
 
 def molmo2() -> TinyParts:
-    """Molmo 2: overlapping crops pooled by attention, added onto the placeholder embeddings; images or clips, one id for both."""
+    """Molmo 2: overlapping crops pooled by attention, added onto the placeholder embeddings; images or clips, one id
+    for both."""
     import transformers as hf
 
     ids = {

@@ -70,7 +70,8 @@ class Packed(Family):
         return out
 
     def timestamps(self, call: EncoderCall, index: int, count: int) -> list[float] | None:
-        """Seconds of each temporal patch of video `index`, when the call brings the processor's seconds per step along."""
+        """Seconds of each temporal patch of video `index`, when the call brings the processor's seconds per step
+        along."""
         steps = call.kwargs.get("second_per_grid_ts")
         return None if steps is None else [float(steps[index]) * i for i in range(count)]
 

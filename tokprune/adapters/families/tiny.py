@@ -32,7 +32,8 @@ class TinyParts(NamedTuple):
 def tokenizer(special: Sequence[str], *, bos: bool = False, named: Mapping[str, str] | None = None) -> Any:
     """A byte-level tokenizer without merges: 256 bytes, <pad>, <s>, </s>, then the family's `special` tokens.
 
-    bos: prompts start with <s>. named: attribute -> token, for processors that read `tokenizer.image_token` and the like.
+    bos: prompts start with <s>. named: attribute -> token, for processors that read `tokenizer.image_token` and the
+    like.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast

@@ -1,4 +1,5 @@
-"""Vision towers that see a batch of equal pictures, or pictures of different sizes one after the other: grids without tiles."""
+"""Vision towers that see a batch of equal pictures, or pictures of different sizes one after the other: grids without
+tiles."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from tokprune.tokens import Layout
 
 
 class Units(Family):
-    """A tower that works on a batch of equal pictures (images, tiles or frames), each of which becomes a grid of tokens."""
+    """A tower that works on a batch of equal pictures (images, tiles or frames), each of which becomes a grid of
+    tokens."""
 
     def patch_grid(self, call: EncoderCall) -> tuple[int, int]:
         """(height, width) in patches of one picture."""

@@ -45,8 +45,10 @@ class VideoLlama3(Packed):
         record = getattr(output, "tokprune_record", None)
         if record is not None and sum(record.sizes) != sum(sizes):
             raise UnsupportedModelError(
-                "VideoLLaMA3 drops repeated patches of this clip, and transformers mixes up that choice when beams or several return "
-                "sequences repeat the prompt (it fails without tokprune, too). Use num_beams=1 and num_return_sequences=1."
+                "VideoLLaMA3 drops repeated patches of this clip, and transformers mixes up that choice when beams or "
+                "several return "
+                "sequences repeat the prompt (it fails without tokprune, too). Use num_beams=1 and "
+                "num_return_sequences=1."
             )
         output = copy.copy(output)
         output.pooler_output = [f[m.to(f.device)] for f, m in zip(output.pooler_output, mask.split(sizes), strict=True)]
