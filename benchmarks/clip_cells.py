@@ -21,8 +21,8 @@ from torch import Tensor
 
 import tokprune
 import tokprune.evaluation
+from tokprune.demo.asking import Asker
 from tokprune.demo.clips import LONG_FRAMES, ClipExample
-from tokprune.demo.clips_evaluation import clip_inputs, generate_words
 from tokprune.demo.sweep import is_right
 from tokprune.evaluation.significance import compare, holm
 from tokprune.methods.base import Method
@@ -123,6 +123,7 @@ class Clips:
 
     def __init__(self, examples: Sequence[ClipExample], batch: int | None = None) -> None:
         self.model, self.processor = tokprune.demo.load_clips()
+        self.asker = Asker(self.model, self.processor)
         self.scorer = Remembering(tokprune.demo.load_scorer())
         self.examples = list(examples)
         self.features: dict[str, Any] = {}
@@ -132,9 +133,9 @@ class Clips:
         for at in range(0, len(self.examples), size):
             part = self.examples[at : at + size]
             videos = [read(e.path, e.frames) for e in part]
-            self.batches.append((part, clip_inputs(self.model, self.processor, [e.question for e in part], videos)))
+            self.batches.append((part, self.asker.prepare([e.question for e in part], videos)))
         first = self.examples[0]
-        self.one = clip_inputs(self.model, self.processor, [first.question], [read(first.path, first.frames)])
+        self.one = self.asker.prepare([first.question], [read(first.path, first.frames)])
 
     @contextlib.contextmanager
     def remembered(self, on: bool) -> Iterator[None]:
@@ -172,7 +173,7 @@ class Clips:
         more = {"processor": self.processor, "scorer": self.scorer, **amount}
         with self.remembered(remember), tokprune.apply(self.model, stages, **more) as pruning:
             for part, inputs in self.batches:
-                said = generate_words(self.model, self.processor, inputs)
+                said = self.asker.answers(inputs)
                 hits += [int(is_right(word, e.answer)) for word, e in zip(said, part, strict=True)]
                 report = pruning.report()
                 cell.kept, cell.total = cell.kept + report.kept, cell.total + report.total

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tokprune.demo.models import machine
+from tokprune.environment import machine
 
 ROOT = Path(__file__).parent.parent
 

@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for control in (*CONTROLS, "constant"):
             print(f"  {control:10}", "  ".join(f"{k} {100 * v:.1f}" for k, v in controls[control].items()))
     if args.json:
-        from tokprune.evaluation.environment import environment
+        from tokprune.environment import environment
 
         data = {
             "type": "tokprune.OfflineControls",

@@ -22,7 +22,7 @@ from clip_cells import Cell, Clips, Setting, paired
 
 import tokprune
 import tokprune.demo
-from tokprune.demo.models import machine
+from tokprune.environment import machine
 from tokprune.errors import TokpruneError
 from tokprune.methods.base import Method
 

@@ -22,7 +22,7 @@ from clip_cells import Cell, Clips, Setting, balanced, packaged_clips, paired
 
 import tokprune
 import tokprune.demo
-from tokprune.demo.models import machine
+from tokprune.environment import machine
 from tokprune.errors import TokpruneError, unknown
 from tokprune.methods.base import Method
 from tokprune.registry import list_methods, method_class

@@ -13,9 +13,10 @@ import sys
 from pathlib import Path
 
 import tokprune.demo
-from tokprune.demo.models import machine
+from tokprune.demo.asking import Asker
 from tokprune.demo.scenes import held_out
 from tokprune.demo.sweep import plan_cells, run_cell
+from tokprune.environment import machine
 from tokprune.registry import list_methods, method_class
 
 
@@ -60,7 +61,7 @@ def main() -> None:
     for method, ratio in plan:
         if (method, ratio) in done:
             continue
-        cell = run_cell(model, processor, examples, method, ratio, scorer=scorer)
+        cell = run_cell(Asker(model, processor, scorer=scorer), examples, method, ratio)
         data["cells"].append(cell.to_dict())
         order = {key: i for i, key in enumerate(plan)}
         data["cells"].sort(key=lambda c: order.get((c["method"], c["ratio"]), len(order)))

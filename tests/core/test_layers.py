@@ -14,9 +14,11 @@ ROOT = Path(tokprune.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
 # What each layer of the package may import of the others, besides itself.
-CORE = {"tokens", "budget", "errors"}
+CORE = {"tokens", "budget", "errors", "files"}
 MAY_IMPORT = {
     "errors": set[str](),
+    "environment": set[str](),
+    "files": {"errors"},
     "tokens": {"errors"},
     "budget": {"errors"},
     "ops": CORE,
@@ -26,8 +28,8 @@ MAY_IMPORT = {
     "methods": CORE | {"ops", "registry", "video"},
 }
 # The layers above; each may import those before it, and what stands in MAY_IMPORT.
-UPPER = ("adapters", "report", "api", "testing", "viz", "profiling", "demo", "evaluation", "cli")
-TRANSFORMERS = {"adapters", "testing", "demo", "profiling", "evaluation"}
+UPPER = ("adapters", "report", "api", "testing", "viz", "profiling", "demo", "loading", "evaluation", "cli")
+TRANSFORMERS = {"adapters", "testing", "demo", "loading", "profiling", "evaluation"}
 # Classes of lmms-eval are subclassed here; lmms-eval imports the module by its entry point, and the sweep when it runs.
 BORN_OF_LMMS_EVAL = {"evaluation/lmms_model.py"}
 OPTIONAL = {"timm", "open_clip", "decord", "av", "matplotlib", "vllm", "lmms_eval", "torchvision", "triton", "peft"}

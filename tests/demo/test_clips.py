@@ -16,11 +16,11 @@ from tokprune.demo.clips import (
     SHORT_FRAMES,
     STEP,
     Clip,
+    frames_per_scene,
     held_out_clips,
     make_clip,
     make_take,
     plan_objects,
-    spread,
 )
 from tokprune.demo.clips_questions import CLIP_QUESTION_TYPES, MOMENT_TYPES, NEEDLE_TYPES, ask_clip
 from tokprune.demo.scenes import COLOR_NAMES, SHAPES
@@ -107,7 +107,7 @@ def test_plan_has_something_to_count():
 def test_spread_gives_every_scene_a_frame():
     rng = random.Random(1)
     for scenes in (1, 3, 8):
-        shown = spread(scenes, 8, rng)
+        shown = frames_per_scene(scenes, 8, rng)
         assert len(shown) == scenes
         assert sum(shown) == 8
         assert min(shown) >= 1

@@ -14,10 +14,10 @@ pytest.importorskip("av")
 
 import tokprune.demo
 from tokprune.cli.app import app
-from tokprune.demo.clips_evaluation import chance, correct_clips
-from tokprune.demo.evaluation import accuracy
+from tokprune.demo.evaluation import accuracy, correct
 from tokprune.demo.loading import WEIGHTS_CLIPS, load_clip_model
 from tokprune.errors import MissingExtraError, OptionError
+from tools.demo.clips_report import chance
 
 run = CliRunner().invoke
 
@@ -30,13 +30,13 @@ def clips(tmp_path_factory):
 def test_the_model_answers_held_out_clips(clips):
     model, processor = tokprune.demo.load_clips()
     examples = tokprune.demo.held_out_clips(72, 7, clips)
-    shares = accuracy(examples, correct_clips(model, processor, examples))
+    shares = accuracy(examples, correct(model, processor, examples))
     assert shares["macro"] >= 0.8, shares  # measured on 300: 88 %; two standard errors are 8 points here
     guessing = chance(examples)
     assert guessing["macro"] <= 0.4
-    blind = accuracy(examples[:24], correct_clips(model, processor, examples[:24], video="grey"))
+    blind = accuracy(examples[:24], correct(model, processor, examples[:24], seen="grey"))
     assert blind["micro"] <= 0.5, blind
-    wrong = accuracy(examples[:24], correct_clips(model, processor, examples[:24], video="wrong"))
+    wrong = accuracy(examples[:24], correct(model, processor, examples[:24], seen="wrong"))
     assert wrong["micro"] <= 0.5, wrong
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from tokprune import demo
-from tokprune.demo.evaluation import accuracy, correct, prompt
+from tokprune.demo.asking import Asker
+from tokprune.demo.evaluation import accuracy, correct
 from tokprune.demo.loading import WEIGHTS, DemoScorer
 from tokprune.demo.scenes import Example
 
@@ -60,8 +61,7 @@ def test_auto_classes_load_the_folder(vlm) -> None:
 
 def test_prompt_holds_one_slot_per_patch(vlm, examples: list[Example]) -> None:
     model, processor = vlm
-    text = prompt(processor, "What color is the star?")
-    inputs = processor(text=text, images=examples[0].image, return_tensors="pt")
+    inputs = Asker(model, processor).prepare(["What color is the star?"], [examples[0].image])
     assert int((inputs["input_ids"] == model.config.image_token_id).sum()) == N_TOKENS
     words = [w for w in processor.tokenizer.convert_ids_to_tokens(inputs["input_ids"][0]) if w != "<image>"]
     assert " ".join(words) == "<s> user: what color is the star ? assistant:"
@@ -74,16 +74,16 @@ def test_answers_held_out_questions(vlm, examples: list[Example]) -> None:
 
 
 def test_cannot_answer_without_the_picture(vlm, examples: list[Example]) -> None:
-    assert accuracy(examples, correct(*vlm, examples, image="none"))["micro"] <= 0.45
+    assert accuracy(examples, correct(*vlm, examples, seen="none"))["micro"] <= 0.45
 
 
 def test_wrong_picture_does_not_help(vlm, examples: list[Example]) -> None:
-    assert accuracy(examples, correct(*vlm, examples, image="wrong"))["micro"] <= 0.45
+    assert accuracy(examples, correct(*vlm, examples, seen="wrong"))["micro"] <= 0.45
 
 
 def test_unknown_image_condition_is_refused(vlm, examples: list[Example]) -> None:
     with pytest.raises(ValueError, match="own"):
-        correct(*vlm, examples, image="blurred")  # type: ignore[arg-type]
+        correct(*vlm, examples, seen="blurred")  # type: ignore[arg-type]
 
 
 def test_scorer_shares_the_tower(vlm, scorer: DemoScorer) -> None:

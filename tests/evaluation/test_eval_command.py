@@ -35,7 +35,7 @@ class FakeHarness:
     team = Team()
     ran: list = []
 
-    def __init__(self, cells, settings, folders, store, bars, console):
+    def __init__(self, request, store, bars, console):
         self.bars = bars
 
     def __call__(self, cell):

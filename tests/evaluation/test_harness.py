@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from tokprune import environment as environment_module
+from tokprune.environment import environment
 from tokprune.errors import OptionError
-from tokprune.evaluation import environment as environment_module
 from tokprune.evaluation.cells import Cell
-from tokprune.evaluation.environment import environment
 from tokprune.evaluation.errors import EvaluationError
 from tokprune.evaluation.harness_log import CellLog
 from tokprune.evaluation.harness_results import cell_result, main_metric, metrics_of, score_of
@@ -143,9 +143,9 @@ def test_environment_names_versions_and_this_checkout_s_commit():
 
 def test_a_commit_of_another_project_is_not_ours(tmp_path, monkeypatch):
     """A package installed into an environment inside somebody's checkout."""
-    copy = tmp_path / "project" / "tokprune" / "evaluation" / "environment.py"
+    copy = tmp_path / "project" / "tokprune" / "environment.py"
     copy.parent.mkdir(parents=True)
-    (copy.parent.parent / "__init__.py").write_text("")
+    (copy.parent / "__init__.py").write_text("")
     git = ["git", "-c", "user.name=x", "-c", "user.email=x@x", "-C", str(tmp_path / "project")]
     subprocess.run([*git, "init", "-q"], check=True)
     subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "x"], check=True)

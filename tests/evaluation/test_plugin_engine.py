@@ -12,9 +12,9 @@ import tokprune.demo
 from tokprune.budget import kept
 from tokprune.demo.evaluation import answer
 from tokprune.evaluation.lmms_engine import Engine
-from tokprune.evaluation.lmms_loading import Loaded
 from tokprune.evaluation.lmms_options import pruning_config
 from tokprune.evaluation.lmms_requests import Prompt, Row
+from tokprune.loading import Loaded
 
 EXAMPLES = tokprune.demo.held_out(8, seed=3)
 COLORS = ("red", "blue", "green", "yellow", "purple", "orange", "pink", "cyan")
@@ -22,7 +22,7 @@ COLORS = ("red", "blue", "green", "yellow", "purple", "orange", "pink", "cyan")
 
 @cache
 def loaded() -> Loaded:
-    return Loaded(*tokprune.demo.load(), own=True)
+    return Loaded(*tokprune.demo.load(), embedded=True)
 
 
 def prompt(i: int, target: str | None = None, picture: bool = True, **generation: Any) -> Prompt:

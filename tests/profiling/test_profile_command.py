@@ -70,7 +70,7 @@ def test_wrong_input_says_what_to_type(arguments: list[str], words: str) -> None
 @pytest.mark.parametrize("more", [["--model", "demo"], ["--preset", "smolvlm-256m", "--random-weights"]])
 def test_no_gpu_is_said_before_anything_is_loaded(more: list[str]) -> None:
     result = run(app, ["profile", "--device", "cuda", *more])
-    assert "sees no GPU; use --device cpu" in str(result.exception)
+    assert "sees no GPU; use cpu (--device cpu" in str(result.exception)
 
 
 def test_unreadable_media_are_named(tmp_path: Path) -> None:
@@ -184,7 +184,23 @@ def test_plots_of_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     file.write_text('{"type": "tokprune.eval"}')
     result = run(app, ["plots", str(file), "-o", str(tmp_path / "out")])
     assert result.exception is None, result.exception
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"pope_f1.png", "pope_f1_ttft.png"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"pope_ratio.png", "pope_ttft.png"}
+
+
+def test_plots_of_a_sweep_carry_its_intervals() -> None:
+    """What `tokprune plots` draws of results.json are the figures that `tokprune eval --plots` draws."""
+    pytest.importorskip("matplotlib")
+    from tokprune.evaluation import report as drawing
+    from tokprune.evaluation.significance import compare
+    from tokprune.evaluation.table import Row
+
+    paired = compare({i: float(i % 10 > 0) for i in range(90)}, {i: float(i % 10 > 2) for i in range(90)})
+    row = Row("pope", "divprune", 0.1, "f1", 70.0, True, 90, paired=paired)
+    axes = drawing.figures([Row("pope", "none", 1.0, "f1", 90.0, True, 90), row])[0].figure.axes[0]
+    (interval,) = [c.get_segments()[0][:, 1] for c in axes.collections]
+    low, high = 90 + 100 * paired.low, 90 + 100 * paired.high
+    assert interval.tolist() == pytest.approx([low, high])
+    assert low < 70 < high
 
 
 def test_a_plan_from_a_measured_profile(tmp_path: Path) -> None:

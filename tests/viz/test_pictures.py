@@ -14,6 +14,7 @@ from PIL import Image
 
 from tests.viz.cuts import cropped
 from tokprune.errors import MissingExtraError, OptionError
+from tokprune.profiling.plots import latency_bars
 from tokprune.profiling.report import Cell, ProfileReport
 from tokprune.profiling.timing import Measurement
 from tokprune.tokens import Layout, Selection
@@ -108,10 +109,26 @@ def test_lines_and_bars_carry_the_numbers() -> None:
     assert [t.get_text() for t in axes.get_xticklabels()] == ["10 %", "50 %"]
     axes = plots.pareto(points(), Point("full", 1.0, 0.83, cost=150.0)).axes[0]
     assert {t.get_text() for t in axes.get_legend().get_texts()} == {"divprune", "random", "all tokens"}
-    axes = plots.latency_bars(report()).axes[0]
+    axes = latency_bars(report()).axes[0]
     widths = [bar.get_width() for bar in axes.patches]
     assert sum(widths) == pytest.approx(2 * 6 * 10.0)
     assert any("1.00 x" in t.get_text() for t in axes.texts)
+
+
+def test_the_parts_of_a_bar_add_up_to_the_number_beside_it() -> None:
+    """Each run is slow in another stage, so that no run is as quick as the medians of the stages together."""
+    stages = ("vision", "projector", "select", "prefill", "decode", "other")
+    times = {
+        stage: Measurement(stage, "ms", tuple(40.0 + i if i == at else 10.0 for i in range(6)))
+        for at, stage in enumerate(stages)
+    }
+    total = [sum(times[stage].samples[i] for stage in stages) for i in range(6)]
+    times |= {name: Measurement(name, "ms", tuple(total)) for name in ("ttft", "total")}
+    times["decode_tokens_per_s"] = Measurement("d", "tokens/s", (5.0,) * 6)
+    noisy = ProfileReport("tiny", (Cell("plain", "plain", times, 9, 9, 20),), 4, 1, {"repeats": 6})
+    axes = latency_bars(noisy).axes[0]
+    assert sum(bar.get_width() for bar in axes.patches) == sorted(total)[2] == 92.0
+    assert any(text.get_text().startswith("92 ms") for text in axes.texts)
 
 
 def report() -> ProfileReport:
@@ -125,11 +142,11 @@ def report() -> ProfileReport:
 
 
 def test_files_are_written_equal_and_wrong_endings_refused(tmp_path: Path) -> None:
-    files = [plots.save(plots.latency_bars(report(), decode=False), tmp_path / f"{i}.png") for i in range(2)]
+    files = [plots.save(latency_bars(report(), decode=False), tmp_path / f"{i}.png") for i in range(2)]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert Image.open(files[0]).width > 600
     with pytest.raises(OptionError, match=r"\.png, \.svg or \.pdf"):
-        plots.save(plots.latency_bars(report()), tmp_path / "x.bmp")
+        plots.save(latency_bars(report()), tmp_path / "x.bmp")
 
 
 def test_records_are_read_from_json(tmp_path: Path) -> None:

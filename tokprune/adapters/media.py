@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tokprune.errors import OptionError
+from tokprune.files import rgb
 from tokprune.video.result import Video
 
 TICKS = 1000
@@ -107,7 +108,7 @@ def as_picture(image: Any) -> Any:
     from PIL import Image
 
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        return rgb(image, on_white=False)
     if hasattr(image, "detach"):
         image = image.detach().cpu().numpy()
     if isinstance(image, np.ndarray) and image.ndim == 3 and image.shape[-1] == 3 and image.dtype == np.uint8:

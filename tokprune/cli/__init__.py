@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
+
+# What the system says when standard output takes no more: a full disk, a quota, a closed pipe.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EPIPE, errno.EIO)
 
 
 def main() -> None:
@@ -11,10 +16,24 @@ def main() -> None:
     from tokprune.errors import TokpruneError
 
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # here, where a full disk can still be told of
     except TokpruneError as error:
-        from rich.console import Console
-        from rich.markup import escape
-
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        _say(str(error))
         sys.exit(2)
+    except OSError as error:
+        if error.errno not in FULL or error.filename is not None:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        if error.errno != errno.EPIPE:
+            _say(f"cannot write the output: {error.strerror}.")
+        sys.exit(2)
+
+
+def _say(text: str) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+
+    Console(stderr=True).print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True)

@@ -7,10 +7,13 @@ from typing import Annotated
 
 import typer
 
+from tokprune.cli import options
 from tokprune.errors import OptionError
 
+DEFAULT_METHODS = "none,random,divprune,hired"
 
-def evaluate(
+
+def evaluate(  # the options of the command
     model: Annotated[
         str | None, typer.Option(help="A hub id or path, or demo, the embedded VLM (the default).")
     ] = None,
@@ -23,15 +26,13 @@ def evaluate(
             "--methods", "--method", help="Methods, separated by commas: none,random,divprune,hired by default."
         ),
     ] = None,
-    ratios: Annotated[
-        str, typer.Option("--ratios", "--ratio", help="Keep ratios, separated by commas.")
-    ] = "0.5,0.25,0.1",
+    ratios: options.Ratios = "0.5,0.25,0.1",
     limit: Annotated[str | None, typer.Option(help="Questions per task; all of them by default.")] = None,
     out: Annotated[Path, typer.Option(help="Where results go; an interrupted run goes on from there.")] = Path(
         "out/eval"
     ),
     batch_size: Annotated[int, typer.Option(help="Questions at once.")] = 1,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    device: options.Device = "cpu",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of everything that draws.")] = 0,
     frames: Annotated[int | None, typer.Option(help="Frames of a video.")] = None,
@@ -61,26 +62,38 @@ def evaluate(
             "checkpoint, run and set them beside.",
         ),
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no table.")] = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Measure what pruning loses on your tasks at each keep ratio. Exit code 1 when a cell failed."""
-    from tokprune.cli.app import names, numbers
-    from tokprune.cli.eval_run import Outputs, compare_runs, print_reference, run
+    from tokprune.cli.eval_run import EvalRequest, Outputs, compare_runs, print_reference, run
     from tokprune.evaluation.cells import Settings, plan
+    from tokprune.loading import check_device, check_dtype
 
     outputs = Outputs(csv=csv, markdown=markdown, latex=latex, plots=plots, html=html)
     if compare is not None:
         compare_runs(*compare, outputs, quiet)
         return
-    if reference and print_reference(
-        model, names(methods) if methods else [], names(tasks) if tasks else [], outputs, quiet
-    ):
+    method_names, task_names = options.names(methods or ""), options.names(tasks or "")
+    if reference and print_reference(model, method_names, task_names, outputs, quiet):
         return
-    cells = plan(names(tasks or "tokprune_scenes"), names(methods or "none,random,divprune,hired"), numbers(ratios))
+    check_device(device)
+    check_dtype(dtype)
     settings = Settings(
         model or "demo", count(limit), batch_size, device, dtype, seed, frames, positions, prompts, pairs(model_args)
     )
-    raise typer.Exit(run(cells, settings, out, include_path or [], retry_failed, outputs, reference, quiet))
+    request = EvalRequest(
+        cells=plan(
+            task_names or ["tokprune_scenes"], options.methods(methods or DEFAULT_METHODS), options.ratios(ratios)
+        ),
+        settings=settings,
+        out=out,
+        folders=include_path or [],
+        retry_failed=retry_failed,
+        outputs=outputs,
+        reference=reference,
+        quiet=quiet,
+    )
+    raise typer.Exit(run(request))
 
 
 def count(text: str | None) -> int | None:

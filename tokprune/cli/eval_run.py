@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from tokprune.cli.output import console_for, progress_bar, say_saved
+from tokprune.environment import environment
 from tokprune.errors import OptionError, missing_extra
 from tokprune.evaluation import export
 from tokprune.evaluation.cells import BASELINE, OPTION, Cell, CellResult, Settings, build_methods
-from tokprune.evaluation.environment import environment
 from tokprune.evaluation.failures import Failure
 from tokprune.evaluation.results import load, results_json, timing_json
 from tokprune.evaluation.store import Store
 from tokprune.evaluation.sweep import Sweep, Watcher, run_sweep, survey
 from tokprune.evaluation.table import Row, rows_of
 from tokprune.evaluation.team import Team
+from tokprune.files import check_writable, write_text
 
 if TYPE_CHECKING:
     from tokprune.evaluation.harness import Harness
@@ -52,7 +53,7 @@ class Outputs:
         probe = None if self.plots is None else self.plots / "plot.png"
         for path in (self.csv, self.markdown, self.latex, self.html, probe):
             if path is not None:
-                export.check_file(path)
+                check_writable(path)
 
     def write(self, rows: Sequence[Row], against: str = BASELINE) -> list[Path]:
         """The table files."""
@@ -64,22 +65,8 @@ class Bars(Watcher):
     """Progress bars of a sweep: cells, and questions of the cell in work."""
 
     def __init__(self, console: Console, enabled: bool) -> None:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
         self.console = console
-        self.progress = Progress(
-            *columns,
-            console=console,
-            transient=True,
-            disable=not enabled,
-            redirect_stdout=False,
-            redirect_stderr=False,
-        )
+        self.progress = progress_bar(console, enabled)
         self.cells = self.progress.add_task("cells", total=None)
         self.questions = self.progress.add_task("", total=None, visible=False)
 
@@ -109,44 +96,33 @@ class Bars(Watcher):
         self.console.print(f"[red]failed[/] {escape(str(failed.cell))}: {escape(failed.reason)}", soft_wrap=True)
 
 
-def run(
-    cells: Sequence[Cell],
-    settings: Settings,
-    out: Path,
-    folders: Sequence[Path],
-    retry_failed: bool,
-    outputs: Outputs,
-    reference: bool,
-    quiet: bool,
-) -> int:
+@dataclass(frozen=True)
+class EvalRequest:
+    """A sweep to run and what to make of it. out: the results folder. folders: more places with task YAMLs."""
+
+    cells: Sequence[Cell]
+    settings: Settings
+    out: Path
+    folders: Sequence[Path] = ()
+    retry_failed: bool = False
+    outputs: Outputs = field(default_factory=Outputs)
+    reference: bool = False
+    quiet: bool = False
+
+
+def run(request: EvalRequest) -> int:
     """Run the sweep and return the exit code."""
-    team = Team.launched()
+    cells, settings, team = request.cells, request.settings, Team.launched()
     for method in dict.fromkeys(c.method for c in cells):
         build_methods(method, settings)
     check_options(cells, settings)
-    outputs.check()
-    console = Console(file=sys.stderr, quiet=quiet or not team.leads)
-    store = Store(out, settings, environment(settings.device))
+    request.outputs.check()
+    console = Console(file=sys.stderr, quiet=request.quiet or not team.leads)
+    store = Store(request.out, settings, environment(settings.device))
     if team.leads:
         store.open()
     try:
-        bars = Bars(console, not quiet and team.leads)
-        # A finished sweep shows its table at once; loading lmms-eval and the model takes a while.
-        idle = team.size == 1 and not survey(cells, store, retry_failed).todo
-        harness = None if idle else _harness(cells, settings, folders, store, bars, console)
-        try:
-            with bars.progress:
-                sweep = run_sweep(
-                    cells,
-                    store,
-                    harness or _nothing,
-                    watcher=bars,
-                    retry_failed=retry_failed,
-                    team=harness.team if harness is not None else Team(),
-                )
-        finally:
-            if harness is not None:
-                harness.close()
+        sweep = _sweep(request, store, console, team)
         if not team.leads:
             return DONE
         store.write("timing.json", timing_json(sweep))
@@ -156,19 +132,38 @@ def run(
         return INTERRUPTED
     finally:
         store.close()
-    return _show(sweep, written, outputs, reference, quiet)
+    return _show(sweep, written, request)
 
 
-def _harness(
-    cells: Sequence[Cell], settings: Settings, folders: Sequence[Path], store: Store, bars: Bars, console: Console
-) -> Harness:
+def _sweep(request: EvalRequest, store: Store, console: Console, team: Team) -> Sweep:
+    """Run the cells that are not finished, under progress bars."""
+    bars = Bars(console, not request.quiet and team.leads)
+    # A finished sweep shows its table at once; loading lmms-eval and the model takes a while.
+    idle = team.size == 1 and not survey(request.cells, store, request.retry_failed).todo
+    harness = None if idle else _harness(request, store, bars, console)
+    try:
+        with bars.progress:
+            return run_sweep(
+                request.cells,
+                store,
+                harness or _nothing,
+                watcher=bars,
+                retry_failed=request.retry_failed,
+                team=harness.team if harness is not None else Team(),
+            )
+    finally:
+        if harness is not None:
+            harness.close()
+
+
+def _harness(request: EvalRequest, store: Store, bars: Bars, console: Console) -> Harness:
     from tokprune.evaluation.harness import Harness
 
     with console.status("loading lmms-eval and the model"):
         return Harness(
-            list(dict.fromkeys(c.task for c in cells)),
-            settings,
-            folders,
+            list(dict.fromkeys(c.task for c in request.cells)),
+            request.settings,
+            request.folders,
             lambda cell: store.path(cell) / "log.txt",
             bars.tick,
         )
@@ -189,16 +184,16 @@ def check_options(cells: Sequence[Cell], settings: Settings) -> None:
             )
 
 
-def _show(sweep: Sweep, written: list[Path], outputs: Outputs, reference: bool, quiet: bool) -> int:
+def _show(sweep: Sweep, written: list[Path], request: EvalRequest) -> int:
     """Print the table and the failures, write the files, return the exit code."""
-    console = Console(quiet=quiet)
+    outputs, console = request.outputs, console_for(request.quiet)
     rows = rows_of(sweep)
     if rows:
         console.print(export.terminal(rows, f"{sweep.settings.model}, {_questions(rows)}"))
         for task, heads, body in export.details(sweep):
             console.print(export.framed(f"{task}, other metrics", heads, body, export.LEFT))
         written += outputs.write(rows)
-    if reference:
+    if request.reference:
         from tokprune.evaluation.reference.beside import beside
 
         console.print(beside(sweep).terminal())
@@ -209,9 +204,13 @@ def _show(sweep: Sweep, written: list[Path], outputs: Outputs, reference: bool, 
         if outputs.plots is not None:
             written += report.save_plots(figures, outputs.plots)
         if outputs.html is not None:
-            written.append(report.write_html(sweep, rows, figures, outputs.html, reference))
-    for path in written:
-        console.print(f"saved {path}", soft_wrap=True)
+            written.append(report.write_html(sweep, rows, figures, outputs.html, request.reference))
+    say_saved(console, written)
+    _print_failures(sweep)
+    return FAILED if sweep.failures else DONE
+
+
+def _print_failures(sweep: Sweep) -> None:
     errors = Console(file=sys.stderr)
     for failed in sweep.failures:
         errors.print(
@@ -222,7 +221,6 @@ def _show(sweep: Sweep, written: list[Path], outputs: Outputs, reference: bool, 
             f"{len(sweep.failures)} of {len(sweep.failures) + len(sweep.results)} cells failed; mend what they name and add "
             "--retry-failed to the same command"
         )
-    return FAILED if sweep.failures else DONE
 
 
 def _questions(rows: Sequence[Row]) -> str:
@@ -236,10 +234,9 @@ def compare_runs(first: Path, second: Path, outputs: Outputs, quiet: bool) -> No
 
     outputs.check()
     found = compare_sweeps(load(first), load(second))
-    console = Console(quiet=quiet)
+    console = console_for(quiet)
     console.print(found.table(str(first), str(second)))
-    for path in outputs.write(found.rows, f"the same cells of {first}"):
-        console.print(f"saved {path}", soft_wrap=True)
+    say_saved(console, outputs.write(found.rows, f"the same cells of {first}"))
 
 
 def print_reference(
@@ -251,7 +248,7 @@ def print_reference(
     if model is not None and not known_model(model):
         return False
     found = select(model, methods, tasks)
-    console = Console(quiet=quiet)
+    console = console_for(quiet)
     for chosen in found:
         for table in chosen.tables:
             console.print(terminal(chosen, table))
@@ -260,5 +257,5 @@ def print_reference(
         console.print()
     console.print("none of these was measured by us; compare within one table only (docs/reference.md)")
     if outputs.markdown is not None:
-        console.print(f"saved {export.write_file(outputs.markdown, to_text(found))}")
+        say_saved(console, [write_text(outputs.markdown, to_text(found))])
     return True

@@ -2,56 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from rich.console import Console
+import typer
 
+from tokprune.cli import options
+from tokprune.cli.output import console_for, say_saved
 from tokprune.errors import OptionError
 
 
-def run_heatmap(
-    name: str,
-    image: Path,
-    signals: Sequence[str],
-    methods: Sequence[str],
-    question: str,
-    ratio: float,
-    device: str,
-    out: Path,
+def heatmap(  # the options of the command
+    image: options.Picture,
+    out: options.Sheet = Path("heat.png"),
+    signals: Annotated[
+        str, typer.Option("--signals", "--signal", help="Signals of the tower: cls_attention, keys:-1, ...")
+    ] = "",
+    methods: Annotated[str, typer.Option("--methods", "--method", help="Or methods, for their scores.")] = "",
+    question: options.Question = options.QUESTION,
+    ratio: options.Ratio = 0.1,
+    model: options.Model = "demo",
+    device: options.Device = "cpu",
 ) -> None:
-    """Draw the sheet of heat maps and save it."""
+    """Draw a signal of the vision tower, or the scores of a method, for each token: a heat map over the picture."""
     from tokprune.adapters.prompting import build_inputs
-    from tokprune.cli.demo import scorer_for
-    from tokprune.cli.profile_inputs import check_device
-    from tokprune.cli.show import open_picture
-    from tokprune.demo.models import load_model
+    from tokprune.budget import check_ratio
+    from tokprune.files import read_picture, save_picture
+    from tokprune.loading import LoadOptions, check_device, demo_scorer, load
     from tokprune.viz import style
     from tokprune.viz.geometry import of_processor
     from tokprune.viz.heatmap import draw_heatmap
     from tokprune.viz.sheet import Panel, sheet
     from tokprune.viz.signal_map import values_of
 
-    if not signals and not methods:
+    signal_names, method_names = options.names(signals), options.methods(methods)
+    if not signal_names and not method_names:
         raise OptionError("say what to draw: --signals cls_attention, or --methods hired for the scores of a method.")
     check_device(device)
-    picture = open_picture(image)
-    model, processor, own = load_model(name, device)
-    scorer = scorer_for(own, methods, device)
-    inputs = build_inputs(model, processor, question, images=[picture])
-    original, _ = style.enlarge(style.to_rgb(picture), 420)
-    panels = [Panel(original, "input", question if methods else "")]
-    asked: list[tuple[str, dict[str, Any]]] = [(s, {"signal": s}) for s in signals]
-    asked += [(m, {"method": m, "ratio": ratio}) for m in methods]
-    for label, what in asked:
-        values, layout, source = values_of(model, inputs, processor=processor, scorer=scorer, **what)
+    check_ratio(ratio)
+    picture = read_picture(image)
+    loaded = load(model, LoadOptions(device))
+    processor = loaded.processor
+    scorer = demo_scorer(loaded, method_names)
+    inputs = build_inputs(loaded.model, processor, question, images=[picture])
+    original, _ = style.enlarge(picture, 420)
+    panels = [Panel(original, "input", question if method_names else "")]
+    for name in (*signal_names, *method_names):
+        if name in signal_names:
+            values, layout, source = values_of(loaded.model, inputs, processor=processor, signal=name)
+        else:
+            values, layout, source = values_of(
+                loaded.model, inputs, processor=processor, scorer=scorer, method=name, ratio=ratio
+            )
         geometry = of_processor(processor, (picture.height, picture.width), None, layout)
-        drawn = draw_heatmap(picture, layout, values, geometry, longest=420)
-        panels.append(Panel(drawn, label, source))
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        sheet(panels, subtitle="Pale yellow is high, dark blue is low; pale grey was never seen.").save(out)
-    except (OSError, ValueError) as error:
-        raise OptionError(f"cannot write {out}: {error}") from error
-    Console().print(f"saved {out}", soft_wrap=True)
+        panels.append(Panel(draw_heatmap(picture, layout, values, geometry, longest=420), name, source))
+    page = sheet(panels, subtitle="Pale yellow is high, dark blue is low; pale grey was never seen.")
+    say_saved(console_for(), [save_picture(page, out)])

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from tokprune.files import STDOUT, write_json
 from tokprune.registry import list_methods, method_class
 
 
@@ -49,24 +50,31 @@ def families_of(needs: list[str]) -> str:
     return "; ".join(parts)
 
 
-def show(stage: str | None, query_aware: bool | None, merges: bool | None, as_json: bool) -> None:
-    """Print the list, filtered."""
-    rows = [facts(n) for n in list_methods(stage, query_aware=query_aware, merges=merges)]
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Explain this one.")] = None,
+    stage: Annotated[str | None, typer.Option(help="Only those of one stage.")] = None,
+    query_aware: Annotated[
+        bool | None, typer.Option("--query-aware/--query-agnostic", help="Only those that read the question, or not.")
+    ] = None,
+    merges: Annotated[
+        bool | None, typer.Option("--merges/--selects", help="Only those that merge tokens, or not.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """List the methods, or explain one."""
+    if name is not None:
+        explain(name, as_json)
+        return
+    found = [facts(n) for n in list_methods(stage, query_aware=query_aware, merges=merges)]
     if as_json:
-        print(json.dumps([{k: v for k, v in r.items() if k != "doc"} for r in rows], indent=2))
+        write_json(STDOUT, [{k: v for k, v in r.items() if k != "doc"} for r in found])
         return
     table = Table(title="methods", title_justify="left", header_style="bold")
     for column in ("name", "stage", "reads the question", "merges", "needs", "what it does"):
         table.add_column(column, no_wrap=column == "name")
-    for r in rows:
-        table.add_row(
-            r["name"],
-            r["stage"],
-            "yes" if r["query_aware"] else "",
-            "yes" if r["merges"] else "",
-            escape(families_of(r["needs"])),
-            escape(r["summary"]),
-        )
+    for r in found:
+        marks = ["yes" if r[flag] else "" for flag in ("query_aware", "merges")]
+        table.add_row(r["name"], r["stage"], *marks, escape(families_of(r["needs"])), escape(r["summary"]))
     console = Console()
     console.print(table)
     console.print("tokprune methods NAME explains one.")
@@ -76,7 +84,7 @@ def explain(name: str, as_json: bool) -> None:
     """Print one method's docstring, options and facts."""
     r = facts(name)
     if as_json:
-        print(json.dumps(r, indent=2))
+        write_json(STDOUT, r)
         return
     console = Console()
     year = f" ({r['year']})" if r["year"] else ""

@@ -2,35 +2,41 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated
 
-from rich.console import Console
+import typer
 from rich.markup import escape
 
+from tokprune.cli import options
+from tokprune.cli.output import console_for, save_json
 from tokprune.errors import OptionError
 
 if TYPE_CHECKING:
     from tokprune.profiling.devices import Device
+    from tokprune.profiling.plan import Plan
     from tokprune.profiling.presets import Preset
+    from tokprune.viz.html import Table
+
+WIDTH = 100  # of a table that goes into a file or a pipe
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a plan is about. vision: FLOPs and parameters of the tower by preset name, where they are known already.
-    text: text tokens of the prompt. source: where the device's numbers come from."""
+class Subject:
+    """What a plan is about: a model on a device."""
 
     preset: Preset
     device: Device
-    source: str
-    vision: Mapping[str, tuple[float, float]] | None = None
-    text: int | None = None
+    source: str  # where the device's numbers come from
+    vision: Mapping[str, tuple[float, float]] | None = (
+        None  # FLOPs and parameters of the tower by preset name, if known
+    )
+    text: int | None = None  # text tokens of the prompt that was measured
 
 
-def subject(preset_name: str | None, model: str | None, gpu: str | None, measured: Path | None) -> Asked:
+def find_subject(preset_name: str | None, model: str | None, gpu: str | None, measured: Path | None) -> Subject:
     """Model and device: of a preset, a model's config or a profile, on a data sheet or on the machine that was measured."""
     from tokprune.profiling.devices import calibrate, device
     from tokprune.profiling.loaded import preset_of_folder, preset_of_report
@@ -49,16 +55,16 @@ def subject(preset_name: str | None, model: str | None, gpu: str | None, measure
             "say which device: --gpu a100 (also h100, l4, ...), or --profile FILE of tokprune profile --json."
         )
     if preset_name is not None:
-        return Asked(preset(preset_name), place, source)
+        return Subject(preset(preset_name), place, source)
     if model is not None:
         known, vision = preset_of_folder(model, folder_of(model))
     elif report is not None:
         known, vision = preset_of_report(report)
         plain = report.plain
-        return Asked(known, place, source, {known.name: vision}, max(plain.prompt - plain.visual_full, 1))
+        return Subject(known, place, source, {known.name: vision}, max(plain.prompt - plain.visual_full, 1))
     else:
         raise OptionError("say which model: --preset llava-1.5-7b, --model PATH, or --profile FILE.")
-    return Asked(known, place, source, {known.name: vision})
+    return Subject(known, place, source, {known.name: vision})
 
 
 def folder_of(model: str) -> Path | None:
@@ -70,54 +76,51 @@ def folder_of(model: str) -> Path | None:
     return WEIGHTS
 
 
-def run_plan(
-    preset_name: str | None,
-    model: str | None,
-    gpu: str | None,
-    measured: Path | None,
-    target: str | None,
-    limit: float | None,
-    ratios: Sequence[float],
-    text: int | None,
-    batch: int,
-    new_tokens: int,
-    compare: bool,
-    out: Path | None,
-    quiet: bool,
+def plan(  # the options of the command
+    preset: Annotated[str | None, typer.Option(help="The model, such as llava-1.5-7b.")] = None,
+    model: Annotated[str | None, typer.Option(help="A hub id or path instead: its config and processor.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="The device, such as a100, h100, l4.")] = None,
+    measured: Annotated[
+        Path | None, typer.Option("--profile", help="JSON of tokprune profile: its device, and its model by default.")
+    ] = None,
+    target: Annotated[str | None, typer.Option(help="ttft, total or memory.")] = None,
+    limit: Annotated[float | None, typer.Option(help="Seconds for ttft and total, GiB for memory.")] = None,
+    ratios: options.Ratios = "0.5,0.25,0.1,0.05",
+    text: Annotated[int | None, typer.Option(help="Text tokens around the picture (64, or the profile's).")] = None,
+    batch: Annotated[int, typer.Option(help="Requests at once.")] = 1,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 64,
+    compare: Annotated[bool, typer.Option(help="Also look at larger models at equal cost (slower).")] = False,
+    json_file: options.Json = None,
+    quiet: options.Quiet = False,
 ) -> None:
-    """Print the estimates and the advice. limit: seconds for ttft and total, GiB for memory."""
-    from tokprune.profiling.memory import readable
-    from tokprune.profiling.plan import Workload, plan
+    """Estimate which keep ratio reaches a target on a GPU, and where pruning stops paying."""
+    from tokprune.profiling.plan import Workload
+    from tokprune.profiling.plan import plan as make_plan
     from tokprune.profiling.tables import to_rich
+
+    options.at_least_one(text=text, batch=batch, new_tokens=new_tokens)
+    steps = (1.0, *[r for r in options.ratios(ratios) if r < 1])
+    subject = find_subject(preset, model, gpu, measured)
+    known, place = subject.preset, subject.device
+    words = text if text is not None else subject.text or 64
+    work = Workload(known.default_size, text=words, new_tokens=new_tokens, batch=batch)
+    amount = limit * 2**30 if target == "memory" and limit is not None else limit
+    made = make_plan(known, place, work, target, amount, ratios=steps, compare=compare, vision=subject.vision)  # type: ignore[arg-type]
+    console = console_for(quiet, json_file, WIDTH)
+    console.print(to_rich(_table(made), f"{known.name} on {place.name}, estimated from {subject.source}"))
+    for line in made.advice:
+        console.print(escape(f"- {line}"))
+    save_json(console, json_file, made.to_dict())
+
+
+def _table(made: Plan) -> Table:
+    """The estimates, a row per ratio."""
+    from tokprune.profiling.memory import readable
     from tokprune.viz.html import Table, Value
 
-    for name, value in (("text", text), ("batch", batch), ("new-tokens", new_tokens)):
-        if value is not None and value < 1:
-            raise OptionError(f"--{name} {value} must be at least 1.")
-    asked = subject(preset_name, model, gpu, measured)
-    if target == "memory" and limit is not None:
-        limit *= 2**30
-    known, place = asked.preset, asked.device
-    words = text if text is not None else asked.text or 64
-    work = Workload(known.default_size, text=words, new_tokens=new_tokens, batch=batch)
-    steps = (1.0, *[r for r in ratios if r < 1])
-    made: Any = plan(known, place, work, target, limit, ratios=steps, compare=compare, vision=asked.vision)  # type: ignore[arg-type]
-    console = Console(quiet=quiet)
-    if not console.is_terminal:
-        console = Console(quiet=quiet, width=max(console.width, 100))
     rows = []
     for ratio, e in made.rows:
         ms = [Value(f"{1e3 * seconds:.1f}", seconds) for seconds in (e.vision, e.prefill, e.ttft, e.decode, e.total)]
         rows.append([f"{ratio:g}", e.visual, *ms, readable(e.memory), e.bound])
     heads = ("ratio", "visual", "vision", "prefill", "TTFT", "decode", "total", "memory", "bound by")
-    table = Table(heads, rows, units=("", "tokens", "ms", "ms", "ms", "ms", "ms", "", ""))
-    console.print(to_rich(table, f"{known.name} on {place.name}, estimated from {asked.source}"))
-    for line in made.advice:
-        console.print(escape(f"- {line}"))
-    if out is not None:
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json.dumps(made.to_dict(), indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise OptionError(f"cannot write {out}: {error}") from error
-        console.print(f"saved {out}", soft_wrap=True)
+    return Table(heads, rows, units=("", "tokens", "ms", "ms", "ms", "ms", "ms", "", ""))

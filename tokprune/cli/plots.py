@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from rich.console import Console
+import typer
 
+from tokprune.cli import options
+from tokprune.cli.output import console_for, say_saved
 from tokprune.errors import OptionError
 
 
-def run_plots(results: Path, out: Path, quiet: bool = False) -> None:
-    """Draw what a results file holds into a folder."""
-    try:
-        data = json.loads(results.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise OptionError(f"cannot read the results {results}: {error}") from error
+def plots(
+    results: Annotated[Path, typer.Argument(help="The JSON that profile, demo or eval wrote.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder for the pictures.")] = Path("plots"),
+    quiet: options.Quiet = False,
+) -> None:
+    """Draw the plots of a results file: latency bars, accuracy over ratio, accuracy against cost."""
+    from tokprune.files import read_json
+
+    data = read_json(results, "results")
     kind = data.get("type") if isinstance(data, dict) else None
     if kind not in DRAWN:
         known = ", ".join(f'"{name}"' for name in DRAWN)
@@ -26,85 +29,31 @@ def run_plots(results: Path, out: Path, quiet: bool = False) -> None:
             f'{results} holds no results that can be drawn: its "type" is {kind!r}, known are {known}. Write one with '
             "tokprune profile --json, tokprune demo --json or tokprune eval."
         )
-    try:
-        paths = DRAWN[kind](results, out)
-    except OSError as error:
-        raise OptionError(f"cannot write pictures to {out}: {error}") from error
-    console = Console(quiet=quiet)
-    for path in paths:
-        console.print(f"saved {path}", soft_wrap=True)
-
-
-def draw_profile(report: Any, folder: Path) -> list[Path]:
-    """Latency bars of a profile, to the last and to the first token."""
-    from tokprune.viz.plots import latency_bars, save
-
-    folder.mkdir(parents=True, exist_ok=True)
-    return [
-        save(latency_bars(report), folder / "latency.png"),
-        save(latency_bars(report, decode=False), folder / "ttft.png"),
-    ]
+    say_saved(console_for(quiet), DRAWN[kind](results, out))
 
 
 def _profile(results: Path, folder: Path) -> list[Path]:
+    from tokprune.profiling.plots import save_plots
     from tokprune.profiling.report import ProfileReport
 
-    report = ProfileReport.load(results)
-    if not report.cells:
-        raise OptionError(f"{results} holds no measured run.")
-    return draw_profile(report, folder)
+    return save_plots(ProfileReport.load(results), folder)
 
 
 def _demo(results: Path, folder: Path) -> list[Path]:
-    """Accuracy over ratio, and against prefill time and FLOPs."""
-    from tokprune.viz.plots import Point, accuracy_over_ratio, pareto, save
+    from tokprune.demo.plots import save_plots
 
-    folder.mkdir(parents=True, exist_ok=True)
-    out = []
-    everything = Point.read(results)
-    base = next((p for p in everything if p.method == "none"), None)
-    points = [p for p in everything if p.method != "none" and p.ratio < 1]
-    figure = accuracy_over_ratio(points, base.score if base else None)
-    out.append(save(figure, folder / "accuracy.png"))
-    for cost, name in (("prefill_ms", "prefill per question (ms)"), ("flops", "FLOPs per answer")):
-        priced = Point.read(results, cost)
-        if all(p.cost is None for p in priced):
-            continue
-        full = next((p for p in priced if p.method == "none"), None)
-        shown = [p for p in priced if p.method != "none" and p.ratio < 1]
-        out.append(save(pareto(shown, full, cost=name), folder / f"pareto_{cost.removesuffix('_ms')}.png"))
-    return out
+    return save_plots(results, folder)
 
 
 def _eval(results: Path, folder: Path) -> list[Path]:
-    """A sweep of `tokprune eval`: each task's metric over ratio, and against the costs that were measured."""
+    from tokprune.evaluation.report import figures, save_plots
     from tokprune.evaluation.results import load
     from tokprune.evaluation.table import rows_of
-    from tokprune.viz.plots import Point, accuracy_over_ratio, pareto, save
 
-    folder.mkdir(parents=True, exist_ok=True)
-    out = []
-    rows = [row for row in rows_of(load(results)) if math.isfinite(row.score)]
-    for task, metric in dict.fromkeys((row.task, row.metric) for row in rows):
-        mine = [row for row in rows if (row.task, row.metric) == (task, metric)]
-        score = f"{metric} (%)" if mine[0].percent else metric
-        base = next((row for row in mine if row.method == "none"), None)
-        pruned = [row for row in mine if row.method != "none" and row.ratio < 1]
-        if not pruned:
-            continue
-        name = f"{task}_{metric}".replace("/", "_")
-        points = [Point(row.method, row.ratio, row.score) for row in pruned]
-        figure = accuracy_over_ratio(points, base.score if base else None, title=task, score=score)
-        out.append(save(figure, folder / f"{name}.png"))
-        for cost, label in (("ttft_ms", "time to first token (ms)"), ("flops", "FLOPs per answer")):
-            priced = [Point(r.method, r.ratio, r.score, cost=getattr(r, cost)) for r in pruned if getattr(r, cost)]
-            if priced:
-                full = Point("none", 1.0, base.score, cost=getattr(base, cost)) if base else None
-                figure = pareto(priced, full, cost=label, title=task, score=score)
-                out.append(save(figure, folder / f"{name}_{cost.removesuffix('_ms')}.png"))
-    if not out:
+    drawn = figures(rows_of(load(results)))
+    if not drawn:
         raise OptionError(f"{results} holds no pruned cell to draw.")
-    return out
+    return save_plots(drawn, folder)
 
 
 DRAWN: dict[str, Callable[[Path, Path], list[Path]]] = {

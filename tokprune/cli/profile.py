@@ -1,35 +1,31 @@
-"""`tokprune profile`: time, memory and FLOPs of a model on disk, or the arithmetic of one that is only thought of."""
+"""`tokprune profile`: time, memory and FLOPs of a model on disk, or the arithmetic of one that is not here."""
 
 from __future__ import annotations
 
-import shlex
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 
-from tokprune.cli.profile_inputs import (
-    Work,
-    check_device,
-    chosen_dtype,
-    config_case,
-    from_model,
-    from_preset,
-    known_attention,
-    preset_case,
-)
+from tokprune.cli import options
+from tokprune.cli.output import console_for, save_json, say_saved
+from tokprune.cli.profile_inputs import Work, config_case, from_model, from_preset, known_attention, preset_case
 from tokprune.errors import OptionError
+
+if TYPE_CHECKING:
+    from tokprune.adapters.plan import StreamRecord
+    from tokprune.profiling.report import ProfileReport
 
 WIDTH = 120  # of tables that go into a file or a pipe
 
 
 @dataclass(frozen=True)
-class Request:
-    """What the command was asked for; the options of `tokprune profile`."""
+class ProfileRequest:
+    """The options of `tokprune profile`. methods: names, each of one method or of several of different stages with "+"."""
 
     model: str = "demo"
     preset: str | None = None
@@ -54,22 +50,67 @@ class Request:
     plots: Path | None = None
     quiet: bool = False
 
+    @property
+    def staged_methods(self) -> list[str | list[str]]:
+        """The methods as `profile` takes them: a name, or a list of names that work together."""
+        return [name.split("+") if "+" in name else name for name in self.methods]
 
-def run_profile(asked: Request) -> None:
+
+def profile(  # the options of the command
+    model: options.Model = "demo",
+    preset: Annotated[
+        str | None, typer.Option(help="A known model without weights; with --flops-only or --random-weights.")
+    ] = None,
+    flops_only: Annotated[
+        bool,
+        typer.Option(
+            "--flops-only", help="Arithmetic on the meta device, of --preset or a --model's config; nothing is run."
+        ),
+    ] = False,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="Build --preset for real: true times and bytes, no sense.")
+    ] = False,
+    methods: Annotated[
+        str, typer.Option("--methods", "--method", help="Methods, separated by commas; a+b work together.")
+    ] = "divprune",
+    ratios: options.Ratios = "0.5,0.1",
+    image: Annotated[Path | None, typer.Option(help="The picture; a drawn scene by default.")] = None,
+    video: Annotated[Path | None, typer.Option(help="A video instead of a picture.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames of --video (8), or of a preset's clip.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Scale the picture to about so many visual tokens.")] = None,
+    question: Annotated[str, typer.Option(help="The question about it.")] = "",
+    text: Annotated[int, typer.Option(help="Text tokens around the picture of --preset.")] = 64,
+    batch: Annotated[int, typer.Option(help="Prompts at once.")] = 1,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 16,
+    repeats: Annotated[int, typer.Option(help="Timed runs of each cell.")] = 5,
+    device: options.Device = "cpu",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; as stored by default.")] = None,
+    attn: Annotated[str | None, typer.Option(help="sdpa, eager, flash_attention_2, ...")] = None,
+    json_file: options.Json = None,
+    html: Annotated[Path | None, typer.Option(help="Write one self-contained page with tables and pictures.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="Save plots and pictures of the kept tokens here.")] = None,
+    quiet: options.Quiet = False,
+) -> None:
+    """Measure where the time goes and what pruning saves: stages, memory, FLOPs, beside the ideal and a smaller picture."""
+    given = dict(locals())  # each option is a field of the request
+    given["json"] = given.pop("json_file")
+    given["methods"], given["ratios"] = options.methods(methods), options.ratios(ratios)
+    run_profile(ProfileRequest(**given))
+
+
+def run_profile(request: ProfileRequest) -> None:
     """Measure, print the tables and write the files that were asked for."""
-    _check(asked)
-    console = Console(quiet=asked.quiet)
-    if not console.is_terminal:
-        console = Console(quiet=asked.quiet, width=max(console.width, WIDTH))
-    if asked.flops_only:
-        _arithmetic(asked, console)
+    _check(request)
+    console = console_for(request.quiet, request.json, WIDTH)
+    if request.flops_only:
+        _arithmetic(request, console)
         return
-    work = from_preset(asked) if asked.preset is not None else from_model(asked, picked(asked.methods))
+    work = from_preset(request) if request.preset is not None else from_model(request)
     for line in work.notes:
         console.print(escape(line), style="dim")
-    report, kept = _measure(asked, work, console)
+    report, kept = _measure(request, work, console)
     console.print(report.table(console.width))
-    for line in report.findings(min(asked.ratios, default=None)):
+    for line in report.findings(min(request.ratios, default=None)):
         console.print(escape(f"- {line}"))
     if report.warning:
         console.print(f"[yellow]{escape(report.warning)}[/]")
@@ -78,121 +119,111 @@ def run_profile(asked: Request) -> None:
     for note in report.notes:
         console.print(escape(f"note: {note}"))
     _published(report.published, console)
-    _write(asked, report, kept, work, console)
+    _write(request, report, kept, work, console)
     if not any(cell.kind == "pruned" for cell in report.cells):
         raise OptionError(
             "no pruned run could be measured: " + "; ".join(f"{c}: {w}" for c, w in report.failed.items())
         )
 
 
-def picked(names: Sequence[str]) -> list[Any]:
-    """Methods by name, checked; names joined by "+" work together, one per stage."""
-    from tokprune.registry import method_class
-
-    out: list[Any] = []
-    for name in names:
-        parts = [part.strip() for part in name.split("+")]
-        for part in parts:
-            method_class(part)
-        out.append(parts if len(parts) > 1 else parts[0])
-    return out
-
-
-def _check(asked: Request) -> None:
+def _check(request: ProfileRequest) -> None:
     """Refuse what cannot be measured before anything is loaded."""
-    for name in ("batch", "repeats", "frames", "tokens"):
-        value = getattr(asked, name)
-        if value is not None and value < 1:
-            raise OptionError(f"--{name} {value} must be at least 1.")
-    if asked.image is not None and asked.video is not None:
+    from tokprune.loading import check_device, check_dtype
+
+    options.at_least_one(batch=request.batch, repeats=request.repeats, frames=request.frames, tokens=request.tokens)
+    if request.image is not None and request.video is not None:
         raise OptionError("--image and --video: give one of them.")
-    if asked.preset is None and asked.random_weights:
+    if request.preset is None and request.random_weights:
         raise OptionError("--random-weights needs a known model: --preset llava-1.5-7b --random-weights.")
-    if asked.preset is not None and not (asked.flops_only or asked.random_weights):
+    if request.preset is not None and not (request.flops_only or request.random_weights):
         raise OptionError(
-            f"--preset {asked.preset} has no weights: add --flops-only (arithmetic, any machine) or --random-weights (builds "
+            f"--preset {request.preset} has no weights: add --flops-only (arithmetic, any machine) or --random-weights (builds "
             "it for real time and memory)."
         )
-    if asked.flops_only and asked.random_weights:
+    if request.flops_only and request.random_weights:
         raise OptionError("--flops-only counts without running, --random-weights runs; give one of them.")
-    if asked.flops_only and asked.plots is not None:
+    if request.flops_only and request.plots is not None:
         raise OptionError("--plots draws measured times, which --flops-only has none of; leave one of them out.")
-    if not asked.flops_only:
-        check_device(asked.device)
-    chosen_dtype(asked.dtype)
-    known_attention(asked.attn)
-    picked(asked.methods)
-    if asked.html is not None:
+    if not request.flops_only:
+        check_device(request.device)
+    check_dtype(request.dtype)
+    known_attention(request.attn)
+    if request.html is not None:
         from tokprune.viz.html import require
 
         require()
-    if asked.plots is not None:
+    if request.plots is not None:
         from tokprune.viz.plots import require as require_plots
 
         require_plots()
 
 
-def _arithmetic(asked: Request, console: Console) -> None:
+def _arithmetic(request: ProfileRequest, console: Console) -> None:
     """FLOPs and memory of a preset at several keep ratios, on the meta device."""
-    from tokprune.demo.models import machine
+    import torch
+
+    from tokprune.environment import command_line, machine
+    from tokprune.loading import check_dtype
     from tokprune.profiling.arithmetic import arithmetic
 
-    case = preset_case(asked) if asked.preset is not None else config_case(asked)
+    case = preset_case(request) if request.preset is not None else config_case(request)
     result = arithmetic(
         case.preset,
-        asked.ratios,
+        request.ratios,
         size=case.size,
         frames=case.frames,
-        text=asked.text,
-        batch=asked.batch,
-        new_tokens=asked.new_tokens,
-        dtype=chosen_dtype(asked.dtype) or chosen_dtype("bfloat16"),  # type: ignore[arg-type]
+        text=request.text,
+        batch=request.batch,
+        new_tokens=request.new_tokens,
+        dtype=check_dtype(request.dtype) or torch.bfloat16,
         seen=case.seen,
     )
     for line in case.notes:
         console.print(escape(line), style="dim")
     console.print(result.table(console.width))
-    if asked.json is not None:
-        _save(result.save, asked.json, console)
-    if asked.html is not None:
+    save_json(console, request.json, result.to_dict())
+    if request.html is not None:
         from tokprune.profiling.pages import arithmetic_page
         from tokprune.viz.html import write
 
-        write(arithmetic_page(result, command(), machine()), asked.html)
-        console.print(f"saved {asked.html}", soft_wrap=True)
+        say_saved(console, [write(arithmetic_page(result, command_line(), machine()), request.html)])
 
 
-def _measure(asked: Request, work: Work, console: Console) -> tuple[Any, dict[str, Any]]:
+def _measure(
+    request: ProfileRequest, work: Work, console: Console
+) -> tuple[ProfileReport, dict[str, list[StreamRecord]]]:
     """The report, and what each pruned run kept of the first prompt."""
     from dataclasses import replace
 
-    from tokprune.profiling.profile import profile
+    from tokprune.environment import command_line
+    from tokprune.profiling.profile import profile as measure
 
-    kept: dict[str, Any] = {}
+    kept: dict[str, list[StreamRecord]] = {}
 
-    def told(name: str, last: Any) -> None:
-        if last is not None:
-            kept[name] = [stream for stream in last.streams if stream.row == 0]
+    def note_kept(name: str, last: object) -> None:
+        streams = getattr(last, "streams", ())
+        if streams:
+            kept[name] = [stream for stream in streams if stream.row == 0]
 
     with console.status("measuring") as status:
-        report = profile(
+        report = measure(
             work.model,
             work.inputs,
-            picked(asked.methods),
-            asked.ratios,
+            request.staged_methods,
+            request.ratios,
             processor=work.processor,
-            new_tokens=asked.new_tokens,
-            repeats=asked.repeats,
+            new_tokens=request.new_tokens,
+            repeats=request.repeats,
             name=work.name,
             options=work.options,
             resized=work.resized,
             progress=lambda text: status.update(escape(text)),
-            told=told,
+            on_pruned=note_kept,
         )
-    return replace(report, command=command(), published=tuple(work.compare(report))), kept
+    return replace(report, command=command_line(), published=tuple(work.compare(report))), kept
 
 
-def _published(rows: Sequence[Any], console: Console) -> None:
+def _published(rows: Sequence[dict[str, object]], console: Console) -> None:
     if not rows:
         return
     from tokprune.profiling.published import CAUTION, lines
@@ -203,45 +234,31 @@ def _published(rows: Sequence[Any], console: Console) -> None:
     console.print(escape(CAUTION), style="dim")
 
 
-def _write(asked: Request, report: Any, kept: dict[str, Any], work: Work, console: Console) -> None:
+def _write(
+    request: ProfileRequest,
+    report: ProfileReport,
+    kept: dict[str, list[StreamRecord]],
+    work: Work,
+    console: Console,
+) -> None:
     """The files that were asked for."""
-    if asked.json is not None:
-        _save(report.save, asked.json, console)
-    if asked.html is None and asked.plots is None:
+    from tokprune.files import save_picture
+
+    save_json(console, request.json, report.to_dict())
+    if request.html is None and request.plots is None:
         return
-    ratio = min((r for r in asked.ratios), default=1.0)
+    ratio = min(request.ratios, default=1.0)
     shown = {c.name: kept[c.name] for c in report.cells if c.ratio == ratio and c.name in kept}
     pictures = work.pictures(shown, ratio)
-    if asked.html is not None:
+    if request.html is not None:
         from tokprune.profiling.pages import profile_page
         from tokprune.viz.html import Picture, write
 
         drawn = [Picture(image, caption, caption) for _, caption, image in pictures]
-        write(profile_page(report, drawn), asked.html)
-        console.print(f"saved {asked.html}", soft_wrap=True)
-    if asked.plots is not None:
-        from tokprune.cli.plots import draw_profile
+        say_saved(console, [write(profile_page(report, drawn), request.html)])
+    if request.plots is not None:
+        from tokprune.profiling.plots import save_plots
 
-        try:
-            paths = draw_profile(report, asked.plots)
-            for name, _, image in pictures:
-                paths.append(asked.plots / f"{name}.png")
-                image.save(paths[-1])
-        except OSError as error:
-            raise OptionError(f"cannot write pictures to {asked.plots}: {error}") from error
-        for path in paths:
-            console.print(f"saved {path}", soft_wrap=True)
-
-
-def command() -> str:
-    """What was typed."""
-    return shlex.join(["tokprune", *sys.argv[1:]])
-
-
-def _save(save: Callable[[Path], None], out: Path, console: Console) -> None:
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        save(out)
-    except OSError as error:
-        raise OptionError(f"cannot write {out}: {error}") from error
-    console.print(f"saved {out}", soft_wrap=True)
+        paths = save_plots(report, request.plots)
+        paths += [save_picture(image, request.plots / f"{name}.png") for name, _, image in pictures]
+        say_saved(console, paths)

@@ -6,9 +6,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokprune.errors import OptionError, unknown
+
+if TYPE_CHECKING:
+    from tokprune.video import Video
+    from tokprune.video.index import Index
 
 FRAMES = 16  # read of a video when nothing is said
 SCORED = ("aks", "quota", "wfs_sb")  # rules of --select that read scores
@@ -31,13 +35,29 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Read:
+class VideoRead:
     """A video as read. seconds: for decoding; select_seconds: for scoring candidates. how: of the candidates, if there were any."""
 
-    video: Any
+    video: Video
     seconds: float
     select_seconds: float = 0.0
     how: str = ""
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain data, without the frames."""
+        v = self.video
+        return {
+            "path": str(v.path),
+            "frames": v.indices.tolist(),
+            "timestamps": v.timestamps.tolist(),
+            "total": v.total,
+            "rule": self.how or v.rule,
+            "backend": v.backend,
+            "reason": v.reason,
+            "read_seconds": self.seconds,
+            "select_seconds": self.select_seconds,
+            "warnings": list(v.warnings),
+        }
 
     def __str__(self) -> str:
         v = self.video
@@ -67,14 +87,14 @@ def parse_select(text: str | None) -> tuple[str, int] | None:
     return key, int(count)
 
 
-def open_videos(paths: Sequence[Path]) -> list[Any]:
+def open_videos(paths: Sequence[Path]) -> list[Index]:
     """What each file holds, without decoding it; what is no video is refused."""
     from tokprune.video import scan
 
     return [scan(path) for path in paths]
 
 
-def read(index: Any, reading: Reading, question: str, scorer: Any, processor: Any) -> Read:
+def read_frames(index: Index, reading: Reading, question: str, scorer: Any, processor: Any) -> VideoRead:
     """The wanted frames of one file. index: of `open_videos`."""
     from tokprune.video import read_video
 
@@ -84,10 +104,12 @@ def read(index: Any, reading: Reading, question: str, scorer: Any, processor: An
         return _selected(index, reading, question, scorer, processor, window)
     count = FRAMES if reading.frames is None and reading.fps is None else reading.frames
     video = read_video(index.path, frames=count, fps=reading.fps, rule=reading.rule, **window)
-    return Read(video, time.perf_counter() - began)
+    return VideoRead(video, time.perf_counter() - began)
 
 
-def _selected(index: Any, reading: Reading, question: str, scorer: Any, processor: Any, window: dict[str, Any]) -> Read:
+def _selected(
+    index: Index, reading: Reading, question: str, scorer: Any, processor: Any, window: dict[str, Any]
+) -> VideoRead:
     """Candidates small, scored and chosen from; then the chosen frames in full."""
     from tokprune.adapters.frame_relevance import embed_frames, frame_relevance
     from tokprune.video import read_video
@@ -113,19 +135,19 @@ def _selected(index: Any, reading: Reading, question: str, scorer: Any, processo
     read_seconds = time.perf_counter() - began
     began = time.perf_counter()
     wanted = min(count, len(candidates))
-    given: dict[str, Any] = {}
+    facts: dict[str, Any] = {}
     if name in (*SCORED, *FEATURED):
         features = embed_frames(candidates.frames, scorer, processor)
         if name in SCORED:
-            given["scores"] = frame_relevance(features, question, scorer)
+            facts["scores"] = frame_relevance(features, question, scorer)
         if name in FEATURED:
-            given["features"] = features
+            facts["features"] = features
     else:
-        given["timestamps"] = candidates.timestamps.tolist()
-    chosen = select_frames(name, wanted, **given)
+        facts["timestamps"] = candidates.timestamps.tolist()
+    chosen = select_frames(name, wanted, **facts)
     select_seconds = time.perf_counter() - began
     began = time.perf_counter()
     numbers: Sequence[int] = candidates.indices[chosen].tolist()
     video = read_video(index.path, frames=numbers, index=index, backend=reading.backend)
     how = f"{name}, {len(chosen)} of {len(candidates)} candidates ({rate})"
-    return Read(video, read_seconds + time.perf_counter() - began, select_seconds, how)
+    return VideoRead(video, read_seconds + time.perf_counter() - began, select_seconds, how)

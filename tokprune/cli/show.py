@@ -2,130 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from rich.console import Console
+import typer
 
+from tokprune.cli import options
+from tokprune.cli.output import console_for, say_saved
 from tokprune.errors import OptionError
-
-
-@dataclass(frozen=True)
-class Shown:
-    """What one method made of the picture. maps: groups of the tower's patches, for methods of the encoder stage."""
-
-    method: str
-    answer: str
-    stream: Any
-    maps: Sequence[Any] = ()
-
-
-def open_picture(path: Path) -> Any:
-    """A picture file as RGB, or the error that names it."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        return Image.open(path).convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise OptionError(f"cannot read the picture {path}: {error}") from error
-
-
-def kept_sheet(image: Any, question: str, panels: Sequence[tuple[str, str, Any]], processor: Any, subtitle: str) -> Any:
-    """The picture beside what each method kept of it. panels: (method, answer or "", StreamRecord)."""
-    from tokprune.viz.geometry import of_processor
-    from tokprune.viz.sheet import method_sheet
-
-    layout = panels[0][2].layout
-    geometry = of_processor(processor, (image.height, image.width), None, layout)
-    selections = {method: stream.selection for method, _, stream in panels}
-    captions = {method: f"answer: {answer}" for method, answer, _ in panels if answer}
-    return method_sheet(image, layout, selections, geometry, title=question, subtitle=subtitle, captions=captions)
-
 
 MERGED = "Inside the tower, patches of one colour and outline became one token; dropped ones fade."
 
 
-def map_sheet(image: Any, question: str, panels: Sequence[Shown], processor: Any, subtitle: str) -> Any:
-    """The picture beside what each method did: merge maps for methods inside the tower, kept tokens for the others."""
-    from tokprune.viz import style
-    from tokprune.viz.geometry import of_processor
-    from tokprune.viz.merge_map import draw_merge_map
-    from tokprune.viz.overlay import draw_overlay
-    from tokprune.viz.sheet import Panel, sheet
-
-    longest = 420
-    size = (image.height, image.width)
-    original, _ = style.enlarge(style.to_rgb(image), longest)
-    pictures = [Panel(original, "input", f"{len(panels[0].stream.layout.group)} tokens")]
-    for panel in panels:
-        layout, selection = panel.stream.layout, panel.stream.selection
-        geometry = of_processor(processor, size, None, layout)
-        if panel.maps:
-            picture = draw_merge_map(image, panel.maps, geometry, longest=longest)
-        else:
-            picture = draw_overlay(image, layout, selection, geometry, longest=longest)
-        total, count = len(layout.group), len(selection)
-        caption = f"{count} of {total} tokens ({100 * count / total:.3g} %)"
-        pictures.append(Panel(picture, panel.method, f"{caption}, answer: {panel.answer}" if panel.answer else caption))
-    return sheet(pictures, question, f"{subtitle}. {MERGED}")
-
-
-def ask(
-    model: Any, processor: Any, picture: Any, question: str, method: str, ratio: float, tokens: int, scorer: Any
-) -> Shown:
-    """One answer about the picture under one method, and what was kept and joined."""
-    import tokprune
-    from tokprune.demo.sweep import answer_batch, build_inputs
-    from tokprune.viz.merge_map import stream_maps
-
-    with tokprune.apply(model, method, ratio=ratio, processor=processor, scorer=scorer) as pruning:
-        inputs = build_inputs(processor, [question], [picture], model)
-        answer = answer_batch(model, processor, inputs, tokens)[0]
-        if pruning.last is None:
-            raise OptionError(f"the model saw no picture under {method}.")
-        stream, trace = pruning.last.streams[0], None if pruning.encoder is None else pruning.encoder.trace
-        return Shown(method, answer, stream, () if trace is None else stream_maps(trace, stream))
-
-
-def run_show(
-    name: str,
-    image: Path,
-    question: str,
-    methods: Sequence[str],
-    ratio: float,
-    device: str,
-    out: Path,
-    merge_map: bool | None = None,
+def show(  # the options of the command
+    image: options.Picture,
+    out: options.Sheet = Path("kept.png"),
+    methods: Annotated[
+        str, typer.Option("--methods", "--method", help="Methods, separated by commas.")
+    ] = "random,divprune,hired,visionzip",
+    ratio: options.Ratio = 0.1,
+    question: options.Question = options.QUESTION,
+    model: options.Model = "demo",
+    device: options.Device = "cpu",
+    merge_map: Annotated[
+        bool | None,
+        typer.Option(
+            "--merge-map/--kept",
+            help="What methods inside the tower joined, or what the LLM got; maps where there are any.",
+        ),
+    ] = None,
 ) -> None:
-    """Draw the sheet and save it. merge_map: groups inside the tower instead of kept tokens; None: for methods of the
-    encoder stage.
-    """
-    from tokprune.cli.demo import scorer_for
-    from tokprune.demo.models import load_model
-    from tokprune.demo.sweep import ANSWER_TOKENS, FREE_ANSWER_TOKENS
+    """Draw which tokens of a picture each method keeps, or joins inside the vision tower."""
+    from tokprune.budget import check_ratio
+    from tokprune.demo.asking import Asker
+    from tokprune.files import read_picture, save_picture
+    from tokprune.loading import LoadOptions, check_device, demo_scorer, load
     from tokprune.registry import method_class
+    from tokprune.viz.kept import joined_on_image, kept_on_image
 
-    inside = [m for m in methods if method_class(m).stage == "encoder"]
-    if merge_map and not inside:
+    names = options.methods(methods)
+    parts = [part for name in names for part in name.split("+")]
+    maps = any(method_class(part).stage == "encoder" for part in parts)
+    if merge_map and not maps:
         raise OptionError(
-            f"--merge-map draws what is joined inside the vision tower, and none of {', '.join(methods)} works there; "
+            f"--merge-map draws what is joined inside the vision tower, and none of {', '.join(names)} works there; "
             "write --methods tome (tokprune methods --stage encoder lists the others)."
         )
-    picture = open_picture(image)
-    model, processor, own = load_model(name, device)
-    scorer = scorer_for(own, methods, device)
-    tokens = ANSWER_TOKENS if own else FREE_ANSWER_TOKENS
-    panels = [ask(model, processor, picture, question, m, ratio, tokens, scorer) for m in methods]
-    subtitle = f"{ratio:.3g} of the visual tokens kept, {model.config.model_type}"
-    if merge_map is False or not inside:
-        page = kept_sheet(picture, question, [(p.method, p.answer, p.stream) for p in panels], processor, subtitle)
+    maps = maps and merge_map is not False
+    check_device(device)
+    check_ratio(ratio)
+    picture = read_picture(image)
+    loaded = load(model, LoadOptions(device))
+    asker = Asker(loaded.model, loaded.processor, loaded.embedded, demo_scorer(loaded, parts))
+    answers = [asker.ask(question, picture, name, ratio, maps=maps) for name in names]
+    records = {a.method: a.stream for a in answers if a.stream is not None}
+    captions = {a.method: f"answer: {a.text}" for a in answers if a.text}
+    note = f"{ratio:.3g} of the visual tokens kept, {asker.model.config.model_type}"
+    if maps:
+        joined = {a.method: a.maps for a in answers}
+        note = f"{note}. {MERGED}"
+        page = joined_on_image(
+            picture, records, joined, asker.processor, title=question, subtitle=note, captions=captions
+        )
     else:
-        page = map_sheet(picture, question, panels, processor, subtitle)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        page.save(out)
-    except (OSError, ValueError) as error:
-        raise OptionError(f"cannot write {out}: {error}") from error
-    Console().print(f"saved {out}", soft_wrap=True)
+        page = kept_on_image(picture, records, asker.processor, title=question, subtitle=note, captions=captions)
+    say_saved(console_for(), [save_picture(page, out)])

@@ -134,7 +134,7 @@ def plan_objects(scenes: int, rng: random.Random, distinct: bool = False) -> lis
     return plan
 
 
-def spread(scenes: int, frames: int, rng: random.Random) -> list[int]:
+def frames_per_scene(scenes: int, frames: int, rng: random.Random) -> list[int]:
     """How many of the evenly spread frames each scene gets: at least one, (scenes,) with sum `frames`."""
     cuts = [0, *sorted(rng.sample(range(1, frames), scenes - 1)), frames]
     return [after - before for before, after in itertools.pairwise(cuts)]
@@ -147,7 +147,7 @@ def make_clip(seed: int, long: bool = False) -> Clip:
     plan = plan_objects(rng.randint(*(LONG_SCENES if long else SHORT_SCENES)), rng, distinct=long)
     takes = tuple(make_take(seed * _TAKES_PER_CLIP + i, *kind) for i, kind in enumerate(plan))
     starts, seen = [0], 0
-    for shown in spread(len(plan), frames, rng)[:-1]:
+    for shown in frames_per_scene(len(plan), frames, rng)[:-1]:
         seen += shown
         starts.append(STEP * (seen - 1) + rng.randint(2, STEP - 1))  # somewhere between two of the spread frames
     return Clip(seed, takes, tuple(starts), STEP * (frames - 1) + 1)

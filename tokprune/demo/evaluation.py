@@ -1,69 +1,81 @@
-"""Measures the demo VLM the way a user runs it: chat template, processor, `generate()`, compare the word."""
+"""Measures a demo VLM the way a user runs it: chat template, processor, `generate()`, compare the word."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
-import torch
+import numpy as np
 from PIL import Image
 
+from .asking import Asker, Medium, batch_size, shown
+from .clips import ClipExample
 from .scenes import Example
 
 if TYPE_CHECKING:
-    from transformers import LlavaForConditionalGeneration, LlavaProcessor
+    from transformers import PreTrainedModel, ProcessorMixin
 
-_ANSWER_TOKENS = 3  # one word, the end, and room to see that a model does not stop
-
-
-def prompt(processor: LlavaProcessor, question: str, with_image: bool = True) -> str:
-    """The question in the model's chat template, ready for the processor."""
-    content = [{"type": "image"}] if with_image else []
-    content.append({"type": "text", "text": question})
-    conversation: list[dict[str, Any]] = [{"role": "user", "content": content}]
-    return processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+Seen = Literal["own", "none", "grey", "wrong"]
+SEEN: tuple[Seen, ...] = ("own", "none", "grey", "wrong")
+GREY = 128
+AnyExample = TypeVar("AnyExample", Example, ClipExample)
 
 
-@torch.no_grad()
 def answer(
-    model: LlavaForConditionalGeneration,
-    processor: LlavaProcessor,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
     questions: Sequence[str],
-    images: Sequence[Image.Image] | None = None,
+    media: Sequence[Medium] | None = None,
 ) -> list[str]:
-    """Generate the answers to one batch of questions, each about its image, or without any."""
-    texts = [prompt(processor, question, images is not None) for question in questions]
-    inputs = processor(text=texts, images=None if images is None else list(images), return_tensors="pt", padding=True)
-    inputs = inputs.to(model.device)
-    if "pixel_values" in inputs:
-        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-    generated = model.generate(**inputs, max_new_tokens=_ANSWER_TOKENS, do_sample=False)  # type: ignore[misc]
-    new = generated[:, inputs["input_ids"].shape[1] :]
-    return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
+    """The answers to one batch of questions, each about its picture or clip (T, H, W, 3), or without any."""
+    asker = Asker(model, processor)
+    return asker.answers(asker.prepare(questions, media))
 
 
 def correct(
-    model: LlavaForConditionalGeneration,
-    processor: LlavaProcessor,
-    examples: Sequence[Example],
-    image: Literal["own", "none", "wrong"] = "own",
-    batch_size: int = 32,
+    model: PreTrainedModel, processor: ProcessorMixin, examples: Sequence[AnyExample], seen: Seen = "own"
 ) -> list[bool]:
-    """Whether each example is answered right: with its own image, with none, or with the one of another scene."""
-    if image not in ("own", "none", "wrong"):
-        raise ValueError(f"image must be 'own', 'none' or 'wrong', got {image!r}")
+    """Whether each example is answered right: with its own picture or clip, without any, with grey, or with another one.
+
+    Without any clip the prompt is of a kind that training never had, and the clip model may not even name a color; with
+    grey frames it guesses.
+    """
+    if seen not in SEEN:
+        raise ValueError(f"seen must be one of {', '.join(map(repr, SEEN))}, got {seen!r}")
+    size = batch_size(examples)
     hits: list[bool] = []
-    for start in range(0, len(examples), batch_size):
-        batch = examples[start : start + batch_size]
-        images: list[Image.Image] | None = None
-        if image == "own":
-            images = [example.image for example in batch]
-        elif image == "wrong":
-            images = [_other_image(examples, start + i) for i in range(len(batch))]
-        said = answer(model, processor, [example.question for example in batch], images)
+    for start in range(0, len(examples), size):
+        batch = examples[start : start + size]
+        if seen == "wrong":
+            media: list[Any] | None = [shown(_other(examples, start + i)) for i in range(len(batch))]
+        else:
+            media = None if seen == "none" else [shown(example) for example in batch]
+        if media is not None and seen == "grey":
+            media = [_grey(medium) for medium in media]
+        said = answer(model, processor, [example.question for example in batch], media)
         hits.extend(word == example.answer for word, example in zip(said, batch, strict=True))
     return hits
+
+
+def _grey(medium: Medium) -> Medium:
+    if isinstance(medium, Image.Image):
+        return Image.new("RGB", medium.size, (GREY, GREY, GREY))
+    return np.full_like(medium, GREY)
+
+
+def _other(examples: Sequence[AnyExample], index: int) -> AnyExample:
+    """The example half a list away, or the next one after it about another picture or clip."""
+    for step in range(len(examples)):
+        other = examples[(index + len(examples) // 2 + step) % len(examples)]
+        if source(other) != source(examples[index]):
+            return other
+    raise ValueError("a wrong picture needs examples of at least two scenes, a wrong clip of at least two clips")
+
+
+def source(example: Example | ClipExample) -> object:
+    """What tells pictures and clips apart: the seed of the scene, or the file."""
+    return example.path if isinstance(example, ClipExample) else example.scene.seed
 
 
 class Typed(Protocol):
@@ -82,12 +94,3 @@ def accuracy(examples: Sequence[Typed], hits: Sequence[bool]) -> dict[str, float
         by_type[example.type].append(hit)
     shares = {kind: sum(values) / len(values) for kind, values in by_type.items()}
     return {**shares, "macro": sum(shares.values()) / len(shares), "micro": sum(hits) / len(examples)}
-
-
-def _other_image(examples: Sequence[Example], index: int) -> Image.Image:
-    """The image half a list away, or the next one after it that shows another scene."""
-    for step in range(len(examples)):
-        other = examples[(index + len(examples) // 2 + step) % len(examples)]
-        if other.scene.seed != examples[index].scene.seed:
-            return other.image
-    raise ValueError("a wrong image needs examples of at least two scenes")

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokprune.errors import OptionError
 from tokprune.evaluation.cells import BASELINE
 from tokprune.evaluation.sweep import Sweep
 from tokprune.evaluation.table import Row, difference_text, is_percent, p_text, scale, score_text, tokens_text
+from tokprune.files import write_text
 from tokprune.profiling.report import flops_text
 
 if TYPE_CHECKING:
@@ -205,28 +205,4 @@ WRITERS: dict[str, Callable[[Sequence[Row], str], str]] = {"csv": to_csv, "markd
 
 def write(rows: Sequence[Row], kind: str, path: str | Path, against: str = BASELINE) -> Path:
     """Write the table as `kind` (csv, markdown or latex). against: what the differences are to."""
-    return write_file(path, WRITERS[kind](rows, against))
-
-
-def write_file(path: str | Path, text: str) -> Path:
-    """Write a text where the user asked for it, or say why that does not go."""
-    target = Path(path)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise OptionError(f"cannot write {target}: {error.strerror or error}.") from error
-    return target
-
-
-def check_file(path: str | Path) -> None:
-    """Say now when a file cannot be written later; leaves nothing behind but its folder."""
-    target = Path(path)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        new = not target.exists()
-        target.open("ab").close()
-        if new:
-            target.unlink()
-    except OSError as error:
-        raise OptionError(f"cannot write {target}: {error.strerror or error}.") from error
+    return write_text(path, WRITERS[kind](rows, against))

@@ -14,9 +14,9 @@ import tokprune
 from tokprune.adapters.prompting import inputs_of
 from tokprune.adapters.query import tokenizer_of
 from tokprune.config import PruneConfig
-from tokprune.evaluation.lmms_loading import Loaded
 from tokprune.evaluation.lmms_meter import SampleRecord, clock_times, stages_of, token_counts
 from tokprune.evaluation.lmms_requests import Prompt
+from tokprune.loading import Loaded
 from tokprune.profiling.flops import stage_flops
 from tokprune.profiling.timing import StageClock
 

@@ -30,11 +30,12 @@ from tokprune.config import PruneConfig
 from tokprune.errors import OptionError, TokpruneError
 from tokprune.evaluation.errors import EvaluationError, at_row
 from tokprune.evaluation.lmms_engine import Answer, Engine
-from tokprune.evaluation.lmms_loading import DEMO, load, pick_device, scorer_for
+from tokprune.evaluation.lmms_loading import frames_for, load_for, pick_device, scorer_for
 from tokprune.evaluation.lmms_meter import SampleRecord, means
 from tokprune.evaluation.lmms_options import ModelArgs, pruning_config
 from tokprune.evaluation.lmms_parallel import Outcome, gather
 from tokprune.evaluation.lmms_requests import MediaRules, Prompt, RequestReader, Row
+from tokprune.loading import DEMO
 
 
 class TokpruneChat(lmms):
@@ -64,7 +65,7 @@ class TokpruneChat(lmms):
             rules=self._rules,
             system_prompt=self._resolve_system_prompt(a.system_prompt),
             control=a.control,
-            bare=self.engine("image" if a.pretrained == DEMO else "video").loaded.own,
+            bare=self.engine("image" if a.pretrained == DEMO else "video").loaded.embedded,
         )
 
     @classmethod
@@ -102,13 +103,13 @@ class TokpruneChat(lmms):
 
     def _prune(self, engine: Engine) -> None:
         methods = () if self.config is None else self.config.methods
-        engine.prune(self.config, scorer_for(self.args, engine.loaded, methods, self._device))
+        engine.prune(self.config, scorer_for(self.args, engine.loaded, methods))
 
     def engine(self, kind: str = "image") -> Engine:
         """The model that answers prompts with media of a kind, "image", "video" or "text"; loaded at first use."""
         name = "clips" if self.args.pretrained == DEMO and kind == "video" else "main"
         if name not in self.engines:
-            loaded = load(self.args, kind, self._device)
+            loaded = load_for(self.args, kind, self._device)
             engine = Engine(loaded)
             self._prune(engine)
             self.engines[name] = engine
@@ -116,7 +117,7 @@ class TokpruneChat(lmms):
 
     def _rules(self, kind: str) -> MediaRules:
         a = self.args
-        frames = a.frames or (None if a.fps is not None else self.engine(kind).loaded.frames)
+        frames = a.frames or (None if a.fps is not None else frames_for(self.args, kind))
         return MediaRules(frames, a.fps, a.frame_rule, a.video_backend)
 
     # -- what a run leaves behind -----------------------------------------------------------------------------------------

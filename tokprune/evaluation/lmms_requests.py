@@ -12,6 +12,7 @@ from typing import Any
 from tokprune.errors import OptionError, nearest
 from tokprune.evaluation.errors import EvaluationError, at_row
 from tokprune.evaluation.question import question_of
+from tokprune.files import rgb
 
 
 @dataclass(frozen=True)
@@ -210,12 +211,12 @@ def open_image(source: Any) -> Any:
     from PIL import Image, ImageOps
 
     if isinstance(source, Image.Image):
-        return source if source.mode == "RGB" else source.convert("RGB")
+        return source if source.mode == "RGB" else rgb(source, on_white=False)
     if isinstance(source, str | os.PathLike):
         path = Path(source).expanduser()
         if not path.is_file():
             siblings = [p.name for p in path.parent.iterdir()][:10_000] if path.parent.is_dir() else []
             raise OptionError(f"there is no picture {str(source)!r}.{nearest(path.name, siblings)}")
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return rgb(ImageOps.exif_transpose(image), on_white=False)
     raise OptionError(f"a picture is a PIL image or a path, not {type(source).__name__}; the row has no usable image.")

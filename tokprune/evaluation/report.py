@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import io
+import math
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokprune.errors import OptionError
+from tokprune.environment import command_line
 from tokprune.evaluation.cells import BASELINE
 from tokprune.evaluation.export import caption, details, texts
 from tokprune.evaluation.sweep import Sweep
@@ -43,6 +43,7 @@ class Plot:
 def figures(rows: Sequence[Row]) -> list[Plot]:
     """Score over keep ratio, and score against tokens, FLOPs and time to first token, for each task with pruned cells."""
     out = []
+    rows = [row for row in rows if math.isfinite(row.score)]  # a metric may have failed
     for task in dict.fromkeys(r.task for r in rows):
         mine = [r for r in rows if r.task == task]
         pruned = [r for r in mine if r.method != BASELINE]
@@ -78,11 +79,7 @@ def save_plots(plots: Sequence[Plot], folder: Path) -> list[Path]:
     """Write the figures as PNG files."""
     from tokprune.viz.plots import save
 
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        return [save(plot.figure, folder / f"{plot.name}.png") for plot in plots]
-    except OSError as error:
-        raise OptionError(f"cannot write plots to {folder}: {error.strerror or error}.") from error
+    return [save(plot.figure, folder / f"{plot.name}.png") for plot in plots]
 
 
 def write_html(sweep: Sweep, rows: Sequence[Row], plots: Sequence[Plot], path: Path, reference: bool = False) -> Path:
@@ -114,8 +111,7 @@ def page(sweep: Sweep, rows: Sequence[Row], plots: Sequence[Plot], reference: bo
         sections.append(Section(found.title, found.note, [Table(found.columns, found.rows)] if found.rows else []))
     settings = {k: v for k, v in sweep.settings.to_dict().items() if v not in (None, {})}
     environment = {k: v for k, v in {**settings, **sweep.environment}.items() if v is not None}
-    command = " ".join(["tokprune", *sys.argv[1:]])
-    return Page(f"What pruning loses: {sweep.settings.model}", command, environment, sections)
+    return Page(f"What pruning loses: {sweep.settings.model}", command_line(), environment, sections)
 
 
 def _sortable(row: Row, heads: Sequence[str], line: Sequence[str]) -> list[Any]:

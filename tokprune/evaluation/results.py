@@ -14,6 +14,7 @@ from tokprune.evaluation.failures import Failure
 from tokprune.evaluation.store import dump
 from tokprune.evaluation.sweep import Sweep
 from tokprune.evaluation.table import Row, rows_of
+from tokprune.files import read_json
 
 TYPE, VERSION = "tokprune.eval", 1
 TIMING_TYPE = "tokprune.eval.timing"
@@ -79,10 +80,7 @@ def load(path: str | Path) -> Sweep:
     """Read a results.json, or the one in a folder."""
     file = Path(path)
     file = file / "results.json" if file.is_dir() else file
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise OptionError(f"cannot read the results {file}: {error}") from error
+    data = read_json(file, "results")
     if not isinstance(data, dict) or data.get("type") != TYPE:
         raise OptionError(f'{file} holds no results of tokprune eval: expected an object with "type": "{TYPE}".')
     if data.get("version") != VERSION:

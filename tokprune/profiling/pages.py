@@ -26,7 +26,7 @@ def png(figure: Any) -> bytes:
 
 def _bars(report: ProfileReport) -> tuple[list[Picture], str]:
     """Latency bars, or the sentence why there are none."""
-    from tokprune.viz.plots import latency_bars
+    from tokprune.profiling.plots import latency_bars
 
     try:
         whole, first = latency_bars(report), latency_bars(report, decode=False)

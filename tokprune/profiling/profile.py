@@ -72,14 +72,14 @@ def profile(
     options: Mapping[str, Any] | None = None,
     progress: Callable[[str], None] | None = None,
     count_flops: bool = True,
-    told: Callable[[str, Any], None] | None = None,
+    on_pruned: Callable[[str, Any], None] | None = None,
 ) -> ProfileReport:
     """Measure one prompt plain and with every method at every ratio; the model is given back unpruned.
 
     inputs: what `model.generate(**inputs)` takes, on the model's device. methods: names, method objects, or lists of them
     for several stages. processor: for query-aware methods. resized: share of tokens -> inputs made from a smaller picture
     (see `resize.smaller`), the rival of pruning. options: more arguments of `apply` (query, positions, scorer).
-    progress: told each step. told: given each pruned run's name and what its pruning did, for pictures. A run that gets out
+    progress: called with each step. on_pruned: given each pruned run's name and what its pruning did, for pictures. A run that gets out
     of memory is reported and left out, the plain one too, and so is a method that cannot work on this model or prompt;
     other errors pass through.
     """
@@ -119,7 +119,7 @@ def profile(
         for run in runs if count_flops else ():
             say(f"counting FLOPs: {run.name}")
             try:
-                profiler.look(run, told)
+                profiler.look(run, on_pruned)
             except Exception as error:
                 if not excused(run.name, error):
                     raise

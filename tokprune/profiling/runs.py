@@ -102,10 +102,10 @@ class Profiler:
         times["decode_tokens_per_s"] *= run.batch  # a step gives every prompt a token
         return times
 
-    def look(self, run: Run, told: Callable[[str, Any], None] | None = None) -> None:
+    def look(self, run: Run, on_pruned: Callable[[str, Any], None] | None = None) -> None:
         """Count a run's FLOPs and tokens, and its live bytes where the device keeps no count, in runs of their own.
 
-        told: given the run's name and what the pruning did (`Pruning.last`).
+        on_pruned: given the run's name and what the pruning did (`Pruning.last`).
         """
         rows: list[int] = []
 
@@ -122,8 +122,8 @@ class Profiler:
             finally:
                 for handle in handles:
                     handle.remove()
-            if pruning is not None and told is not None:
-                told(run.name, pruning.last)
+            if pruning is not None and on_pruned is not None:
+                on_pruned(run.name, pruning.last)
             if self.device.type == "cpu":
                 existing = [*self.model.parameters(), *self.model.buffers()]
                 existing += [v for v in run.inputs.values() if isinstance(v, Tensor)]

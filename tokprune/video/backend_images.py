@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from tokprune.errors import OptionError
+from tokprune.files import read_picture, rgb
 from tokprune.video.errors import VideoError
 from tokprune.video.index import Index
 from tokprune.video.job import Job
@@ -57,7 +59,7 @@ def scan_folder(path: Path, fps: float) -> FolderIndex:
         try:
             size = load(file).shape[:2]
             break
-        except (OSError, ValueError, SyntaxError):
+        except OptionError:
             continue  # a broken picture is reported when it is wanted
     if size is None:
         raise VideoError(f"{path}: none of its {len(files)} pictures can be read.")
@@ -66,22 +68,8 @@ def scan_folder(path: Path, fps: float) -> FolderIndex:
 
 
 def load(file: Path) -> Frame:
-    """One picture, upright, (H, W, 3)."""
-    from PIL import Image, ImageOps
-
-    with Image.open(file) as image:
-        return rgb(ImageOps.exif_transpose(image))
-
-
-def rgb(image: Any) -> Frame:
-    """A Pillow image as (H, W, 3); transparent parts become white."""
-    from PIL import Image
-
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        ground = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(ground, image)
-    return np.asarray(image.convert("RGB"))
+    """One picture, upright, (H, W, 3); raises OptionError for one that cannot be read."""
+    return np.asarray(read_picture(file))
 
 
 def decode_folder(index: FolderIndex, wanted: Sequence[int], job: Job) -> Iterator[tuple[int, Frame]]:
@@ -90,8 +78,8 @@ def decode_folder(index: FolderIndex, wanted: Sequence[int], job: Job) -> Iterat
         job.check()
         try:
             frame = load(index.files[i])
-        except (OSError, ValueError, SyntaxError) as error:
-            job.notes.append(f"{index.files[i].name} cannot be read: {error}")
+        except OptionError as error:
+            job.notes.append(str(error))
             continue
         yield i, frame
 
@@ -117,7 +105,7 @@ def scan_animation(path: Path) -> AnimationIndex:
                 # As browsers do: next to no duration means 0.1 s.
                 ms = float(image.info.get("duration", 0) or 0)
                 durations.append(ms / 1000 if ms > 10 else 0.1)
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise VideoError(f"{path} is a picture file that cannot be read: {error}") from error
     if total <= 1:
         raise VideoError(f"{path} is a still picture ({kind}), not a video; give it to the processor as images=.")
@@ -136,7 +124,7 @@ def decode_animation(index: AnimationIndex, wanted: Sequence[int], job: Job) -> 
             job.check()
             try:
                 image.seek(i)
-                frame = rgb(image)
+                frame = np.asarray(rgb(image))
             except (OSError, ValueError, SyntaxError, EOFError) as error:
                 job.notes.append(f"picture {i} cannot be decoded: {error}")
                 continue

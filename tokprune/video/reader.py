@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from tokprune.errors import OptionError, unknown
+from tokprune.files import refuse_url
 from tokprune.video import sampling
 from tokprune.video.errors import VideoError
 from tokprune.video.index import Index, PacketIndex, scan_packets
@@ -196,12 +196,7 @@ def locate(path: str | os.PathLike[str]) -> Path:
     text = os.fspath(path)
     if not isinstance(text, str):
         text = os.fsdecode(text)
-    if not isinstance(path, os.PathLike) and re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text):
-        if text.startswith("file://"):
-            raise OptionError(f"{text!r} is a URL; give the path itself: {text.removeprefix('file://')!r}.")
-        raise OptionError(
-            f"{text!r} is a URL; tokprune reads local files only. Download it first and give the file's path."
-        )
+    refuse_url(text)
     found = Path(text).expanduser()
     if not text or not found.exists():
         folder = found.parent

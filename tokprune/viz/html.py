@@ -20,6 +20,7 @@ from typing import Any
 from PIL import Image
 
 from tokprune.errors import OptionError, missing_extra
+from tokprune.files import write_text
 
 _NUMBER = re.compile(r"^([+-]?\d+(?:\.\d+)?(?:e[+-]?\d+)?)\s*(?:[%x×]|±\s*\S+)?$", re.IGNORECASE)
 _MAGIC = {
@@ -127,14 +128,7 @@ def render(page: Page) -> str:
 
 def write(page: Page, path: str | Path) -> Path:
     """Render the page into a file, whose folder is made when missing. Raises OptionError when it cannot be written."""
-    target = Path(path)
-    text = render(page)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise OptionError(f"cannot write {target}: {error}") from error
-    return target
+    return write_text(path, render(page))
 
 
 def _hash(text: str) -> str:

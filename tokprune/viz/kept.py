@@ -7,12 +7,18 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from tokprune.errors import OptionError
 from tokprune.tokens import Selection
+from tokprune.viz import style
 from tokprune.viz.geometry import of_processor
+from tokprune.viz.merge_map import draw_merge_map
+from tokprune.viz.overlay import draw_overlay
 from tokprune.viz.sheet import Panel, method_sheet, sheet
 from tokprune.viz.strip import frame_strip
+
+LONGEST = 420  # pixels of a panel's longer side
 
 
 def kept_on_image(
@@ -43,6 +49,37 @@ def kept_on_image(
         one = method_sheet(image, record.layout, {name: record.selection}, geometry, captions=captions)
         panels.append(Panel(one, ""))
     return sheet(panels, title, subtitle, 1)
+
+
+def joined_on_image(
+    image: Image.Image,
+    records: Mapping[str, Any],
+    maps: Mapping[str, Sequence[Tensor]],
+    processor: Any,
+    title: str = "",
+    subtitle: str = "",
+    captions: Mapping[str, str] | None = None,
+) -> Image.Image:
+    """The picture beside what each run did: merge maps for methods inside the tower, kept tokens for the others.
+
+    records: as in `kept_on_image`. maps: by the same names, the run's groups of patches (`merge_map.stream_maps`); none for
+    methods that work behind the tower.
+    """
+    if not records:
+        raise OptionError("there is no record to draw; run the pruned model on the picture first.")
+    original, _ = style.enlarge(style.to_rgb(image), LONGEST)
+    first = next(iter(records.values()))
+    panels = [Panel(original, "input", f"{len(first.layout.group)} tokens")]
+    for name, record in records.items():
+        geometry = of_processor(processor, (image.height, image.width), None, record.layout)
+        if maps.get(name):
+            picture = draw_merge_map(image, list(maps[name]), geometry, longest=LONGEST)
+        else:
+            picture = draw_overlay(image, record.layout, record.selection, geometry, longest=LONGEST)
+        total, count = len(record.layout.group), len(record.selection)
+        caption = [f"{count} of {total} tokens ({100 * count / total:.3g} %)", (captions or {}).get(name, "")]
+        panels.append(Panel(picture, name, ", ".join(filter(None, caption))))
+    return sheet(panels, title, subtitle)
 
 
 def kept_on_clip(

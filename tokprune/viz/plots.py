@@ -1,4 +1,4 @@
-"""Plots of results: accuracy over ratio, accuracy against cost with the Pareto front, and where the time goes.
+"""Plots of results: accuracy over ratio, and accuracy against cost with the Pareto front.
 
 They draw from plain records, such as the JSON that sweeps and profiles write, so that every picture can be made again.
 Needs matplotlib (the `plot` extra); no display and no global state.
@@ -6,13 +6,13 @@ Needs matplotlib (the `plot` extra); no display and no global state.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokprune.errors import OptionError, missing_extra
+from tokprune.files import read_json, writing
 from tokprune.viz import style
 from tokprune.viz.style import Colour
 
@@ -20,10 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from tokprune.profiling.report import ProfileReport
-
 MARKERS = "osD^vPX*<>"
-SHOWN_STAGES = ("vision", "projector", "select", "prefill", "decode", "other")
 
 
 @dataclass(frozen=True)
@@ -44,10 +41,7 @@ class Point:
         Each needs method, ratio and score (or accuracy); low, high and the number named `cost` are optional.
         """
         if isinstance(records, str | Path):
-            try:
-                data = json.loads(Path(records).read_text(encoding="utf-8"))
-            except (OSError, json.JSONDecodeError) as error:
-                raise OptionError(f"cannot read the results {records}: {error}") from error
+            data: Any = read_json(records, "results")
             records = data if isinstance(data, list) else data.get("results", data.get("cells", []))
         out = []
         for record in records:  # type: ignore[union-attr]
@@ -77,32 +71,35 @@ def require() -> None:
         raise missing_extra("matplotlib", "plot", "drawing plots") from error
 
 
-def _axes(width: float, height: float) -> tuple[Figure, Axes]:
+def new_axes(width: float, height: float) -> tuple[Figure, Axes]:
+    """An empty figure of so many inches in the look of all plots."""
     require()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=150, facecolor=_hex(style.PAPER), layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=150, facecolor=hex_of(style.PAPER), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.set_facecolor(_hex(style.PAPER))
+    axes.set_facecolor(hex_of(style.PAPER))
     axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_hex(style.MUTED))
-    axes.tick_params(colors=_hex(style.MUTED), labelsize=10)
-    axes.grid(axis="y", color=_hex(style.RULE), linewidth=0.8)
+    axes.spines[["left", "bottom"]].set_color(hex_of(style.MUTED))
+    axes.tick_params(colors=hex_of(style.MUTED), labelsize=10)
+    axes.grid(axis="y", color=hex_of(style.RULE), linewidth=0.8)
     axes.set_axisbelow(True)
     return figure, axes
 
 
-def _hex(colour: Colour) -> str:
+def hex_of(colour: Colour) -> str:
+    """ "#1f2937"."""
     return "#{:02x}{:02x}{:02x}".format(*colour)
 
 
-def _name(axes: Axes, title: str, x: str, y: str) -> None:
+def name_axes(axes: Axes, title: str, x: str, y: str) -> None:
+    """Title and axis names."""
     if title:
-        axes.set_title(title, loc="left", fontsize=13, color=_hex(style.INK), pad=12)
-    axes.set_xlabel(x, fontsize=11, color=_hex(style.INK))
-    axes.set_ylabel(y, fontsize=11, color=_hex(style.INK))
+        axes.set_title(title, loc="left", fontsize=13, color=hex_of(style.INK), pad=12)
+    axes.set_xlabel(x, fontsize=11, color=hex_of(style.INK))
+    axes.set_ylabel(y, fontsize=11, color=hex_of(style.INK))
 
 
 def _looks(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
@@ -110,9 +107,9 @@ def _looks(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
     out, used = {}, 0
     for method in methods:
         if method in ("random", "uniform", "pool"):
-            out[method] = (_hex(style.MUTED), MARKERS[("random", "uniform", "pool").index(method)])
+            out[method] = (hex_of(style.MUTED), MARKERS[("random", "uniform", "pool").index(method)])
         else:
-            out[method] = (_hex(style.SERIES[used % len(style.SERIES)]), MARKERS[used % len(MARKERS)])
+            out[method] = (hex_of(style.SERIES[used % len(style.SERIES)]), MARKERS[used % len(MARKERS)])
             used += 1
     return out
 
@@ -133,7 +130,7 @@ def accuracy_over_ratio(
     """One line per method over the share of tokens kept, which shrinks to the right; intervals as bars, the unpruned model dashed."""
     if not points:
         raise OptionError("no results to plot.")
-    figure, axes = _axes(7.5, 4.6)
+    figure, axes = new_axes(7.5, 4.6)
     methods = list(dict.fromkeys(p.method for p in points))
     for method, (colour, marker) in _looks(methods).items():
         mine = sorted((p for p in points if p.method == method), key=lambda p: -p.ratio)
@@ -143,10 +140,10 @@ def accuracy_over_ratio(
             if p.low is not None and p.high is not None:
                 axes.vlines(p.ratio, p.low, p.high, color=colour, linewidth=1.0, alpha=0.6)
     if full is not None:
-        axes.axhline(full, color=_hex(style.INK), linewidth=1.0, linestyle=(0, (5, 4)))
+        axes.axhline(full, color=hex_of(style.INK), linewidth=1.0, linestyle=(0, (5, 4)))
         axes.annotate("all tokens", (0.01, full), xycoords=("axes fraction", "data"), va="bottom", fontsize=9)
     _ratio_axis(axes, [p.ratio for p in points])
-    _name(axes, title, "visual tokens kept", score)
+    name_axes(axes, title, "visual tokens kept", score)
     axes.legend(frameon=False, fontsize=10, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
@@ -175,7 +172,7 @@ def pareto(
         raise OptionError(
             "no result has a cost to plot against; add a number per result and name it: Point.read(..., cost=...)."
         )
-    figure, axes = _axes(7.5, 4.8)
+    figure, axes = new_axes(7.5, 4.8)
     for method, (colour, marker) in _looks(list(dict.fromkeys(p.method for p in priced))).items():
         mine = [p for p in priced if p.method == method]
         axes.scatter(
@@ -190,7 +187,12 @@ def pareto(
     everything = priced + ([full] if full is not None and full.cost is not None else [])
     best = [(float(p.cost or 0.0), p) for p in front(everything)]
     axes.step(
-        [x for x, _ in best], [p.score for _, p in best], where="post", color=_hex(style.MUTED), linewidth=1.2, zorder=2
+        [x for x, _ in best],
+        [p.score for _, p in best],
+        where="post",
+        color=hex_of(style.MUTED),
+        linewidth=1.2,
+        zorder=2,
     )
     wide = max(float(p.cost or 0.0) for p in everything)
     tall = max(p.score for p in everything) - min(p.score for p in everything) or 1.0
@@ -201,57 +203,12 @@ def pareto(
             axes.annotate(label, (x, p.score), xytext=(-8, 4), textcoords="offset points", ha="right", fontsize=9)
             named.append((x, p.score))
     if full is not None and full.cost is not None:
-        axes.scatter([full.cost], [full.score], s=120, marker="*", color=_hex(style.INK), label="all tokens", zorder=3)
+        axes.scatter(
+            [full.cost], [full.score], s=120, marker="*", color=hex_of(style.INK), label="all tokens", zorder=3
+        )
     axes.set_xlim(left=0)
-    _name(axes, title, cost, score)
+    name_axes(axes, title, cost, score)
     axes.legend(frameon=False, fontsize=10, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return figure
-
-
-def latency_bars(report: ProfileReport, *, title: str = "", decode: bool = True) -> Figure:
-    """Where the time of each run goes: stacked median ms per stage, the median of the whole beside it. decode: include decoding."""
-    cells = report.cells
-    figure, axes = _axes(8.5, 1.4 + 0.46 * len(cells))
-    axes.grid(axis="y", visible=False)
-    axes.grid(axis="x", color=_hex(style.RULE), linewidth=0.8)
-    stages = [s for s in SHOWN_STAGES if decode or s != "decode"]
-    left = [0.0] * len(cells)
-    names = [c.name for c in cells]
-    for stage in stages:
-        widths = [c.times[stage].median for c in cells]
-        axes.barh(
-            names,
-            widths,
-            left=left,
-            height=0.66,
-            color=_hex(style.STAGES[stage]),
-            label=stage,
-            edgecolor=_hex(style.PAPER),
-        )
-        left = [a + b for a, b in zip(left, widths, strict=True)]
-    for i, (cell, end) in enumerate(zip(cells, left, strict=True)):
-        whole = "total" if decode else "ttft"
-        gain = None if cell.kind == "plain" else report.speedup(cell, whole)
-        faster = "" if gain is None else f"   {gain:.2f} x"
-        axes.annotate(
-            f"{cell.times[whole].median:.0f} ms{faster}",
-            (end, i),
-            xytext=(6, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=10,
-        )
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1.22 * max(left, default=1.0))
-    axes.tick_params(axis="y", length=0, labelsize=11, labelcolor=_hex(style.INK))
-    axes.spines["left"].set_visible(False)
-    what = f"ms, median of {report.environment.get('repeats', '?')} runs" + (
-        f", {report.new_tokens} new tokens" if decode else ""
-    )
-    _name(axes, title or report.title, what, "")
-    axes.legend(
-        frameon=False, fontsize=10, ncols=len(stages), loc="upper left", bbox_to_anchor=(0, -0.16 - 0.5 / len(cells))
-    )
     return figure
 
 
@@ -262,5 +219,6 @@ def save(figure: Figure, path: str | Path) -> Path:
     if kind not in ("png", "svg", "pdf"):
         raise OptionError(f"cannot write {target.name!r}: end the name in .png, .svg or .pdf.")
     metadata: dict[str, Any] = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[kind]
-    figure.savefig(target, format=kind, metadata=metadata)
+    with writing(target):
+        figure.savefig(target, format=kind, metadata=metadata)
     return target

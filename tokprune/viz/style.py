@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from tokprune.files import rgb
+
 Colour = tuple[int, int, int]
 
 PAPER: Colour = (250, 250, 248)
@@ -112,14 +114,9 @@ def ramp(values: NDArray[np.float64]) -> NDArray[np.uint8]:
     return (stops[low] * (1 - part) + stops[low + 1] * part).round().astype(np.uint8)
 
 
-def to_rgb(image: Any) -> Image.Image:
+def to_rgb(image: Image.Image | NDArray[np.uint8]) -> Image.Image:
     """A PIL image, or a (H, W, 3) uint8 array, as an RGB picture; transparency is laid on white."""
-    picture = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image, dtype=np.uint8))
-    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-        layer = picture.convert("RGBA")
-        base = Image.new("RGBA", layer.size, (255, 255, 255, 255))
-        return Image.alpha_composite(base, layer).convert("RGB")
-    return picture.convert("RGB")
+    return rgb(image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image, dtype=np.uint8)))
 
 
 def enlarge(picture: Image.Image, longest: int) -> tuple[Image.Image, float]:

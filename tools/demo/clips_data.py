@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokprune.demo.clips import FPS, Take, make_take, plan_objects, spread
+from tokprune.demo.clips import FPS, Take, frames_per_scene, make_take, plan_objects
 from tokprune.demo.clips_video import encode
 from tokprune.demo.loading import load_model
 from tokprune.demo.scenes import COLOR_NAMES, SHAPES, SIZE, VALIDATION_SEED, SceneObject
@@ -140,7 +140,7 @@ class TakeSet:
         long = frames > 16
         scenes = rng.randint(frames // 2, frames) if long else rng.randint(3, min(8, frames))
         takes = tuple(self._pick(kind, rng) for kind in plan_objects(scenes, rng, distinct=long))
-        shown = spread(scenes, frames, rng)
+        shown = frames_per_scene(scenes, frames, rng)
         order = []
         for scene, (take, count) in enumerate(zip(takes, shown, strict=True)):
             moments = sorted(rng.randrange(len(SHARES)) for _ in range(count))

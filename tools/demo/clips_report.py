@@ -16,9 +16,8 @@ import torch
 import transformers
 
 from tokprune.demo.clips import ClipExample, held_out_clips
-from tokprune.demo.clips_evaluation import chance, correct_clips
 from tokprune.demo.clips_questions import MOMENT_TYPES
-from tokprune.demo.evaluation import accuracy
+from tokprune.demo.evaluation import accuracy, correct
 from tokprune.demo.loading import load_clip_model
 
 from .clips_recipe import ClipRecipe
@@ -46,9 +45,8 @@ def evaluate_clips(worker: Worker, out: Path, recipe: ClipRecipe, folder: Path) 
     results: dict[str, dict[str, Any]] = {}
     for name, examples in sets.items():
         results[name] = _about(examples)
-        for condition, video in _CONDITIONS.items():
-            batch = 8 if name == "short" else 4
-            hits = correct_clips(model, processor, examples, video=video, batch_size=batch)
+        for condition, seen in _CONDITIONS.items():
+            hits = correct(model, processor, examples, seen=seen)
             results[name][condition] = _rounded(accuracy(examples, hits))
             if condition == "all_tokens" and name == "short":
                 results[name]["all_tokens_in_detail"] = _rounded(_in_detail(examples, hits))
@@ -102,6 +100,15 @@ def _in_detail(examples: Sequence[ClipExample], hits: Sequence[bool]) -> dict[st
             if word in example.question:
                 by_kind[kind].append(hit)
     return {f"{kind} ({len(found)} questions)": sum(found) / len(found) for kind, found in sorted(by_kind.items())}
+
+
+def chance(examples: Sequence[ClipExample]) -> dict[str, float]:
+    """Share of the most frequent answer of each type: what a constant answer per type gets, and the mean ("macro")."""
+    shares: dict[str, float] = {}
+    for kind in dict.fromkeys(e.type for e in examples):
+        answers = [e.answer for e in examples if e.type == kind]
+        shares[kind] = max(map(answers.count, answers)) / len(answers)
+    return {**shares, "macro": sum(shares.values()) / len(shares)}
 
 
 def _rounded(shares: Mapping[str, float]) -> dict[str, float]:

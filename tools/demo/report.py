@@ -35,8 +35,8 @@ def evaluate_export(worker: Worker, out: Path, recipe: Recipe, folder: Path) -> 
     model, processor = load_model(folder, worker.device)
     examples = held_out(recipe.evaluation_questions)
     results: dict[str, dict[str, float]] = {}
-    for condition, image in _CONDITIONS.items():
-        shares = accuracy(examples, correct(model, processor, examples, image=image))
+    for condition, seen in _CONDITIONS.items():
+        shares = accuracy(examples, correct(model, processor, examples, seen=seen))
         results[condition] = {name: round(share, 4) for name, share in shares.items()}
         print(condition, json.dumps(results[condition]), flush=True)
     stages = {

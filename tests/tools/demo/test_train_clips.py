@@ -12,8 +12,8 @@ import torch
 
 pytest.importorskip("av")
 
+from tokprune.demo.asking import Asker
 from tokprune.demo.clips import make_clip, make_take
-from tokprune.demo.clips_evaluation import clip_inputs
 from tokprune.demo.clips_questions import ClipQuestion
 from tokprune.demo.loading import load_clip_model, load_model
 from tokprune.demo.vocabulary import CLIP_WORDS, WORDS, encode
@@ -41,7 +41,7 @@ def test_cached_features_give_the_answers_of_the_real_forward():
     cached = features_of(feature_tower(DEVICE, torch.float32), frames).flatten(0, 1)[None]  # (1, 8 * 64, D)
     with torch.no_grad():
         packed = ClipAnswerer(model, 0)(cached, [[ClipQuestion("color", text, "red") for text in questions]])[0]
-        inputs = clip_inputs(model, processor, questions, [frames, frames])
+        inputs = Asker(model, processor).prepare(questions, [frames, frames])
         real = model(**inputs).logits[:, -1]
     assert real.shape == (2, len(CLIP_WORDS))
     assert torch.allclose(packed[0], real, atol=2e-3), (packed[0] - real).abs().max()

@@ -1,12 +1,13 @@
-"""What a sweep was made with: versions, commit, machine. Nothing in here depends on the clock."""
+"""What numbers were made with: versions, commit, machine, command. Nothing in here depends on the clock."""
 
 from __future__ import annotations
 
 import platform
+import shlex
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 #: Packages whose versions are noted when they are installed; the keys are the names used in results.
 PACKAGES = {
@@ -22,7 +23,7 @@ PACKAGES = {
 }
 
 
-def environment(device: str = "cpu") -> dict[str, Any]:
+def environment(device: str = "cpu") -> dict[str, object]:
     """Versions, the commit of tokprune where it runs from a checkout, and the machine."""
     import torch
 
@@ -42,7 +43,7 @@ def commit() -> str | None:
 
     A virtual environment may lie inside some other project's checkout, so the package's own file has to be tracked there.
     """
-    here = Path(__file__).parent.parent
+    here = Path(__file__).parent
     if _git(here, "ls-files", "--error-unmatch", "__init__.py") is None:
         return None
     return _git(here, "rev-parse", "HEAD")
@@ -61,3 +62,20 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def machine() -> dict[str, object]:
+    """What the numbers of the demo and of benchmarks were measured on, in a few fields."""
+    import torch
+
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    return {
+        **{name: _version(PACKAGES[name]) for name in ("tokprune", "torch", "transformers")},
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads" + (f", {gpu}" if gpu else ", no GPU"),
+    }
+
+
+def command_line() -> str:
+    """What was typed."""
+    return shlex.join(["tokprune", *sys.argv[1:]])

@@ -1,0 +1,54 @@
+"""Options that several commands share, and what their texts mean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tokprune.errors import OptionError
+
+Model = Annotated[str, typer.Option(help="A hub id or path, or the embedded demo VLM.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:0, ...")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No table and no bars; files are written all the same.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file; - is standard output.")]
+Picture = Annotated[Path, typer.Option(help="The picture.")]
+Sheet = Annotated[Path, typer.Option("--out", "-o", help="Where the sheet goes (PNG, JPEG, ...).")]
+Question = Annotated[str, typer.Option(help="The question, which some methods read.")]
+Ratio = Annotated[float, typer.Option(help="Share of visual tokens that the methods keep.")]
+Ratios = Annotated[str, typer.Option("--ratios", "--ratio", help="Keep ratios, separated by commas.")]
+
+QUESTION = "what is in this picture ?"
+
+
+def names(text: str) -> list[str]:
+    """ "a,b" as names."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def methods(text: str) -> list[str]:
+    """ "a,b+c" as methods, each a name or several of different stages joined by "+"; unknown names are refused."""
+    from tokprune.loading import split_methods
+
+    return ["+".join(split_methods(name)) for name in names(text)]
+
+
+def ratios(text: str) -> list[float]:
+    """ "0.5,0.1" as keep ratios, or the error that shows the form."""
+    from tokprune.budget import check_ratio
+
+    try:
+        numbers = [float(part) for part in names(text)]
+    except ValueError:
+        raise OptionError(
+            f"--ratios {text!r} is not a list of numbers; write for example --ratios 0.5,0.25,0.1"
+        ) from None
+    return [check_ratio(number) for number in numbers]
+
+
+def at_least_one(**counts: int | None) -> None:
+    """Refuse counts below 1, by the names of their options."""
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise OptionError(f"--{name.replace('_', '-')} {value} must be at least 1.")
