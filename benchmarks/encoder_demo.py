@@ -46,7 +46,7 @@ SETTINGS = (
     Setting("zerotprune", "zerotprune"),
     Setting("apt, resize", "apt"),
     Setting("apt, mean", "apt", options=(("embed", "mean"),)),
-    Setting("ipcv", "ipcv", "keep", (("first", 0),)),
+    Setting("ipcv", "ipcv", "keep", (("first", 0), ("steady", 1))),
     Setting("toc3d router", "toc3d", "keep", (("first", 0),)),
 )
 

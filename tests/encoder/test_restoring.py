@@ -79,12 +79,51 @@ def test_ipcv_equals_a_written_out_forward(name: str, steady: int) -> None:
     assert pruning.trace.counts[-1] == len(kept)
 
 
+@torch.no_grad()
+def test_published_ipcv_seeks_neighbours_in_the_whole_call() -> None:
+    """Written out: counts rounded down, kept tokens (with [CLS]) of both pictures as neighbours, moves of either."""
+    model = TOWERS["internvl"]()
+    method = IPCV(keep=0.39, first=1, steady=1, neighbours=3, compat="published")
+    with apply_encoder(model, method) as pruning:
+        x, got = seen_by_blocks(model, pruning, pixels())
+        _, alone = seen_by_blocks(model, pruning, pixels()[:1])
+    with apply_encoder(model, IPCV(keep=24 / 64, first=1, steady=1, neighbours=3)) as corrected:
+        _, same = seen_by_blocks(model, corrected, pixels()[:1])
+    close(alone, same, atol=1e-6, rtol=1e-6)
+    assert not torch.allclose(got[:1], alone, atol=1e-4)
+    blocks = [p.block for p in pruning.tower.blocks]
+    before = think(blocks[0], attend(blocks[0], x))
+    old = think(blocks[1], attend(blocks[1], before))
+    count = int(0.39 * 64)
+    best = (old - before).norm(dim=-1)[:, 1:].argsort(-1, descending=True)[:, :count] + 1
+    kept = torch.cat([torch.zeros(len(x), 1, dtype=torch.long), best.sort(-1).values], 1)
+    then = torch.stack([row[k] for row, k in zip(old, kept, strict=True)])
+
+    def restore(now: Tensor) -> Tensor:
+        full, move = old.clone(), (now - then).flatten(0, 1)
+        for b in range(len(x)):
+            for i in sorted(set(range(x.shape[1])) - set(kept[b].tolist())):
+                near = (then.flatten(0, 1) - old[b, i]).norm(dim=-1).argsort(stable=True)[:3]
+                full[b, i] += move[near].mean(0)
+            full[b, kept[b]] = now[b]
+        return full
+
+    now = then
+    for i, block in enumerate(blocks[2:]):
+        now = attend(block, restore(now)) if i < 1 else attend(block, now)
+        now = torch.stack([row[k] for row, k in zip(now, kept, strict=True)]) if i < 1 else now
+        now = think(block, now)
+    close(got, restore(now), atol=2e-5, rtol=1e-5)
+
+
 def test_neighbours_are_the_nearest_kept_ones() -> None:
     x = torch.tensor([[[0.0], [10.0], [1.0], [11.0], [20.0]]])
     gone, nearest = neighbours(x, torch.tensor([[0, 1, 4]]), 2)
     assert gone.tolist() == [[2, 3]]
     assert nearest.tolist() == [[[0, 1], [1, 2]]]
     assert neighbours(x, torch.tensor([[0, 1, 4]]), 9)[1].shape == (1, 2, 3)
+    two = torch.tensor([[[0.0], [10.0], [1.0]], [[9.0], [2.0], [30.0]]])
+    assert neighbours(two, torch.tensor([[0, 1], [0, 1]]), 2, across=True)[1].tolist() == [[[0, 3]], [[1, 2]]]
 
 
 @pytest.mark.parametrize("name", ["timm", "timm registers", "clip", "open_clip"])

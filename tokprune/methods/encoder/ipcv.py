@@ -11,9 +11,9 @@ from torch import Tensor
 from tokprune.errors import OptionError
 from tokprune.methods.base import top
 from tokprune.methods.encoder_base import BlockView, Cut, EncoderMethod, Place, Reduction, at_depths
-from tokprune.methods.options import Block, option
+from tokprune.methods.options import Block, Compat, option
 from tokprune.ops.wide import wide
-from tokprune.registry import register_method
+from tokprune.registry import Checked, register_method
 
 
 def movement(x: Tensor, before: Tensor) -> Tensor:
@@ -21,33 +21,39 @@ def movement(x: Tensor, before: Tensor) -> Tensor:
     return (wide(x) - wide(before)).norm(dim=-1)
 
 
-def neighbours(x: Tensor, kept: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def neighbours(x: Tensor, kept: Tensor, count: int, across: bool = False) -> tuple[Tensor, Tensor]:
     """The tokens that are not kept, and their nearest kept ones by Euclidean distance.
 
-    x: (B, N, C), kept: (B, K) -> (B, M) ascending indices of the others, (B, M, count) numbers into `kept`; count is at
-    most K. Equal distances: lower number first.
+    x: (B, N, C), kept: (B, K) -> (B, M) ascending indices of the others, (B, M, count) numbers into `kept`, or into all B * K kept
+    ones if they are sought `across` the batch; count is at most as many. Equal distances: lower number first.
     """
-    batch, n, _ = x.shape
+    batch, n, width = x.shape
     stay = torch.zeros(batch, n, dtype=torch.bool, device=x.device).scatter(1, kept, True)
     order = torch.sort(stay.to(torch.int8), dim=-1, stable=True).indices
     gone = order[:, : n - kept.shape[1]]
     rows = wide(x)
 
     def take(index: Tensor) -> Tensor:
-        return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[2]))
+        return rows.gather(1, index[..., None].expand(-1, -1, width))
 
-    distance = torch.cdist(take(gone), take(kept))  # (B, M, K)
-    nearest = torch.sort(distance, dim=-1, stable=True).indices[..., : min(count, kept.shape[1])]
+    there = take(kept)
+    if across:
+        there = there.reshape(1, -1, width).expand(batch, -1, -1)
+    distance = torch.cdist(take(gone), there)  # (B, M, K or B K)
+    nearest = torch.sort(distance, dim=-1, stable=True).indices[..., : min(count, there.shape[1])]
     return gone, nearest
 
 
-def rebuilt(old: Tensor, then: Tensor, now: Tensor, nearest: Tensor) -> Tensor:
+def rebuilt(old: Tensor, then: Tensor, now: Tensor, nearest: Tensor, across: bool = False) -> Tensor:
     """Tokens that were left out, moved by the mean move of their neighbours.
 
-    old: (B, M, C) them at the cut. then, now: (B, K, C) the kept ones at the cut and now. nearest: (B, M, k).
+    old: (B, M, C) them at the cut. then, now: (B, K, C) the kept ones at the cut and now. nearest: (B, M, k), as `neighbours`
+    gives them.
     """
     move = now.float() - then.float() if now.dtype != torch.float64 else now - then  # with gradient
     batch, m, k = nearest.shape
+    if across:
+        move = move.reshape(1, -1, move.shape[2]).expand(batch, -1, -1)
     near = move.gather(1, nearest.flatten(1)[..., None].expand(-1, -1, move.shape[2])).view(batch, m, k, -1)
     return (old + near.mean(2)).to(old.dtype)
 
@@ -58,6 +64,13 @@ def rebuilt(old: Tensor, then: Tensor, now: Tensor, nearest: Tensor) -> Tensor:
     year=2025,
     url="https://arxiv.org/abs/2512.18747",
     complexity="O(N²C)",
+    checked=Checked(
+        "Perkzi/IPCV",
+        agrees="InternVL2's tower on one picture, and on several with compat='published'",
+        differs="neighbours across pictures and counts rounded down (compat); single patches of Qwen2-VL instead of units; the "
+        "stage in the LLM, which is DART's or FastV's",
+    ),
+    presets={"qwen2_vl": {"first": 2, "steady": 7}},
 )
 @dataclass(frozen=True)
 class IPCV(EncoderMethod):
@@ -66,16 +79,21 @@ class IPCV(EncoderMethod):
 
     keep: share of the patches that goes on. first: the block behind which they leave, 0-based or a fraction of the depth.
     steady: for so many blocks after it the others take part in attention, rebuilt, and skip only the MLP. neighbours: a
-    rebuilt token is what it was at the cut, moved by the mean move of its nearest kept tokens there. Nothing is lost for
-    connectors that join patches; where patches are joined, whole units leave. To thin what the LLM reads as well, add a
-    connector method: [get_method("ipcv", keep=0.5), "divprune"]. Written after a description of the method; compared with
-    no published numbers.
+    rebuilt token is what it was at the cut, moved by the mean move of its nearest kept tokens there. The defaults are those of
+    the authors' script for InternVL2 (behind block 6 of 24, three blocks), preset="qwen2_vl" those for Qwen2-VL. To thin
+    what the LLM reads as well, add a connector method: [get_method("ipcv", keep=0.5), "divprune"].
+
+    What differs from the published code: it seeks the neighbours of a token in all pictures and tiles of the call, so that an
+    answer depends on what else is in the batch; here within its own picture or tile. It rounds the number of kept tokens down;
+    here to the nearest. compat="published" does both as there. Where patches are joined behind the tower (Qwen2-VL) it drops
+    single patches, over all pictures of the call at once; here whole units leave, picture by picture, with either compat.
     """
 
-    keep: float = option(0.5, above=0, high=1)
-    first: Block = 0.25
-    steady: int = option(1, low=0)
+    keep: float = option(0.35, above=0, high=1)
+    first: Block = 0.261
+    steady: int = option(3, low=0)
     neighbours: int = option(10, low=1)
+    compat: Compat = "corrected"
     place: ClassVar[Place] = "end"
     restores: ClassVar[bool] = True
 
@@ -103,7 +121,8 @@ class IPCV(EncoderMethod):
         if block.cut is not None:
             return Reduction.kept(block, block.cut.reduction.rep)
         n, prefix = block.patches, block.prefix
-        keep = max(1, round(self.keep * n))
+        # Down as there, where keep is 1 - 0.65 of floating point; up only by what such a difference may lack.
+        keep = max(1, int(self.keep * n * (1 + 1e-12)) if self.compat == "published" else round(self.keep * n))
         if keep >= n or block.entering is None:
             return None
         kept = top(movement(block.x[:, prefix:], block.entering[:, prefix:]), keep) + prefix
@@ -113,9 +132,9 @@ class IPCV(EncoderMethod):
     def rebuild(self, cut: Cut, now: Tensor) -> Tensor:
         rep = cut.reduction.rep
         if "gone" not in cut.notes:
-            gone, nearest = neighbours(cut.x, rep, self.neighbours)
+            gone, nearest = neighbours(cut.x, rep, self.neighbours, self.compat == "published")
             cut.notes.update(gone=gone, nearest=nearest)
         gone, nearest = cut.notes["gone"], cut.notes["nearest"]
         width = cut.x.shape[2]
         old, then = (cut.x.gather(1, i[..., None].expand(-1, -1, width)) for i in (gone, rep))
-        return cut.put_back(rep, now, cut.put_back(gone, rebuilt(old, then, now, nearest)))
+        return cut.put_back(rep, now, cut.put_back(gone, rebuilt(old, then, now, nearest, self.compat == "published")))
