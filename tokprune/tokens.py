@@ -187,7 +187,7 @@ class Merge:
             return (self.rows.to_dense() if self.rows.is_sparse else self.rows).float()
         if self.target is None or self.scale is None:
             raise ValueError("a Merge needs either rows, or target and scale")
-        out = torch.zeros(k, n, device=self.target.device)
+        out = torch.zeros(k, n, dtype=torch.float32, device=self.target.device)
         inputs = torch.arange(n, device=self.target.device)
         used = self.target >= 0
         out[self.target[used], inputs[used]] = self.scale[used].float()

@@ -47,12 +47,12 @@ def centres(cell: Tensor, k: int, layout: Layout) -> Tensor:
     inside = cell >= 0
     slot = cell.clamp(min=0)
     size = torch.zeros(k, dtype=torch.long, device=device).index_add(0, slot, inside.long())
-    off = torch.zeros(n, device=device)
+    off = torch.zeros(n, dtype=torch.float32, device=device)
     for place in (layout.row, layout.col):
-        mean = torch.zeros(k, dtype=torch.long, device=device).index_add(0, slot, place * inside) / size
+        mean = torch.zeros(k, dtype=torch.long, device=device).index_add(0, slot, place * inside).float() / size
         off = off + (place - mean[slot]) ** 2
     off = off.masked_fill(~inside, torch.inf)
-    least = torch.full((k,), torch.inf, device=device).scatter_reduce(0, slot, off, "amin")
+    least = off.new_full((k,), torch.inf).scatter_reduce(0, slot, off, "amin")
     index = torch.where(inside & (off == least[slot]), torch.arange(n, device=device), n)
     return torch.full((k,), n, device=device).scatter_reduce(0, slot, index, "amin")
 

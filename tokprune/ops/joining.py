@@ -34,7 +34,7 @@ def join(parts: Sequence[tuple[Tensor, Selection]], features: Tensor) -> Selecti
         return Selection(indices, info=info)
     if all(chosen.weights is None or chosen.weights.rows is None for _, chosen in parts):
         target = torch.full((n,), -1, device=device)
-        scale = torch.zeros(n, device=device)
+        scale = torch.zeros(n, dtype=torch.float32, device=device)
         for (where, chosen), own in zip(parts, slot, strict=True):
             to, much = _target(chosen, len(where), device)
             target[where] = torch.where(to >= 0, own[to.clamp(min=0)], -1)
@@ -69,7 +69,7 @@ def merge_dropped(chosen: Selection, features: Tensor) -> Selection:
         target, scale = _target(chosen, n, device)
         dropped = target < 0
         target = torch.where(dropped, nearest, target)
-        share = 1 / (1 + torch.zeros(k, device=device).index_add(0, nearest, dropped.float()))
+        share = 1 / (1 + torch.zeros(k, dtype=torch.float32, device=device).index_add(0, nearest, dropped.float()))
         return Selection(
             chosen.indices,
             Merge(target=target, scale=torch.where(dropped, 1.0, scale) * share[target]),
@@ -78,7 +78,7 @@ def merge_dropped(chosen: Selection, features: Tensor) -> Selection:
     rows = chosen.weights.dense(k, n).to(device)
     dropped = ~(rows != 0).any(0)
     rows = rows + torch.zeros_like(rows).index_put((nearest, torch.arange(n, device=device)), dropped.float())
-    taken = torch.zeros(k, device=device).index_add(0, nearest, dropped.float())
+    taken = torch.zeros(k, dtype=torch.float32, device=device).index_add(0, nearest, dropped.float())
     return Selection(chosen.indices, Merge(rows=rows / (1 + taken)[:, None]), info=chosen.info)
 
 

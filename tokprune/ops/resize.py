@@ -80,7 +80,9 @@ def resize(grid: tuple[int, int], count: int, mode: str) -> Resize:
             column += [cell for cell, _ in cells]
             value += [weight for _, weight in cells]
             slots.append(middle * width + (2 * i + 1) * width // (2 * length))
-    return Resize(torch.tensor(slots), torch.tensor(row), torch.tensor(column), torch.tensor(value))
+    return Resize(
+        torch.tensor(slots), torch.tensor(row), torch.tensor(column), torch.tensor(value, dtype=torch.float32)
+    )
 
 
 def as_rows(found: Resize, inputs: int, device: torch.device) -> Tensor:

@@ -88,7 +88,7 @@ def merge_separable_published(features: Tensor, grid: tuple[int, int], shape: tu
     Returns (B, h * w, C) and the shares (B, h * w, H * W).
     """
     batch, (height, width), (h, w) = features.shape[0], grid, shape
-    eye = torch.eye(height * width, device=features.device).reshape(height, width, -1)
+    eye = torch.eye(height * width, dtype=torch.float32, device=features.device).reshape(height, width, -1)
     held = eye.to(wide(features).dtype).expand(batch, -1, -1, -1).flatten(0, 1)
     x, held = merge_line_published(features.reshape(batch * height, width, -1), w, held)  # (B * H, w, ·)
     x, held = (y.unflatten(0, (batch, height)).transpose(1, 2).flatten(0, 1) for y in (x, held))  # (B * w, H, ·)

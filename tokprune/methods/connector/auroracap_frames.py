@@ -69,7 +69,7 @@ class AuroraCapFrames(ConnectorMethod):
         features = check_finite(tokens.features.detach(), "the visual features")
         sizes = tokens.layout.group_sizes
         target = torch.full((len(tokens),), -1, device=features.device)
-        weight = torch.zeros(len(tokens), device=features.device)
+        weight = torch.zeros(len(tokens), dtype=torch.float32, device=features.device)
         for where, count, _ in stacks(sizes, spread(keep, sizes), features.device):
             for rows in where.split(BLOCK):
                 rep, assign = auroracap_frames(features[rows], count, self.rounds)

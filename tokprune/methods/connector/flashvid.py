@@ -127,7 +127,7 @@ def flashvid_flow(
     own = scene[layout.group]
     joins = (cosine > threshold) & (rank_in_group(cosine, own) < most[own])
     root, size, children = flashvid_trees(torch.where(joins, partner, at), max(lengths))
-    share = (1 / (1 + children) if published else 1 / size)[root].to(features)
+    share = (1 / (1 + children if published else size).to(features))[root]
     trees = torch.zeros_like(features).index_add(0, root, features * share[:, None])
     lives = (place >= 0) & (free & (root == at))[place.clamp(min=0)]
     number = lives.sum(-1)
@@ -145,7 +145,7 @@ def flashvid_flow(
         members = torch.zeros_like(slot).scatter_add(1, slot, (into >= 0).long()).gather(1, slot).clamp(min=1)
         spot = torch.where(alive, cells, n).flatten()
         goal = goal.scatter(0, spot, torch.where(into >= 0, cells.gather(1, slot), -1).flatten())
-        weight = weight.scatter(0, spot, (1 / members).to(weight).flatten())
+        weight = weight.scatter(0, spot, (1 / members.to(weight)).flatten())
     gone = ~free
     return diverse, goal[root].masked_fill(gone, -1), (weight[root] * share).masked_fill(gone, 0)
 

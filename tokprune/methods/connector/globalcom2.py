@@ -39,9 +39,9 @@ def seen_at(thumbnail: Tensor, place: Tensor, first: Tensor, extent: Tensor) -> 
     thumbnail: (H, W). place: (N, 2) rows and columns of the canvas. first, extent: (2,) where the picture begins on the canvas
     and how many rows and columns it has. Returns (N,), outside the picture the value of its edge.
     """
-    last = torch.tensor(thumbnail.shape, device=place.device) - 1
-    at = (place - first + 0.5) * ((last + 1) / extent) - 0.5
-    at = at.to(thumbnail.dtype).clamp_min(0).minimum(last.to(thumbnail.dtype))
+    last = torch.tensor(tuple(thumbnail.shape), device=place.device) - 1
+    at = (place - first + 0.5 * thumbnail.new_ones(2)) * ((last + 1).to(thumbnail) / extent) - 0.5
+    at = at.clamp_min(0).minimum(last.to(thumbnail.dtype))
     low = at.floor().long()
     high, part = (low + 1).minimum(last), at - low
     rows = torch.stack([low[:, 0], high[:, 0]], 1)[:, :, None]  # (N, 2, 1)

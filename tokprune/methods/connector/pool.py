@@ -51,7 +51,7 @@ class Pool(ConnectorMethod):
         indices, order = middle.sort()
         slot = torch.empty_like(order).scatter(0, order, torch.arange(keep, device=order.device))
         inside, cell = cell >= 0, cell.clamp(min=0)
-        size = torch.zeros(keep, device=cell.device).index_add(0, cell, inside.float())
+        size = torch.zeros(keep, dtype=torch.float32, device=cell.device).index_add(0, cell, inside.float())
         target, scale = torch.where(inside, slot[cell], -1), inside / size[cell]
         device = tokens.features.device
         return Selection(indices.to(device), Merge(target=target.to(device), scale=scale.to(device)))

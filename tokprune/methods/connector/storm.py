@@ -61,7 +61,7 @@ class Storm(ConnectorMethod):
         inside, slot_of = cell >= 0, cell.clamp(min=0)
         indices, order = middle.sort()
         slot = torch.empty_like(order).scatter(0, order, torch.arange(keep, device=device))
-        size = torch.zeros(keep, device=device).index_add(0, slot_of, inside.float())
+        size = torch.zeros(keep, dtype=torch.float32, device=device).index_add(0, slot_of, inside.float())
         return Selection(indices, Merge(target=torch.where(inside, slot[slot_of], -1), scale=inside / size[slot_of]))
 
 

@@ -63,7 +63,7 @@ class ToMeMerge(ConnectorMethod):
         check_keep(keep, len(tokens))
         features = check_finite(tokens.features, "the visual features")
         rep, assign = (x[0] for x in tome_merge(features[None], keep, self.share))
-        size = torch.zeros(keep, device=assign.device).index_add(
+        size = torch.zeros(keep, dtype=torch.float32, device=assign.device).index_add(
             0, assign, torch.ones_like(assign, dtype=torch.float32)
         )
         return Selection(rep, Merge(target=assign, scale=1 / size[assign]), info={"sizes": size})

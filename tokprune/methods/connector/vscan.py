@@ -84,7 +84,7 @@ class VScan(ConnectorMethod):
         layout = tokens.layout
         sizes = layout.group_sizes
         into = torch.full((len(tokens),), -1, device=deep.device)  # a tile without a budget flows nowhere
-        weight = torch.zeros(len(tokens), device=deep.device)
+        weight = torch.zeros(len(tokens), dtype=torch.float32, device=deep.device)
         chosen = []
         for where, count, grid in stacks(sizes, equal(keep, sizes), deep.device, layout.grids):
             window = window_of(layout.row, layout.col, grid, self.windows).to(deep.device)[where]

@@ -36,7 +36,7 @@ def patch_entropy(picture: Tensor, side: int, level: int) -> Tensor:
     bins = (grey * BINS / 255).long().clamp(0, BINS - 1)
     bins = bins[:, : height * edge, : width * edge].reshape(-1, height, edge, width, edge)
     bins = bins.transpose(2, 3).reshape(bins.shape[0], height * width, edge * edge)
-    count = torch.zeros(*bins.shape[:2], BINS, device=grey.device)
+    count = torch.zeros(*bins.shape[:2], BINS, dtype=grey.dtype, device=grey.device)
     share = count.scatter_add_(2, bins, torch.ones_like(bins, dtype=count.dtype)) / edge**2
     return -(share * (share + 1e-10).log2()).sum(-1).view(-1, height, width)
 
@@ -141,7 +141,7 @@ class APT(EncoderMethod):
         picture, grid = entrance.picture, entrance.grid
         side = picture.shape[2] // grid[0]
         entropies = [patch_entropy(picture, side, level) for level in range(1, len(self.thresholds) + 1)]
-        wanted = torch.tensor(self.thresholds, device=picture.device).expand(len(picture), -1)
+        wanted = torch.tensor(self.thresholds, dtype=picture.dtype, device=picture.device).expand(len(picture), -1)
         if block.target is None:
             levels = patch_levels(entropies, wanted, grid)
         else:

@@ -112,7 +112,7 @@ def _full(layout: Layout) -> bool:
 
 def _by_target(slots: Tensor, assign: Tensor) -> Selection:
     """Outputs that are the means of what flows into them."""
-    size = torch.zeros(len(slots), device=assign.device).index_add(
+    size = torch.zeros(len(slots), dtype=torch.float32, device=assign.device).index_add(
         0, assign, torch.ones_like(assign, dtype=torch.float32)
     )
     return Selection(slots, Merge(target=assign, scale=1 / size[assign]))
