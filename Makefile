@@ -1,32 +1,42 @@
-# Each target sets up what it needs; a second run is quick.
+# Each target sets up what it needs, in versions known to work together (constraints.txt); a second run is quick.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+CORE := $(VENV)/.core
+DEV := $(VENV)/.dev
+FAMILIES ?= llava,llava_next,llava_onevision,qwen2_vl,qwen2_5_vl,qwen3_vl,internvl,gemma3,idefics3,smolvlm
 
-.PHONY: help setup demo eval-smoke bench-video test test-slow lint format docs clean
+.PHONY: help setup demo eval-smoke bench-video test test-slow test-versions test-peers lint format docs constraints clean
 
 help:
-	@echo "make demo       ask the embedded VLM about pictures at several keep ratios (sets itself up)"
-	@echo "make eval-smoke lmms-eval end to end, offline, on the embedded VLM"
-	@echo "make bench-video video QA over video methods and keep ratios"
-	@echo "make test       lint, types and the quick tests"
-	@echo "make test-slow  the tests that take minutes"
-	@echo "make docs       rebuild the generated pages and tables"
+	@echo "make demo          ask the embedded VLM about pictures at several keep ratios (sets itself up)"
+	@echo "make test          lint, types and the quick tests"
+	@echo "make test-slow     the tests that take minutes"
+	@echo "make test-versions the quick tests on the lowest, older and newest versions of what we depend on"
+	@echo "make test-peers    model tests of transformers and timm, run with tokprune on (TRANSFORMERS_SRC=, TIMM_SRC=)"
+	@echo "make eval-smoke    lmms-eval end to end, offline, on the embedded VLM"
+	@echo "make bench-video   video QA over video methods and keep ratios"
+	@echo "make docs          rebuild the generated pages and tables"
+	@echo "make constraints   write the installed versions to constraints.txt"
 
-$(STAMP): pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e '.[dev]'
-	touch $(STAMP)
+$(CORE): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip
+	$(PIP) --build-constraint constraints.txt -e .
+	touch $@
 
-setup: $(STAMP)
+$(DEV): $(CORE)
+	$(PIP) --build-constraint constraints.txt -e '.[dev]'
+	touch $@
 
-demo: setup
+setup: $(DEV)
+
+demo: $(CORE)
 	$(BIN)/tokprune demo --json out/demo.json --overlays out
 
 eval-smoke: setup
-	$(BIN)/python -m tools.eval_smoke --out out/eval_smoke
+	$(BIN)/python -m tokprune.evaluation.smoke --out out/eval_smoke
 
 bench-video: setup
 	$(BIN)/python benchmarks/video_qa.py
@@ -42,13 +52,25 @@ test: lint
 test-slow: setup
 	$(BIN)/python -m pytest -n 2 -m slow
 
+test-versions: setup
+	$(BIN)/python tests/versions.py $(VERSIONS)
+
+test-peers: setup
+	$(PIP) parameterized expecttest pytest-timeout
+	$(BIN)/python tests/peers/run.py --families $(FAMILIES) $(if $(TRANSFORMERS_SRC),--transformers $(TRANSFORMERS_SRC)) $(if $(TIMM_SRC),--timm $(TIMM_SRC))
+
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 docs: setup
 	$(BIN)/python benchmarks/encoder_tables.py
-	$(BIN)/python -m tools.pages
+	$(BIN)/python docs/build.py
+
+constraints: setup
+	(grep '^#' constraints.txt; $(BIN)/python -m pip freeze --all --exclude-editable \
+	  | grep -v -i -E '^(nvidia|cuda|triton|parameterized|expecttest|pytest-timeout)') > constraints.new
+	mv constraints.new constraints.txt
 
 clean:
-	rm -rf $(VENV) out build dist *.egg-info
+	rm -rf $(VENV) .versions out build dist *.egg-info

@@ -43,6 +43,7 @@ class Loaded:
 class LoadOptions:
     """How a model is opened. dtype: None or "auto" as stored. attn: sdpa, eager, flash_attention_2 ...; None as the model
     says. device_map: places the parts of a large model, in place of `device`. processor: arguments of the processor.
+    random_weights: build the model from its config; its weights are not read.
     """
 
     device: str | torch.device = "cpu"
@@ -52,6 +53,7 @@ class LoadOptions:
     revision: str | None = None
     trust_remote_code: bool = False
     processor: Mapping[str, Any] = field(default_factory=dict)
+    random_weights: bool = False
 
 
 def check_device(name: str) -> torch.device:
@@ -120,7 +122,10 @@ def load(name: str, options: LoadOptions | None = None, video: bool = False) -> 
     try:
         processor: Any = AutoProcessor.from_pretrained(name, **common, **options.processor)
         given = {key: value for key, value in more.items() if value is not None}
-        model = auto.from_pretrained(name, dtype=dtype or "auto", **common, **given)
+        if options.random_weights:
+            model = _random(auto, name, dtype, common)
+        else:
+            model = auto.from_pretrained(name, dtype=dtype or "auto", **common, **given)
         model = model if options.device_map is not None else model.to(options.device)
     except ImportError as error:
         if "torchvision" in str(error).lower():
@@ -137,6 +142,17 @@ def load(name: str, options: LoadOptions | None = None, video: bool = False) -> 
     if getattr(processor, "tokenizer", None) is not None:
         processor.tokenizer.padding_side = "left"
     return Loaded(model.eval(), processor)
+
+
+def _random(auto: Any, name: str, dtype: torch.dtype | None, common: Mapping[str, Any]) -> Any:
+    """A model with random weights, the same at every call, in float32 unless a dtype is asked for."""
+    import torch
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(name, **common)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return auto.from_config(config, dtype=dtype or torch.float32)
 
 
 def _load_demo(options: LoadOptions, dtype: torch.dtype | None, video: bool) -> Loaded:

@@ -77,6 +77,7 @@ def direct(limit: int, **pruning: Any) -> list[bool]:
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="reads pyproject.toml with tomllib")
 def test_the_entry_point_of_the_package_registers_both_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     import tomllib
+
     from lmms_eval.models import registry_v2
 
     data = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from tokprune.cli.demo import demo
+from tokprune.cli.doctor import doctor
 from tokprune.cli.eval import evaluate
 from tokprune.cli.heatmap import heatmap
 from tokprune.cli.methods import methods
@@ -23,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (demo, methods, run, show, heatmap, profile, plan, plots):
+for command in (demo, methods, run, show, heatmap, profile, plan, plots, doctor):
     app.command()(command)
 app.command("eval")(evaluate)
 

@@ -3,11 +3,28 @@
 tiny = tokprune.testing.build("qwen2_5_vl")
 inputs = tiny.inputs([["What is on ", ("image", picture(60, 40)), "?"]])
 tiny.model.generate(**inputs, max_new_tokens=4)
+
+And a proof that pruning is exact on any model: `self_test(model, prompts(model, processor))`, a list of checks.
 """
 
 from __future__ import annotations
 
+from tokprune.testing.doctor import Diagnosis, diagnose
 from tokprune.testing.media import clip, picture
+from tokprune.testing.self_test import Check, prompts, self_test
 from tokprune.testing.tiny import FAMILIES, Part, Spec, TinyVLM, build
 
-__all__ = ["FAMILIES", "Part", "Spec", "TinyVLM", "build", "clip", "picture"]
+__all__ = [
+    "FAMILIES",
+    "Check",
+    "Diagnosis",
+    "Part",
+    "Spec",
+    "TinyVLM",
+    "build",
+    "clip",
+    "diagnose",
+    "picture",
+    "prompts",
+    "self_test",
+]

@@ -1,0 +1,87 @@
+"""`tokprune doctor`: whether this installation, and a given model, work."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tokprune.testing.doctor import Diagnosis, Package
+
+MARKS = {True: "[green]ok[/]", False: "[red]failed[/]", None: "[yellow]not tested[/]"}
+
+
+def doctor(
+    model: Annotated[
+        str | None, typer.Option(help="Test pruning on this model: a hub id, a folder, or demo, the embedded one.")
+    ] = None,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="Build --model from its config, without reading its weights.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Check versions, devices and optional parts, and with --model prove in seconds that pruning is exact on it."""
+    from tokprune.errors import OptionError
+    from tokprune.testing.doctor import diagnose
+
+    if random_weights and model in (None, "demo"):
+        raise OptionError("--random-weights builds a --model from its config: give a hub id or a folder.")
+    told = diagnose(model, _test(model, random_weights, device) if model is not None else ())
+    if as_json:
+        typer.echo(json.dumps(told.as_dict(), indent=1))
+    else:
+        _print(told)
+    if not told.ok:
+        raise typer.Exit(1)
+
+
+def _test(name: str, random_weights: bool, device: str) -> tuple[Any, ...]:
+    from tokprune.loading import LoadOptions, check_device, load
+    from tokprune.testing.self_test import prompts, self_test
+
+    loaded = load(name, LoadOptions(device=check_device(device), random_weights=random_weights))
+    return tuple(self_test(loaded.model, prompts(loaded.model, loaded.processor)))
+
+
+def _print(told: Diagnosis) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+
+    console = Console(soft_wrap=True)
+    console.print(f"[bold]tokprune {told.tokprune}[/], Python {told.python}")
+    for package in told.packages:
+        console.print(f"  {_line(package)}")
+    console.print("[bold]devices[/] " + escape(", ".join(told.devices)))
+    console.print("[bold]optional parts[/]")
+    for extra in told.extras:
+        parts = ", ".join(_line(package) for package in extra.packages)
+        wanting = any(package.ok is None for package in extra.packages)
+        console.print(f"  {extra.name}: {parts}" + (f" -> {escape(extra.install)}" if wanting else ""))
+    for note in told.notes:
+        console.print(f"[yellow]{escape(note)}[/]")
+    if told.model is not None:
+        _print_checks(console, told)
+
+
+def _print_checks(console: Console, told: Diagnosis) -> None:
+    from rich.markup import escape
+
+    console.print(f"[bold]self-test of {escape(str(told.model))}[/]")
+    for check in told.checks:
+        figures = "" if check.apart is None else f"  (apart {check.apart:.2g}, allowed {check.allowed:.2g})"
+        detail = f": {escape(check.detail)}" if check.detail else ""
+        console.print(f"  {MARKS[check.ok]} {escape(check.name)}{figures}{detail}")
+
+
+def _line(package: Package) -> str:
+    from rich.markup import escape
+
+    if package.version is None:
+        return f"[yellow]{package.name} missing[/]" if package.ok is None else f"[red]{package.name} missing[/]"
+    name = f"{package.name} {escape(package.version)}"
+    return name if package.ok else f"[red]{name}, tested: {escape(package.range)}[/]"
