@@ -68,7 +68,7 @@ def shifted_levels(entropies: Sequence[Tensor], thresholds: Tensor, grid: tuple[
     `target` patches are left.
     """
     batch = len(entropies[0])
-    entropies = [e + TIE * torch.arange(e[0].numel(), device=e.device).view_as(e[0]) for e in entropies]
+    entropies = [e + TIE * torch.arange(e[0].numel(), dtype=e.dtype, device=e.device).view_as(e[0]) for e in entropies]
     low = thresholds.new_full((batch, 1), -20.0)  # no patch is below: all stay small
     high = thresholds.new_full((batch, 1), 20.0)
     for _ in range(STEPS):
@@ -162,7 +162,7 @@ class APT(EncoderMethod):
         assign = (alone.cumsum(1) - 1).gather(1, leader)
         level = levels.flatten(1)
         body = self.tokens(block, levels, assign, width, rows)
-        size = torch.where(real, 4.0 ** level.gather(1, rows), 0.0)
+        size = torch.where(real, 4.0 ** level.gather(1, rows).to(picture.dtype), 0.0)
         head = torch.arange(prefix, device=rows.device).expand(len(rows), -1)
         return Reduction(
             torch.cat([block.x[:, :prefix], body * real[..., None].to(body.dtype)], 1),
