@@ -80,7 +80,7 @@ def checked_table(rows: list[dict[str, Any]]) -> list[str]:
         return []
     lines = ["| checked against | official code | what agrees | what differs |", "|---|---|---|---|"]
     for name, c in checked:
-        link = f"[{c['repository']}](https://github.com/{c['repository']})" if c["repository"] else "none public"
+        link = f"[{c['repository']}](https://github.com/{c['repository']})" if c["repository"] else "none found"
         agrees, differs = (c[side].replace("|", r"\|") for side in ("agrees", "differs"))
         lines.append(f"| `{name}` | {link} | {agrees} | {differs} |")
     return [*lines, ""]

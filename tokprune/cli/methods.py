@@ -112,7 +112,7 @@ def explain(name: str, as_json: bool) -> None:
         console.print("[bold]signals[/] " + ", ".join(r["needs"]))
     if r["checked"]:
         c = r["checked"]
-        console.print(f"[bold]checked against[/] {c['repository'] or 'no public code'}")
+        console.print(f"[bold]checked against[/] {c['repository'] or 'no public code found'}")
         for label in ("agrees", "differs"):
             if c[label]:
                 console.print(f"  {label}: {escape(c[label])}")

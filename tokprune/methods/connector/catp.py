@@ -14,7 +14,7 @@ from tokprune.methods.options import option
 from tokprune.methods.question import word_embeddings
 from tokprune.ops.coverage import greedy_coverage_gains
 from tokprune.ops.distance import cosine_similarity
-from tokprune.registry import register_method
+from tokprune.registry import Checked, register_method
 from tokprune.tokens import Selection, VisualTokens
 
 
@@ -52,6 +52,7 @@ def pooled_budgets(gains: Sequence[Tensor], total: int) -> list[int]:
     url="https://arxiv.org/abs/2508.07871",
     complexity="O(N²(D + K))",
     query_aware=True,
+    checked=Checked("", differs="written after the paper; its stage in the LLM"),
 )
 @dataclass(frozen=True)
 class CATP(ConnectorMethod):

@@ -15,7 +15,7 @@ from tokprune.methods.options import Compat, option
 from tokprune.methods.question import CLIP_SIGNALS, Relevance, question_relevance
 from tokprune.ops.distance import cosine_similarity
 from tokprune.ops.dpp import greedy_map
-from tokprune.registry import register_method
+from tokprune.registry import Checked, register_method
 from tokprune.tokens import Selection, VisualTokens
 
 
@@ -48,6 +48,11 @@ def cdpruner(features: Tensor, weight: Tensor, keep: int) -> Tensor:
     url="https://arxiv.org/abs/2506.10967",
     complexity="O(N²D + K²N)",
     query_aware=True,
+    checked=Checked(
+        "Theia-4869/CDPruner",
+        agrees='the order of choice on random and clustered features, single pictures and batches of tiles (relevance="clip", sign=-1)',
+        differs='tiles compete by default (compat="published": each on its own); more tokens than the kernel has rank; equal relevance everywhere',
+    ),
 )
 @dataclass(frozen=True)
 class CDPruner(ConnectorMethod):

@@ -12,7 +12,7 @@ from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
 from tokprune.methods.options import option
 from tokprune.ops.distance import unit
 from tokprune.ops.wide import wide
-from tokprune.registry import register_method
+from tokprune.registry import Checked, register_method
 from tokprune.tokens import Selection, VisualTokens
 
 
@@ -44,6 +44,11 @@ def least_similar(features: Tensor, pivots: Tensor, counts: Sequence[int], candi
     year=2025,
     url="https://arxiv.org/abs/2502.11494",
     complexity="O(PND)",
+    checked=Checked(
+        "ZichenWen1/DART",
+        agrees="the rule of duplication, fed with its pivots in its order",
+        differs="it runs inside the LLM on keys and text pivots; here in front of it, with an exact count and pivots by falling norm",
+    ),
 )
 @dataclass(frozen=True)
 class Dart(ConnectorMethod):

@@ -12,7 +12,7 @@ from tokprune.methods.base import ScoreMethod
 from tokprune.ops.ranking import top_indices
 from tokprune.ops.topk import grouped_top
 from tokprune.ops.wide import wide
-from tokprune.registry import register_method
+from tokprune.registry import Checked, register_method
 from tokprune.tokens import VisualTokens
 
 
@@ -31,6 +31,11 @@ def fastervlm(cls_attention: Tensor, keep: int) -> Tensor:
     year=2024,
     url="https://arxiv.org/abs/2412.01818v1",
     complexity="O(N log N)",
+    checked=Checked(
+        "Theia-4869/FasterVLM",
+        agrees="kept tokens, single pictures and batches of tiles",
+        differs="padding, which competes there",
+    ),
 )
 @dataclass(frozen=True)
 class FasterVLM(ScoreMethod):

@@ -14,7 +14,7 @@ from tokprune.methods.options import Block, Compat, option
 from tokprune.ops.ranking import top_by_tier, top_indices
 from tokprune.ops.stacks import stacks
 from tokprune.ops.wide import wide
-from tokprune.registry import register_method
+from tokprune.registry import Checked, register_method
 from tokprune.tokens import Selection, VisualTokens
 
 
@@ -71,13 +71,20 @@ def hiprune(
     year=2025,
     url="https://arxiv.org/abs/2508.00553",
     complexity="O(N log N)",
+    checked=Checked(
+        "Danielement321/HiPrune",
+        agrees='kept tokens with compat="published", anchors at borders included, pictures and tiles',
+        differs="neighbours that wrap or are clamped (compat); column sums of its Qwen2.5-VL code",
+    ),
+    presets={"qwen2_5_vl": {"object_layer": 15, "deep_layer": 31}},
 )
 @dataclass(frozen=True)
 class HiPrune(ConnectorMethod):
     """HiPrune (2025): a middle layer shows objects, a deep layer gathers the whole picture; keep tokens of both.
 
     alpha: share of the budget for anchors with their neighbours (0.1 in the scripts). object_layer: a block of the vision tower,
-    as relative depth; 0.348 is block 8 of CLIP-L's 24 (number 9 in the paper). deep_layer: -2 is its block 22. Scores are
+    as relative depth; 0.348 is block 8 of CLIP-L's 24 (number 9 in the paper); preset="qwen2_5_vl" reads blocks 15 and 31 of
+    Qwen2.5-VL's 32, both of which attend to the whole picture. deep_layer: -2 is its block 22. Scores are
     the attention that a token receives, mean over heads and queries, so a tower without [CLS] will do. Tiles and frames
     get equal budgets, as published.
 

@@ -16,7 +16,7 @@ from tokprune.ops.ranking import top_in_groups
 from tokprune.ops.regions import check_canvas, region_sums
 from tokprune.ops.shares import share_out
 from tokprune.ops.wide import wide
-from tokprune.registry import register_method
+from tokprune.registry import Checked, register_method
 from tokprune.tokens import Layout, VisualTokens
 
 
@@ -70,12 +70,18 @@ def hired_published_budgets(early: Tensor, tiles: int, keep: int, alpha: float =
     year=2025,
     url="https://arxiv.org/abs/2408.10945",
     complexity="O(N log N)",
+    checked=Checked(
+        "hasanar1f/HiRED",
+        agrees='masks and budgets with compat="published", tiled and single pictures',
+        differs="bands for regions, hits for attention mass, lost truncation (compat); padding chosen and dropped; packing of swapped canvases",
+    ),
 )
 @dataclass(frozen=True)
 class HiRED(ScoreMethod):
     """HiRED (AAAI 2025): budgets over tiles from block `init_layer`'s [CLS] row of the thumbnail, picks by the late row.
 
-    alpha: the thumbnail's share (0.5 in the paper, section 4.3). init_layer: block of the vision tower (0, the first).
+    alpha: the thumbnail's share, 0.5 in the paper (section 4.3) and in the authors' scripts; their code's own default is 1.0,
+    the thumbnail alone. init_layer: block of the vision tower (0, the first).
     Without tiles it is the top of the late row. Frames of a video, and tiles without a thumbnail, have no map that says
     how much each is worth: they share equally.
 

@@ -15,7 +15,7 @@ from tokprune.ops.ranking import rank_in_group, ranks, top_by_tier, top_in_group
 from tokprune.ops.shares import share_out
 from tokprune.ops.stacks import stacks
 from tokprune.ops.wide import wide
-from tokprune.registry import register_method
+from tokprune.registry import Checked, register_method
 from tokprune.tokens import Selection, VisualTokens
 
 
@@ -101,6 +101,11 @@ def holov_published(features: Tensor, attention: Tensor, keep: int, crops: int =
     year=2025,
     url="https://arxiv.org/abs/2510.02912",
     complexity="O(N²D / P)",
+    checked=Checked(
+        "obananas/HoloV",
+        agrees='allocation and picks with compat="published", even and uneven crops',
+        differs="slots that it fills with zero vectors go to the best tokens left",
+    ),
 )
 @dataclass(frozen=True)
 class HoloV(ConnectorMethod):

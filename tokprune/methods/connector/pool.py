@@ -11,7 +11,7 @@ from tokprune.budget import share
 from tokprune.methods.base import ConnectorMethod, check_keep
 from tokprune.methods.options import option
 from tokprune.ops.cells import centres, even_cells, even_runs, middles
-from tokprune.registry import register_method
+from tokprune.registry import Checked, register_method
 from tokprune.tokens import Merge, Selection, VisualTokens
 
 
@@ -22,6 +22,11 @@ from tokprune.tokens import Merge, Selection, VisualTokens
     url="https://arxiv.org/abs/2406.20092",
     complexity="O(ND)",
     merges=True,
+    checked=Checked(
+        "Beckschen/LLaVolta",
+        agrees="means and positions for strides that divide the picture",
+        differs="positions above 2,048, which it averages in float16; the tail that no window fills",
+    ),
 )
 @dataclass(frozen=True)
 class Pool(ConnectorMethod):

@@ -15,7 +15,7 @@ from tokprune.ops.iqr import upper_outliers
 from tokprune.ops.neighbours import neighbour_rows
 from tokprune.ops.stacks import stacks
 from tokprune.ops.wide import wide
-from tokprune.registry import register_method
+from tokprune.registry import Checked, register_method
 from tokprune.tokens import Merge, Selection, VisualTokens
 
 
@@ -56,6 +56,11 @@ def prumerge_rows(
     complexity="O(KNC)",
     merges=True,
     adaptive=True,
+    checked=Checked(
+        "42Shawn/LLaVA-PruMerge",
+        agrees='kept tokens, merge weights and the pooled token with compat="published"',
+        differs="the count, which is the image's there; merging behind the projector; fewer than 33 tokens",
+    ),
 )
 @dataclass(frozen=True)
 class PruMerge(ConnectorMethod):

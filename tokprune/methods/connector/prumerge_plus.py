@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tokprune.methods.connector.prumerge import PruMerge, prumerge_count
 from tokprune.ops.ranking import ranks, true_indices
-from tokprune.registry import register_method
+from tokprune.registry import Checked, register_method
 
 
 def fill_evenly(taken: Tensor, missing: Tensor) -> Tensor:
@@ -41,6 +41,11 @@ def fill_strided(taken: Tensor, missing: Tensor, keep: int) -> Tensor:
     complexity="O(KNC)",
     merges=True,
     adaptive=True,
+    checked=Checked(
+        "42Shawn/LLaVA-PruMerge",
+        agrees="the count rule and merging",
+        differs="an exact budget, and samples that reach over the whole picture",
+    ),
 )
 @dataclass(frozen=True)
 class PruMergePlus(PruMerge):

@@ -138,6 +138,7 @@ def prunesid(features: Tensor, attention: Tensor | None, keep: int, seed: int = 
         agrees="the kept patches of both forms (LLaVA, Qwen2-VL) behind the same seed: groups, survivors and budgets",
         differs="the [CLS] slot; its random draws, which are not seeded",
     ),
+    presets={"qwen2_vl": {"importance": "loading"}},
 )
 @dataclass(frozen=True)
 class PruneSID(ConnectorMethod):

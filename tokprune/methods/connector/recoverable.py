@@ -14,7 +14,7 @@ from tokprune.ops.distance import unit
 from tokprune.ops.outliers import outliers
 from tokprune.ops.ranking import rank_in_group, top_by_tier
 from tokprune.ops.wide import wide
-from tokprune.registry import register_method
+from tokprune.registry import Checked, register_method
 from tokprune.tokens import Merge, Selection, VisualTokens
 
 
@@ -58,6 +58,11 @@ def recoverable(
     complexity="O(KNC)",
     query_aware=True,
     merges=True,
+    checked=Checked(
+        "banjiuyufen/Recoverable-Compression",
+        agrees='visual outliers and tokens recovered by the text with compat="published"',
+        differs="the merging stage, which reads keys at wrong places there; the text vector of the last padded position",
+    ),
 )
 @dataclass(frozen=True)
 class Recoverable(ConnectorMethod):
@@ -74,8 +79,9 @@ class Recoverable(ConnectorMethod):
 
     Differences of the published code, whose counts compat="published" keeps: it counts outliers at the low end as well (here
     only those above the median), and adds neighbours to a token without normalising (here a weighted mean). Its merging
-    stage overwrites the number of tokens, so that it mostly finds no centres, and reads keys at wrong places; its
-    text vector is that of the last padded position. These are not reproduced.
+    stage multiplies its share of centres by the number of tokens already kept instead of all, which leaves few of them on
+    photographs and often none on random features, and reads keys at wrong places; its text vector is that of the last
+    padded position. These are not reproduced.
     """
 
     relevance: Relevance = "embeddings"

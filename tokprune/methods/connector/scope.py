@@ -15,7 +15,7 @@ from tokprune.ops.coverage import greedy_coverage
 from tokprune.ops.distance import cosine_similarity
 from tokprune.ops.stacks import stacks
 from tokprune.ops.wide import wide
-from tokprune.registry import register_method
+from tokprune.registry import Checked, register_method
 from tokprune.tokens import Selection, VisualTokens
 
 
@@ -35,6 +35,11 @@ def scope(features: Tensor, attention: Tensor, keep: int, alpha: float = 1.0) ->
     year=2025,
     url="https://arxiv.org/abs/2510.24214",
     complexity="O(N²C + KN²)",
+    checked=Checked(
+        "kinredon/SCOPE",
+        agrees="the order of choice, single pictures and batches",
+        differs="shares of tiles are exact here, rounded down there; its additive variant",
+    ),
 )
 @dataclass(frozen=True)
 class Scope(ConnectorMethod):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tokprune.methods.base import ScoreMethod, check_finite, top
 from tokprune.ops.distance import cosine_similarity
-from tokprune.registry import register_method
+from tokprune.registry import Checked, register_method
 from tokprune.tokens import VisualTokens
 
 
@@ -33,6 +33,11 @@ def textmonkey(features: Tensor, keep: int) -> Tensor:
     year=2024,
     url="https://arxiv.org/abs/2403.04473",
     complexity="O(N²D)",
+    checked=Checked(
+        "Yuliang-Liu/Monkey",
+        agrees="kept tokens of the similarity filter",
+        differs="the trained resampler that follows",
+    ),
 )
 @dataclass(frozen=True)
 class TextMonkey(ScoreMethod):

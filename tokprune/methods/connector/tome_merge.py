@@ -12,7 +12,7 @@ from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
 from tokprune.methods.options import option
 from tokprune.ops.bipartite import bipartite_matching, cap, merge_weighted
 from tokprune.ops.wide import wide
-from tokprune.registry import register_method
+from tokprune.registry import Checked, register_method
 from tokprune.tokens import Merge, Selection, VisualTokens
 
 
@@ -44,6 +44,11 @@ def tome_merge(features: Tensor, keep: int, share: float = 0.25) -> tuple[Tensor
     url="https://arxiv.org/abs/2210.09461",
     complexity="O(N²D)",
     merges=True,
+    checked=Checked(
+        "facebookresearch/ToMe",
+        agrees="one round of bipartite matching",
+        differs="the official code merges inside the tower, by keys",
+    ),
 )
 @dataclass(frozen=True)
 class ToMeMerge(ConnectorMethod):

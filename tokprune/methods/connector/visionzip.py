@@ -16,7 +16,7 @@ from tokprune.ops.nearest import nearest_target
 from tokprune.ops.ranking import true_indices
 from tokprune.ops.stacks import stacks
 from tokprune.ops.wide import wide
-from tokprune.registry import register_method
+from tokprune.registry import Checked, register_method
 from tokprune.tokens import Merge, Selection, VisualTokens
 
 
@@ -61,12 +61,18 @@ def visionzip_plan(
     url="https://arxiv.org/abs/2412.04467",
     complexity="O(N log N + NKd)",
     merges=True,
+    checked=Checked(
+        "dvlab-research/VisionZip",
+        agrees='dominant tokens, context tokens and their order on a canvas with compat="published"',
+        differs="the [CLS] slot; merging behind the projector",
+    ),
 )
 @dataclass(frozen=True)
 class VisionZip(ConnectorMethod):
     """VisionZip (CVPR 2025): dominant tokens by [CLS] attention, the rest merged into contextual tokens by key similarity.
 
-    contextual_share: share of the budget that goes to context tokens; 10/64 is the published 54 + 10, 108 + 20, 162 + 30.
+    contextual_share: share of the budget that goes to context tokens; 10/64 is the published 54 + 10, 108 + 20, 162 + 30
+    (the code's own default is 191 + 30).
     Tiles and frames get equal budgets, as published. A context token sits at the position of its target.
 
     What differs from the published code:

@@ -14,7 +14,7 @@ from tokprune.methods.options import option
 from tokprune.ops.distance import cosine_similarity
 from tokprune.ops.stacks import stacks
 from tokprune.ops.wide import wide
-from tokprune.registry import register_method
+from tokprune.registry import Checked, register_method
 from tokprune.tokens import Selection, VisualTokens
 
 
@@ -51,6 +51,11 @@ def vispruner(features: Tensor, attention: Tensor, keep: int, important_ratio: f
     year=2025,
     url="https://arxiv.org/abs/2412.01818",
     complexity="O(N²C + (N - K)N²)",
+    checked=Checked(
+        "Theia-4869/VisPruner",
+        agrees="kept tokens wherever it runs",
+        differs="odd numbers of residual tokens, at which it stops with an error",
+    ),
 )
 @dataclass(frozen=True)
 class VisPruner(ConnectorMethod):

@@ -14,7 +14,7 @@ from tokprune.ops.nearest import nearest_target
 from tokprune.ops.ranking import rank_in_group, top_by_tier
 from tokprune.ops.stacks import stacks
 from tokprune.ops.wide import wide
-from tokprune.registry import register_method
+from tokprune.registry import Checked, register_method
 from tokprune.tokens import Merge, Selection, VisualTokens
 
 
@@ -53,6 +53,11 @@ def vscan_merge(features: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     url="https://arxiv.org/abs/2505.22654",
     complexity="O(NKD)",
     merges=True,
+    checked=Checked(
+        "Tencent/SelfEvolvingAgent",
+        agrees="kept and averaged tokens of stage 1, pictures and tiles",
+        differs="what it loses by rounding down goes to other windows; the stage in the LLM",
+    ),
 )
 @dataclass(frozen=True)
 class VScan(ConnectorMethod):

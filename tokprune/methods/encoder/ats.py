@@ -10,7 +10,7 @@ from torch import Tensor
 from tokprune.errors import OptionError
 from tokprune.methods.encoder_base import BlockView, EncoderMethod, Reduction, at_depths
 from tokprune.methods.options import Block, Compat, option
-from tokprune.registry import register_method
+from tokprune.registry import Checked, register_method
 
 
 def significance(cls_attention: Tensor, value_norm: Tensor) -> Tensor:
@@ -60,6 +60,11 @@ def inverse_transform_sample(scores: Tensor, samples: int, real: Tensor | None =
     url="https://arxiv.org/abs/2111.15667",
     complexity="O(NK)",
     adaptive=True,
+    checked=Checked(
+        "adaptivetokensampling/ATS",
+        agrees='the sampler and chains of two blocks with compat="published"',
+        differs="padding rows do not count; budgets other than the token count, at which its code fails",
+    ),
 )
 @dataclass(frozen=True)
 class ATS(EncoderMethod):

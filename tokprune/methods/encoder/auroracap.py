@@ -9,7 +9,7 @@ from tokprune.errors import OptionError
 from tokprune.methods.encoder_base import BlockView, EncoderMethod, Reduction, even_steps
 from tokprune.methods.options import Compat, option
 from tokprune.ops.bipartite import bipartite_matching
-from tokprune.registry import register_method
+from tokprune.registry import Checked, register_method
 
 
 @register_method(
@@ -19,6 +19,11 @@ from tokprune.registry import register_method
     url="https://arxiv.org/abs/2410.03051",
     complexity="O(LN²d)",
     merges=True,
+    checked=Checked(
+        "rese1f/aurora",
+        agrees='counts per block and the attention that sizes do not change with compat="published"',
+        differs="exact counts and attention weighted by size otherwise; SigLIP's first patch, which it throws away",
+    ),
 )
 @dataclass(frozen=True)
 class AuroraCap(EncoderMethod):

@@ -16,7 +16,7 @@ from tokprune.errors import OptionError
 from tokprune.methods.base import top
 from tokprune.methods.encoder_base import BlockView, EncoderMethod, Place, Reduction, at_depths, geometric_counts
 from tokprune.methods.options import Block, option
-from tokprune.registry import register_method
+from tokprune.registry import Checked, register_method
 
 UNTRAINED = (
     "dynamicvit needs predictors that were trained with the model: random ones keep random patches. Train them (Predictor, gumbel_keep, "
@@ -109,6 +109,10 @@ def load_predictors(path: str) -> tuple[Predictor, ...]:
     year=2021,
     url="https://arxiv.org/abs/2106.02034",
     complexity="O(NC²)",
+    checked=Checked(
+        "raoyongming/DynamicViT",
+        differs="the predictors' form and the kept counts follow it; its weights were not at hand",
+    ),
 )
 @dataclass(frozen=True)
 class DynamicViT(EncoderMethod):

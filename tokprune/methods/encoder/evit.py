@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokprune.methods.encoder_base import BlockView, EncoderMethod, Reduction, at_depths, geometric_counts
 from tokprune.methods.options import Block, Compat, option
-from tokprune.registry import register_method
+from tokprune.registry import Checked, register_method
 
 
 def attentive(cls_attention: Tensor, keep: int) -> tuple[Tensor, Tensor]:
@@ -40,6 +40,11 @@ def inattentive_token(x: Tensor, cls_attention: Tensor, dropped: Tensor) -> Tens
     url="https://arxiv.org/abs/2202.07800",
     complexity="O(NC)",
     merges=True,
+    checked=Checked(
+        "youweiliang/evit",
+        agrees="blocks and a whole model, with and without the fused token",
+        differs='kept patches stay in raster order (compat="published": best first)',
+    ),
 )
 @dataclass(frozen=True)
 class EViT(EncoderMethod):

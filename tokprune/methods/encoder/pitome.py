@@ -13,7 +13,7 @@ from tokprune.methods.options import option
 from tokprune.ops.bipartite import Matching
 from tokprune.ops.distance import unit
 from tokprune.ops.energy import energy
-from tokprune.registry import register_method
+from tokprune.registry import Checked, register_method
 
 
 @torch.no_grad()
@@ -63,6 +63,10 @@ def energy_matching(metric: Tensor, r: int, margin: float, prefix: int = 0, bipa
     url="https://arxiv.org/abs/2405.16148",
     complexity="O(LN²d)",
     merges=True,
+    checked=Checked(
+        "hchautran/PiToMe",
+        agrees="energies, merged tokens and sizes of both variants",
+    ),
 )
 @dataclass(frozen=True)
 class PiToMe(EncoderMethod):

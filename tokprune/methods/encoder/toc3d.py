@@ -12,7 +12,7 @@ from tokprune.errors import OptionError
 from tokprune.methods.base import top
 from tokprune.methods.encoder_base import BlockView, Cut, EncoderMethod, Place, Reduction, at_depths
 from tokprune.methods.options import Block, option
-from tokprune.registry import register_method
+from tokprune.registry import Checked, register_method
 
 
 def representative(x: Tensor, scores: Tensor, others: Tensor) -> Tensor:
@@ -29,6 +29,10 @@ def representative(x: Tensor, scores: Tensor, others: Tensor) -> Tensor:
     year=2024,
     url="https://arxiv.org/abs/2409.00633",
     complexity="O(NC)",
+    checked=Checked(
+        "DYZhang09/ToC3D",
+        differs="scores by object queries, windows and its three stages; the router follows the paper",
+    ),
 )
 @dataclass(frozen=True)
 class ToC3D(EncoderMethod):
@@ -40,6 +44,11 @@ class ToC3D(EncoderMethod):
     others has moved as the representative has. The paper scores by object queries of earlier frames, learned with boxes;
     a VLM has none, so here the attention from [CLS] ranks, or what patches receive where there is no [CLS]. The tower's
     output has full length, so the connector and the LLM see all tokens.
+
+    The paper routes in three stages from block 6 of 24 on, each of which ranks all patches anew and computes another share
+    of them (0.7, 0.5, 0.5 in its "fast" models, 0.5, 0.4, 0.3 in its "faster" ones), window by window; here one stage
+    computes the same patches to the end. Its code weighs the representative by log-probabilities, so that the least
+    salient patches weigh most; here by the score.
     """
 
     keep: float = option(0.5, above=0, high=1)

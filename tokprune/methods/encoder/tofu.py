@@ -12,7 +12,7 @@ from tokprune.methods.encoder.tome import merge_schedule
 from tokprune.methods.encoder_base import BlockView, EncoderMethod, Reduction, even_steps
 from tokprune.methods.options import Block, option
 from tokprune.ops.bipartite import Matching, bipartite_matching, merge, merge_weighted
-from tokprune.registry import register_method
+from tokprune.registry import Checked, register_method
 
 
 def norm_merge(
@@ -43,6 +43,10 @@ def norm_merge(
     url="https://arxiv.org/abs/2312.01026",
     complexity="O(LN²d)",
     merges=True,
+    checked=Checked(
+        "",
+        differs="no official code; the copy in hchautran/PiToMe divides by another norm and switches one block later",
+    ),
 )
 @dataclass(frozen=True)
 class ToFu(EncoderMethod):

@@ -13,7 +13,7 @@ from tokprune.methods.encoder_base import BlockView, EncoderMethod, Reduction, e
 from tokprune.methods.options import Compat, Seed, option
 from tokprune.ops.bipartite import Matching, bipartite_matching
 from tokprune.ops.partners import kth_matching, random_matching
-from tokprune.registry import register_method
+from tokprune.registry import Checked, register_method
 
 
 def merge_schedule(r: int | Sequence[int], depth: int, inflection: float = 0.0, exact: bool = True) -> tuple[int, ...]:
@@ -46,6 +46,11 @@ def merge_schedule(r: int | Sequence[int], depth: int, inflection: float = 0.0, 
     url="https://arxiv.org/abs/2210.09461",
     complexity="O(LN²d)",
     merges=True,
+    checked=Checked(
+        "facebookresearch/ToMe",
+        agrees="matching, merging, schedules; logits, sizes and sources of four timm ViTs end to end",
+        differs="LayerScale, query and key norms and register tokens, which its patch drops",
+    ),
 )
 @dataclass(frozen=True)
 class ToMe(EncoderMethod):

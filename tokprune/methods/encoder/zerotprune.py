@@ -13,7 +13,7 @@ from tokprune.methods.encoder_base import BlockView, EncoderMethod, Place, Reduc
 from tokprune.methods.options import Block, option
 from tokprune.ops.distance import unit
 from tokprune.ops.pagerank import head_consensus, weighted_page_rank
-from tokprune.registry import register_method
+from tokprune.registry import Checked, register_method
 
 
 def similar_half(importance: Tensor, metric: Tensor, drop: int) -> Tensor:
@@ -53,6 +53,10 @@ def importance(attention: Tensor, rounds: int, cls_rows: int, low: float | None,
     year=2024,
     url="https://arxiv.org/abs/2305.17328",
     complexity="O(TN² + N²d)",
+    checked=Checked(
+        "",
+        differs="no official code of the method; importance agrees with that of the authors' earlier Hongjiew/Transformer_pruning, the rest follows the paper",
+    ),
 )
 @dataclass(frozen=True)
 class ZeroTPrune(EncoderMethod):
