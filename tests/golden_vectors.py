@@ -6,6 +6,10 @@
     def test_golden(case: GoldenCase) -> None:
         assert ours(case["hidden_states"], case.number("contextual")) ...
 
+A test must read every array of its case, so that none that returns early or forgets an output passes: arrays that it has no use
+for are named with the reason, `@claims("visionzip", unused={"seed*": "the inputs are stored"})`. A further test of the same
+vectors that looks at a part of them says so, `@claims("visionzip", part="the choice alone")`; one of them must see it all.
+
 `claims("visionzip")` takes every `visionzip.npz` and `visionzip_*.npz` under the folder TOKPRUNE_GOLDEN (default: golden/
 beside this file), searched recursively. It may stand above several tests. Files and cases that are dropped in are run
 without a change here; a prefix without a file in the default folder, or a file without a case, fails. When two prefixes fit a file, the longer
@@ -15,11 +19,12 @@ claimed one gets it. `unclaimed()` lists the files that no test claims.
 from __future__ import annotations
 
 import ast
+import fnmatch
 import functools
 import os
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +53,13 @@ class GoldenCase:
     path: Path
     name: str = ""
     prefix: str = ""
+    others: tuple[str, ...] = ()  # prefixes of the file's other cases, where this one is what belongs to none of them
+    read: set[str] = field(default_factory=set, compare=False, repr=False)  # full names of arrays that were looked at
 
     def keys(self) -> list[str]:
         """Names of the case's own arrays, without the case's prefix."""
-        return [key[len(self.prefix) :] for key in _keys(self.path) if key.startswith(self.prefix)]
+        own = [key for key in _keys(self.path) if key.startswith(self.prefix)]
+        return [key[len(self.prefix) :] for key in own if not key.startswith(self.others or ("\0",))]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.keys())
@@ -64,6 +72,7 @@ class GoldenCase:
         present = _keys(self.path)
         for full in (self.prefix + key, key):
             if full in present:
+                self.read.add(full)
                 with np.load(self.path, allow_pickle=False) as file:
                     return np.asarray(file[full])
         raise KeyError(f"{self} has no array {key!r}; it has {', '.join(self.keys())}")
@@ -89,6 +98,26 @@ def _keys(path: Path) -> tuple[str, ...]:
 def files() -> tuple[Path, ...]:
     """All vector files, in a fixed order."""
     return tuple(sorted(folder().rglob("*.npz")))
+
+
+@functools.cache
+def partial() -> tuple[str, ...]:
+    """Prefixes that are claimed in part alone, read from the source of the tests."""
+    whole: dict[str, bool] = {}
+    for prefix, call in _claims():
+        complete = not any(keyword.arg == "part" for keyword in call.keywords)
+        whole[prefix] = whole.get(prefix, False) or complete
+    return tuple(sorted(prefix for prefix, complete in whole.items() if not complete))
+
+
+def _claims() -> Iterator[tuple[str, ast.Call]]:
+    for source in sorted(TESTS.rglob("test_*.py")):
+        text = source.read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(text)) if "claims(" in text else ():
+            if isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) == "claims":
+                for argument in node.args:
+                    if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
+                        yield argument.value, node
 
 
 @functools.cache
@@ -130,18 +159,22 @@ def cases_of(path: Path, anchor: str | tuple[str, ...] | None = None) -> list[Go
     """The cases inside a file.
 
     anchor: name of an array that every case has, or several of which each case has one. Keys are then read as `anchor` (the
-    file is one case), `case/anchor` or `case_anchor`. Without an anchor the file is one case.
+    file is one case), `case/anchor` or `case_anchor`; a file with both has its named cases, and one of what belongs to none of
+    them. Without an anchor the file is one case.
     """
     anchors = (anchor,) if isinstance(anchor, str) else anchor or ()
     keys = _keys(path)
     separator = "/" if any("/" in key for key in keys) else "_"
-    if not anchors or set(anchors) & set(keys):
+    if not anchors:
         return [GoldenCase(path)]
     names = [key[: -len(separator + a)] for a in anchors for key in keys if key.endswith(separator + a)]
     names = sorted(set(names), key=names.index)
     # `a_lv_feat` is an array of case `a`, not the anchor `feat` of a case `a_lv`.
     names = [n for n in names if not any(n != other and n.startswith(other + separator) for other in names)]
-    return [GoldenCase(path, name, name + separator) for name in names]
+    found = [GoldenCase(path, name, name + separator) for name in names]
+    if set(anchors) & set(keys):
+        found.append(GoldenCase(path, others=tuple(name + separator for name in names)))
+    return found
 
 
 def find(prefix: str, anchor: str | tuple[str, ...] | None = None) -> Iterator[GoldenCase | str]:
@@ -162,10 +195,30 @@ def find(prefix: str, anchor: str | tuple[str, ...] | None = None) -> Iterator[G
         yield from cases
 
 
+# Arrays that no test reads. How narrow the closest decision was when the vector was made; and what others say as well, which
+# tests/test_golden.py holds true.
+MARGINS = ("min_margin", "min_rel_margin")
+REPEATED = {"mask": "kept_sorted", "kept_idx_sorted": "kept_idx_topk_order"}
+
+
+def left_unread(case: GoldenCase, unused: Mapping[str, str]) -> list[str]:
+    """Arrays of a case that a test has not looked at and does not name as unused."""
+    ignored = {key for key in case for pattern in (*unused, *MARGINS) if fnmatch.fnmatchcase(key, pattern)}
+    ignored |= {key for key, other in REPEATED.items() if case.prefix + other in case.read}
+    return sorted(key for key in case if case.prefix + key not in case.read and key not in ignored)
+
+
 def claims(
-    *prefixes: str, anchor: str | tuple[str, ...] | None = None
+    *prefixes: str,
+    anchor: str | tuple[str, ...] | None = None,
+    unused: Mapping[str, str] | None = None,
+    part: str = "",
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorator: run the test once per case of these prefixes, as its argument `case`. The prefixes must be literals."""
+    """Decorator: run the test once per case of these prefixes, as its argument `case`. The prefixes must be literals.
+
+    unused: names (or patterns) of arrays that the test does not read, and why; any other that it leaves unread fails it.
+    part: which part of the arrays this test is about, for one beside another test that reads them all.
+    """
     found = [case for prefix in prefixes for case in find(prefix, anchor)]
     ids = [str(c) if isinstance(c, GoldenCase) else "missing-" + re.sub(r"\W+", "-", prefixes[0]) for c in found]
 
@@ -174,7 +227,16 @@ def claims(
         def run(case: GoldenCase | str, **fixtures: Any) -> None:
             if isinstance(case, str):
                 pytest.fail(case)
+            case.read.clear()
             test(case=case, **fixtures)
+            left = left_unread(case, unused or {})
+            if part and not case.read:
+                pytest.fail(f"{case}: the test read nothing of it.")
+            if left and not part:
+                pytest.fail(
+                    f"{case} holds arrays that the test did not read: {', '.join(left)}. Compare with them, or say why not: "
+                    f"@claims(..., unused={{{left[0]!r}: 'the reason'}})"
+                )
 
         return pytest.mark.parametrize("case", found, ids=ids)(run)
 

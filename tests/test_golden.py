@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from tests import golden_vectors
-from tests.golden_vectors import GoldenCase, cases_of, claimed, claims, files, fits, unclaimed
+from tests.golden_vectors import GoldenCase, cases_of, claimed, claims, files, fits, partial, unclaimed
 
 # Vectors that lie in the folder ahead of the stage that will claim them. Take a name out when its test exists.
 PLANNED: frozenset[str] = frozenset(
@@ -28,6 +29,21 @@ PLANNED: frozenset[str] = frozenset(
 def test_every_vector_is_claimed() -> None:
     left = unclaimed(PLANNED)
     assert not left, f"no test claims these golden vectors (write @claims(<prefix>) above one): {left}"
+
+
+def test_one_test_of_every_vector_reads_all_of_it() -> None:
+    assert not partial(), f"no test without `part` claims {partial()}"
+
+
+def test_what_is_stored_twice_says_the_same() -> None:
+    for path in files():
+        for case in cases_of(path):
+            if "mask" in case and "kept_sorted" in case:
+                mask, kept = case["mask"].bool(), case["kept_sorted"]
+                rows = zip(mask.view(-1, mask.shape[-1]), kept.view(-1, kept.shape[-1]), strict=True)
+                assert all(torch.equal(m.nonzero()[:, 0], k) for m, k in rows), case
+            if "kept_idx_sorted" in case and "kept_idx_topk_order" in case:
+                assert torch.equal(case["kept_idx_sorted"], case["kept_idx_topk_order"].sort().values), case
 
 
 def test_there_are_vectors() -> None:
@@ -109,12 +125,60 @@ def test_new_files_and_cases_are_run(vectors: Path) -> None:
     np.savez(vectors / "toy_c.npz", **{"c0/features": np.full(2, 4.0), "c0/x_features": np.zeros(1), "w/k": np.ones(1)})
     seen = []
 
-    @claims(*["toy"], anchor="features")
+    @claims(*["toy"], anchor="features", unused={"*_features": "not the anchor"})
     def test(case: GoldenCase) -> None:
         seen.append((case.path.stem, case.name, case["features"][0].item()))
 
     assert run_all(test) == 4
     assert sorted(seen) == [("toy_a", "", 1.0), ("toy_b", "a", 2.0), ("toy_b", "b", 3.0), ("toy_c", "c0", 4.0)]
+
+
+def test_arrays_that_a_test_leaves_unread_fail_it(vectors: Path) -> None:
+    arrays = {"features": np.zeros(2), "kept_sorted": np.ones(1), "seed": np.int64(3), "min_margin": np.float64(0.1)}
+    np.savez(vectors / "toy_a.npz", **arrays)
+
+    @claims(*["toy"], anchor="features", unused={"se*": "the inputs are stored"})
+    def returns_early(case: GoldenCase) -> None:
+        assert case["features"].shape == (2,)
+
+    @claims(*["toy"], anchor="features", unused={"se*": "the inputs are stored"})
+    def compares(case: GoldenCase) -> None:
+        assert case["features"].shape != case["kept_sorted"].shape
+
+    @claims(*["toy"], anchor="features", part="the features")
+    def a_part(case: GoldenCase) -> None:
+        assert case["features"].shape == (2,)
+
+    @claims(*["toy"], anchor="features", part="nothing at all")
+    def nothing(case: GoldenCase) -> None:
+        pass
+
+    with pytest.raises(pytest.fail.Exception, match="did not read: kept_sorted"):
+        run_all(returns_early)
+    with pytest.raises(pytest.fail.Exception, match="read nothing"):
+        run_all(nothing)
+    assert run_all(compares) == run_all(a_part) == 1
+
+
+def test_a_file_with_named_cases_and_arrays_of_its_own_has_all_of_them(vectors: Path) -> None:
+    """The arrays of no case are a case, and do not hide the others."""
+    np.savez(
+        vectors / "toy.npz",
+        a_features=np.zeros(1),
+        b_features=np.zeros(2),
+        labels_in=np.zeros(3),
+        labels_out=np.ones(3),
+    )
+    seen = []
+
+    @claims(*["toy"], anchor=("features", "labels_in"))
+    def test(case: GoldenCase) -> None:
+        seen.append((case.name, *sorted(case)))
+        for key in case:
+            assert case[key].numel()
+
+    assert run_all(test) == 3
+    assert seen == [("a", "features"), ("b", "features"), ("", "labels_in", "labels_out")]
 
 
 def test_an_unclaimed_file_is_listed(vectors: Path) -> None:

@@ -125,7 +125,7 @@ def test_flowcut_without_dropping_scores_the_same() -> None:
 # The golden vectors, so that what is raced against is what was published.
 
 
-@claims("divprune", anchor="features")
+@claims("divprune", anchor="features", part="results of the published formulation")
 def test_divprune(case: GoldenCase) -> None:
     if "order" not in case:
         pytest.skip("the published choice repeats tokens here")
@@ -133,7 +133,7 @@ def test_divprune(case: GoldenCase) -> None:
     assert torch.equal(kept, case["order"].sort().values)
 
 
-@claims("hired", anchor="cls_attn_final")
+@claims("hired", anchor="cls_attn_final", part="results of the published formulation")
 def test_hired(case: GoldenCase) -> None:
     late = case["cls_attn_final"].sum(1)
     tiles, n = late.shape
@@ -145,12 +145,12 @@ def test_hired(case: GoldenCase) -> None:
     assert torch.equal(kept, case["mask"].flatten().nonzero()[:, 0])
 
 
-@claims("fastervlm", anchor="cls_attn")
+@claims("fastervlm", anchor="cls_attn", part="results of the published formulation")
 def test_fastervlm(case: GoldenCase) -> None:
     assert torch.equal(attention.fastervlm(case["cls_attn"], case.number("T")), case["kept_sorted"])
 
 
-@claims("visionzip", anchor="out_tokens")
+@claims("visionzip", anchor="out_tokens", part="results of the published formulation")
 def test_visionzip(case: GoldenCase) -> None:
     if "tile_tokens" in case:
         pytest.skip("reassembly of tiles: no choice in it")
@@ -160,39 +160,39 @@ def test_visionzip(case: GoldenCase) -> None:
     torch.testing.assert_close(out, case["out_tokens"], atol=1e-5, rtol=1e-5)
 
 
-@claims("vispruner", anchor="features")
+@claims("vispruner", anchor="features", part="results of the published formulation")
 def test_vispruner(case: GoldenCase) -> None:
     rows = case["cls_attn"].mean(1)
     kept = attention.vispruner(case["features"], rows, case.number("T"), case.number("important_ratio"))
     assert torch.equal(kept, case["kept_sorted"])
 
 
-@claims("cdpruner", anchor="features")
+@claims("cdpruner", anchor="features", part="results of the published formulation")
 def test_cdpruner(case: GoldenCase) -> None:
     kept = similarity.cdpruner(case["features"], case["image_embeds"], case["text_embeds"], case.number("T"))
     assert torch.equal(kept, case["kept_sorted"])
 
 
-@claims("scope", anchor="features")
+@claims("scope", anchor="features", part="results of the published formulation")
 def test_scope(case: GoldenCase) -> None:
     kept = similarity.scope(case["features"], case["cls_attn_headsum"], case.number("K"))
     assert torch.equal(kept, case["kept_sorted"])
 
 
-@claims("holov", anchor="features")
+@claims("holov", anchor="features", part="results of the published formulation")
 def test_holov(case: GoldenCase) -> None:
     kept = attention.holov(case["features"][0], case["cls_attn"][0], case.number("K"), case.number("num_crops"))
     assert torch.equal(kept, case["out_index_in_order"])
 
 
-@claims("hiprune", anchor="object_attn_colmean")
+@claims("hiprune", anchor="object_attn_colmean", part="results of the published formulation")
 def test_hiprune(case: GoldenCase) -> None:
     objects, deep = case["object_attn_colmean"][:, 1:], case["deep_attn_colmean"][:, 1:]
     keep, alpha = int(case.number("total_budget") / len(objects)), round(case.number("alpha"), 6)
     assert torch.equal(attention.hiprune(objects, deep, keep, alpha, case.number("grid")), case["kept_sorted"])
 
 
-@claims("prumerge", anchor="hidden_states")
+@claims("prumerge", anchor="hidden_states", part="results of the published formulation")
 def test_prumerge(case: GoldenCase) -> None:
     row = case["cls_attn"][0]
     count = merging.prumerge_count(row) if case.number("adaptive") else len(row) // 8
@@ -201,14 +201,14 @@ def test_prumerge(case: GoldenCase) -> None:
     torch.testing.assert_close(out, case["out_tokens"][0], atol=1e-5, rtol=1e-5)
 
 
-@claims("prumergeplus", anchor="hidden_states")
+@claims("prumergeplus", anchor="hidden_states", part="results of the published formulation")
 def test_prumerge_plus(case: GoldenCase) -> None:
     kept, out = merging.prumerge_plus(case["hidden_states"][0, 1:], case["cls_attn"][0], case["k"][0, 1:])
     assert torch.equal(kept, case["kept_order"])
     torch.testing.assert_close(out, case["out_tokens"][0], atol=1e-5, rtol=1e-5)
 
 
-@claims("dart_llava", "dart_qwen", anchor="hidden_norm")
+@claims("dart_llava", "dart_qwen", anchor="hidden_norm", part="results of the published formulation")
 def test_dart(case: GoldenCase) -> None:
     length, image, text = (case.number(name) for name in ("image_len", "pivot_image", "pivot_text"))
     most, reduction = case.number("max_trunc"), round(case.number("reduction_ratio"), 6)
@@ -218,14 +218,14 @@ def test_dart(case: GoldenCase) -> None:
     assert torch.equal(kept, case["retained_sorted"])
 
 
-@claims("mmtok", anchor="vision_proj")
+@claims("mmtok", anchor="vision_proj", part="results of the published formulation")
 def test_mmtok(case: GoldenCase) -> None:
     inputs = (case["vision_proj"], case["vision_clip"], case["text_embeds"], case.number("K"))
     kept = similarity.mmtok(*inputs, round(case.number("alpha"), 6), exclude=case["exclude"])
     assert torch.equal(kept, case["kept_sorted"])
 
 
-@claims("vscan", anchor="features")
+@claims("vscan", anchor="features", part="results of the published formulation")
 def test_vscan(case: GoldenCase) -> None:
     rows = zip(case["features"], case["cls_attn_shallow"], case["cls_attn_deep"], strict=True)
     for inputs, expected, tokens in zip(rows, case["kept_sorted"], case["out_tokens"], strict=True):
@@ -234,7 +234,7 @@ def test_vscan(case: GoldenCase) -> None:
         torch.testing.assert_close(out, tokens, atol=1e-4, rtol=1e-4)
 
 
-@claims("globalcom2", anchor="base_cls_attn")
+@claims("globalcom2", anchor="base_cls_attn", part="results of the published formulation")
 def test_globalcom2(case: GoldenCase) -> None:
     across, down = case["grid_wh"].tolist()
     newline = torch.full((case["features"].shape[-1],), case.number("newline_value"))
@@ -253,19 +253,19 @@ def test_globalcom2(case: GoldenCase) -> None:
     assert torch.equal(out, case["out_tokens"])
 
 
-@claims("textmonkey", anchor="features")
+@claims("textmonkey", anchor="features", part="results of the published formulation")
 def test_textmonkey(case: GoldenCase) -> None:
     assert torch.equal(similarity.textmonkey(case["features"], case.number("r")), case["kept_sorted"])
 
 
-@claims("recoverable", anchor="hidden_states")
+@claims("recoverable", anchor="hidden_states", part="results of the published formulation")
 def test_recoverable(case: GoldenCase) -> None:
     visual, text = merging.recoverable(case["cls_attn"][0], case["text_similarity"][0])
     assert set(visual.nonzero()[:, 0].tolist()) == set(case["kept_visual"].flatten().tolist())
     assert set(text.nonzero()[:, 0].tolist()) == set(case["kept_text"].flatten().tolist())
 
 
-@claims("llavolta", anchor=("features", "hidden"))
+@claims("llavolta", anchor=("features", "hidden"), part="results of the published formulation")
 def test_pool(case: GoldenCase) -> None:
     if "hidden" in case:
         pytest.skip("the same pooling inside the LLM")

@@ -13,7 +13,7 @@ from tokprune.methods.encoder.evit import attentive
 close = torch.testing.assert_close
 
 
-@claims("evit_block", anchor="cls_attn")
+@claims("evit_block", anchor="cls_attn", part="the choice inside the block")
 def test_evit_choice(case: GoldenCase) -> None:
     attention = case["cls_attn"]
     n, (_, share, _, tokens) = attention.shape[1], case["cfg"].tolist()
@@ -25,11 +25,15 @@ def test_evit_choice(case: GoldenCase) -> None:
         assert torch.equal(dropped, case["complement"])
 
 
-@claims("ats_sampler", anchor="attn")
+STEPS = "a step of the published sampler; ours comes to the same tokens another way"
+
+
+@claims("ats_sampler", anchor="attn", unused={"normalized_cdf": STEPS, "ys": STEPS, "sampler": STEPS})
 def test_ats_sampling(case: GoldenCase) -> None:
     attention, v = case["attn"], case["v"]
     scores = significance(attention[:, :, 0, 1:], v[:, :, 1:].square().sum((1, 3)).sqrt())
     close(scores.sort(-1).values, case["sorted_scores"], atol=1e-6, rtol=1e-6)
+    close(scores.gather(-1, case["sorted_indices"]), case["sorted_scores"], atol=1e-6, rtol=1e-6)
     patches, hit = inverse_transform_sample(scores, int(case.number("n_ref")))
     x = case["raw_x"]
     rows = x[:, 1:].gather(1, patches[..., None].expand(-1, -1, x.shape[2])) * hit[..., None]
@@ -38,6 +42,9 @@ def test_ats_sampling(case: GoldenCase) -> None:
         assert torch.equal(count, case["policy"].sum((1, 2)).long())
     close(expected[:, 1 : rows.shape[1] + 1], rows)
     close(expected[:, 0], x[:, 0])
+    index = patches[:, None, :, None].expand(-1, attention.shape[1], -1, attention.shape[3])
+    rows = attention[:, :, 1:].gather(2, index) * hit[:, None, :, None]
+    close(case["attn_selected"][:, :, 1 : rows.shape[2] + 1], rows)
 
 
 def test_ats_padding_does_not_count() -> None:

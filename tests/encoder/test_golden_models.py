@@ -77,7 +77,7 @@ def test_tome_on_timm(case: GoldenCase) -> None:
     )
 
 
-@claims("evit_model", anchor="logits")
+@claims("evit_model", anchor="logits", unused={"idx*": "which tokens stay shows in the outputs of the blocks"})
 def test_evit_on_timm(case: GoldenCase) -> None:
     model = vit(case, "w/")
     rates = case["keep_rate"].tolist()
@@ -115,7 +115,18 @@ def blocks_model(case: GoldenCase, weights: list[str], heads: int, eps: float) -
     return model.eval()
 
 
-@claims("evit_block", anchor="cls_attn")
+INSIDE = "test_evit_ats_functions compares what happens inside the block"
+
+
+@claims(
+    "evit_block",
+    anchor="cls_attn",
+    unused={
+        **dict.fromkeys(("cls_attn", "idx", "complement", "left_tokens"), INSIDE),
+        "attn_out": "y follows from it",
+        "n_tokens": "the published model's own account of its counts; y has them",
+    },
+)
 def test_evit_block(case: GoldenCase) -> None:
     heads, keep, fuse, tokens = case["cfg"].tolist()
     model = blocks_model(case, ["w/"], int(heads), 1e-5)

@@ -21,7 +21,7 @@ def test_golden(case: GoldenCase) -> None:
     assert torch.equal(order.sort(-1).values, case["kept_sorted"])
 
 
-@claims("cdpruner", anchor="features")
+@claims("cdpruner", anchor="features", part="the method's choice")
 def test_golden_through_select(case: GoldenCase) -> None:
     tiles, n, _ = case["features"].shape
     tokens = VisualTokens(

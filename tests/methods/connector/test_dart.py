@@ -28,7 +28,7 @@ def test_golden(case: GoldenCase) -> None:
     assert torch.equal(kept, case["retained_sorted"])
 
 
-@claims("dart_llava", "dart_qwen", anchor="hidden_norm")
+@claims("dart_llava", "dart_qwen", anchor="hidden_norm", part="the order of visit")
 def test_own_order_of_visit_is_image_then_text_by_norm(case: GoldenCase) -> None:
     hidden, keys = case["hidden_norm"][0], case["keys"][0]
     start, length = case.number("image_start"), case.number("image_len")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from tests.golden_vectors import GoldenCase, claims
+from tokprune.budget import kept
 from tokprune.methods.connector.divprune import DivPrune, divprune
 from tokprune.tokens import Layout, VisualTokens
 
@@ -14,6 +15,7 @@ def test_golden(case: GoldenCase) -> None:
     features = case["features"]
     if "order_upstream" in case:  # documents the published defect: repeated features are picked twice
         upstream = case["order_upstream"]
+        assert kept(len(features), case.number("ratio")) == len(upstream)
         order = divprune(features[None], len(upstream))[0]
         distinct = torch.unique(features, dim=0)
         assert len(set(upstream.tolist())) == len(distinct) < len(upstream)
@@ -22,10 +24,12 @@ def test_golden(case: GoldenCase) -> None:
         assert torch.unique(features[order[:fresh]], dim=0).shape[0] == fresh
         assert set(order[:fresh].tolist()) == set(upstream[:fresh].tolist())
         return
-    expected = case["order"] if "order" in case else case["kept_sorted"]
+    expected = case["kept_sorted"]
+    assert kept(len(features), case.number("ratio")) == len(expected)
     order = divprune(features[None], len(expected))[0]
+    assert torch.equal(order.sort().values, expected)
     if "order" in case:
-        assert torch.equal(order, expected)
+        assert torch.equal(order, case["order"])
     chosen = DivPrune().select(VisualTokens(features, Layout.line(len(features))), len(expected))
     assert torch.equal(chosen.indices, expected.sort().values)
 

@@ -20,6 +20,8 @@ def test_golden(case: GoldenCase) -> None:
     features, attention, frames = case["feat"].float(), case["attn"], case["global"]
     ratio, c, tau, share, stride, beta = case["params_ratio_c_tau_d_p_beta"].tolist()
     options = (ratio, int(c) - 1, tau, share, int(stride), beta)
+    cosine = torch.nn.functional.cosine_similarity(frames[1:], frames[:-1], dim=-1)
+    torch.testing.assert_close(cosine, case["sim"], atol=1e-5, rtol=1e-5)
     lengths = similar_runs(frames, int(c) - 1, tau)
     assert lengths == case["segments"].tolist()
     n = features.shape[1]

@@ -25,7 +25,6 @@ def test_golden(case: GoldenCase) -> None:
         ):
             found = framefusion_sparsity([share for share in done if share > 0], cost, int(layers))
             assert found == pytest.approx(expected, abs=1e-9)
-    if "hidden" not in case:
         return
     hidden, patch = case["hidden"], case["patch_type"]
     *_, threshold, cost = case["params_N_pre_T_sth_cost"].tolist()

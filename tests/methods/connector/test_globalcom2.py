@@ -82,7 +82,7 @@ def test_the_thumbnail_is_laid_over_the_picture_not_over_its_padding() -> None:
         torch.testing.assert_close(seen.view(rows, cols), resized[0, 0], atol=1e-5, rtol=1e-5)
 
 
-@claims("globalcom2", anchor="base_cls_attn")
+@claims("globalcom2", anchor="base_cls_attn", part="scores and their ranks")
 def test_the_method_ranks_as_published(case: GoldenCase) -> None:
     """Crop by crop the method's scores pick the published tokens, padding included, once each count is the published one."""
     across, down = case["grid_wh"].tolist()

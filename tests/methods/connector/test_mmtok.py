@@ -27,7 +27,7 @@ def test_golden(case: GoldenCase) -> None:
     assert torch.equal(order.sort().values, case["kept_sorted"])
 
 
-@claims("mmtok", anchor="vision_proj")
+@claims("mmtok", anchor="vision_proj", part="the method's choice")
 def test_golden_through_select(case: GoldenCase) -> None:
     if len(case["exclude"]):
         pytest.skip("a stream has no padding tokens to exclude")

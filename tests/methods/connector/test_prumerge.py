@@ -19,6 +19,7 @@ def test_golden(case: GoldenCase) -> None:
     torch.testing.assert_close(attention, case["cls_attn"], atol=1e-6, rtol=1e-4)
     n = attention.shape[1]
     count = int(prumerge_count(attention)) if case.number("adaptive") else n // 8
+    assert count / n == pytest.approx(case.number("ratio"), rel=1e-6)
     kept = best(attention, count)
     assert torch.equal(kept, case["kept_topk_order"])
     rows = prumerge_rows(attention, k[:, 1:], kept, compat="published")

@@ -21,6 +21,7 @@ def test_golden(case: GoldenCase) -> None:
     n = attention.shape[1]
     count = int(prumerge_count(attention))
     assert count == case.number("num_topk")
+    assert count / n == pytest.approx(case.number("ratio"), rel=1e-6)
     step = spatial_step(n, count)
     assert step == case.number("spatial_step")
     order = prumerge_plus_order(attention[0], count, step)

@@ -22,6 +22,7 @@ def test_golden(case: GoldenCase) -> None:
     assert set(text.nonzero()[:, 0].tolist()) == set(case["kept_text"].flatten().tolist())
     main = (visual | text).nonzero()[:, 0]
     assert torch.equal(main, case["kept_main_sorted"][0])
+    assert case["out_tokens"].shape[1] == case.number("num_out")
     torch.testing.assert_close(case["hidden_states"][0, 1:][main], case["out_tokens"][0, : len(main)])
 
 
