@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from tokprune import budget as budgets
 from tokprune.adapters.base import get_adapter, unwrap
 from tokprune.adapters.families import tiny_families
 from tokprune.adapters.seam import LastRun, Options, Seam
+from tokprune.budget import kept
 from tokprune.config import PruneConfig
 from tokprune.errors import OptionError, TokpruneError
 from tokprune.methods.base import ConnectorMethod, Method
@@ -49,7 +49,7 @@ class Pruning:
             self.encoder = EncoderPruning(model, encoder, *amount, processor=processor)
             encoder.check(self.encoder.tower.depth, amount != (None, None))
             method = AmongSurvivors() if connector is None else AmongSurvivors(connector)
-        keep_of = self._keep if connector is not None else lambda n: n
+        keep_of = self.config.count if connector is not None else lambda n: n
         frames = connector if isinstance(connector, PerFrame) else None
         self.cache: Any = None
         if stages.cache is not None:
@@ -73,16 +73,11 @@ class Pruning:
             raise
         self.model.__dict__[HANDLE] = self
 
-    def _keep(self, n: int) -> int:
-        if self.config.budget is not None:
-            return min(n, self.config.budget)
-        return budgets.kept(n, float(self.config.ratio or 1.0))
-
     def _keep_keys(self, method: CacheMethod, alone: bool) -> Callable[[int], int]:
         """Visual keys that a decode step uses of n: the ratio or budget is for the cache stage only where it stands alone."""
         if alone and (self.config.ratio is not None or self.config.budget is not None):
-            return self._keep
-        return functools.partial(budgets.kept, ratio=method.share)
+            return self.config.count
+        return functools.partial(kept, ratio=method.share)
 
     @property
     def last(self) -> LastRun | None:

@@ -1,9 +1,9 @@
-"""Who may keep how many tokens: the one counting rule, and exact ways to share a budget out."""
+"""How many visual tokens stay: the one counting rule, and exact ways to share a keep count out over tiles, frames, images."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 
 import torch
@@ -47,6 +47,13 @@ def kept(n: int, ratio: float) -> int:
     if n <= 0:
         return 0
     return min(n, max(1, math.floor(ratio * n * (1 + 1e-12) + 0.5)))
+
+
+def keep_count(n: int, ratio: float | None = None, budget: int | None = None) -> int:
+    """How many of `n` tokens a keep ratio or a budget of tokens leaves; all of them where neither is given."""
+    if budget is not None:
+        return min(n, budget)
+    return n if ratio is None else kept(n, ratio)
 
 
 def floor_of(n: int, share: float) -> int:
@@ -112,3 +119,151 @@ def counts(labels: Tensor, groups: int) -> list[int]:
     """Number of tokens in each group. labels: (N,) group numbers. One host synchronisation."""
     out: list[int] = torch.bincount(labels, minlength=groups).tolist()
     return out
+
+
+def equal_spaced(total: int, capacities: Sequence[int]) -> list[int]:
+    """As equal shares of `total` as the capacities allow, the odd units at even distances instead of all in front.
+
+    What `equal` hands out, but five tokens of a hundred frames come from five frames all over the video.
+    """
+    caps = list(capacities)
+    out = share(total, [1.0] * len(caps), caps)
+    level = max(out, default=0)
+    flexible = [i for i, cap in enumerate(caps) if cap >= level and out[i] >= level - 1]
+    ups, m = sum(out[i] == level for i in flexible), len(flexible)
+    for place, i in enumerate(flexible):
+        up = ((place + 1) * ups + m // 2) // m - (place * ups + m // 2) // m
+        out[i] = level - 1 + up
+    return out
+
+
+def weighted_shares(total: int, weights: Sequence[float], capacities: Sequence[int], minimum: int = 0) -> list[int]:
+    """Split `total` over frames in proportion to their weights, none above its capacity, with an exact sum.
+
+    Each frame first gets `minimum` tokens (or what it has, if that is less); where the total does not reach, the
+    heaviest frames get theirs first, ties to the earlier one. The rest is water-filled: what a full frame cannot take
+    flows to the others by weight; largest remainders decide the rounding. Weights that are NaN, infinite or negative
+    count as 0; all 0 as equal. O(T log T) for each frame that is filled up, which a few are.
+    """
+    caps = list(capacities)
+    weights = [w if math.isfinite(w) and w > 0 else 0.0 for w in weights]
+    if sum(weights) <= 0:
+        weights = [1.0] * len(caps)
+    base = [min(minimum, cap) for cap in caps]
+    if sum(base) > total:
+        left, out = total, [0] * len(caps)
+        for i in sorted(range(len(caps)), key=lambda i: -weights[i]):
+            out[i] = min(base[i], left)
+            left -= out[i]
+        return out
+    more = share(total - sum(base), weights, [cap - b for cap, b in zip(caps, base, strict=True)])
+    return [b + m for b, m in zip(base, more, strict=True)]
+
+
+def whole_frames(total: int, choose: Callable[[int], Sequence[int]], capacities: Sequence[int]) -> list[int]:
+    """As few whole frames as hold `total` tokens; the last one is cut so that the sum is exact.
+
+    choose: gives M different frames for every M from 1 to T, those that come first keep all their tokens.
+    """
+    caps = list(capacities)
+    count = max(1, -(-total // max(max(caps), 1)))
+    order = choose(count)
+    while sum(caps[i] for i in order) < total:  # frames of different sizes: it may take more of them
+        count += 1
+        order = choose(count)
+    out, left = [0] * len(caps), total
+    for i in order:
+        out[i] = min(caps[i], left)
+        left -= out[i]
+    return out
+
+
+def pooled_budgets(gains: Sequence[Tensor], total: int) -> list[int]:
+    """How many of the `total` largest gains belong to each image; the first one of each image always counts.
+
+    gains: one falling sequence per image, together at least `total` long, `total` at least the number of images. Ties go to
+    the earlier image. One host synchronisation.
+    """
+    first = [torch.cat([g.new_full((1,), torch.inf), g[1:]]) for g in gains]
+    owner = torch.cat([torch.full_like(g, i, dtype=torch.long) for i, g in enumerate(first)])
+    best = torch.sort(torch.cat(first), descending=True, stable=True).indices[:total]
+    counts: list[int] = torch.bincount(owner[best], minlength=len(gains)).tolist()
+    return counts
+
+
+def in_proportion(total: int | Tensor, sizes: Tensor, group: Tensor | None = None) -> Tensor:
+    """Shares of `total` in proportion to the sizes, none above its size, with an exact sum. sizes: (P,) long -> (P,) long.
+
+    The running sum is rounded, so that what rounding leaves over falls at even distances along the members: neighbours in
+    time make up for each other. total: at most the sum of the sizes. With group, (P,) ascending from 0, members share within
+    their group, and total is (groups,). On the device, without waiting for it.
+    """
+    group = torch.zeros_like(sizes) if group is None else group
+    totals = torch.as_tensor(total, device=sizes.device).reshape(-1)
+    whole = torch.zeros_like(totals).index_add(0, group, sizes)
+    upto = sizes.cumsum(0) - (whole.cumsum(0) - whole)[group]
+    whole = whole[group].clamp(min=1)
+    rounded = torch.div(2 * totals[group] * upto + whole, 2 * whole, rounding_mode="floor")
+    before = torch.cat([rounded.new_zeros(1), rounded[:-1]])
+    return rounded - before.masked_fill(group != torch.cat([group.new_full((1,), -1), group[:-1]]), 0)
+
+
+def share_out(total: int, weights: Tensor, capacities: Tensor) -> Tensor:
+    """Split `total` into whole numbers proportional to the weights, never above the capacities, with an exact sum.
+
+    weights: (B, P). capacities: (P,) long, sum at least `total`. Returns (B, P) long. The same rule as `share`:
+    largest remainders (ties: lower index), what a full member cannot take flows to the others in proportion, and weights
+    that are negative, NaN or all zero count as equal. On a CPU it is that function, elsewhere `share_on_device`.
+    """
+    if weights.device.type == "cpu":
+        caps = capacities.tolist()
+        return torch.tensor([share(total, row, caps) for row in weights.tolist()], dtype=torch.long)
+    return share_on_device(total, weights, capacities)
+
+
+def share_on_device(total: int, weights: Tensor, capacities: Tensor) -> Tensor:
+    """`share_out` by P rounds of element-wise work, without host synchronisation."""
+    usable = (torch.isfinite(weights) & (weights >= 0)).all(-1, keepdim=True) & (weights.sum(-1, keepdim=True) > 0)
+    weights = torch.where(usable, weights, 1.0)
+    out = torch.zeros_like(weights, dtype=torch.long)
+    caps = capacities.to(weights.device).expand_as(out)
+    for _ in range(weights.shape[-1]):  # each round fills at least one member, or none is full any more
+        wish, room = _wishes(total, weights, caps, out)
+        out = torch.where((room > 0) & (wish >= room), caps, out)
+    wish, room = _wishes(total, weights, caps, out)
+    whole = wish.floor().long()
+    rest = total - (out + whole).sum(-1, keepdim=True)
+    fraction = torch.where(room > 0, wish - whole, -1.0)
+    return out + whole + (_ranks(fraction) < rest).long()
+
+
+def _wishes(total: int, weights: Tensor, caps: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """What each member would get of the rest by its weight, and how much room it has."""
+    room = caps - out
+    left = total - out.sum(-1, keepdim=True)
+    active = torch.where(room > 0, weights, 0.0)
+    # Only members of weight zero have room: equal shares among them.
+    active = torch.where(active.sum(-1, keepdim=True) > 0, active, (room > 0).to(weights.dtype))
+    return left * active / active.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny), room
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """0 for the largest of each row, equal values by index. (..., P) -> (..., P) long."""
+    order = torch.sort(values, dim=-1, descending=True, stable=True).indices
+    return torch.empty_like(order).scatter(
+        -1, order, torch.arange(values.shape[-1], device=values.device).expand_as(order)
+    )
+
+
+def even_steps(total: int, steps: int) -> list[int]:
+    """`total` in `steps` whole numbers as equal as can be, the larger ones first."""
+    if steps < 1:
+        return []
+    quotient, rest = divmod(max(total, 0), steps)
+    return [quotient + (i < rest) for i in range(steps)]
+
+
+def geometric_counts(start: int, target: int, steps: int) -> list[int]:
+    """Rows left after each of `steps` reductions by the same share, from `start` to exactly `target`."""
+    target = min(target, start)
+    return [round(start * (target / start) ** ((i + 1) / steps)) if i + 1 < steps else target for i in range(steps)]

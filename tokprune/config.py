@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokprune.budget import check_budget, check_ratio
+from tokprune.budget import check_budget, check_ratio, keep_count
 from tokprune.errors import BudgetError, OptionError, unknown
 from tokprune.methods.base import Method
 from tokprune.registry import get_method
@@ -113,6 +113,10 @@ class PruneConfig:
         methods = tuple(get_method(m, **options) if isinstance(m, str) else m for m in given)
         question = tuple(query) if isinstance(query, list) else query
         return PruneConfig(methods, ratio, budget, positions, question)  # type: ignore[arg-type]
+
+    def count(self, n: int) -> int:
+        """How many of `n` visual tokens of an image or video stay; all where neither ratio nor budget is given."""
+        return keep_count(n, self.ratio, self.budget)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data with type and version."""

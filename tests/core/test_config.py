@@ -130,3 +130,9 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
             PruneConfig.load(path)
     with pytest.raises(OptionError, match=r"missing\.json"):
         PruneConfig.load(tmp_path / "missing.json")
+
+
+def test_one_place_turns_ratio_and_budget_into_a_count() -> None:
+    assert [PruneConfig.build("divprune", ratio=0.1).count(n) for n in (0, 1, 5, 14, 15, 576)] == [0, 1, 1, 1, 2, 58]
+    assert [PruneConfig.build("divprune", budget=64).count(n) for n in (0, 1, 63, 64, 576)] == [0, 1, 63, 64, 64]
+    assert PruneConfig.build("tome", r=2).count(576) == 576

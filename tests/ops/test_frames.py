@@ -7,7 +7,8 @@ import torch
 
 from tests.methods.connector.clips import uneven
 from tests.methods.streams import LAYOUTS
-from tokprune.ops.frames import earlier, frame_means, in_proportion, raster, similarity_to, spread
+from tokprune.budget import equal_spaced, in_proportion
+from tokprune.ops.frames import earlier, frame_means, raster, similarity_to
 
 
 def test_raster_of_full_frames_counts_through() -> None:
@@ -60,14 +61,14 @@ def test_frame_means() -> None:
 
 
 def test_spread_is_exact_and_even() -> None:
-    assert spread(3, [10] * 9) == [0, 1, 0, 0, 1, 0, 0, 1, 0]
-    assert spread(20, [10] * 9) == [2, 2, 3, 2, 2, 2, 3, 2, 2]
-    assert spread(7, [1, 5, 5]) == [1, 3, 3]
+    assert equal_spaced(3, [10] * 9) == [0, 1, 0, 0, 1, 0, 0, 1, 0]
+    assert equal_spaced(20, [10] * 9) == [2, 2, 3, 2, 2, 2, 3, 2, 2]
+    assert equal_spaced(7, [1, 5, 5]) == [1, 3, 3]
     g = torch.Generator().manual_seed(1)
     for _ in range(300):
         caps = torch.randint(0, 6, (7,), generator=g).tolist()
         total = int(torch.randint(0, sum(caps) + 1, (1,), generator=g))
-        shares = spread(total, caps)
+        shares = equal_spaced(total, caps)
         assert sum(shares) == total
         assert all(0 <= k <= cap for k, cap in zip(shares, caps, strict=True))
         free = [k for k, cap in zip(shares, caps, strict=True) if k < cap]

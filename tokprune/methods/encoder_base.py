@@ -230,20 +230,6 @@ class EncoderMethod(Method):
         raise OptionError(f"{type(self).__name__} does not implement reduce(block).")
 
 
-def even_steps(total: int, steps: int) -> list[int]:
-    """`total` in `steps` whole numbers as equal as can be, the larger ones first."""
-    if steps < 1:
-        return []
-    quotient, rest = divmod(max(total, 0), steps)
-    return [quotient + (i < rest) for i in range(steps)]
-
-
-def geometric_counts(start: int, target: int, steps: int) -> list[int]:
-    """Rows left after each of `steps` reductions by the same share, from `start` to exactly `target`."""
-    target = min(target, start)
-    return [round(start * (target / start) ** ((i + 1) / steps)) if i + 1 < steps else target for i in range(steps)]
-
-
 def at_depths(blocks: Sequence[int | float], depth: int) -> tuple[int, ...]:
     """0-based block numbers, ascending. Whole numbers stand for themselves, fractions in (0, 1) for a relative
     depth.

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from tokprune.budget import share
 from tokprune.ops.distance import unit
 from tokprune.tokens import Layout
 
@@ -57,36 +54,3 @@ def frame_means(features: Tensor, layout: Layout) -> Tensor:
     wide = features if features.dtype == torch.float64 else features.float()
     total = wide.new_zeros(layout.num_groups, wide.shape[1]).index_add(0, layout.group, wide)
     return total / torch.tensor(layout.group_sizes, device=wide.device).clamp(min=1)[:, None]
-
-
-def spread(total: int, capacities: Sequence[int]) -> list[int]:
-    """As equal shares of `total` as the capacities allow, the odd units at even distances instead of all in front.
-
-    What `budget.equal` hands out, but five tokens of a hundred frames come from five frames all over the video.
-    """
-    caps = list(capacities)
-    out = share(total, [1.0] * len(caps), caps)
-    level = max(out, default=0)
-    flexible = [i for i, cap in enumerate(caps) if cap >= level and out[i] >= level - 1]
-    ups, m = sum(out[i] == level for i in flexible), len(flexible)
-    for place, i in enumerate(flexible):
-        up = ((place + 1) * ups + m // 2) // m - (place * ups + m // 2) // m
-        out[i] = level - 1 + up
-    return out
-
-
-def in_proportion(total: int | Tensor, sizes: Tensor, group: Tensor | None = None) -> Tensor:
-    """Shares of `total` in proportion to the sizes, none above its size, with an exact sum. sizes: (P,) long -> (P,) long.
-
-    The running sum is rounded, so that what rounding leaves over falls at even distances along the members: neighbours in
-    time make up for each other. total: at most the sum of the sizes. With group, (P,) ascending from 0, members share within
-    their group, and total is (groups,). On the device, without waiting for it.
-    """
-    group = torch.zeros_like(sizes) if group is None else group
-    totals = torch.as_tensor(total, device=sizes.device).reshape(-1)
-    whole = torch.zeros_like(totals).index_add(0, group, sizes)
-    upto = sizes.cumsum(0) - (whole.cumsum(0) - whole)[group]
-    whole = whole[group].clamp(min=1)
-    rounded = torch.div(2 * totals[group] * upto + whole, 2 * whole, rounding_mode="floor")
-    before = torch.cat([rounded.new_zeros(1), rounded[:-1]])
-    return rounded - before.masked_fill(group != torch.cat([group.new_full((1,), -1), group[:-1]]), 0)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tokprune.ops.frames import in_proportion
+from tokprune.budget import in_proportion
 from tokprune.ops.ranking import true_indices
 from tokprune.ops.segments import numbers
 from tokprune.tokens import Merge, Selection

@@ -10,9 +10,30 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tokprune.ops.frame_budget import rectangle
-
 Line = Callable[[int, int, int], list[tuple[int, float]]]
+
+
+@lru_cache(maxsize=256)
+def rectangles(height: int, width: int) -> tuple[tuple[int, int], ...]:
+    """The sizes to which a grid may be resized: at most as high and as wide, and no more than twice as slim or as flat.
+
+    One for each number of tokens, the one whose form is nearest to the grid's (taller where two are). Ascending, as (h,
+    w).
+    """
+    best: dict[int, tuple[float, int, int]] = {}
+    for h in range(1, height + 1):
+        for w in range(1, width + 1):
+            tall, flat = h * width, w * height  # tall / flat = (h / w) / (height / width)
+            if max(tall, flat) <= 2 * min(tall, flat):
+                # Fractions a/b ≥ 1 compare exactly as floats of a few thousand do; taller (-h) wins among equals.
+                key = (max(tall, flat) / min(tall, flat), -h, w)
+                best[h * w] = min(best.get(h * w, key), key)
+    return tuple((-h, w) for _, (_, h, w) in sorted(best.items()))
+
+
+def rectangle(grid: tuple[int, int], count: int) -> tuple[int, int] | None:
+    """The rectangle of exactly `count` tokens to which a grid may be resized, or None if there is none."""
+    return next((s for s in rectangles(*grid) if s[0] * s[1] == count), None)
 
 
 class Resize(NamedTuple):
@@ -31,7 +52,7 @@ class Resize(NamedTuple):
 def line_lengths(grid: tuple[int, int], count: int) -> list[int]:
     """Tokens of each row when a grid is resized to `count` of them.
 
-    Where `count` is a rectangle that the grid allows (`frame_budget.rectangles`), that one; else rows whose lengths
+    Where `count` is a rectangle that the grid allows (`rectangles`), that one; else rows whose lengths
     differ by one, as many as keep the cells' form. Never more or longer rows than the grid has.
     """
     height, width = grid

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tokprune.budget import equal_spaced
 from tokprune.ops.distance import unit
-from tokprune.ops.frames import spread
 from tokprune.ops.keyframes import middles
 
 
@@ -80,7 +80,7 @@ def scenes(frames: Tensor, alpha: float = 0.5, most: int = 15, boundaries: int |
 def frames_of_scenes(lengths: Sequence[int], count: int) -> list[int]:
     """`count` different frames, as equally many of each scene as it has, evenly spaced in it. Ascending."""
     out, start = [], 0
-    for n, k in zip(lengths, spread(count, lengths), strict=True):
+    for n, k in zip(lengths, equal_spaced(count, lengths), strict=True):
         out += [start + i for i in middles(n, k)]
         start += n
     return out

@@ -8,13 +8,13 @@ That a larger LLM with fewer visual tokens can be the better use of the same tim
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 
+from tokprune.budget import kept
 from tokprune.errors import OptionError, unknown
 from tokprune.profiling import formulas
 from tokprune.profiling.build import build_meta, config_of, vision_calls
@@ -272,7 +272,7 @@ def plan(
         place.name,
         work,
         full,
-        tuple((r, costs.at(max(1, math.floor(r * n + 0.5)))) for r in ratios),
+        tuple((r, costs.at(kept(n, r))) for r in ratios),
         target,
         limit,
         connector,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tokprune.budget import pooled_budgets
 from tokprune.errors import MissingQueryError, OptionError
-from tokprune.methods.connector.catp import CATP, catp, pooled_budgets
+from tokprune.methods.connector.catp import CATP, catp
 from tokprune.tokens import Layout, Query, VisualTokens
 
 WORDS = torch.randn(3, 8, generator=torch.Generator().manual_seed(99))

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 
 from tests.methods.frames.clips import ragged, video
+from tokprune.budget import weighted_shares, whole_frames
 from tokprune.errors import OptionError
 from tokprune.methods.frames.fps_frames import FpsFrames
 from tokprune.methods.frames.uniform_frames import UniformFrames
-from tokprune.ops.frame_budget import weighted_shares, whole_frames
 from tokprune.video.sampling import RULES
 from tokprune.video.select import even_frames
 

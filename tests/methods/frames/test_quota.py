@@ -13,10 +13,18 @@ from tests.golden_vectors import GoldenCase, claims
 from tests.methods.frames.clips import video
 from tokprune.errors import OptionError
 from tokprune.methods.connector.divprune import DivPrune
-from tokprune.methods.frames.quota import Quota, published_shape, published_shares, quota_shares, scale_weights
+from tokprune.methods.frames.quota import (
+    Quota,
+    fit_rectangles,
+    published_shape,
+    published_shares,
+    quota_shares,
+    rectangular_shares,
+    scale_weights,
+)
 from tokprune.methods.frames.reduce import FrameReducer
 from tokprune.methods.frames_base import PerFrame
-from tokprune.ops.frame_budget import fit_rectangles, rectangle, rectangles, rectangular_shares
+from tokprune.ops.resize import rectangle, rectangles
 from tokprune.tokens import Layout, VisualTokens
 
 

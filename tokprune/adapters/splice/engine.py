@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tokprune.adapters.splice.intermediates import NAME, forward_intermediates
 from tokprune.adapters.splice.run import EncoderTrace, Run, State
 from tokprune.adapters.splice.tower import Tower
-from tokprune.budget import kept
+from tokprune.budget import keep_count
 from tokprune.errors import TokpruneError, UnsupportedModelError
 from tokprune.methods.encoder_base import EncoderMethod
 
@@ -93,9 +93,8 @@ class Splice:
 
     def target(self, patches: int) -> int | None:
         """Patch rows wanted in the end of `patches`, if a ratio or budget was given."""
-        if self.budget is not None:
-            return min(patches, self.budget)
-        return None if self.ratio is None else kept(patches, self.ratio)
+        given = self.ratio is not None or self.budget is not None
+        return keep_count(patches, self.ratio, self.budget) if given else None
 
     def full_length(self, index: int, x: Tensor) -> Tensor:
         """The output of block `index` of the current run at full length."""

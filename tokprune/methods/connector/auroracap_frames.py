@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tokprune.budget import equal_spaced
 from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
 from tokprune.methods.options import option
 from tokprune.ops.bipartite import bipartite_matching, cap, merge_weighted
-from tokprune.ops.frames import spread
 from tokprune.ops.pools import selection
 from tokprune.ops.stacks import stacks
 from tokprune.ops.wide import wide
@@ -70,7 +70,7 @@ class AuroraCapFrames(ConnectorMethod):
         sizes = tokens.layout.group_sizes
         target = torch.full((len(tokens),), -1, device=features.device)
         weight = torch.zeros(len(tokens), dtype=torch.float32, device=features.device)
-        for where, count, _ in stacks(sizes, spread(keep, sizes), features.device):
+        for where, count, _ in stacks(sizes, equal_spaced(keep, sizes), features.device):
             for rows in where.split(BLOCK):
                 rep, assign = auroracap_frames(features[rows], count, self.rounds)
                 members = torch.zeros_like(rep).scatter_add(1, assign, torch.ones_like(assign))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokprune.budget import ceil_of
+from tokprune.budget import ceil_of, pooled_budgets
 from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
 from tokprune.methods.options import option
 from tokprune.methods.question import word_embeddings
@@ -30,19 +30,6 @@ def catp(features: Tensor, text: Tensor, keep: int, relevance: float = 0.7) -> t
     meaning = cosine_similarity(features, text.to(similarity.dtype).mean(0, keepdim=True))[:, 0]  # (N,)
     order, gains = greedy_coverage_gains(similarity[None], keep, bonus=relevance * (1 + meaning[None]) / 2)
     return order[0], gains[0]
-
-
-def pooled_budgets(gains: Sequence[Tensor], total: int) -> list[int]:
-    """How many of the `total` largest gains belong to each image; the first one of each image always counts.
-
-    gains: one falling sequence per image, together at least `total` long, `total` at least the number of images. Ties go to
-    the earlier image. One host synchronisation.
-    """
-    first = [torch.cat([g.new_full((1,), torch.inf), g[1:]]) for g in gains]
-    owner = torch.cat([torch.full_like(g, i, dtype=torch.long) for i, g in enumerate(first)])
-    best = torch.sort(torch.cat(first), descending=True, stable=True).indices[:total]
-    counts: list[int] = torch.bincount(owner[best], minlength=len(gains)).tolist()
-    return counts
 
 
 @register_method(

@@ -9,14 +9,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokprune.budget import equal, floor_of
+from tokprune.budget import equal, equal_spaced, floor_of, in_proportion
 from tokprune.errors import OptionError
 from tokprune.methods.attended import attended, scene_lengths
 from tokprune.methods.base import ConnectorMethod
 from tokprune.methods.options import Compat, option
 from tokprune.ops.distance import unit
 from tokprune.ops.dpc import euclidean, peaks
-from tokprune.ops.frames import frame_means, in_proportion, raster, spread
+from tokprune.ops.frames import frame_means, raster
 from tokprune.ops.ranking import rank_in_group, ranks, true_indices
 from tokprune.registry import register_method
 from tokprune.tokens import Layout, Merge, Selection, VisualTokens
@@ -41,7 +41,7 @@ def fastvid_split(
     """
     places = anchors(len(sizes), stride)
     wanted = floor_of(budget, share) if even else int(share * budget)
-    salient = (spread if even else equal)(budget - wanted, sizes)
+    salient = (equal_spaced if even else equal)(budget - wanted, sizes)
     room = [sizes[t] - salient[t] for t in places]
     over = max(0, wanted - sum(room))
     others = [0 if t in set(places) else n - k for t, (n, k) in enumerate(zip(sizes, salient, strict=True))]

@@ -10,14 +10,14 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from tokprune.budget import ceil_of
+from tokprune.budget import ceil_of, equal_spaced, in_proportion
 from tokprune.errors import OptionError
 from tokprune.methods.attended import attended, scene_lengths
 from tokprune.methods.base import ConnectorMethod
 from tokprune.methods.options import Compat, option
 from tokprune.ops.distance import cosine_distance, cosine_similarity
 from tokprune.ops.dpc import dpc_knn
-from tokprune.ops.frames import frame_means, in_proportion, raster, spread
+from tokprune.ops.frames import frame_means, raster
 from tokprune.ops.maxmin import greedy_max_min
 from tokprune.ops.pools import selection
 from tokprune.ops.ranking import rank_in_group
@@ -166,7 +166,7 @@ def flashvid_parts(sizes: Sequence[int], lengths: Sequence[int], keep: int, alph
     own = [[next(frames) for _ in range(length)] for length in lengths]
     shares = in_proportion(keep, torch.tensor([sum(scene) for scene in own])).tolist()
     stay = [ceil_of(budget, alpha) for budget in shares]
-    diverse = [k for scene, count in zip(own, stay, strict=True) for k in spread(count, scene)]
+    diverse = [k for scene, count in zip(own, stay, strict=True) for k in equal_spaced(count, scene)]
     links = [sum(scene) - budget for scene, budget in zip(own, shares, strict=True)]
     return Parts(diverse, [budget - count for budget, count in zip(shares, stay, strict=True)], links)
 

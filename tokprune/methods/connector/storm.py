@@ -8,10 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tokprune.budget import equal_spaced
 from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
 from tokprune.methods.options import option
 from tokprune.ops.cells import centres, even_cells
-from tokprune.ops.frames import raster, spread
+from tokprune.ops.frames import raster
 from tokprune.registry import register_method
 from tokprune.tokens import Layout, Merge, Selection, VisualTokens
 
@@ -52,7 +53,7 @@ class Storm(ConnectorMethod):
         stride = self.stride if layout.kind == "video" else 1
         while sum(sizes[::stride]) < keep:
             stride -= 1
-        shares = iter(spread(keep, sizes[::stride]))
+        shares = iter(equal_spaced(keep, sizes[::stride]))
         budgets = [next(shares) if t % stride == 0 else 0 for t in range(frames)]
         cell = even_cells(layout, budgets)
         middle = centres(cell, keep, layout)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tokprune.budget import kept
+from tokprune.budget import even_steps, kept
 from tokprune.errors import OptionError
-from tokprune.methods.encoder_base import BlockView, EncoderMethod, Reduction, even_steps
+from tokprune.methods.encoder_base import BlockView, EncoderMethod, Reduction
 from tokprune.methods.options import Compat, option
 from tokprune.ops.bipartite import bipartite_matching
 from tokprune.registry import Checked, register_method

@@ -12,9 +12,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from tokprune.budget import geometric_counts
 from tokprune.errors import OptionError
 from tokprune.methods.base import top
-from tokprune.methods.encoder_base import BlockView, EncoderMethod, Place, Reduction, at_depths, geometric_counts
+from tokprune.methods.encoder_base import BlockView, EncoderMethod, Place, Reduction, at_depths
 from tokprune.methods.options import Block, option
 from tokprune.registry import Checked, register_method
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokprune.methods.encoder_base import BlockView, EncoderMethod, Reduction, at_depths, geometric_counts
+from tokprune.budget import geometric_counts
+from tokprune.methods.encoder_base import BlockView, EncoderMethod, Reduction, at_depths
 from tokprune.methods.options import Block, Compat, option
 from tokprune.registry import Checked, register_method
 

@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tokprune.methods.encoder_base import BlockView, EncoderMethod, Reduction, geometric_counts
+from tokprune.budget import geometric_counts
+from tokprune.methods.encoder_base import BlockView, EncoderMethod, Reduction
 from tokprune.methods.options import option
 from tokprune.ops.bipartite import Matching
 from tokprune.ops.distance import unit

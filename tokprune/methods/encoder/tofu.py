@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tokprune.budget import even_steps
 from tokprune.errors import OptionError
 from tokprune.methods.encoder.tome import merge_schedule
-from tokprune.methods.encoder_base import BlockView, EncoderMethod, Reduction, even_steps
+from tokprune.methods.encoder_base import BlockView, EncoderMethod, Reduction
 from tokprune.methods.options import Block, option
 from tokprune.ops.bipartite import Matching, bipartite_matching, merge, merge_weighted
 from tokprune.registry import Checked, register_method

@@ -8,8 +8,9 @@ from typing import Literal
 
 import torch
 
+from tokprune.budget import even_steps
 from tokprune.errors import OptionError
-from tokprune.methods.encoder_base import BlockView, EncoderMethod, Reduction, even_steps
+from tokprune.methods.encoder_base import BlockView, EncoderMethod, Reduction
 from tokprune.methods.options import Compat, Seed, option
 from tokprune.ops.bipartite import Matching, bipartite_matching
 from tokprune.ops.partners import kth_matching, random_matching

@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tokprune.budget import geometric_counts
 from tokprune.methods.base import top
-from tokprune.methods.encoder_base import BlockView, EncoderMethod, Place, Reduction, at_depths, geometric_counts
+from tokprune.methods.encoder_base import BlockView, EncoderMethod, Place, Reduction, at_depths
 from tokprune.methods.options import Block, option
 from tokprune.ops.distance import unit
 from tokprune.ops.pagerank import head_consensus, weighted_page_rank

@@ -7,10 +7,10 @@ from typing import Literal
 
 from torch import Tensor
 
+from tokprune.budget import whole_frames
 from tokprune.errors import OptionError
 from tokprune.methods.frames.questions import QuestionScored
 from tokprune.methods.options import Compat, option
-from tokprune.ops.frame_budget import whole_frames
 from tokprune.ops.frame_scores import finite
 from tokprune.ops.keyframes import aks, aks_published, best_first, cut
 from tokprune.registry import register_method

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tokprune.budget import equal_spaced
 from tokprune.methods.frames_base import FramesMethod
 from tokprune.methods.options import option
-from tokprune.ops.frames import spread
 from tokprune.registry import register_method
 from tokprune.tokens import VisualTokens
 from tokprune.video.select import frames_by_time
@@ -30,8 +30,8 @@ class FpsFrames(FramesMethod):
         times = tokens.layout.timestamps or tuple(float(i) for i in range(len(sizes)))
         on = set(frames_by_time(times, self.fps))
         first = [n if i in on else 0 for i, n in enumerate(sizes)]
-        out = spread(min(keep, sum(first)), first)
+        out = equal_spaced(min(keep, sum(first)), first)
         if sum(out) < keep:
-            rest = spread(keep - sum(out), [0 if i in on else n for i, n in enumerate(sizes)])
+            rest = equal_spaced(keep - sum(out), [0 if i in on else n for i, n in enumerate(sizes)])
             out = [a + b for a, b in zip(out, rest, strict=True)]
         return out

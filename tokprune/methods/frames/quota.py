@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
 from typing import Literal
 
 import numpy as np
 from torch import Tensor
 
+from tokprune.budget import weighted_shares
 from tokprune.errors import OptionError
 from tokprune.methods.base import ConnectorMethod
 from tokprune.methods.frames.questions import QuestionScored
 from tokprune.methods.frames.reduce import RECTANGULAR, FrameReducer
 from tokprune.methods.options import Compat, option
-from tokprune.ops.frame_budget import fit_rectangles, weighted_shares
+from tokprune.ops.resize import rectangles
 from tokprune.registry import register_method
 from tokprune.tokens import VisualTokens
 
@@ -73,6 +75,68 @@ def published_shape(count: int) -> tuple[int, int]:
     """Height and width of a resized frame of `count` tokens in the published code: (a + 1, a) or (a, a)."""
     side = math.isqrt(count)
     return (side + 1, side) if side * (side + 1) <= count else (side, side)
+
+
+def rectangular_shares(shares: Sequence[int], grids: Sequence[tuple[int, int]]) -> tuple[list[int], int]:
+    """Shares turned into numbers of tokens that form rectangles, and how many tokens are left over.
+
+    Each frame starts with the largest rectangle that its share holds. Then the frame that lacks most gets the next
+    larger one, as long as the step fits into what is left (ties: the smaller step, then the earlier frame).
+    """
+    sizes = [[h * w for h, w in rectangles(*grid)] for grid in grids]
+    level = [sum(1 for s in options if s <= share) for options, share in zip(sizes, shares, strict=True)]
+
+    def held(i: int) -> int:
+        return sizes[i][level[i] - 1] if level[i] else 0
+
+    area = [held(i) for i in range(len(shares))]
+    left = sum(shares) - sum(area)
+
+    def step(i: int) -> int:
+        return sizes[i][level[i]] - area[i]
+
+    waiting = [
+        (area[i] - share, step(i), i) for i, share in enumerate(shares) if share > 0 and level[i] < len(sizes[i])
+    ]
+    heapify(waiting)
+    while left and waiting:
+        _, more, i = heappop(waiting)
+        if more > left:  # it never will fit: what is left only shrinks
+            continue
+        level[i], area[i], left = level[i] + 1, area[i] + more, left - more
+        if level[i] < len(sizes[i]):
+            heappush(waiting, (area[i] - shares[i], step(i), i))
+    return area, left
+
+
+def fit_rectangles(
+    shares: Sequence[int], grids: Sequence[tuple[int, int]], capacities: Sequence[int], minimum: int = 0
+) -> list[int]:
+    """Shares turned into rectangles where they can be; what is left over goes to the frames that lack most.
+
+    capacities: tokens of each frame. The sum stays. A frame keeps its share as it is if it has holes, if its grid is so
+    long that a single token is not of its form, or if the largest rectangle within its share is below `minimum`.
+    """
+
+    def can(share: int, grid: tuple[int, int], tokens: int) -> bool:
+        if grid[0] * grid[1] != tokens or rectangles(*grid)[0] != (1, 1):
+            return False
+        return max((h * w for h, w in rectangles(*grid) if h * w <= share), default=0) >= min(minimum, share)
+
+    able = [i for i, facts in enumerate(zip(shares, grids, capacities, strict=True)) if can(*facts)]
+    area, left = rectangular_shares([shares[i] for i in able], [grids[i] for i in able])
+    out = list(shares)
+    lacking = []
+    for i, a in zip(able, area, strict=True):
+        out[i] = a
+        lacking.append((a - shares[i], i))
+    heapify(lacking)
+    while left:
+        short, i = heappop(lacking)
+        if out[i] < capacities[i]:
+            out[i], left = out[i] + 1, left - 1
+            heappush(lacking, (short + 1, i))
+    return out
 
 
 @register_method(

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Literal
 
+from tokprune.budget import equal_spaced, whole_frames
 from tokprune.methods.base import check_finite
 from tokprune.methods.frames_base import FramesMethod
 from tokprune.methods.options import option
-from tokprune.ops.frame_budget import whole_frames
-from tokprune.ops.frames import frame_means, spread
+from tokprune.ops.frames import frame_means
 from tokprune.ops.scenes import frames_of_scenes, scenes
 from tokprune.ops.wide import wide
 from tokprune.registry import register_method
@@ -54,5 +54,5 @@ class SceneTilling(FramesMethod):
         if self.spread == "frames":
             return whole_frames(keep, lambda count: frames_of_scenes(lengths, count), sizes)
         parts = [sizes[begin:end] for begin, end in pairwise([0, *accumulate(lengths)])]
-        shares = spread(keep, [sum(part) for part in parts])
-        return [k for share, part in zip(shares, parts, strict=True) for k in spread(share, part)]
+        shares = equal_spaced(keep, [sum(part) for part in parts])
+        return [k for share, part in zip(shares, parts, strict=True) for k in equal_spaced(share, part)]

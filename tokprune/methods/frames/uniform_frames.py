@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from tokprune.budget import equal_spaced, whole_frames
 from tokprune.methods.frames_base import FramesMethod
 from tokprune.methods.options import option
-from tokprune.ops.frame_budget import whole_frames
-from tokprune.ops.frames import spread
 from tokprune.registry import register_method
 from tokprune.tokens import VisualTokens
 from tokprune.video.sampling import RULES
@@ -33,5 +32,5 @@ class UniformFrames(FramesMethod):
         """Tokens that each frame may keep."""
         sizes = tokens.layout.group_sizes
         if self.spread == "tokens":
-            return spread(keep, sizes)
+            return equal_spaced(keep, sizes)
         return whole_frames(keep, lambda count: even_frames(len(sizes), count, self.rule), sizes)

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from tokprune.budget import whole_frames
 from tokprune.methods.base import check_finite
 from tokprune.methods.frames.questions import QuestionScored
 from tokprune.methods.options import option
-from tokprune.ops.frame_budget import whole_frames
 from tokprune.ops.frame_scores import finite
 from tokprune.ops.frames import frame_means
 from tokprune.ops.keyframes import best_first

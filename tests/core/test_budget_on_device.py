@@ -7,8 +7,7 @@ import random
 import pytest
 import torch
 
-from tokprune.budget import share
-from tokprune.ops.shares import share_on_device, share_out
+from tokprune.budget import share, share_on_device, share_out
 
 BOTH = pytest.mark.parametrize("split", [share_out, share_on_device])
 
