@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -154,6 +154,30 @@ class Wrapper(ConnectorMethod):
         if type(self).select is ConnectorMethod.select:
             return self.method.select_batch(batch, keeps)
         return super().select_batch(batch, keeps)
+
+
+def solve_alike(problems: Sequence[tuple[Sequence[Tensor], int]], solve: Callable[..., Tensor]) -> list[Tensor]:
+    """Solve selection problems, those of equal shapes and keep count in one call. Returns one (keep,) per problem, in order.
+
+    problems: the tensors of one problem, without a batch dimension, and its keep count. solve: the algorithm, from tensors
+    with a batch dimension and the keep count to (B, keep) indices.
+    """
+    alike: dict[tuple[object, ...], list[int]] = {}
+    for i, (tensors, keep) in enumerate(problems):
+        alike.setdefault((keep, *((x.shape, x.dtype, x.device) for x in tensors)), []).append(i)
+    out: dict[int, Tensor] = {}
+    for members in alike.values():
+        stacked = [torch.stack(same) for same in zip(*(problems[i][0] for i in members), strict=True)]
+        out.update(zip(members, solve(*stacked, problems[members[0]][1]), strict=True))
+    return [out[i] for i in range(len(problems))]
+
+
+def picked(picks: Sequence[Tensor], places: Sequence[tuple[int, int]], streams: int) -> list[Tensor]:
+    """What was picked from parts of `streams` streams, as ascending indices of each. places: a part's stream and start."""
+    found: list[list[Tensor]] = [[] for _ in range(streams)]
+    for chosen, (stream, start) in zip(picks, places, strict=True):
+        found[stream].append(chosen + start)
+    return [torch.cat(parts).sort().values for parts in found]
 
 
 def check_keep(keep: int, n: int) -> None:

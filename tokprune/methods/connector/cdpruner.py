@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokprune.budget import equal
-from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
+from tokprune.methods.base import ConnectorMethod, check_finite, check_keep, picked, solve_alike
 from tokprune.methods.options import Compat, option
 from tokprune.methods.question import CLIP_SIGNALS, Relevance, question_relevance
 from tokprune.ops.distance import cosine_similarity
@@ -85,8 +85,7 @@ class CDPruner(ConnectorMethod):
 
     def select_batch(self, batch: Sequence[VisualTokens], keeps: Sequence[int]) -> list[Selection]:
         """Choose for several streams; parts of equal size and budget share one greedy loop."""
-        jobs: dict[tuple[torch.Size, int, torch.device], list[tuple[int, int, Tensor, Tensor]]] = {}
-        scores = []
+        problems, places, scores = [], [], []
         for i, (tokens, keep) in enumerate(zip(batch, keeps, strict=True)):
             check_keep(keep, len(tokens))
             features = check_finite(tokens.features, "the visual features").detach()
@@ -95,14 +94,7 @@ class CDPruner(ConnectorMethod):
             parts = [slice(0, len(tokens))] if self.compat == "corrected" else tokens.layout.group_slices()
             for part, share in zip(parts, equal(keep, [p.stop - p.start for p in parts]), strict=True):
                 if share:
-                    x = features[part]
-                    jobs.setdefault((x.shape, share, x.device), []).append((i, part.start, x, scores[i][part]))
-        found: list[list[Tensor]] = [[] for _ in batch]
-        for (_, share, _), members in jobs.items():
-            order = cdpruner(torch.stack([m[2] for m in members]), torch.stack([m[3] for m in members]), share)
-            for (i, start, _, _), picks in zip(members, order, strict=True):
-                found[i].append(picks + start)
-        return [
-            Selection(torch.cat(picks).sort().values, info={"scores": score})
-            for picks, score in zip(found, scores, strict=True)
-        ]
+                    problems.append(([features[part], scores[i][part]], share))
+                    places.append((i, part.start))
+        chosen = picked(solve_alike(problems, cdpruner), places, len(batch))
+        return [Selection(indices, info={"scores": score}) for indices, score in zip(chosen, scores, strict=True)]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
+from tokprune.methods.base import ConnectorMethod, check_finite, check_keep, solve_alike
 from tokprune.ops.distance import cosine_distance
 from tokprune.ops.maxmin import greedy_max_min
 from tokprune.registry import Checked, register_method
@@ -52,13 +52,8 @@ class DivPrune(ConnectorMethod):
 
     def select_batch(self, batch: Sequence[VisualTokens], keeps: Sequence[int]) -> list[Selection]:
         """Choose for several streams; those of equal size and budget share one call."""
-        out: dict[int, Selection] = {}
-        same: dict[tuple[torch.Size, int, torch.device], list[int]] = {}
-        for i, (tokens, keep) in enumerate(zip(batch, keeps, strict=True)):
+        problems = []
+        for tokens, keep in zip(batch, keeps, strict=True):
             check_keep(keep, len(tokens))
-            same.setdefault((tokens.features.shape, keep, tokens.features.device), []).append(i)
-        for (_, keep, _), members in same.items():
-            features = check_finite(torch.stack([batch[i].features for i in members]), "the visual features")
-            for i, order in zip(members, divprune(features, keep), strict=True):
-                out[i] = Selection(order.sort().values)
-        return [out[i] for i in range(len(batch))]
+            problems.append(([check_finite(tokens.features, "the visual features")], keep))
+        return [Selection(order.sort().values) for order in solve_alike(problems, divprune)]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tokprune.budget import equal
-from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
+from tokprune.methods.base import ConnectorMethod, check_finite, check_keep, picked, solve_alike
 from tokprune.methods.options import option
 from tokprune.methods.question import word_embeddings
 from tokprune.ops.coverage import greedy_coverage
@@ -193,7 +193,7 @@ class MMTok(ConnectorMethod):
 
     def select_batch(self, batch: Sequence[VisualTokens], keeps: Sequence[int]) -> list[Selection]:
         """Choose for several streams; those of equal size, budget and number of words share one greedy loop."""
-        jobs: dict[tuple[torch.Size, int, torch.device], list[tuple[int, int, Tensor]]] = {}
+        problems, places = [], []
         for i, (tokens, keep) in enumerate(zip(batch, keeps, strict=True)):
             check_keep(keep, len(tokens))
             text = word_embeddings(tokens)
@@ -207,10 +207,6 @@ class MMTok(ConnectorMethod):
                 if count > 0:
                     x, v = features[start : start + size], vision[start : start + size]
                     rows = coverage_rows(x, v, text, self.alpha, self.text_temperature, self.vision_temperature)
-                    jobs.setdefault((rows.shape, count, rows.device), []).append((i, start, rows))
-        kept: list[list[Tensor]] = [[] for _ in batch]
-        for (_, count, _), members in jobs.items():
-            orders = greedy_coverage(torch.stack([rows for _, _, rows in members]), count)
-            for (i, start, _), order in zip(members, orders, strict=True):
-                kept[i].append(start + order)
-        return [Selection(torch.cat(parts).sort().values) for parts in kept]
+                    problems.append(([rows], count))
+                    places.append((i, start))
+        return [Selection(chosen) for chosen in picked(solve_alike(problems, greedy_coverage), places, len(batch))]
