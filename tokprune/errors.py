@@ -18,6 +18,10 @@ class BudgetError(OptionError):
     """A `ratio` or `budget` that is not a usable share or count of visual tokens."""
 
 
+class PromptError(TokpruneError, ValueError):
+    """A prompt whose placeholders and pictures do not belong together; transformers raises ValueError there, too."""
+
+
 class UnsupportedModelError(TokpruneError, TypeError):
     """A model, or a feature of it, that tokprune cannot prune; the message says why."""
 

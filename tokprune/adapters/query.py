@@ -16,6 +16,28 @@ from tokprune.tokens import Query
 FIRST, ANSWER, SECOND = "qzquestionqz", "qzanswerqz", "qzfollowupqz"
 
 
+# Words and marks that open the model's turn in prompts that follow no chat template at hand, and the user's.
+SPOKEN = r"(?:(?<!\w)(?:assistant|answer|gpt|bot|model|ai)\s*:|\[/inst\]|<\|?assistant\|?>|<\|im_start\|>\s*assistant)"
+ASKED = r"(?:(?<!\w)(?:user|human|question|q)\s*:|\[inst\]|<\|?user\|?>|<\|im_start\|>\s*user)"
+
+WHOLE = "the whole prompt: nothing in it tells where an answer would begin; give query= if it holds one"
+
+
+def plain_question(text: str) -> tuple[str, bool]:
+    """The question in a prompt that follows no known template, and whether its end is sure.
+
+    It ends where the model's turn opens ("ASSISTANT:", "[/INST]", ...) and begins after the last word that opens the user's;
+    with neither, it ends at the last question mark, so that words of an answer behind it do not count.
+    """
+    begins = [m.end() for m in re.finditer(ASKED, text, re.IGNORECASE)]
+    asked = text[begins[-1] :] if begins else text
+    end = re.search(SPOKEN, asked, re.IGNORECASE)
+    if end is not None:
+        return asked[: end.start()], True
+    mark = asked.rfind("?")
+    return (asked[: mark + 1], True) if mark >= 0 else (asked, False)
+
+
 def _one_line(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip()
 
@@ -37,7 +59,7 @@ def _template_parts(processor: Any) -> tuple[str, str] | None:
             turns = [{"role": t["role"], "content": t["content"][0]["text"]} for t in turns]
         try:
             text = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        except (ValueError, AttributeError, TypeError, KeyError, ImportError):
+        except Exception:  # a template is a program of its own and raises what it likes
             continue
         if all(word in text for word in (FIRST, ANSWER, SECOND)):
             opening, middle, closing = (
@@ -59,23 +81,32 @@ def question_in_prompt(processor: Any, ids: Tensor, visual_ids: Sequence[int]) -
 
     ids: (L,) token ids of one prompt, padding removed. visual_ids: ids of placeholder tokens.
     """
+    return find_question(processor, ids, visual_ids)[0]
+
+
+def find_question(processor: Any, ids: Tensor, visual_ids: Sequence[int]) -> tuple[str, str]:
+    """The same, and how it was found. Words of an answer that follows the question do not count as the question."""
     tokenizer = tokenizer_of(processor)
     skip = torch.isin(ids, torch.tensor(list(visual_ids), device=ids.device))
     text = _one_line(tokenizer.decode(ids[~skip].tolist(), skip_special_tokens=False))
-    parts = _template_parts(processor)
+    parts, found = _template_parts(processor), False
     if parts is not None:
         low = text.lower()
         header, closing = parts[0].lower(), parts[1].lower()
         end = low.rfind(closing) if closing else len(text)
         end = len(text) if end < 0 else end
         start = low.rfind(header, 0, end) if header else -1
-        if start >= 0:
-            text = text[start + len(header) : end]
+        found = start >= 0
+        if found:
+            text, source = text[start + len(header) : end], "cut out of the prompt by the chat template"
+    if not found:
+        text, sure = plain_question(text)
+        source = "found in a prompt that follows no known chat template" if sure else WHOLE
     special = {str(t) for t in getattr(tokenizer, "all_special_tokens", ())}
     special |= {str(t) for t in getattr(tokenizer, "added_tokens_encoder", ())}
     for word in sorted(special, key=len, reverse=True):
         text = text.replace(word, " ")
-    return _one_line(text)
+    return _one_line(text), source
 
 
 def _tokens(tokenizer: Any, text: str) -> tuple[list[int], tuple[str, ...] | None]:
@@ -113,7 +144,7 @@ def build_queries(
         if given is not None:
             text, source = (given if isinstance(given, str) else given[i]), "given"
         elif processor is not None and ids is not None:
-            text, source = question_in_prompt(processor, ids, visual_ids), "cut out of the prompt by the chat template"
+            text, source = find_question(processor, ids, visual_ids)
         else:
             out.append(None)
             continue

@@ -7,6 +7,7 @@ does everything else. A forward hook widens the output back. The record of a pre
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,12 +17,13 @@ import torch
 from torch import Tensor
 
 from tokprune.adapters.attach import Attachments, PerThread
-from tokprune.adapters.base import TYPE_IDS, Adapter
+from tokprune.adapters.base import TYPE_IDS, Adapter, flatten
 from tokprune.adapters.dialect import as_cache, bind, cache_in, cache_of
 from tokprune.adapters.frame_scores import FrameScorer
 from tokprune.adapters.outputs import widen_output
 from tokprune.adapters.plan import Columns, Frame, Plan, StreamRecord, clear_raw, columns_of, execute, make_plan
 from tokprune.adapters.query import build_queries, tokenizer_of
+from tokprune.adapters.reuse import are_copies, sources_of
 from tokprune.adapters.state import PruneState, Reader, attach_state, get_state, logical_length, physical_length
 from tokprune.adapters.streams import Recorder, Stream, build_streams, choose
 from tokprune.errors import MissingQueryError
@@ -64,11 +66,12 @@ class Mode:
     """Rides from prepare_inputs_for_generation to the base model as a keyword.
 
     physical: the call is translated already. records: what was seen of the encoder; accelerate's hooks rebuild encoder
-    outputs on the way and would lose what rides on them, but leave an object like this one alone.
+    outputs on the way and would lose what rides on them, but leave an object like this one alone. asked: length of the prompt
+    that generate() was given, where a call holds words of the answer as well.
     """
 
-    def __init__(self, physical: bool, encoded: Any = None) -> None:
-        self.physical = physical
+    def __init__(self, physical: bool, encoded: Any = None, asked: int | None = None) -> None:
+        self.physical, self.asked = physical, asked
         self.records = {
             modality: record
             for modality, output in (encoded or {}).items()
@@ -82,6 +85,7 @@ class _Thread:
 
     frame: Frame | None = None
     physical_prefill: bool = False
+    asked: int | None = None  # length of the prompt that this thread's generate() began with
     rope: tuple[Tensor, Tensor] | None = None
 
 
@@ -145,9 +149,14 @@ class Seam:
             out = original(input_ids, *args, **kwargs)
             out["attention_mask"] = kwargs.get("attention_mask")  # the 2-D one: a 4-D one would have logical lengths
             out[MODE] = Mode(physical=False, encoded=kwargs.get("mm_encoder_outputs"))
+            self.threads.now.asked = input_ids.shape[1]
             return out
         if state is None:
-            return original(input_ids, *args, **kwargs)
+            out = original(input_ids, *args, **kwargs)
+            if self.adapter.has_visual(out):  # without a cache, every step reads the prompt and the answer so far
+                encoded = out.get("mm_encoder_outputs")
+                out[MODE] = Mode(physical=False, encoded=encoded, asked=self.threads.now.asked)
+            return out
         length = kwargs.get("next_sequence_length")
         length = input_ids.shape[1] if length is None else length
         kwargs["attention_mask"] = state.key_mask(kwargs.get("attention_mask"), physical_length(cache) + length)
@@ -222,9 +231,10 @@ class Seam:
         if x is not None and self.adapter.has_visual(call):
             encoded = self.adapter.encode(call)
             for modality, record in ({} if mode is None else mode.records).items():
-                if encoded.get(modality) is not None:
+                if encoded.get(modality) is not None and not hasattr(encoded[modality], "tokprune_record"):
+                    encoded[modality] = copy.copy(encoded[modality])
                     encoded[modality].tokprune_record = record
-            plan = self._plan(call, encoded)
+            plan = self._plan(call, encoded, None if mode is None else mode.asked)
             state = self._state(cache_in(call))
             if plan is None or (plan.untouched and state is None):  # only avoid encoding twice
                 call["mm_encoder_outputs"] = encoded
@@ -283,16 +293,18 @@ class Seam:
     # -- the decision ---------------------------------------------------------------------------------------------------------
 
     @torch.compiler.disable
-    def _plan(self, call: dict[str, Any], encoded: dict[str, Any]) -> Plan | None:
+    def _plan(self, call: dict[str, Any], encoded: dict[str, Any], asked: int | None = None) -> Plan | None:
+        """What to do with the columns of a call. asked: how many of them are the prompt, where generate() wrote the rest."""
         encode_ms = (
             sum(r.seconds for v in encoded.values() if (r := getattr(v, "tokprune_record", None)) is not None) * 1e3
         )
+        sources = {m: sources_of(v) for m, v in encoded.items() if v is not None}
         survivors = self.adapter.family.prepare_encoded(call, encoded)
         columns = Columns.of(self.adapter, call, encoded)
         masks = columns.placeholders
         start = time.perf_counter()
         with torch.no_grad():
-            queries = self._queries(call, columns)
+            queries = self._queries(call, columns, encoded, asked)
             streams = []
             for modality, where in masks.items():
                 if encoded.get(modality) is None or not bool(where.any()):
@@ -307,6 +319,8 @@ class Seam:
                     ids=call.get("input_ids"),
                     survivors=survivors.get(modality),
                     decode=None if self.options.processor is None else tokenizer_of(self.options.processor).decode,
+                    source=sources.get(modality),
+                    x=columns_of(call),
                 )
             if not streams:
                 return None
@@ -335,12 +349,25 @@ class Seam:
             self.frame_scorer.fill(asked, encoded)
         return (time.perf_counter() - start) * 1e3
 
-    def _queries(self, call: dict[str, Any], columns: Columns) -> list[Query | None]:
+    def _repeated(self, call: dict[str, Any], columns: Columns, encoded: dict[str, Any], copies: int) -> bool:
+        """Whether the batch is every prompt and its pictures `copies` times."""
+        x = columns_of(call)
+        for modality, where in columns.placeholders.items():
+            if encoded.get(modality) is None:
+                continue
+            features, counts = torch.cat(flatten(encoded[modality].pooler_output)), where.sum(1).tolist()
+            if sum(counts) == len(features) and not are_copies(x, counts, features, [None] * len(counts), copies):
+                return False
+        return True
+
+    def _queries(
+        self, call: dict[str, Any], columns: Columns, encoded: dict[str, Any], asked: int | None
+    ) -> list[Query | None]:
         real = columns.visible
         if not self.options.method.query_aware:
             return [None] * real.shape[0]
         ids = call.get("input_ids")
-        rows = [None if ids is None else ids[b][real[b]] for b in range(real.shape[0])]
+        rows = [None if ids is None else ids[b, :asked][real[b, :asked]] for b in range(real.shape[0])]
         config = self.adapter.config
         visual = [
             t
@@ -354,8 +381,9 @@ class Seam:
                 'question is about. Give one for all: with pruning.query("..."), or run the samples as rows of a batch.'
             )
         if given is not None and not isinstance(given, str) and len(given) and real.shape[0] % len(given) == 0:
-            expand = real.shape[0] // len(given)  # beams repeat prompts
-            given = [q for q in given for _ in range(expand)]
+            expand = real.shape[0] // len(given)
+            if expand > 1 and self._repeated(call, columns, encoded, expand):  # beams repeat prompts
+                given = [q for q in given for _ in range(expand)]
         table = self.adapter.base.get_input_embeddings()
         return build_queries(self.options.processor, table, rows, given, visual, self.options.scorer)
 

@@ -8,6 +8,7 @@ import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -15,10 +16,11 @@ from torch import Tensor
 
 from tokprune.adapters.attach import Attachments, PerThread
 from tokprune.adapters.base import Adapter, flatten
-from tokprune.adapters.families import EncoderCall, PlaceholderRun, StreamLayout, placeholder_runs, stream_layouts
+from tokprune.adapters.families import EncoderCall, PlaceholderRun, StreamLayout, placeholder_runs
 from tokprune.adapters.probe import AttentionProbe
+from tokprune.adapters.reuse import are_copies, arranged
 from tokprune.adapters.signals import SignalSet, compute_signals, signal_probe
-from tokprune.errors import MissingSignalError, TokpruneError
+from tokprune.errors import MissingSignalError, PromptError, TokpruneError
 from tokprune.methods.base import ConnectorMethod
 from tokprune.tokens import Layout, Query, Selection, VisualTokens
 
@@ -30,7 +32,10 @@ SURVIVORS = "encoder_survivor"
 
 @dataclass
 class EncoderRecord:
-    """What was seen while a modality was encoded; rides on the encoder output until the prefill."""
+    """What was seen while a modality was encoded; rides on the encoder output until the prefill, and is never changed.
+
+    output: a copy of the encoder output. items: its features as they were given, a tuple or a tensor. sizes: rows of each.
+    """
 
     modality: str
     kwargs: dict[str, Any]
@@ -38,6 +43,7 @@ class EncoderRecord:
     sizes: list[int]
     signals: SignalSet | None
     seconds: float
+    items: Any = ()
 
 
 @dataclass
@@ -118,7 +124,10 @@ class Recorder:
                 self.encoder, EncoderCall(self.adapter.base, modality, arguments, output)
             )
         sizes = [f.shape[0] for f in flatten(output.pooler_output)]
-        output.tokprune_record = EncoderRecord(modality, arguments, copy.copy(output), sizes, signals, seconds)
+        seen = copy.copy(output)
+        if not isinstance(seen.pooler_output, Tensor):
+            seen.pooler_output = tuple(seen.pooler_output)  # the list may be changed by whoever holds it
+        output.tokprune_record = EncoderRecord(modality, arguments, seen, sizes, signals, seconds, seen.pooler_output)
 
 
 @dataclass
@@ -188,6 +197,21 @@ def _subset(geometry: StreamLayout, kept: Tensor) -> tuple[StreamLayout, Tensor]
     )
 
 
+def _first_copies(source: list[int], output: Any, per_row: Sequence[int], copies: int) -> list[int]:
+    """The items of every first prompt of `copies` equal ones."""
+    if copies == 1:
+        return source
+    ends = list(accumulate(per_row))
+    row, done, out = 0, 0, []
+    for item, features in zip(source, flatten(output.pooler_output), strict=True):
+        while done >= ends[row]:
+            row += 1
+        if row % copies == 0:
+            out.append(item)
+        done += features.shape[0]
+    return out
+
+
 def build_streams(
     adapter: Adapter,
     modality: str,
@@ -198,51 +222,61 @@ def build_streams(
     ids: Tensor | None = None,
     survivors: Tensor | None = None,
     decode: Callable[[list[int]], str] | None = None,
+    source: list[int] | None = None,
+    x: Tensor | None = None,
 ) -> list[Stream]:
     """The streams of one modality of a prefill, one per image or video of each prompt.
 
     columns: (B, L) bool placeholder columns. queries: one per prompt. ids: (B, L) the prompt, when known. survivors: (R,)
     rows the model itself left over. decode: token ids to text, when a processor is at hand.
+    source: which recorded item each item of the output is (sources_of). x: ids or embeddings of the prompts.
     Beams and return sequences repeat whole prompts; a prompt's streams are built once, with `copies` > 1.
     """
     features = torch.cat(flatten(output.pooler_output))  # (R, D)
     per_row = columns.sum(1).tolist()
     if sum(per_row) != features.shape[0]:
-        raise TokpruneError(
+        raise PromptError(
             f"{modality}: the prompt has {sum(per_row)} placeholder tokens but the encoder gave {features.shape[0]} features; "
             "the processor and the model do not belong together, or the prompt was cut."
         )
     record: EncoderRecord | None = getattr(output, "tokprune_record", None)
-    recorded = 0 if record is None else sum(record.sizes) if survivors is None else int(survivors.sum())
-    if recorded == 0 or features.shape[0] % recorded:
-        record, copies = None, 1
-    else:
-        copies = features.shape[0] // recorded
+    copies, found = 1, None
+    if record is not None and source is not None and (survivors is None or len(source) == len(record.items)):
+        if len(source) > len(record.items) and len(source) % len(record.items) == 0 and x is not None:
+            many = len(source) // len(record.items)
+            copies = many if are_copies(x, per_row, features, queries, many) else 1
+        source = _first_copies(source, output, per_row, copies)
+        runs = None if survivors is not None else _runs(adapter, ids, columns, copies)
+        found = arranged(adapter, record, source, runs, decode)
     prompts = list(range(0, len(per_row), copies))
     needed = [n for n in needs if n not in QUERY_NEEDS]
-    if record is None:
-        if needed:
-            raise MissingSignalError(
-                f"the {modality} features were encoded before tokprune was applied, so the signals {', '.join(needed)} are not "
-                "known. Pass the pixels, or encode again after apply."
-            )
-        sizes = [f.shape[0] for f in flatten(output.pooler_output)]
-        geometries = [_unknown(n) for n in sizes]
+    if found is not None:
+        record, geometries, firsts = found
     else:
-        runs = None if survivors is not None else _runs(adapter, ids, columns, copies)
-        geometries = stream_layouts(adapter.base, modality, record.kwargs, record.output, runs=runs, decode=decode)
+        if needed:
+            why = (
+                "are not those that tokprune saw being encoded"
+                if record
+                else "were encoded before tokprune was applied"
+            )
+            raise MissingSignalError(
+                f"the {modality} features {why}, so the signals {', '.join(needed)} are not known. Pass the pixels, or encode again "
+                "after apply and pass the outputs as they come."
+            )
+        record, copies, prompts = None, 1, list(range(len(per_row)))
+        ends = {*accumulate(f.shape[0] for f in flatten(output.pooler_output)), *accumulate(per_row)} - {0}
+        geometries = [_unknown(stop - start) for start, stop in pairwise([0, *sorted(ends)])]
+        firsts = [0] * len(geometries)
     streams: list[Stream] = []
-    signal_rows = 0  # rows of the recorded signals already used, before the model's own dropping
     feature_rows = 0
-    queue = iter(geometries)
+    queue = iter(zip(geometries, firsts, strict=True))
     for b in prompts:
         todo = per_row[b]
         first = feature_rows
         while todo > 0:
-            geometry = next(queue)
+            geometry, start = next(queue)
             stay = None
-            span = slice(signal_rows, signal_rows + geometry.total)
-            signal_rows += geometry.total
+            span = slice(start, start + geometry.total)
             rows, whole = geometry.rows, geometry
             if survivors is not None:
                 geometry, stay = _subset(geometry, survivors[span].to(geometry.rows.device))
@@ -263,7 +297,7 @@ def build_streams(
             streams.append(Stream(b, copies, modality, offset, geometry, tokens, sources, record, span.start, whole))
             todo -= geometry.total
         if todo < 0:
-            raise TokpruneError(
+            raise PromptError(
                 f"{modality}: an image's features straddle two prompts of the batch; check the number of images per prompt."
             )
         feature_rows = first + per_row[b] * copies
@@ -292,17 +326,53 @@ def choose(method: ConnectorMethod, streams: Sequence[Stream], keep_of: Any) -> 
     if active:
         chosen = method.select_batch([s.tokens for s in active], [s.keep for s in active])
         for stream, selection in zip(active, chosen, strict=True):
+            check_form(method, selection, stream)
             n, k = len(stream.tokens), len(selection)
             if k != stream.keep and (method.exact or not 0 < k <= n):
                 raise TokpruneError(
                     f"method {method.info.name!r} kept {k} tokens of {n} where {stream.keep} were asked for."
                 )
-            if selection.features is not None and selection.features.shape[0] != k:
-                raise TokpruneError(
-                    f"method {method.info.name!r} gave {selection.features.shape[0]} features for {k} slots."
-                )
             stream.selection = selection
     return time.perf_counter() - start
+
+
+def check_form(method: ConnectorMethod, selection: Any, stream: Stream) -> None:
+    """Refuse a decision of the wrong kind or shape: what can be told without asking the device."""
+    name, n = method.info.name, len(stream.tokens)
+    if not isinstance(selection, Selection):
+        raise TokpruneError(
+            f"method {name!r} returned {type(selection).__name__}; it must return a Selection per stream."
+        )
+    indices = selection.indices
+    if not isinstance(indices, Tensor) or indices.ndim != 1 or indices.dtype not in (torch.int64, torch.int32):
+        given = (
+            f"{indices.dtype} of shape {tuple(indices.shape)}"
+            if isinstance(indices, Tensor)
+            else type(indices).__name__
+        )
+        raise TokpruneError(f"method {name!r} gave indices as {given}; they must be a (K,) tensor of torch.int64.")
+    k = len(selection)
+    if selection.features is not None and tuple(selection.features.shape) != (k, stream.tokens.features.shape[1]):
+        raise TokpruneError(
+            f"method {name!r} gave features of shape {tuple(selection.features.shape)} for {k} slots of width "
+            f"{stream.tokens.features.shape[1]}."
+        )
+    merge = selection.weights
+    rows, target = (None, None) if merge is None else (merge.rows, merge.target)
+    if rows is not None and tuple(rows.shape) != (k, n):
+        raise TokpruneError(f"method {name!r} gave merge rows of shape {tuple(rows.shape)}; {(k, n)} is needed.")
+    if target is not None and tuple(target.shape) != (n,):
+        raise TokpruneError(f"method {name!r} gave merge targets of shape {tuple(target.shape)}; {(n,)} is needed.")
+
+
+def check_values(indices: Tensor, n: int) -> None:
+    """Refuse indices, on the host already, that do not ascend, repeat or leave the stream's `n` tokens."""
+    bad = bool((indices.diff() <= 0).any()) or (len(indices) > 0 and not 0 <= int(indices[0]) <= int(indices[-1]) < n)
+    if bad:
+        raise TokpruneError(
+            f"a method returned indices that are not ascending, distinct and between 0 and {n - 1}: {indices[:8].tolist()}"
+            f"{' …' if len(indices) > 8 else ''}. Return Selection(indices.unique()) or sort them; every token is kept once."
+        )
 
 
 def kept_rows(stream: Stream) -> tuple[Tensor, Tensor, int]:
@@ -315,6 +385,7 @@ def kept_rows(stream: Stream) -> tuple[Tensor, Tensor, int]:
     if selection is None:
         raise TokpruneError("no selection was made for this stream.")
     indices = selection.indices.to(geometry.rows.device)
+    check_values(indices, len(stream.tokens))
     slots = geometry.rows[indices]
     keep = torch.zeros(geometry.total, dtype=torch.bool, device=geometry.rows.device)
     keep[slots] = True
