@@ -1,0 +1,137 @@
+"""What a pruned forward gives back: one rule for widths, gradients that flow, native containers and tuples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import tokprune
+from tests.adapters.conversations import encode
+from tests.adapters.reference import QUICK, prompt, shared
+from tokprune.testing import FAMILIES, build
+
+
+def families(*quick: str) -> list[Any]:
+    return [pytest.param(f, marks=[] if f in quick else [pytest.mark.slow]) for f in FAMILIES]
+
+
+@pytest.fixture(autouse=True)
+def unpruned_afterwards() -> Iterator[None]:
+    yield
+    for family in FAMILIES:
+        if shared.cache_info().currsize and family in used:
+            tokprune.remove(shared(family).model)
+
+
+used: set[str] = set()
+
+
+@pytest.mark.parametrize("family", families(*QUICK, "gemma3", "qwen3_5"))
+def test_hidden_states_have_the_prompts_width_everywhere(family: str) -> None:
+    """forward() and generate() alike; attentions have that of the kept tokens."""
+    used.add(family)
+    case = prompt(family, "image")
+    model, length = case.tiny.model, case.real.shape[1]
+    more = {"output_hidden_states": True, "output_attentions": True}
+    model.set_attn_implementation("eager")
+    try:
+        with tokprune.apply(model, "random", ratio=0.3) as pruning, torch.no_grad():
+            out = model(**case.inputs, **more)
+            generated = model.generate(**case.inputs, max_new_tokens=2, return_dict_in_generate=True, **more)
+            kept = int(pruning.last.keep.sum(1).max())
+            assert pruning.last.length == kept
+    finally:
+        model.set_attn_implementation("sdpa")
+    for states in (out.hidden_states, generated.hidden_states[0]):
+        assert {h.shape[1] for h in states} == {length}
+    for one in (out.attentions, generated.attentions[0]):
+        assert all(a.shape[-2:] == (kept, kept) for a in one if a is not None)
+    assert len(out.hidden_states) == len(generated.hidden_states[0])
+
+
+@pytest.mark.parametrize("ratio", [0.3, 1.0])
+@pytest.mark.parametrize("family", families(*QUICK, "idefics3"))
+@torch.no_grad()
+def test_tuples(family: str, ratio: float) -> None:
+    """return_dict=False on the whole model and on its base, as an argument and in the config."""
+    tiny = build(family)
+    inputs = prompt(family, "image").inputs
+    plain = tiny.model.base_model(**inputs, return_dict=False)
+    with tokprune.apply(tiny.model, "random", ratio=ratio):
+        wanted = tiny.model(**inputs)
+        base = tiny.model.base_model(**inputs)
+        answers = [tiny.model.base_model(**inputs, return_dict=False)]
+        whole = [tiny.model(**inputs, return_dict=False)]
+        for config in {id(c): c for c in (tiny.model.config, tiny.model.base_model.config)}.values():
+            config.return_dict = False
+        try:
+            answers.append(tiny.model.base_model(**inputs))
+        finally:
+            tiny.model.config.return_dict = True
+    for answer in answers:
+        assert isinstance(answer, tuple)
+        assert len(answer) == len(plain)
+        assert torch.equal(answer[0], base.last_hidden_state)
+    for answer in whole:
+        assert isinstance(answer, tuple)
+        assert torch.equal(answer[0], wanted.logits)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "internvl"])
+def test_config_return_dict_false(family: str) -> None:
+    """What the plain model does with config.return_dict=False, the pruned one does."""
+    tiny = build(family)
+    inputs = prompt(family, "image").inputs
+    tiny.model.config.return_dict = False
+
+    def outcome() -> Any:
+        try:
+            with torch.no_grad():
+                out = tiny.model(**inputs)
+            return type(out), len(out), out[0].shape
+        except Exception as error:
+            return type(error)
+
+    plain = outcome()
+    for ratio in (0.3, 1.0):
+        with tokprune.apply(tiny.model, "random", ratio=ratio):
+            assert outcome() == plain
+
+
+def _sizes(features: Any) -> Any:
+    if isinstance(features, Tensor):
+        return features.ndim
+    return type(features), len(features)
+
+
+@pytest.mark.parametrize("family", families(*QUICK, "gemma3", "idefics3"))
+@torch.no_grad()
+def test_picture_features_keep_their_container(family: str) -> None:
+    """One entry per picture, as natively, in what a forward returns of them."""
+    case = prompt(family, "image")
+    used.add(family)
+    seen: list[Any] = []
+    plain = case.tiny.model.base_model(**case.inputs)
+    with tokprune.apply(case.tiny.model, "random", ratio=0.3) as pruning:
+        hook = case.tiny.model.base_model.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(kwargs["mm_encoder_outputs"]["image"].pooler_output),
+            with_kwargs=True,
+        )
+        got = case.tiny.model.base_model(**case.inputs)
+        hook.remove()
+        kept = [r.kept + r.separators_kept for r in pruning.last.streams]
+    for name in ("image_hidden_states", "image_outputs"):
+        native, mine = plain.get(name), got.get(name)
+        if native is not None:
+            native = getattr(native, "pooler_output", native)
+            mine = getattr(mine, "pooler_output", mine)
+            assert _sizes(mine) == _sizes(native)
+    if not isinstance(seen[0], Tensor):
+        assert len(seen[0]) == len(encode(case.tiny, case.inputs).pooler_output)
+        assert sum(len(f) for f in seen[0]) == sum(kept)
+        if len(seen[0]) == len(kept):
+            assert [len(f) for f in seen[0]] == kept
