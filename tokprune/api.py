@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -44,8 +45,11 @@ class Pruning:
             from tokprune.adapters.splice import EncoderPruning
             from tokprune.adapters.splice.handoff import AmongSurvivors
 
-            # The budget is one: the connector's when there is one, and the encoder then follows its own schedule.
+            # The budget is one: the connector's when there is one. The encoder then follows its own schedule; one that has
+            # none reduces by the same factor as the connector behind it.
             amount = (None, None) if connector is not None else (config.ratio, config.budget)
+            if connector is not None and config.ratio is not None and not encoder.scheduled:
+                amount = (math.sqrt(config.ratio), None)
             self.encoder = EncoderPruning(model, encoder, *amount, processor=processor)
             encoder.check(self.encoder.tower.depth, amount != (None, None))
             method = AmongSurvivors() if connector is None else AmongSurvivors(connector)

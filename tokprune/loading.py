@@ -189,6 +189,9 @@ def check_reachable(name: str, revision: str | None = None, kind: str = "model")
     if Path(name).exists():
         return {}
     cached = (Path(constants.HF_HUB_CACHE) / f"{kind}s--{name.replace('/', '--')}").is_dir()
+    if kind == "dataset":
+        prepared = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets")
+        cached = cached or (prepared / name.replace("/", "___")).is_dir()
     if kind == "model" and not cached and (name.count("/") != 1 or name[0] in "./~"):
         raise OptionError(
             f"there is no folder {name!r}, and no {kind} of the hub is called that; write its owner, too: "

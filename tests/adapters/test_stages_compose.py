@@ -8,7 +8,7 @@ import torch
 import tokprune
 from tokprune.adapters.splice import apply_encoder
 from tokprune.budget import kept
-from tokprune.errors import UnsupportedModelError
+from tokprune.errors import OptionError, UnsupportedModelError
 from tokprune.testing import build, picture
 
 FAMILIES = ("llava", "llava_next", "internvl", "qwen2_5_vl", "qwen3_vl", "gemma3")
@@ -75,6 +75,22 @@ def test_both_stages_share_the_connectors_budget(family):
         keep = last.keep[row]
         assert torch.allclose(pruned[row, -int(keep.sum()) :], full[row][keep], atol=1e-5)
     assert torch.equal(tiny.model(**inputs).logits, before)
+
+
+@pytest.mark.parametrize("method", ["tome", "tofu"])
+@torch.no_grad()
+def test_a_method_without_a_schedule_reduces_by_the_same_factor_as_the_connector(method):
+    """What the pages call `tome+divprune`: no option is needed, the count is exact, and ratio 1 changes nothing."""
+    tiny, inputs = given(FAMILIES[0])
+    before = tiny.model(**inputs).logits
+    with tokprune.apply(tiny.model, [method, "divprune"], ratio=0.25) as pruning:
+        tiny.model.generate(**inputs, max_new_tokens=2)
+        assert [s.kept for s in pruning.last.streams] == [kept(s.total, 0.25) for s in pruning.last.streams]
+        assert pruning.encoder.ratio == 0.5
+    with tokprune.apply(tiny.model, [method, "divprune"], ratio=1.0):
+        assert torch.equal(tiny.model(**inputs).logits, before)
+    with pytest.raises(OptionError, match="r=8"):
+        tokprune.apply(tiny.model, [method, "divprune"], budget=2)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -170,3 +170,12 @@ def test_a_missing_extra_names_the_line_to_type(clip: Any, monkeypatch: pytest.M
     error = invoke(app, ["run", "--video", str(clip.path), "--question", "q"]).exception
     assert isinstance(error, TokpruneError)
     assert "pip install 'tokprune[video]'" in str(error)
+
+
+def test_the_documented_composition_of_three_stages(clip: Any, tmp_path: Path) -> None:
+    words = ["run", "--video", str(clip.path), "--frames", "8", "--question", clip.question, "--ratio", "0.25"]
+    out = tmp_path / "x.json"
+    result = invoke(app, [*words, "--method", "tome+quota+divprune", "--json", str(out)])
+    assert result.exception is None, result.exception
+    (stream,) = json.loads(out.read_text())["report"]["streams"]
+    assert (stream["kept"], stream["total"]) == (128, 512)

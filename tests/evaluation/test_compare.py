@@ -17,6 +17,7 @@ from tokprune.evaluation.compare import compare_sweeps
 from tokprune.evaluation.significance import holm, mcnemar
 from tokprune.evaluation.sweep import Sweep
 from tokprune.evaluation.table import TOTAL, pair, rows_of, scores_of
+from tokprune.files import check_writable
 
 CELLS = plan(["scenes", "clips"], ["none", "random", "divprune"], [0.5, 0.1])
 
@@ -135,8 +136,8 @@ def test_files_that_cannot_be_written_are_explained(tmp_path):
     with pytest.raises(OptionError, match="cannot write"):
         export.write(rows_of(sweep_of()), "csv", "/proc/nowhere/table.csv")
     with pytest.raises(OptionError, match="cannot write"):
-        export.check_file(tmp_path)
-    export.check_file(tmp_path / "new" / "table.csv")
+        check_writable(tmp_path)
+    check_writable(tmp_path / "new" / "table.csv")
     assert list((tmp_path / "new").iterdir()) == []
     export.write(rows_of(sweep_of()), "csv", tmp_path / "new" / "table.csv")
     assert (tmp_path / "new" / "table.csv").read_text().startswith("task,method")

@@ -172,3 +172,31 @@ def test_log_takes_what_is_printed_and_nothing_else(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     with log.to(tmp_path / "file" / "log.txt"):  # cannot be opened: the cell runs all the same
         print("lost")
+
+
+def test_the_data_sets_of_tasks_and_groups_are_found() -> None:
+    """So that a data set that cannot be had is said before a load retries for minutes."""
+    from tokprune.evaluation.harness_tasks import data_sets
+
+    lmms = pytest.importorskip("lmms_eval.tasks")
+    manager = lmms.TaskManager("ERROR", None)
+    assert [name.partition("/")[2] for name in data_sets(manager, "gqa")] == ["GQA"]
+    assert [name.partition("/")[2] for name in data_sets(manager, "mme")] == ["MME"]
+    assert data_sets(manager, "no_such_task") == []
+    groups = [name for name in manager.all_groups if len(data_sets(manager, name)) > 1]
+    assert groups
+
+
+def test_a_task_whose_data_cannot_be_had_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import HfApi
+
+    from tokprune.evaluation.harness_tasks import task_manager
+
+    def unreachable(*arguments: object, **options: object) -> None:
+        raise OSError("no route to host")
+
+    pytest.importorskip("lmms_eval")
+    monkeypatch.setattr(HfApi, "dataset_info", unreachable)
+    with pytest.raises(OptionError, match=r"/GQA' is not on this machine"):
+        task_manager(["gqa"])
+    assert task_manager(["tokprune_scenes"])

@@ -23,6 +23,7 @@ from tokprune.evaluation.sweep import Sweep, Watcher, run_sweep, survey
 from tokprune.evaluation.table import Row, rows_of
 from tokprune.evaluation.team import Team
 from tokprune.files import check_writable, write_text
+from tokprune.loading import DEMO, DEMO_CLIPS, check_reachable
 
 if TYPE_CHECKING:
     from tokprune.evaluation.harness import Harness
@@ -117,6 +118,8 @@ def run(request: EvalRequest) -> int:
         build_methods(method, settings)
     check_options(cells, settings)
     request.outputs.check()
+    if settings.model not in (DEMO, DEMO_CLIPS):
+        check_reachable(settings.model, settings.model_args.get("revision"))
     console = Console(file=sys.stderr, quiet=request.quiet or not team.leads)
     store = Store(request.out, settings, environment(settings.device))
     if team.leads:

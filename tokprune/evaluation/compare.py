@@ -13,7 +13,7 @@ from tokprune.evaluation.sweep import Sweep
 from tokprune.evaluation.table import Row, corrected, difference_text, p_text, pair, row_of, score_text
 
 if TYPE_CHECKING:
-    from rich.console import Group
+    from tokprune.evaluation.export import Framed
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Comparison:
     changes: list[str]
     alone: list[str]
 
-    def table(self, first: str = "first", second: str = "second") -> Group:
+    def table(self, first: str = "first", second: str = "second") -> Framed:
         """The comparison for rich."""
         heads = ("task", "method", "keep", "first", "second", "difference [95 % CI]", "p", "p (Holm)")
         body = []

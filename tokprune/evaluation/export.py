@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tokprune.evaluation.cells import BASELINE
 from tokprune.evaluation.sweep import Sweep
@@ -15,11 +16,13 @@ from tokprune.files import write_text
 from tokprune.profiling.report import flops_text
 
 if TYPE_CHECKING:
-    from rich.console import Group
+    from rich.console import Console, ConsoleOptions, Group, RenderableType
+    from rich.table import Table
 
 #: Heads of the table for people; those without any entry are left out.
 HEADS = ("task", "method", "keep", "tokens", "score", "difference [95 % CI]", "p", "p (Holm)", "FLOPs", "TTFT")
 LEFT = ("task", "method")
+BESIDE = 2  # characters that a column takes beside its text
 NARROW = ("task", "p")  # not in the terminal: the task stands above, and one p is enough there
 
 
@@ -48,21 +51,68 @@ def texts(rows: Sequence[Row], without: Sequence[str] = ()) -> tuple[list[str], 
 
 def framed(
     title: str, heads: Sequence[str], body: Sequence[Sequence[str]], left: Sequence[str], notes: str = ""
-) -> Group:
-    """A table for rich that is as wide as it needs, its title above and its notes below."""
-    from rich import box
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
+) -> Framed:
+    """A table for the terminal, its title above and its notes below. left: heads of columns that hold words."""
+    return Framed(title, tuple(heads), tuple(map(tuple, body)), tuple(left), notes)
 
-    table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for head in heads:
-        first = head == heads[0]
-        table.add_column(Text(head), justify="left" if head in left else "right", overflow="fold", no_wrap=first)
-    for line in body:
-        table.add_row(*map(Text, line))
-    parts = [Text(title, style="bold")] if title else []
-    return Group(*parts, *([table] if body else []), *([Text(notes, style="dim")] if notes else []))
+
+@dataclass(frozen=True)
+class Framed:
+    """A table that never breaks a number: where the terminal is too narrow, it goes on below, the words repeated."""
+
+    title: str
+    heads: tuple[str, ...]
+    body: tuple[tuple[str, ...], ...]
+    left: tuple[str, ...]
+    notes: str = ""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        from rich.text import Text
+
+        if self.title:
+            yield Text(self.title, style="bold")
+        if self.body:
+            yield from (self._table(columns, options.max_width) for columns in self.columns_for(options.max_width))
+        if self.notes:
+            yield Text(self.notes, style="dim")
+
+    def width(self, column: int, most: int) -> int:
+        """Of a column: its longest number, or its words up to `most`."""
+        longest = max([len(line[column]) for line in self.body], default=0)
+        head = self.heads[column]
+        if head in self.left:
+            return min(max(longest, len(head)), most)
+        return max(longest, *(len(word) for word in head.split()), 1)
+
+    def columns_for(self, width: int) -> list[list[int]]:
+        """The columns of each part of the table, in a terminal of `width`."""
+        words = [i for i, head in enumerate(self.heads) if head in self.left]
+        taken = sum(self.width(i, width // 3) + BESIDE for i in words) + 1
+        parts: list[list[int]] = [[*words]]
+        room = width - taken
+        for i in range(len(self.heads)):
+            if i in words:
+                continue
+            need = self.width(i, width) + BESIDE
+            if need > room and len(parts[-1]) > len(words):
+                parts.append([*words])
+                room = width - taken
+            parts[-1].append(i)
+            room -= need
+        return parts
+
+    def _table(self, columns: Sequence[int], width: int) -> Table:
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(header_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for i in columns:
+            side: Literal["left", "right"] = "left" if self.heads[i] in self.left else "right"
+            table.add_column(Text(self.heads[i]), justify=side, overflow="fold", width=self.width(i, width // 3))
+        for line in self.body:
+            table.add_row(*(Text(line[i]) for i in columns))
+        return table
 
 
 def terminal(rows: Sequence[Row], title: str = "") -> Group:

@@ -203,6 +203,11 @@ class EncoderMethod(Method):
         """Whether attention counts a merged row as often as it has members (proportional attention)."""
         return False
 
+    @property
+    def scheduled(self) -> bool:
+        """Whether its own options say how much it removes, so that it needs no ratio of its own."""
+        return True
+
     def check(self, depth: int, target: bool) -> None:
         """Refuse settings that do not fit a tower of `depth` blocks. target: a ratio or budget was given."""
 

@@ -12,7 +12,7 @@ from tokprune.evaluation.sweep import Sweep
 from tokprune.evaluation.table import KEPT
 
 if TYPE_CHECKING:
-    from rich.console import Group
+    from tokprune.evaluation.export import Framed
 
 NEAR = 0.1  # budgets within a tenth of each other are set side by side
 COLUMNS = ("benchmark", "method", "kept", "this run", "published", "as", "source")
@@ -27,7 +27,7 @@ class Beside:
     rows: tuple[tuple[str, ...], ...]
     columns: tuple[str, ...] = COLUMNS
 
-    def terminal(self) -> Group:
+    def terminal(self) -> Framed:
         """The table for rich."""
         from tokprune.evaluation.export import framed
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from tokprune.evaluation.reference.tables import Entry, Model, Published
 
 if TYPE_CHECKING:
-    from rich.console import Group
+    from tokprune.evaluation.export import Framed
 
 
 def value_text(value: float | None) -> str:
@@ -38,7 +38,7 @@ def remarks(table: Published) -> list[str]:
     return ([table.note] if table.note else []) + [f"[{i}] {note}" for note, i in _remarks(table).items()]
 
 
-def terminal(model: Model, table: Published) -> Group:
+def terminal(model: Model, table: Published) -> Framed:
     """A published table for rich, its source above and its remarks below."""
     from tokprune.evaluation.export import framed
 

@@ -55,7 +55,8 @@ class ToFu(EncoderMethod):
     (MLERP).
 
     Early blocks are far from linear, so that a mean of tokens is none of theirs; there dropping costs less. r: tokens
-    removed per block, or a list; without it `ratio` or `budget` decides. switch: first merging block, 0-based or a
+    removed per block, or a list; without it `ratio` or `budget` decides (before a connector method the square root of the
+    ratio, as in ToMe). switch: first merging block, 0-based or a
     fraction of the depth; 6 of 12 in the paper. There is no official code; the copy in PiToMe's repository divides by
     another norm and switches one block later.
     """
@@ -69,6 +70,10 @@ class ToFu(EncoderMethod):
     @property
     def size_bias(self) -> bool:
         return self.proportional
+
+    @property
+    def scheduled(self) -> bool:
+        return self.r is not None
 
     def check(self, depth: int, target: bool) -> None:
         if (self.r is None) != target:

@@ -59,7 +59,8 @@ class ToMe(EncoderMethod):
     places.
 
     r: tokens merged away per block, or a list with one number per block; without it, `ratio` or `budget` says how many
-    patches are left in the end, spread evenly over the blocks. A block merges at most half of its patches; [CLS] and
+    patches are left in the end, spread evenly over the blocks. Before a connector method, which follows the ratio, the
+    square root of the ratio, so that both stages reduce by the same factor. A block merges at most half of its patches; [CLS] and
     other prefix tokens never merge. inflection: -1 merges most in the first blocks (table 10 of the paper), 1 in the
     last ones. proportional: attention counts a merged token as often as it has members (equation 1); switch it off for
     MAE models that were not trained with it. matching: "bipartite", or the paper's rivals "random" and "kth" (every
@@ -81,6 +82,10 @@ class ToMe(EncoderMethod):
     @property
     def size_bias(self) -> bool:
         return self.proportional
+
+    @property
+    def scheduled(self) -> bool:
+        return self.r is not None or self.matching == "kth"
 
     def check(self, depth: int, target: bool) -> None:
         if self.matching == "kth" and target:
