@@ -130,10 +130,11 @@ def flowcut(checkout: Checkout, inputs: Inputs) -> Iterator[Pair]:
     for _, kind in inputs:
         rows, likeness = inputs.attention(22, 96), inputs.attention(22, 96)
         values = torch.stack([inputs.features(4, 96, 16, kind) for _ in range(22)])
-        theirs = None
+        theirs: Tensor | None = None
         for a, s, v in zip(rows, likeness, values, strict=True):
             now = official.compute_score(a[None], s[None], v.mean(0)[None])[0]
             theirs = now if theirs is None else 0.5 * theirs + 0.5 * now
+        assert theirs is not None
         yield kind, theirs, flowcut_scores(rows, likeness, mean_value_norm(values))
 
 
@@ -224,8 +225,8 @@ def globalcom2(checkout: Checkout, inputs: Inputs) -> Iterator[Pair]:
     from tests.published.globalcom2 import globalcom2_published
 
     file = "llava/model/llava_arch.py"
-    helpers = ("extract_actual_dimensions", "get_original_indices", "get_actual_crop_dimensions")
-    helpers += ("interpolate_and_split_cls_attn_scores", "select_topk_crop_features")
+    helpers = ["extract_actual_dimensions", "get_original_indices", "get_actual_crop_dimensions"]
+    helpers += ["interpolate_and_split_cls_attn_scores", "select_topk_crop_features"]
     used = vars(checkout.entry(file, *helpers))
     official = checkout.entry(file, "generate_scale_for_crop_features", "compress_crops", retention_ratio=0.25, **used)
     for i, kind in inputs:

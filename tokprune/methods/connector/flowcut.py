@@ -31,8 +31,9 @@ def flowcut_scores(
     """Importance after the last of L blocks, a running mean over them (sections 3.3 and 3.4 of the paper).
 
     attention: (L, N) [CLS] rows a, mean over heads. value_attention: (L, N), s, similarity of [CLS]'s value to each token's,
-    after softmax, mean over heads. value_norm: (L, N) L1 norm of the head-mean values (`mean_value_norm`). Score of a block: (a / sum of a + s / sum of s) * norm; what came before counts
-    `momentum`, the block 1 - momentum. group: (N,), within which the sums are taken, None for one. Returns (N,).
+    after softmax, mean over heads. value_norm: (L, N) L1 norm of the head-mean values (`mean_value_norm`). Score of a block:
+    (a / sum of a + s / sum of s) * norm; what came before counts `momentum`, the block 1 - momentum. group: (N,), within
+    which the sums are taken, None for one. Returns (N,).
     """
     if group is None:
         group = torch.zeros(attention.shape[-1], dtype=torch.long, device=attention.device)

@@ -43,8 +43,9 @@ class DToP(EncoderMethod):
     """DToP (ICCV 2023) with heads of your own: at the end of some blocks, decided tokens stop and keep their state.
 
     heads: block number -> function from patches (B, n, C) to class probabilities (B, n, classes). threshold, context: see
-    `undecided`; 0.9 and 5 as in the published configuration for ADE20K with ViT-B (other published ones stop at 0.95). All tokens are at the tower's output, the stopped ones as they were when they
-    stopped. One head: the paper prunes at two blocks, which would need a second cut.
+    `undecided`; 0.9 and 5 as in the published configuration for ADE20K with ViT-B (other published ones stop at 0.95). All
+    tokens are at the tower's output, the stopped ones as they were when they stopped. One head: the paper prunes at two
+    blocks, which would need a second cut.
     """
 
     heads: Mapping[int, Head] = field(default_factory=dict)
