@@ -1,4 +1,4 @@
-"""A method of your own in twenty lines, run on the embedded demo VLM. `python examples/own_method.py`
+"""A method of your own that scores tokens, run on the embedded demo VLM. `python examples/own_method.py`
 
 A third-party package registers it by an entry point instead, and users then write method="brightest":
 
@@ -7,24 +7,38 @@ A third-party package registers it by an entry point instead, and users then wri
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
 
 import tokprune.demo
 from tokprune.demo.evaluation import answer
-from tokprune.methods.base import ConnectorMethod, top
+from tokprune.methods.base import ScoreMethod
+from tokprune.methods.options import option
 from tokprune.registry import register_method
-from tokprune.tokens import Selection, VisualTokens
+from tokprune.tokens import VisualTokens
+
+
+def brightness(features: Tensor, attention: Tensor, mix: float) -> Tensor:
+    """Length of each feature, weighed by the attention of [CLS]. features: (N, D), attention: (N,) -> (N,)."""
+    length = features.float().norm(dim=-1)  # (N,)
+    return length / length.max() * (1 - mix) + attention.float() / attention.max() * mix
 
 
 @register_method("brightest", paper="an example, not a paper", complexity="O(ND)")
 @dataclass(frozen=True)
-class Brightest(ConnectorMethod):
-    """Keeps the tokens of largest norm."""
+class Brightest(ScoreMethod):
+    """Keeps the longest and most attended tokens.
 
-    power: float = 2.0
+    mix: share of the attention in the score, ours.
+    """
 
-    def select(self, tokens: VisualTokens, keep: int) -> Selection:
-        """The `keep` tokens of largest norm."""
-        return Selection(top(tokens.features.float().norm(p=self.power, dim=-1), keep))
+    needs: ClassVar[tuple[str, ...]] = ("cls_attention",)
+    mix: float = option(0.5, low=0, high=1)
+
+    def scores(self, tokens: VisualTokens) -> Tensor:
+        """Worth of each token, higher = keep. Returns (N,)."""
+        return brightness(tokens.features, tokens.signal("cls_attention"), self.mix)
 
 
 def main() -> None:
