@@ -26,6 +26,10 @@ class UnsupportedModelError(TokpruneError, TypeError):
     """A model, or a feature of it, that tokprune cannot prune; the message says why."""
 
 
+class TranslationError(TokpruneError, RuntimeError):
+    """A call would have reached the language model in lengths that are not those of its cache; answering would be wrong."""
+
+
 class MissingSignalError(TokpruneError, RuntimeError):
     """A method asked for a signal that this model's vision tower cannot give."""
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import tokprune
 from tests.adapters.frames_methods import Brightness, ByScore, Watch, lit, scores_of
@@ -127,7 +127,8 @@ def native_answer(tiny: Any, rows: torch.Tensor, planes: list[torch.Tensor], gri
     at = (ids == token).nonzero()[:, 0]
     ids = torch.cat([ids[: at[0]], torch.full((len(rows),), token), ids[at[-1] + 1 :]])
     pooled = rows[None] if tiny.family == "internvl" else [rows]
-    output = SimpleNamespace(pooler_output=pooled, deepstack_features=[[p] for p in planes] or None)
+    output = BaseModelOutputWithPooling(pooler_output=pooled)
+    output.deepstack_features = [[p] for p in planes] or None
     call: dict[str, Any] = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]}
     if "image_grid_thw" in inputs:
         call["image_grid_thw"] = torch.tensor([[1, 2 * grid[0], 2 * grid[1]]])

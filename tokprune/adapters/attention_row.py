@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokprune.adapters.dialect import CACHE, cache_name, tested_versions
 from tokprune.errors import UnsupportedModelError
 
 
@@ -16,6 +17,11 @@ def check_attention(attention: Any) -> None:
     if not hasattr(attention, "q_proj") or not hasattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb"):
         raise UnsupportedModelError(
             f"{type(attention).__name__} has no q_proj with rotary embedding, so what a token attends to cannot be read from it."
+        )
+    if cache_name(type(attention).forward) is None:
+        raise UnsupportedModelError(
+            f"{type(attention).__name__} names no KV cache ({' or '.join(CACHE)}), so what it reads cannot be narrowed. Known to work: "
+            f"{tested_versions()}."
         )
 
 

@@ -11,7 +11,15 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+TESTED = ("5.23", "5.24")  # minor versions of transformers that the whole suite passes on
 CACHE = ("cache", "past_key_values")  # what the KV cache is called as an argument and in outputs, newest name first
+
+
+def tested_versions() -> str:
+    """The installed transformers and those that are known to work, for messages."""
+    import transformers
+
+    return f"transformers {' and '.join(TESTED)}; installed: {transformers.__version__}"
 
 
 def parameters(function: Callable[..., Any]) -> tuple[str, ...]:

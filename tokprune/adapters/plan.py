@@ -16,6 +16,7 @@ from tokprune.adapters.masks import causal_mask, check_mask, gather_mask, is_ful
 from tokprune.adapters.positions import restarts, translate
 from tokprune.adapters.state import PruneState, get_state, logical_length, physical_length
 from tokprune.adapters.streams import Stream, kept_rows
+from tokprune.adapters.tripwires import next_positions
 from tokprune.errors import TokpruneError, UnsupportedModelError
 from tokprune.tokens import Layout, Selection
 
@@ -289,7 +290,9 @@ def execute(
 
     at = index.expand(*plan.positions.shape[:-2], -1, -1)
     positions = plan.positions.gather(-1, at).masked_fill(~used.expand_as(at), 0)
-    table = None
+    visual = torch.stack([row >= 0 for row in plan.row.values()]).any(0)
+    expected = next_positions(positions, keep[:, -1] & ~visual[:, -1])
+    table: tuple[Tensor, Any] | None = None
     if plan.columns.packed and plan.columns.segments is not None:
         sample = torch.where(used, plan.columns.segments.gather(1, index), -1)
         first = sample.diff(dim=1, prepend=sample[:, :1] - 1) != 0
@@ -329,6 +332,7 @@ def execute(
         plan.start + length,
         bool(filled.any()),
         visual=torch.cat([seen, visual], 1),
+        next_position=expected,
     )
     return new, Frame(past, after, expand, torch.where(used, index, -1)), table
 

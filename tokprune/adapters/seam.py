@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from tokprune.adapters.attach import Attachments, PerThread
 from tokprune.adapters.base import TYPE_IDS, Adapter, flatten
-from tokprune.adapters.dialect import as_cache, bind, cache_in, cache_of
+from tokprune.adapters.contract import check_contract
+from tokprune.adapters.dialect import as_cache, bind, cache_in, cache_of, parameters
 from tokprune.adapters.frame_scores import FrameScorer
 from tokprune.adapters.outputs import widen_output
 from tokprune.adapters.plan import Columns, Frame, Plan, StreamRecord, clear_raw, columns_of, execute, make_plan
@@ -26,6 +27,17 @@ from tokprune.adapters.query import build_queries, tokenizer_of
 from tokprune.adapters.reuse import are_copies, sources_of
 from tokprune.adapters.state import PruneState, Reader, attach_state, get_state, logical_length, physical_length
 from tokprune.adapters.streams import Recorder, Stream, build_streams, choose
+from tokprune.adapters.tripwires import (
+    Passage,
+    check_attached,
+    check_entry,
+    check_given_mask,
+    check_mask,
+    check_record,
+    check_table,
+    mark_unfinished,
+    width_of,
+)
 from tokprune.errors import MissingQueryError
 from tokprune.methods.base import ConnectorMethod
 from tokprune.methods.frames_base import PerFrame
@@ -65,13 +77,13 @@ class Options:
 class Mode:
     """Rides from prepare_inputs_for_generation to the base model as a keyword.
 
-    physical: the call is translated already. records: what was seen of the encoder; accelerate's hooks rebuild encoder
-    outputs on the way and would lose what rides on them, but leave an object like this one alone. asked: length of the prompt
-    that generate() was given, where a call holds words of the answer as well.
+    physical: the call is translated already. step: it is a decode step. records: what was seen of the encoder; accelerate's
+    hooks rebuild encoder outputs on the way and would lose what rides on them, but leave an object like this one alone. asked:
+    length of the prompt that generate() was given, where a call holds words of the answer as well.
     """
 
-    def __init__(self, physical: bool, encoded: Any = None, asked: int | None = None) -> None:
-        self.physical, self.asked = physical, asked
+    def __init__(self, physical: bool, encoded: Any = None, asked: int | None = None, step: bool = False) -> None:
+        self.physical, self.asked, self.step = physical, asked, step
         self.records = {
             modality: record
             for modality, output in (encoded or {}).items()
@@ -87,12 +99,14 @@ class _Thread:
     physical_prefill: bool = False
     asked: int | None = None  # length of the prompt that this thread's generate() began with
     rope: tuple[Tensor, Tensor] | None = None
+    passage: Passage = field(default_factory=Passage)
 
 
 class Seam:
     """Pruning between encoder and LLM, installed on one model; `remove` leaves it as it was."""
 
     def __init__(self, adapter: Adapter, options: Options) -> None:
+        check_contract(adapter)
         self.adapter, self.options = adapter, options
         self.threads = PerThread(_Thread)
         self.on = Attachments(self)
@@ -108,10 +122,13 @@ class Seam:
         try:
             self.on.before(base, "_pre", with_kwargs=True)
             self.on.after(base, "_post", with_kwargs=True, always_call=True)
-            for module in self.adapter.text_model.modules():
+            text = self.adapter.text_model
+            self.on.before(text, "_enter", with_kwargs=True)
+            self.on.after(text, "_leave", with_kwargs=True)
+            for module in text.modules():
                 if type(module).__name__.endswith("RotaryEmbedding"):
                     self.on.before(module, "_rope", with_kwargs=True)
-            for name, method in (("prepare_inputs_for_generation", "_prepare"), ("_prefill", "_chunked_prefill")):
+            for name, method in (("prepare_inputs_for_generation", "_prepare"), ("_prefill", "_prefill")):
                 if hasattr(model, name):
                     self.on.instead(model, name, method)
             self.recorder.install()
@@ -139,37 +156,60 @@ class Seam:
     # -- generate(): translate before masks are built, static caches and compiled decoding included ----------------------
 
     def _prepare(self, original: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        kwargs.update(
+            zip(parameters(original)[1:], args, strict=False)
+        )  # by name: generate() uses names, a caller may not
+        out = self._prepared(original, input_ids, kwargs)
+        if MODE in out or kwargs.get("is_first_iteration", False):
+            self.threads.now.passage.prepare(cache_in(kwargs))
+        return out
+
+    def _prepared(self, original: Any, input_ids: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         cache = cache_in(kwargs)
         state = self._state(cache)
+        out: dict[str, Any]
+        first = bool(kwargs.get("is_first_iteration", False))
         if self.threads.now.physical_prefill:
-            out = original(input_ids, *args, **kwargs)
+            out = original(input_ids, **kwargs)
             out[MODE] = Mode(physical=True)
             return out
-        if kwargs.get("is_first_iteration", False) and self.adapter.has_visual(kwargs):
-            out = original(input_ids, *args, **kwargs)
+        if first and self.adapter.has_visual(kwargs):
+            out = original(input_ids, **kwargs)
             out["attention_mask"] = kwargs.get("attention_mask")  # the 2-D one: a 4-D one would have logical lengths
             out[MODE] = Mode(physical=False, encoded=kwargs.get("mm_encoder_outputs"))
             self.threads.now.asked = input_ids.shape[1]
             return out
         if state is None:
-            out = original(input_ids, *args, **kwargs)
+            out = original(input_ids, **kwargs)
             if self.adapter.has_visual(out):  # without a cache, every step reads the prompt and the answer so far
                 encoded = out.get("mm_encoder_outputs")
                 out[MODE] = Mode(physical=False, encoded=encoded, asked=self.threads.now.asked)
             return out
+        held = check_record(cache, state, input_ids.shape[0])
         length = kwargs.get("next_sequence_length")
         length = input_ids.shape[1] if length is None else length
-        kwargs["attention_mask"] = state.key_mask(kwargs.get("attention_mask"), physical_length(cache) + length)
-        out = original(input_ids, *args, **kwargs)
+        mask = state.key_mask(kwargs.get("attention_mask"), physical_length(cache) + length)
+        check_mask(mask, None if held is None else held + length, length, cache, state.has_fill)
+        out = original(input_ids, **{**kwargs, "attention_mask": mask})
         if out.get("position_ids") is not None:
-            out["position_ids"] = out["position_ids"] - state.shift.to(out["position_ids"].device)
-        out[MODE] = Mode(physical=True)
+            out["position_ids"] = state.shifted(out["position_ids"])
+        out[MODE] = Mode(physical=True, step=not first)
         return out
 
-    def _chunked_prefill(
+    def _prefill(
         self, original: Any, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], **kwargs: Any
     ) -> Any:
-        """Chunked prefill: the whole prompt is shortened first, then transformers splits the short one."""
+        """generate()'s prefill. In chunks, the whole prompt is shortened first, then transformers splits the short one."""
+        passage = self.threads.now.passage
+        passage.prefill = True
+        try:
+            return self._prefilled(original, input_ids, generation_config, model_kwargs, **kwargs)
+        finally:
+            passage.prefill = False
+
+    def _prefilled(
+        self, original: Any, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], **kwargs: Any
+    ) -> Any:
         encoded = model_kwargs.get("mm_encoder_outputs") or {}
         if generation_config.prefill_chunk_size is None or not any(v is not None for v in encoded.values()):
             return original(input_ids, generation_config, model_kwargs, **kwargs)
@@ -200,21 +240,29 @@ class Seam:
             cache._tokprune_view = "physical"
         try:
             out = self._chunks(original, new["input_ids"], generation_config, shortened, kwargs, table)
+        except BaseException:
+            mark_unfinished(model_kwargs, None)
+            raise
         finally:
             if state is not None:
                 cache._tokprune_view = "logical"
-        frame.state.reader = self.reader
-        attach_state(cache_of(out), frame.state)
+        self._attach(cache_of(out), frame)
         return out
+
+    def _attach(self, cache: Any, frame: Frame) -> None:
+        """Let the cache that a pruned prefill filled carry its record."""
+        frame.state.reader = self.reader
+        attach_state(cache, frame.state)
+        check_attached(cache, frame.state)
 
     def _chunks(self, original: Any, ids: Any, config: Any, model_kwargs: Any, kwargs: Any, rope: Any = None) -> Any:
         """transformers' own chunked prefill of a prompt that is not to be planned again, piece by piece."""
         thread = self.threads.now
-        thread.physical_prefill, thread.rope = True, rope
+        thread.physical_prefill, thread.passage.chunked, thread.rope = True, True, rope
         try:
             return original(ids, config, model_kwargs, **kwargs)
         finally:
-            thread.physical_prefill, thread.rope = False, None
+            thread.physical_prefill, thread.passage.chunked, thread.rope = False, False, None
 
     # -- forward of the multimodal base model -----------------------------------------------------------------------------
 
@@ -224,10 +272,17 @@ class Seam:
         thread.frame = None  # an interrupt may have left one behind: torch does not call hooks after a BaseException
         if not thread.physical_prefill:
             thread.rope = None
+        if not torch.compiler.is_compiling():
+            thread.passage.begin(None)
         if mode is not None and mode.physical:
+            if not torch.compiler.is_compiling():
+                thread.passage.arrive(cache_in(kwargs), translated=True)
+                thread.passage.begin(width_of(args, kwargs), mode.step, thread.rope is not None)
             return args, kwargs
         call = bind(module, args, kwargs)
         x = columns_of(call) if call.get("input_ids") is not None or call.get("inputs_embeds") is not None else None
+        concerned = x is not None and (self.adapter.has_visual(call) or get_state(cache_in(call)) is not None)
+        thread.passage.arrive(cache_in(call), translated=mode is not None or not concerned)
         if x is not None and self.adapter.has_visual(call):
             encoded = self.adapter.encode(call)
             for modality, record in ({} if mode is None else mode.records).items():
@@ -244,18 +299,22 @@ class Seam:
             frame.for_generate = mode is not None
             frame.as_tuple = not _wants_dict(self.adapter, call)
             thread.frame = frame
+            thread.passage.begin(frame.index.shape[1], table_due=thread.rope is not None)
             return (), {**new, "return_dict": True}
         state = self._state(cache_in(call))
         if x is not None and state is not None:  # a hand-written decode loop, or a text-only turn on a kept cache
             cache = cache_in(call)
+            check_record(cache, state, x.shape[0])
+            check_given_mask(call.get("attention_mask"), logical_length(cache) + x.shape[1], cache)
             positions = self.adapter.positions(call, x)
             keys = physical_length(cache) + x.shape[1]
             call["attention_mask"] = state.key_mask(
                 call.get("attention_mask"), keys, x.shape[1], self.adapter.model.dtype
             )
-            call["position_ids"] = positions - state.shift.to(positions.device)
+            call["position_ids"] = state.shifted(positions)
             for name in TYPE_IDS:
                 call.pop(name, None)
+            thread.passage.begin(x.shape[1])
             return (), call
         return args, kwargs
 
@@ -264,21 +323,34 @@ class Seam:
         frame, thread.frame = thread.frame, None
         if not thread.physical_prefill:
             thread.rope = None
+        if output is not None:
+            check_table(thread.passage)
+        thread.passage.begin(None)
         if frame is None or output is None:
             return None
         cache = cache_of(output)
         cache = frame.past if cache is None else cache
         if cache is not None and physical_length(cache) > 0:
-            frame.state.reader = self.reader
-            attach_state(cache, frame.state)
+            self._attach(cache, frame)
         widen_output(output, frame.expand, last=not frame.for_generate)
         return output.to_tuple() if frame.as_tuple else output
+
+    def _enter(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        """Before the language model: what it is given fits the keys that it has."""
+        if not torch.compiler.is_compiling():
+            check_entry(self.threads.now.passage, self.reader, args, kwargs, MODE)
+
+    def _leave(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        """Behind the language model: a cache that a pruned prefill filled waits for its record."""
+        if not torch.compiler.is_compiling() and self.threads.now.frame is not None:
+            mark_unfinished(kwargs, output)
 
     def _rope(self, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Exchange contiguous positions for the kept ones, when attention must not see gaps."""
         table = self.threads.now.rope
         if table is None:
             return None
+        self.threads.now.passage.table_due = False
         kept, pad = table
         positions = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
         whole = positions.shape[1] == kept.shape[1]  # else a chunk of the prompt, told by its place

@@ -41,6 +41,7 @@ class PruneState:
     physical key must stay masked. reader: of the pruning that reads the cache now; without one a model would take prompt
     columns for keys. visual: (B, P) bool, keys of visual tokens (newlines are none), where known. chosen: what the cache stage
     decided last, an object with `index(fn)`.
+    next_position: (B,) position that the token after the prompt must have, -1 where none is certain; until it was checked.
     """
 
     kept: Tensor
@@ -50,6 +51,7 @@ class PruneState:
     reader: Reader = field(default_factory=Reader)
     visual: Tensor | None = None
     chosen: Any = None
+    next_position: Tensor | None = None
 
     def __deepcopy__(self, memo: Any) -> PruneState:
         """A copied cache is read by the same pruning; a copied model has one of its own."""
@@ -80,6 +82,7 @@ class PruneState:
             moves=fn(self.moves),
             visual=None if self.visual is None else fn(self.visual),
             chosen=None if self.chosen is None else self.chosen.index(fn),
+            next_position=None if self.next_position is None else fn(self.next_position),
         )
 
     def cropped(self, length: int) -> PruneState:
@@ -96,6 +99,10 @@ class PruneState:
         visual = None if self.visual is None else (self.visual & stay)[:, :width]
         has_fill = bool((kept < 0).any())
         return PruneState(kept, self.moves[:, : length + 1], length, has_fill, self.reader, visual)
+
+    def shifted(self, positions: Tensor) -> Tensor:
+        """Positions as prompted -> as kept, for tokens after the prefill. (B, L), or (axes, B, L)."""
+        return positions - self.shift.to(positions.device)
 
     def columns(self, length: int) -> Tensor:
         """(B, length) logical column of every physical key, tokens appended after the prefill included."""
