@@ -26,6 +26,10 @@ def test_golden(case: GoldenCase) -> None:
             pooled = average_pool(hidden[:, start : start + length], stride)
             whole = torch.cat([hidden[:, :start], pooled, hidden[:, start + length :]], 1)
             torch.testing.assert_close(whole, case[f"y_s{stride}"], atol=1e-5, rtol=1e-5)
+            places = torch.arange(hidden.shape[1]).expand(len(hidden), -1)
+            middle = pooled_positions(places[:, start : start + length], stride)
+            expected = torch.cat([places[:, :start], middle, places[:, start + length :]], 1)
+            assert torch.equal(expected, case[f"pos_s{stride}"])
         return
     features, stride = case["features"], int(case.number("stride"))
     pooled = average_pool(features, stride)

@@ -52,6 +52,7 @@ def merge_schedule(r: int | Sequence[int], depth: int, inflection: float = 0.0, 
         agrees="matching, merging, schedules; logits, sizes and sources of four timm ViTs end to end",
         differs="LayerScale, query and key norms and register tokens, which its patch drops",
     ),
+    presets={"mae": {"proportional": False}},
 )
 @dataclass(frozen=True)
 class ToMe(EncoderMethod):
@@ -63,7 +64,7 @@ class ToMe(EncoderMethod):
     square root of the ratio, so that both stages reduce by the same factor. A block merges at most half of its patches; [CLS] and
     other prefix tokens never merge. inflection: -1 merges most in the first blocks (table 10 of the paper), 1 in the
     last ones. proportional: attention counts a merged token as often as it has members (equation 1); switch it off for
-    MAE models that were not trained with it. matching: "bipartite", or the paper's rivals "random" and "kth" (every
+    MAE models that were not trained with it, as published (preset="mae"). matching: "bipartite", or the paper's rivals "random" and "kth" (every
     k-th patch is a destination, so a block keeps 1 / k; r is not used). k, seed: for those two. compat="published"
     truncates sloping schedules as the published code does. That code also drops LayerScale and query/key normalisation
     of the models it patches and protects two prefix tokens at most; here blocks stay as they are.
