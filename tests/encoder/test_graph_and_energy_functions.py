@@ -5,12 +5,10 @@ from __future__ import annotations
 import torch
 
 from tests.golden_vectors import GoldenCase, claims
-from tokprune.methods.encoder.pitome import energy_matching
+from tokprune.methods.encoder.pitome import energy, energy_matching
 from tokprune.methods.encoder.tofu import norm_merge
-from tokprune.methods.encoder.zerotprune import similar_half
+from tokprune.methods.encoder.zerotprune import head_consensus, similar_half, weighted_page_rank
 from tokprune.ops.bipartite import bipartite_matching, merge, merge_weighted
-from tokprune.ops.energy import energy
-from tokprune.ops.pagerank import head_consensus, weighted_page_rank
 
 close = torch.testing.assert_close
 TOLERANCE = {"atol": 1e-6, "rtol": 1e-5}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from tokprune.methods.connector.prumerge import neighbour_rows
 from tokprune.ops.nearest import nearest_target
-from tokprune.ops.neighbours import neighbour_rows
 
 
 def test_nearest_target() -> None:

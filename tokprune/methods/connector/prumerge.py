@@ -11,12 +11,34 @@ from torch import Tensor
 from tokprune.budget import equal
 from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
 from tokprune.methods.options import Compat, option
-from tokprune.ops.iqr import upper_outliers
-from tokprune.ops.neighbours import neighbour_rows
+from tokprune.ops.distance import unit
 from tokprune.ops.stacks import stacks
 from tokprune.ops.wide import wide
 from tokprune.registry import Checked, register_method
 from tokprune.tokens import Merge, Selection, VisualTokens
+
+
+def neighbour_rows(keys: Tensor, kept: Tensor, weights: Tensor, neighbours: int) -> Tensor:
+    """Merge weights of "itself once, plus its nearest others by their weights".
+
+    keys: (B, N, C), compared by cosine. kept: (B, K) indices. weights: (B, N), what a token brings into a row when it is a
+    neighbour. Neighbours are the min(neighbours, N - 1) most similar other tokens, kept ones included; ties go to the lower
+    index. Returns rows (B, K, N), not normalised. O(K N C).
+    """
+    rows = unit(keys)
+    n = rows.shape[1]
+    similarity = rows.gather(1, kept[..., None].expand(-1, -1, rows.shape[-1])) @ rows.transpose(1, 2)  # (B, K, N)
+    similarity.scatter_(2, kept[..., None], -torch.inf)  # never one's own neighbour
+    nearest = torch.sort(similarity, dim=-1, descending=True, stable=True).indices[..., : min(neighbours, n - 1)]
+    brought = weights.to(rows)[:, None, :].expand(-1, kept.shape[1], -1).gather(2, nearest)
+    return torch.zeros_like(similarity).scatter_(2, nearest, brought).scatter_(2, kept[..., None], 1.0)
+
+
+def upper_outliers(values: Tensor) -> Tensor:
+    """Which values lie above Q3 + 1.5 (Q3 - Q1), quartiles by linear interpolation. values: (..., N) -> (..., N) bool."""
+    quartiles = torch.quantile(values, torch.tensor([0.25, 0.75], dtype=values.dtype, device=values.device), dim=-1)
+    low, high = quartiles[0][..., None], quartiles[1][..., None]
+    return values > high + 1.5 * (high - low)
 
 
 def prumerge_count(attention: Tensor) -> Tensor:

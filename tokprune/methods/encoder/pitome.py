@@ -12,9 +12,16 @@ from tokprune.budget import geometric_counts
 from tokprune.methods.encoder_base import BlockView, EncoderMethod, Reduction
 from tokprune.methods.options import option
 from tokprune.ops.bipartite import Matching
-from tokprune.ops.distance import unit
-from tokprune.ops.energy import energy
+from tokprune.ops.distance import cosine_similarity, unit
 from tokprune.registry import Checked, register_method
+
+
+def energy(metric: Tensor, margin: float, alpha: float = 1.0) -> Tensor:
+    """Mean over all tokens of the cosine above `margin`, softened below it by an ELU. metric: (B, n, d) -> (B, n).
+
+    High: one of many alike (background). Low: alone (an object). A token counts itself.
+    """
+    return torch.nn.functional.elu(cosine_similarity(metric) - margin, alpha=alpha).mean(-1)
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tokprune.ops.lowrank import randomised_pca
+from tokprune.methods.connector.prunesid import randomised_pca
 
 
 def test_finds_the_leading_components() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tokprune.ops.dpp import greedy_map
+from tokprune.methods.connector.cdpruner import greedy_map
 
 
 def kernel(n: int, d: int, seed: int) -> torch.Tensor:

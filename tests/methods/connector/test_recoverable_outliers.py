@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tokprune.ops.outliers import local_outlier_factor, outliers
+from tokprune.methods.connector.recoverable import local_outlier_factor, outliers
 
 
 def by_definition(values: list[float], k: int) -> list[float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from tokprune.ops.iqr import upper_outliers
+from tokprune.methods.connector.prumerge import upper_outliers
 
 
 def test_equals_numpy() -> None:
