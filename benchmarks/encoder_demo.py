@@ -145,7 +145,7 @@ def measure(
     copies = None
     with tokprune.apply(model, setting.method, processor=processor, **arguments):
         places = right()
-    if pruning.method.info.merges:
+    if pruning.encoder.method.info.merges:
         with apply_encoder(model, setting.method, processor=processor, **arguments):
             copies = right()
     before, after = (1e3 * statistics.median(v) / PICTURES for v in (plain, reduced))

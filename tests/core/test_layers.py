@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "methods": CORE | {"ops", "registry", "video"},
 }
 # The layers above; each may import those before it, and what stands in MAY_IMPORT.
-UPPER = ("adapters", "report", "api", "testing", "viz", "profiling", "demo", "loading", "evaluation", "cli")
+UPPER = ("report", "adapters", "api", "testing", "viz", "profiling", "demo", "loading", "evaluation", "cli")
 TRANSFORMERS = {"adapters", "testing", "demo", "loading", "profiling", "evaluation"}
 # Classes of lmms-eval are subclassed here; lmms-eval imports the module by its entry point, and the sweep when it runs.
 BORN_OF_LMMS_EVAL = {"evaluation/lmms_model.py"}

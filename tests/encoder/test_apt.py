@@ -117,11 +117,11 @@ def test_what_enters_is_what_the_model_would_make_of_the_small_picture(name: str
     x = torch.full((2, 3, 32, 32), 0.3) + torch.tensor([0.0, 0.2]).view(2, 1, 1, 1)
     seen: list[Tensor] = []
     pruning = apply_encoder(model, APT(proportional=False, **NORMAL))
-    first = pruning.tower.blocks[0].block
+    first = pruning.encoder.tower.blocks[0].block
     watch = first.register_forward_pre_hook(lambda m, a, kw: seen.append(a[0]), with_kwargs=True)
     output(model, x)
     watch.remove(), pruning.remove()
-    prefix = pruning.tower.prefix
+    prefix = pruning.encoder.tower.prefix
     assert seen[0].shape[1] == 16 + prefix
     table = {
         "timm": lambda: model.pos_embed[0, 1:],
@@ -133,7 +133,7 @@ def test_what_enters_is_what_the_model_would_make_of_the_small_picture(name: str
     }[name]()
     small = torch.nn.functional.interpolate(x, scale_factor=0.5, mode="bilinear")
     place = torch.nn.functional.interpolate(table.T.reshape(1, -1, 8, 8), size=(4, 4), mode="bicubic", antialias=True)
-    expected = (pruning.tower.patch(small) + place).flatten(2).transpose(1, 2)
+    expected = (pruning.encoder.tower.patch(small) + place).flatten(2).transpose(1, 2)
     norm = {"clip": lambda t: model.pre_layrnorm(t), "open_clip": lambda t: model.ln_pre(t)}.get(name, lambda t: t)
     close(seen[0][:, prefix:], norm(expected), atol=1e-5, rtol=1e-5)
     assert pruning.trace.merge_map(0).unique().numel() == 16

@@ -59,7 +59,7 @@ def turned(x: Tensor, table: Tensor, prefix: int, half: bool) -> Tensor:
 def test_merging_equals_a_written_out_forward(kind: str) -> None:
     model, seen = eva(kind), {}
     with apply_encoder(model, "tome", r=7) as pruning:
-        prefix = pruning.tower.prefix
+        prefix = pruning.encoder.tower.prefix
         first = model.blocks[0].register_forward_pre_hook(
             lambda m, a, kw: seen.update(x=a[0], rope=kw.get("rope")), with_kwargs=True
         )

@@ -44,7 +44,7 @@ def test_bad_arguments_are_refused_and_leave_the_model(method: str, options: Any
     with pytest.raises(error, match=message):
         apply_encoder(model, method, **options)
     assert hooks(model) == before
-    assert "_tokprune_encoder" not in vars(model)
+    assert "_tokprune" not in vars(model)
 
 
 def test_a_refused_second_method_leaves_the_first() -> None:

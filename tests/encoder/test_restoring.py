@@ -37,7 +37,7 @@ def think(block: Any, x: Tensor) -> Tensor:
 def seen_by_blocks(model: Any, pruning: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """What entered the first block and left the last one under a splice."""
     seen: dict[str, Tensor] = {}
-    blocks = [p.block for p in pruning.tower.blocks]
+    blocks = [p.block for p in pruning.encoder.tower.blocks]
     handles = [
         blocks[0].register_forward_pre_hook(lambda m, a, kw: seen.update(x=a[0]), with_kwargs=True),
         blocks[-1].register_forward_hook(lambda m, a, out: seen.update(y=out)),
@@ -55,7 +55,7 @@ def test_ipcv_equals_a_written_out_forward(name: str, steady: int) -> None:
     model = TOWERS[name]()
     with apply_encoder(model, IPCV(keep=0.4, first=0, steady=steady, neighbours=3)) as pruning:
         x, got = seen_by_blocks(model, pruning, pixels())
-    blocks, prefix = [p.block for p in pruning.tower.blocks], pruning.tower.prefix
+    blocks, prefix = [p.block for p in pruning.encoder.tower.blocks], pruning.encoder.tower.prefix
     old = think(blocks[0], attend(blocks[0], x))
     for b in range(len(x)):
         moved = (old[b] - x[b]).norm(dim=-1)[prefix:]
@@ -132,7 +132,7 @@ def test_toc3d_equals_a_written_out_forward(name: str) -> None:
     model = TOWERS[name]()
     with apply_encoder(model, ToC3D(keep=0.3, first=1)) as pruning:
         x, got = seen_by_blocks(model, pruning, pixels())
-    blocks, prefix = [p.block for p in pruning.tower.blocks], pruning.tower.prefix
+    blocks, prefix = [p.block for p in pruning.encoder.tower.blocks], pruning.encoder.tower.prefix
     x = think(blocks[0], attend(blocks[0], x))
     entry, qkv, *_ = parts(blocks[1])
     q, k, _ = qkv(entry(x))

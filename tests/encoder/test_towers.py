@@ -179,7 +179,7 @@ def test_merging_equals_a_written_out_forward(name: str) -> None:
     model = TOWERS[name]()
     x, seen = pixels(), {}
     pruning = apply_encoder(model, "tome", r=7)
-    tower = pruning.tower
+    tower = pruning.encoder.tower
     first = tower.blocks[0].block
     watch = first.register_forward_pre_hook(lambda m, args, kw: seen.update(x=args[0]), with_kwargs=True)
     last = tower.blocks[-1].block.register_forward_hook(lambda m, a, out: seen.update(y=out))
@@ -204,11 +204,11 @@ def test_hidden_states_have_full_length_and_the_right_values(name: str, attentio
     model(pixels(), output_hidden_states=True)  # transformers installs its capturing hooks now
     seen: dict[str, Tensor] = {}
     pruning = apply_encoder(model, "tome", r=7)
-    blocks = [p.block for p in pruning.tower.blocks]
+    blocks = [p.block for p in pruning.encoder.tower.blocks]
     watch = blocks[0].register_forward_pre_hook(lambda m, args, kw: seen.update(x=args[0]), with_kwargs=True)
     hidden = model(pixels(), output_hidden_states=True).hidden_states
     watch.remove(), pruning.remove()
-    expected = written_out(model, seen["x"], 7, pruning.tower.prefix, blocks)
+    expected = written_out(model, seen["x"], 7, pruning.encoder.tower.prefix, blocks)
     for got, want in zip(hidden[1:-1], expected, strict=False):
         close(got, want, atol=2e-5, rtol=1e-5)
     assert {h.shape[1] for h in hidden} == {seen["x"].shape[1]}
@@ -218,14 +218,14 @@ def test_hidden_states_have_full_length_and_the_right_values(name: str, attentio
 def test_what_enters_a_block_can_be_widened_from_outside() -> None:
     model, seen = TOWERS["clip"](), {}
     with apply_encoder(model, "tome", r=7) as pruning:
-        block = pruning.tower.blocks[2].block
+        block = pruning.encoder.tower.blocks[2].block
         watch = block.self_attn.k_proj.register_forward_hook(lambda m, a, out: seen.update(k=out))
         before = block.layer_norm1.register_forward_hook(lambda m, a, out: seen.update(x=out))
         hidden = model(pixels(), output_hidden_states=True).hidden_states
         watch.remove(), before.remove()
         assert seen["k"].shape[1] == 65 - 14
-        close(pruning.widen(2, seen["x"]), block.layer_norm1(hidden[2]), atol=1e-5, rtol=1e-5)
-        assert pruning.widen(2, seen["k"]).shape == hidden[2].shape
+        close(pruning.encoder.widen(2, seen["x"]), block.layer_norm1(hidden[2]), atol=1e-5, rtol=1e-5)
+        assert pruning.encoder.widen(2, seen["k"]).shape == hidden[2].shape
 
 
 @pytest.mark.parametrize("name", ["timm registers", "timm average"])
@@ -246,7 +246,7 @@ def test_feature_maps_of_timm_have_full_length(name: str, layout: str) -> None:
         final, maps = model.forward_intermediates(x, [1, -1], output_fmt=layout)
         alone = model.forward_intermediates(x, 2, output_fmt=layout, intermediates_only=True)
         assign = pruning.trace.assign
-    assert final.shape[1] == 64 + pruning.tower.prefix
+    assert final.shape[1] == 64 + pruning.encoder.tower.prefix
     assert [m.shape for m in maps] == [m.shape for m in plain["image_intermediates"]]
     assert torch.equal(alone[-1], maps[-1])
     last = maps[-1].flatten(2).transpose(1, 2) if layout == "NCHW" else maps[-1]
@@ -307,7 +307,7 @@ def test_tomes_schedules_and_rivals(name: str, options: Any, left: tuple[int, ..
     model, x = TOWERS[name](), pixels()
     with apply_encoder(model, "tome", **options) as pruning:
         both = output(model, x)
-        prefix = pruning.tower.prefix
+        prefix = pruning.encoder.tower.prefix
         assert pruning.trace.counts == tuple(n - 1 + prefix for n in left)
         alone = output(model, x[1:])
     close(both[-1][1:], alone[-1], atol=1e-5, rtol=1e-5)
@@ -380,8 +380,8 @@ def test_a_copy_of_a_reduced_model_has_its_own_state() -> None:
     expected = model(pixels())
     close(other(pixels(4, 3))[:1] * 0 + expected[:1], expected[:1])
     close(other(pixels()), expected)
-    assert other.__dict__["_tokprune_encoder"] is not model.__dict__["_tokprune_encoder"]
-    assert other.__dict__["_tokprune_encoder"].trace is not model.__dict__["_tokprune_encoder"].trace
+    assert vars(other)["_tokprune"] is not vars(model)["_tokprune"]
+    assert vars(other)["_tokprune"].encoder.trace is not vars(model)["_tokprune"].encoder.trace
 
 
 @torch.no_grad()

@@ -97,7 +97,7 @@ def test_clip_tower_of_llava_equals_a_dense_forward(family: str) -> None:
     inputs = two_images(tiny)
     seen: dict[str, Tensor] = {}
     pruning = apply_encoder(tiny.model, "tome", r=9)
-    first = pruning.tower.blocks[0].block
+    first = pruning.encoder.tower.blocks[0].block
     handles = [
         first.register_forward_pre_hook(
             lambda m, a, kw: seen.update(x=a[0] if a else kw["hidden_states"]), with_kwargs=True
@@ -107,9 +107,9 @@ def test_clip_tower_of_llava_equals_a_dense_forward(family: str) -> None:
     encode(tiny, inputs)
     assert [h.remove() for h in handles]
     pruning.remove()
-    depth = pruning.tower.depth
-    assert depth == len(pruning.tower.blocks) - 1  # vision_feature_layer=-2
-    blocks = [p.block for p in pruning.tower.blocks[:depth]]
+    depth = pruning.encoder.tower.depth
+    assert depth == len(pruning.encoder.tower.blocks) - 1  # vision_feature_layer=-2
+    blocks = [p.block for p in pruning.encoder.tower.blocks[:depth]]
     close(seen["selected"], written_out(None, seen["x"], 9, 1, blocks)[-1][:, 1:], atol=1e-5, rtol=1e-5)
 
 
@@ -119,7 +119,7 @@ def test_internvl_merges_whole_units() -> None:
     inputs = tiny.inputs([["a ", ("image", picture(70, 30)), "?"]])  # several tiles
     seen: dict[str, Tensor] = {}
     pruning = apply_encoder(tiny.model, "tome", r=3)
-    blocks = [p.block for p in pruning.tower.blocks]
+    blocks = [p.block for p in pruning.encoder.tower.blocks]
     watch = blocks[0].register_forward_pre_hook(lambda m, a: seen.update(x=a[0]))
     got = rows(encode(tiny, inputs).pooler_output)
     assert watch.remove() is None
@@ -240,8 +240,8 @@ def test_packed_towers_equal_a_dense_forward(family: str, what: str) -> None:
     with apply_encoder(tiny.model, "tome", r=3) as pruning:
         got = encode(tiny, inputs, modality)
     merged = tower.merger(outs[-1])
-    if pruning.tower.grids is not None:
-        order = pruning.tower.grids(grid, {})
+    if pruning.encoder.tower.grids is not None:
+        order = pruning.encoder.tower.grids(grid, {})
         merged = torch.empty_like(merged).index_copy_(0, order, merged)
     close(rows(got.pooler_output), merged, atol=1e-5, rtol=1e-5)
     if family == "qwen3_vl":

@@ -52,6 +52,22 @@ class PerThread(threading.local):
         return PerThread, (self.kind,)
 
 
+class Lock:
+    """A lock that copies and pickles of a model have for themselves."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> Any:
+        return Lock, ()
+
+
 class Hook:
     """One method of a pruning, as a hook of some module; does nothing once the pruning is gone.
 

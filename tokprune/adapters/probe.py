@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokprune.adapters.attach import Attachments, PerThread, Ref
+from tokprune.adapters.attach import Attachments, Lock, PerThread, Ref
 from tokprune.errors import MissingSignalError
 from tokprune.ops.wide import wide
 
@@ -207,16 +206,6 @@ class _Seen:
     store: dict[tuple[str, int], Any] | None = None
 
 
-class _Lock:
-    """A lock that copies and pickles of a model have for themselves."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-
-    def __reduce__(self) -> Any:
-        return _Lock, ()
-
-
 class AttentionProbe:
     """Keeps references to what chosen blocks of a vision tower compute; scores are made from them on demand.
 
@@ -232,8 +221,8 @@ class AttentionProbe:
         self.blocks, self.outputs = sorted(set(blocks)), sorted(set(outputs))
         self.on = Attachments(self)
         self._threads = PerThread(_Seen)
-        self._own_calls = False
-        self._lock = _Lock()
+        self.own_calls = False
+        self._lock = Lock()
         self._hooked: dict[tuple[str, int], tuple[nn.Module, Any]] = {}
         # A tower without blocks is only an error when something is to be read from them.
         modules = tower_blocks(tower) if self.blocks or self.outputs else []
@@ -248,11 +237,16 @@ class AttentionProbe:
         """The vision tower."""
         return self._tower()
 
+    @property
+    def listens(self) -> bool:
+        """Whether there is anything to listen to."""
+        return bool(self._modules)
+
     def install(self, own_calls: bool = False) -> AttentionProbe:
         """Start listening to the tower. own_calls: to runs inside `listening()` alone, for towers that other models hold, too."""
-        if len(self.on) or not self._modules:
+        if len(self.on) or not self.listens:
             return self
-        self._own_calls = own_calls
+        self.own_calls = own_calls
         self.on.before(self.tower, "_begin")
         self.on.after(self.tower, "_end", always_call=True)
         for i in self.blocks:
@@ -293,7 +287,7 @@ class AttentionProbe:
 
     def _begin(self, module: nn.Module, args: Any) -> None:
         seen = self._threads.now
-        seen.running = seen.open or not self._own_calls
+        seen.running = seen.open or not self.own_calls
         if seen.running:
             seen.store = {}
             self._hook_projections()
@@ -313,7 +307,7 @@ class AttentionProbe:
         hooked = self._hooked
         if len(hooked) == len(wanted) and all(key in hooked and hooked[key][0] is m for key, m in wanted.items()):
             return
-        with self._lock.lock:  # two threads may see the change at once
+        with self._lock:  # two threads may see the change at once
             for key, (module, handle) in list(self._hooked.items()):
                 if wanted.get(key) is not module:
                     self.on.drop(handle)

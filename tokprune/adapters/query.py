@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -36,6 +38,26 @@ def plain_question(text: str) -> tuple[str, bool]:
         return asked[: end.start()], True
     mark = asked.rfind("?")
     return (asked[: mark + 1], True) if mark >= 0 else (asked, False)
+
+
+# Questions of the with blocks that a thread (or asyncio task) is in, by id of the set-up that they are for.
+_ASKED: ContextVar[Mapping[int, str | tuple[str, ...]]] = ContextVar("tokprune_asked", default={})  # noqa: B039 - never written to
+
+
+@contextlib.contextmanager
+def asking(setup: Any, question: str | tuple[str, ...]) -> Iterator[None]:
+    """`question` is what `current_question(setup)` answers inside the block, in this thread."""
+    before = _ASKED.get()
+    _ASKED.set({**before, id(setup): question})
+    try:
+        yield
+    finally:
+        _ASKED.set(before)
+
+
+def current_question(setup: Any) -> str | tuple[str, ...] | None:
+    """The question of the innermost `asking` block around the caller, or None."""
+    return _ASKED.get().get(id(setup))
 
 
 def _one_line(text: str) -> str:

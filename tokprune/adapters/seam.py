@@ -23,7 +23,7 @@ from tokprune.adapters.dialect import as_cache, bind, cache_in, cache_of, parame
 from tokprune.adapters.frame_scores import FrameScorer
 from tokprune.adapters.outputs import widen_output
 from tokprune.adapters.plan import Columns, Frame, Plan, StreamRecord, clear_raw, columns_of, execute, make_plan
-from tokprune.adapters.query import build_queries, tokenizer_of
+from tokprune.adapters.query import build_queries, current_question, tokenizer_of
 from tokprune.adapters.reuse import are_copies, sources_of
 from tokprune.adapters.state import PruneState, Reader, attach_state, get_state, logical_length, physical_length
 from tokprune.adapters.streams import Recorder, Stream, build_streams, choose
@@ -69,7 +69,7 @@ class Options:
     query: str | Sequence[str] | None = None
     processor: Any = None
     scorer: Any = None
-    encoder: Any = None  # the EncoderPruning of the same model, whose survivors are the candidates
+    encoder: Any = None  # the EncoderStage of the same model, whose survivors are the candidates
     frames: PerFrame | None = None  # the frames method with what works inside the frames; `method` is it, or wraps it
     cached: bool = False  # a cache stage follows: it needs the record even of a prompt that keeps everything
 
@@ -446,7 +446,7 @@ class Seam:
             for t in (getattr(config, "image_token_id", None), getattr(config, "video_token_id", None))
             if t is not None
         ]
-        given, expand = self.options.query, 1
+        given, expand = current_question(self.options) or self.options.query, 1
         if given is None and self.options.processor is not None and columns.segments is not None:
             raise MissingQueryError(
                 "a packed row holds several samples, each with a question of its own, and the prompt does not tell which picture a "

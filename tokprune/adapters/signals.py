@@ -170,7 +170,7 @@ def compute_signals(
     """The signals `needs` of one get_image_features or get_video_features call that `probe` listened to.
 
     kwargs, output: of that call. scorer: gives `clip_image` through embed_image(pixels (U, 3, H, W)) -> (U, N, E), one
-    embedding per patch in raster order; it gets the pixels as the processor normalised them. encoder: the EncoderPruning of a
+    embedding per patch in raster order; it gets the pixels as the processor normalised them. encoder: the EncoderStage of a
     tower that is reduced inside; signals of a block with fewer rows are what that block computed, each group's value at the
     places of its members, 0 for dropped tokens.
     """

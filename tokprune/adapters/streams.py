@@ -66,6 +66,10 @@ class Recorder:
         self.threads = PerThread(_Call)
         self.on = Attachments(self)
         self.probe: AttentionProbe | None = signal_probe(adapter.base, self.needs) if self.needs else None
+        if self.probe is not None and self.probe.listens:
+            from tokprune.adapters.splice.stage import refuse_two_reductions
+
+            refuse_two_reductions(self.probe.tower, adapter.model, reduces=False)
 
     def anchor(self) -> Any:
         """The model that is observed."""

@@ -19,7 +19,7 @@ from tokprune.viz.overlay import _fade, _line, _unseen, _views, beside, cell_map
 
 
 class MergeTrace(Protocol):
-    """What the last run of a tower left behind: `EncoderPruning.trace` is one."""
+    """What the last run of a tower left behind: `Pruning.trace` is one."""
 
     cells: tuple[tuple[int, int], ...]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokprune.adapters.splice.engine import Splice, thread
+from tokprune.adapters.splice.engine import Splice
 from tokprune.adapters.splice.run import EncoderTrace, Run, State
 from tokprune.adapters.splice.tower import Heads
 from tokprune.errors import OptionError, UnsupportedModelError
@@ -66,7 +66,8 @@ class BatchedSplice(Splice):
 
     def entrance(self) -> Entrance | None:
         """The picture of this run and what larger patches of it would be."""
-        pixels = self.pixels.pop(thread(), None)
+        now = self.threads.now
+        pixels, now.pixels = now.pixels, None
         if pixels is None or self.tower.patch is None or self.tower.embed is None:
             return None
         embed, side = self.tower.embed, self.tower.patch.kernel_size[0]
@@ -86,7 +87,7 @@ class BatchedSplice(Splice):
             whole = pixels[:, :, : height // step * step * side, : width // step * step * side]
             small = torch.nn.functional.interpolate(whole.float(), scale_factor=1 / step, mode="bilinear")
             out: Tensor = embed(small.to(pixels.dtype), (height, width), step)
-            self.pixels.pop(thread(), None)  # the small picture went through the patch embedding, too
+            now.pixels = None  # the small picture went through the patch embedding, too
             return out
 
         return Entrance((pixels.float() * factor + shift) * 255, (height, width), coarse)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokprune.adapters.attach import Ref
 from tokprune.adapters.splice.tower import BlockParts, Heads, Tower
 from tokprune.errors import UnsupportedModelError
 
@@ -72,8 +73,8 @@ def tower(model: Any, owner: Any = None) -> Tower:
     pools = getattr(model, "attn_pool", None) is not None or getattr(model, "global_pool", "avg") not in ("token", "")
     return Tower(
         family=f"timm {type(model).__name__}",
-        root=model,
-        owner=model if owner is None else owner,
+        root_ref=Ref(model),
+        owner_ref=Ref(model if owner is None else owner),
         blocks=blocks,
         depth=len(blocks),
         prefix=int(getattr(model, "num_prefix_tokens", int(cls))),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tokprune.adapters.families import EncoderCall, arrange
-from tokprune.adapters.splice.handle import EncoderPruning
+from tokprune.adapters.splice.stage import EncoderStage
 from tokprune.methods.base import ConnectorMethod, Wrapper
 from tokprune.methods.connector.none import NoPruning
 from tokprune.methods.options import option
@@ -21,14 +21,14 @@ from tokprune.tokens import Merge, Selection, VisualTokens
 SIGNAL = "encoder_survivor"
 
 
-def survivor_rows(pruning: EncoderPruning, call: EncoderCall) -> Tensor:
+def survivor_rows(encoder: EncoderStage, call: EncoderCall) -> Tensor:
     """1 for each row of an encoder call that is the place of a group, 0 for its copies and dropped tokens. (R,) in
     float32.
 
-    call: the get_image_features or get_video_features call that `pruning` has just seen. Where the connector pools
+    call: the get_image_features or get_video_features call that `encoder` has just seen. Where the connector pools
     patches of several groups to a token, the token counts as a place when one of them has its place there.
     """
-    trace, tower = pruning.trace, pruning.tower
+    trace, tower = encoder.trace, encoder.tower
     if trace is None:
         raise ValueError("the reduced tower has not run yet.")
     if tower.packed:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tokprune.adapters.attach import Ref
 from tokprune.adapters.splice.patches import embedder
 from tokprune.adapters.splice.tower import BlockParts, Heads, Tower
 from tokprune.adapters.splice.units import blocks as unit_blocks
@@ -61,6 +62,10 @@ def _parts(block: Any) -> BlockParts:
     )
 
 
+def _positions(table: nn.Embedding, prefix: int) -> Tensor:
+    return table.weight[prefix:]
+
+
 def _entrance(root: Any, prefix: int) -> dict[str, Any]:
     """Facts for methods that choose patch sizes: CLIP and SigLIP. The others have positions by picture, or none."""
     kind = type(next(iter(layers(root) or ()), None)).__name__
@@ -68,7 +73,7 @@ def _entrance(root: Any, prefix: int) -> dict[str, Any]:
     if kind not in CLIP_LAYERS[:2] or not isinstance(patch, nn.Conv2d) or not isinstance(table, nn.Embedding):
         return {}
     after = getattr(root, "pre_layrnorm", None) or nn.Identity()
-    return {"patch": patch, "embed": embedder(patch, lambda: table.weight[prefix:], after)}
+    return {"patch": patch, "embed": embedder(patch, functools.partial(_positions, table, prefix), after)}
 
 
 def tower(root: Any, owner: Any, depth: int | None = None, side: int = 1, vlm: bool = False) -> Tower:
@@ -79,8 +84,8 @@ def tower(root: Any, owner: Any, depth: int | None = None, side: int = 1, vlm: b
     cls = hasattr(root.embeddings, "class_embedding") or getattr(root.embeddings, "cls_token", None) is not None
     return Tower(
         family=type(root).__name__,
-        root=root,
-        owner=owner,
+        root_ref=Ref(root),
+        owner_ref=Ref(owner),
         blocks=tuple(_parts(b) for b in found),
         depth=len(found) if depth is None else depth,
         prefix=int(cls),

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tokprune.adapters.attach import Ref
 from tokprune.adapters.splice.patches import embedder
 from tokprune.adapters.splice.tower import BlockParts, Heads, Tower
 from tokprune.errors import UnsupportedModelError
@@ -27,6 +28,10 @@ def _heads(attention: Any, seen: Mapping[str, Tensor]) -> Heads:
     packed = packed.unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
     q, k, v = packed.unbind(0)
     return q, k, v
+
+
+def _positions(root_ref: Ref) -> Tensor:
+    return root_ref().positional_embedding[1:]  # type: ignore[no-any-return]
 
 
 def _parts(block: Any) -> BlockParts:
@@ -54,8 +59,8 @@ def tower(root: Any, owner: Any) -> Tower:
     mean, std = getattr(root, "image_mean", None), getattr(root, "image_std", None)
     return Tower(
         family="open_clip VisionTransformer",
-        root=root,
-        owner=owner,
+        root_ref=Ref(root),
+        owner_ref=Ref(owner),
         blocks=blocks,
         depth=len(blocks),
         prefix=1,
@@ -64,6 +69,6 @@ def tower(root: Any, owner: Any) -> Tower:
         padding=True,
         pools=root.attn_pool is not None or root.pool_type in ("avg", "none"),
         patch=root.conv1,
-        embed=embedder(root.conv1, lambda: root.positional_embedding[1:], root.ln_pre),
+        embed=embedder(root.conv1, functools.partial(_positions, Ref(root)), root.ln_pre),
         normal=None if mean is None or std is None else (tuple(mean), tuple(std)),
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokprune.adapters.splice.engine import Splice, thread
+from tokprune.adapters.splice.engine import Splice
 from tokprune.adapters.splice.run import EncoderTrace, Run, State
 from tokprune.adapters.splice.tower import Heads
 from tokprune.errors import UnsupportedModelError
@@ -64,33 +63,37 @@ class PackedSplice(Splice):
             raise UnsupportedModelError(f"the blocks of {self.tower.family} were called without borders or positions.")
         run = PackedRun(tokens // fold, tokens, 1)
         run.position = kwargs["position_embeddings"]
-        run.cells, run.order = self.entrance[thread()]
+        frames = self.threads.now.frames
+        if frames is None:
+            raise UnsupportedModelError(f"the blocks of {self.tower.family} were called without the tower around them.")
+        run.cells, run.order = frames
         run.lengths[0] = [height * width for height, width in run.cells]
         return run
 
-    def install(self) -> None:
+    def _install(self) -> None:
         """Also watch the tower's entrance: there, and only there, the sizes of images and frames are known."""
-        self.entrance: dict[int, tuple[list[tuple[int, int]], Tensor | None]] = {}
-        super().install()
-        self.handles.append(self.tower.root.register_forward_pre_hook(self._grids, with_kwargs=True))
+        super()._install()
+        self.on.before(self.tower.root, "_grids", with_kwargs=True)
         if self.method.size_bias:
             for i, parts in enumerate(self.tower.blocks):
-                on = self.handles.append
-                on(parts.seen["qkv"].register_forward_hook(functools.partial(self._add_channel, i)))
-                on(parts.attention.proj.register_forward_pre_hook(functools.partial(self._strip_channel, i)))
+                self.on.after(parts.seen["qkv"], "_add_channel", i)
+                self.on.before(parts.attention.proj, "_strip_channel", i)
 
     def _grids(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if self._foreign:
+            return
         grid = args[1] if len(args) > 1 else kwargs["grid_thw"]
         order = None if self.tower.grids is None else self.tower.grids(grid, kwargs)
         side = math.isqrt(self.tower.fold)
         cells = [(height // side, width // side) for count, height, width in grid.tolist() for _ in range(count)]
-        self.entrance[thread()] = (cells, order)
+        self.threads.now.frames = (cells, order)
 
     def _add_channel(self, index: int, module: Any, args: Any, output: Tensor) -> Any:
         """The logarithm of each key's size as one more channel of q (1) and k; attention itself stays as it is,
         flash included.
         """
-        size = self._run(index).states[index].size
+        run = self._run(index)
+        size = None if run is None else run.states[index].size
         if size is None:
             return None
         parts = self.tower.blocks[index]
@@ -103,7 +106,8 @@ class PackedSplice(Splice):
         return torch.cat([heads, more], -1).flatten(1)
 
     def _strip_channel(self, index: int, module: Any, args: Any) -> Any:
-        if self._run(index).states[index].size is None:
+        run = self._run(index)
+        if run is None or run.states[index].size is None:
             return None
         heads = args[0].view(args[0].shape[0], self.tower.blocks[index].attention.num_heads, 2, -1)
         return (heads[..., : -(PAD // 2)].flatten(1), *args[1:])
@@ -140,7 +144,7 @@ class PackedSplice(Splice):
         return PAD if self.method.size_bias else 0
 
     def places(self, index: int) -> Tensor | None:
-        rep = self._run(index).states[index].rep
+        rep = self._seen().states[index].rep
         return None if rep is None else self.tokens(rep)
 
     def restored(self, run: Any, index: int) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tokprune.adapters.attach import Ref
 from tokprune.adapters.splice.tower import BlockParts, Heads, Tower
 
 BLOCKS = (
@@ -45,9 +46,10 @@ def _parts(block: Any) -> BlockParts:
     )
 
 
-def _window_order(root: Any, grid: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+def _window_order(root_ref: Ref, grid: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
     from transformers.vision_utils import get_vision_window_index
 
+    root = root_ref()
     index, _ = get_vision_window_index(
         grid,
         spatial_merge_size=root.spatial_merge_size,
@@ -64,8 +66,8 @@ def tower(root: Any, owner: Any, vlm: bool = True) -> Tower:
     taps = zip(getattr(root, "deepstack_merger_list", ()), getattr(root, "deepstack_visual_indexes", ()), strict=False)
     return Tower(
         family=type(root).__name__,
-        root=root,
-        owner=owner,
+        root_ref=Ref(root),
+        owner_ref=Ref(owner),
         blocks=tuple(_parts(b) for b in found),
         depth=len(found),
         prefix=0,
@@ -74,5 +76,5 @@ def tower(root: Any, owner: Any, vlm: bool = True) -> Tower:
         packed=True,
         taps=tuple((module, int(index)) for module, index in taps),
         vlm=vlm,
-        grids=functools.partial(_window_order, root) if hasattr(root, "window_size") else None,
+        grids=functools.partial(_window_order, Ref(root)) if hasattr(root, "window_size") else None,
     )

@@ -66,9 +66,19 @@ class EncoderReport:
             tuple(notes),
         )
 
+    @property
+    def total(self) -> int:
+        """Patches at the entrance, of all images."""
+        return self.start * len(self.left)
+
+    @property
+    def kept(self) -> int:
+        """Places that are left of them."""
+        return sum(self.left)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
-        return asdict(self)
+        return {"total": self.total, "kept": self.kept, **asdict(self)}
 
     def to_json(self) -> str:
         """The report as JSON."""

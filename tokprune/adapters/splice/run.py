@@ -4,6 +4,7 @@ is in.
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field
 
 import torch
@@ -37,12 +38,12 @@ class State:
         return State(size, row, place, ragged, detour)
 
 
-@dataclass
+@dataclass(eq=False)
 class Run:
     """One call of the tower. states[i]: rows that enter block i. The dictionaries are per block number and emptied
     as it goes. inputs: what entered the blocks that are cut at their end. ropes: rotary tables of the rows that enter
-    each block. cuts: where a method that restores the full sequence left it (packed towers: one per size of frames, with
-    the places of the frames' units). done: the last block has run. unmasked: an attention mask was looked at and hides
+    each block. entries: what entered the blocks, while it is alive. graph: the run is to be differentiated. cuts: where a method that restores the full sequence left it (packed towers: one per size of frames, with
+    the places of the frames' units). trace: known when the last block has run. unmasked: an attention mask was looked at and hides
     nothing. grid: height and width of a picture in patches, where the tower shows it.
     """
 
@@ -53,14 +54,24 @@ class Run:
     seen: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     merged: dict[int, Tensor] = field(default_factory=dict)
     branch: dict[int, Tensor] = field(default_factory=dict)
-    entries: dict[int, int] = field(default_factory=dict)
+    entries: dict[int, weakref.ref[Tensor]] = field(default_factory=dict)
     inputs: dict[int, Tensor] = field(default_factory=dict)
     ropes: dict[int, Tensor] = field(default_factory=dict)
     cuts: list[tuple[Tensor | None, Cut]] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
-    done: bool = False
+    graph: bool = False
+    trace: EncoderTrace | None = None
     unmasked: bool = False
     grid: tuple[int, int] | None = None
+
+    def entered(self, index: int) -> int | None:
+        """Where the input of block `index` lies in memory, while somebody keeps it."""
+        x = self.entries[index]() if index in self.entries else None
+        return None if x is None else x.data_ptr()
+
+    def held(self) -> bool:
+        """Whether a backward pass may still compute blocks again: the input of some block is kept."""
+        return any(x() is not None for x in list(self.entries.values()))
 
 
 @dataclass(frozen=True)

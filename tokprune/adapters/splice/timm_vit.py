@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tokprune.adapters.attach import Ref
 from tokprune.adapters.splice.patches import embedder
 from tokprune.adapters.splice.tower import BlockParts, Heads, Tower
 from tokprune.errors import UnsupportedModelError
@@ -49,7 +50,8 @@ def _parts(block: Any) -> BlockParts:
     )
 
 
-def _positions(model: Any) -> Tensor | None:
+def _positions(model_ref: Ref) -> Tensor | None:
+    model = model_ref()
     table = model.pos_embed
     if table is None:
         return None
@@ -58,7 +60,11 @@ def _positions(model: Any) -> Tensor | None:
 
 def _entrance(model: Any) -> dict[str, Any]:
     """Facts for methods that choose patch sizes, of models that embed patches by one convolution."""
-    patch = getattr(model.patch_embed, "proj", None)
+    if (
+        type(model.patch_embed).__name__ != "PatchEmbed"
+    ):  # the hybrids' convolution sees a network's features, not pixels
+        return {}
+    patch = model.patch_embed.proj
     if not isinstance(patch, nn.Conv2d) or patch.kernel_size != patch.stride:
         return {}
     norm, pre = model.patch_embed.norm, model.norm_pre
@@ -66,7 +72,7 @@ def _entrance(model: Any) -> dict[str, Any]:
         return {}
     config = getattr(model, "pretrained_cfg", None) or {}
     normal = (tuple(config["mean"]), tuple(config["std"])) if "mean" in config and "std" in config else None
-    return {"patch": patch, "embed": embedder(patch, functools.partial(_positions, model), pre), "normal": normal}
+    return {"patch": patch, "embed": embedder(patch, functools.partial(_positions, Ref(model)), pre), "normal": normal}
 
 
 def tower(model: Any, owner: Any = None) -> Tower:
@@ -76,8 +82,8 @@ def tower(model: Any, owner: Any = None) -> Tower:
     pools = getattr(model, "attn_pool", None) is not None or getattr(model, "global_pool", "token") not in ("token", "")
     return Tower(
         family=f"timm {type(model).__name__}",
-        root=model,
-        owner=model if owner is None else owner,
+        root_ref=Ref(model),
+        owner_ref=Ref(model if owner is None else owner),
         blocks=blocks,
         depth=len(blocks),
         prefix=int(getattr(model, "num_prefix_tokens", int(cls))),

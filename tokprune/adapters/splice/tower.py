@@ -10,6 +10,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tokprune.adapters.attach import Ref
+
+ENCODE = (
+    "get_image_features",
+    "get_video_features",
+    "encode_image",
+)  # what encodes pictures, in VLMs and in CLIP-like models
 Heads = tuple[Tensor, Tensor, Tensor]
 
 
@@ -38,14 +45,15 @@ class BlockParts:
 class Tower:
     """A vision tower that can be spliced.
 
-    family: for messages. root: module whose call is one run and whose output may list hidden states. depth: how many of
+    family: for messages. root (by root_ref): module whose call is one run and whose output may list hidden states. depth: how many of
     the blocks feed the output that is used. prefix: leading tokens that are no patches; cls: whether the first of them
     is [CLS]. mask: keyword of the attention module that takes an additive mask; padding: it takes one number per key,
     (B, N), instead. fold: tokens that the connector joins; unit_order: for fold > 1 the (N,) patch numbers unit by unit
     of N patches. packed: all images in one sequence (S, C), with cu_seqlens. pools: the head pools over patches. taps:
     modules that read the output of a block (by number) beside the main path and need its full length. vlm: it feeds a
     language model. intermediates: it has timm's forward_intermediates. grids: packed towers that reorder units: raster
-    numbers of the sequence's units, from grid and keywords. owner: where the handle is kept. patch: the convolution that
+    numbers of the sequence's units, from grid and keywords. owner (by owner_ref): the model that was given; the root may be
+    a part of it. patch: the convolution that
     embeds patches; embed: what would enter the first block if patches were `step` times as large, from the picture made
     `step` times smaller: (pixels (B, 3, H, W), grid of the full picture, step) -> (B, n, C). normal: mean and standard
     deviation of the pixels, where the model knows them. rope: for towers whose blocks take the keyword `rope`, a table (N,
@@ -53,8 +61,8 @@ class Tower:
     """
 
     family: str
-    root: nn.Module
-    owner: nn.Module
+    root_ref: Ref
+    owner_ref: Ref
     blocks: tuple[BlockParts, ...]
     depth: int
     prefix: int
@@ -73,3 +81,22 @@ class Tower:
     embed: Callable[[Tensor, tuple[int, int], int], Tensor] | None = None
     normal: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     rope: Callable[[Any, int, Tensor, Tensor], Tensor] | None = None
+
+    @property
+    def root(self) -> Any:
+        """The tower's outermost module."""
+        return self.root_ref()
+
+    @property
+    def owner(self) -> Any:
+        """The model that was given."""
+        return self.owner_ref()
+
+    def doors(self) -> tuple[tuple[Ref, str], ...]:
+        """Methods through which the owner reaches the root, as (object, name); none when it is the root itself."""
+        owner = self.owner
+        if owner is None or owner is self.root:
+            return ()
+        holder = owner.base_model if self.vlm else owner
+        names = ENCODE if self.vlm else ("forward", "forward_intermediates", *ENCODE)
+        return tuple((Ref(holder), name) for name in names if hasattr(holder, name))

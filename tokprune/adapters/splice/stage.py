@@ -1,25 +1,22 @@
-"""What a user holds of the encoder stage."""
+"""The encoder stage on one model: its vision tower runs on fewer tokens."""
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from tokprune.adapters.base import unwrap
+from tokprune.adapters.attach import Hook
+from tokprune.adapters.probe import AttentionProbe
 from tokprune.adapters.splice.batched import BatchedSplice
+from tokprune.adapters.splice.engine import Splice
 from tokprune.adapters.splice.find import find_tower
 from tokprune.adapters.splice.packed import PackedSplice
 from tokprune.adapters.splice.report import EncoderReport
 from tokprune.adapters.splice.run import EncoderTrace
 from tokprune.budget import check_budget, check_ratio
 from tokprune.errors import BudgetError, OptionError, UnsupportedModelError
-from tokprune.methods.base import Method
 from tokprune.methods.encoder_base import EncoderMethod
-from tokprune.registry import get_method
-
-HANDLE = "_tokprune_encoder"  # attribute of the model that holds its EncoderPruning
 
 
 def _normal(processor: Any) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
@@ -29,8 +26,29 @@ def _normal(processor: Any) -> tuple[tuple[float, ...], tuple[float, ...]] | Non
     return None if mean is None or std is None else (tuple(mean), tuple(std))
 
 
-class EncoderPruning:
-    """A vision tower that runs on fewer tokens: the handle that `apply_encoder` returns, also a context manager.
+def refuse_two_reductions(root: Any, owner: Any, reduces: bool) -> None:
+    """Raise where a pruning of a model and a pruning of its bare tower would meet in one call.
+
+    root: the tower. owner: the model to be pruned. reduces: inside the tower; else its blocks are only looked at.
+    """
+    for hook in root._forward_hooks.values():
+        other = hook.owner() if isinstance(hook, Hook) else None
+        if isinstance(other, Splice) and other.anchor() is root is not owner:
+            raise UnsupportedModelError(
+                f"the vision tower of {type(owner).__name__} is already reduced by a pruning of the tower itself; take that off first, "
+                f"tokprune.remove(tower), and give its method with this one: method=[{other.method.info.name!r}, ...]."
+            )
+        looks = isinstance(other, Splice) and other.anchor() is not root
+        looks |= isinstance(other, AttentionProbe) and other.own_calls
+        if looks and reduces and owner is root:
+            raise UnsupportedModelError(
+                f"this {type(root).__name__} is the vision tower of a model that is pruned and looks into it; apply the encoder method to "
+                "that model, or take its pruning off first."
+            )
+
+
+class EncoderStage:
+    """A vision tower that runs on fewer tokens, by an encoder method; `remove` leaves it as it was.
 
     expand: whether the tower gives its output at full length, each merged token repeated at the places of its members.
     """
@@ -45,7 +63,7 @@ class EncoderPruning:
         processor: Any = None,
     ) -> None:
         self.tower = find_tower(model)
-        self.model, self.method = self.tower.owner, method
+        self.method = method
         pools = self.tower.pools
         if expand is None:
             expand = self.tower.vlm or method.info.merges or method.restores
@@ -72,26 +90,27 @@ class EncoderPruning:
         self._splice = splice(self.tower, method, self.ratio, self.budget, expand)
         self._splice.normalisation = _normal(processor) or self.tower.normal
 
-    @property
-    def trace(self) -> EncoderTrace | None:
-        """The last run: which patch is in which group, where each group sits; None before the first."""
-        return self._splice.trace
+        self._splice.check()
+        refuse_two_reductions(self.tower.root, self.tower.owner, reduces=True)
 
     @property
-    def active(self) -> bool:
-        """Whether the model is reduced through this handle now."""
-        return self.model.__dict__.get(HANDLE) is self
+    def model(self) -> Any:
+        """The model that was given; None when it is gone."""
+        return self.tower.owner
+
+    @property
+    def trace(self) -> EncoderTrace | None:
+        """Which patch is in which group, where each group sits: of this thread's last run, or the last of any; None before."""
+        run = self._splice.threads.now.last
+        return self._splice.trace if run is None or run.trace is None else run.trace
 
     def install(self) -> None:
         """Put the hooks on the tower."""
         self._splice.install()
-        self.model.__dict__[HANDLE] = self
 
     def remove(self) -> None:
-        """Give the model back untouched. Calling it twice is harmless."""
+        """Take them off. Calling it twice is harmless."""
         self._splice.remove()
-        if self.active:
-            del self.model.__dict__[HANDLE]
 
     def widen(self, block: int, x: Tensor) -> Tensor:
         """Rows that entered block `block` in this thread's last run, at full length. x: (B, K, C), packed towers (K,
@@ -123,63 +142,3 @@ class EncoderPruning:
         asked = f"budget {self.budget}" if self.budget is not None else asked
         name = type(self.tower.owner).__name__
         return EncoderReport.build(name, self.tower, self.method, asked, self.expand, self.trace)
-
-    def __repr__(self) -> str:
-        state = "" if self.active else ", removed"
-        return f"<EncoderPruning {type(self.tower.owner).__name__} by {self.method.info.name}{state}>"
-
-    def __enter__(self) -> EncoderPruning:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.remove()
-
-
-def apply_encoder(
-    model: Any,
-    method: str | Method = "tome",
-    *,
-    ratio: float | None = None,
-    budget: int | None = None,
-    expand: bool | None = None,
-    processor: Any = None,
-    **options: Any,
-) -> EncoderPruning:
-    """Let the vision tower of `model` run on fewer tokens, in place.
-
-    model: a timm or open_clip ViT, a CLIP-like tower of transformers, or a VLM with one. method: a name (see
-    list_methods("encoder")) with its fields as `options`, or a method object. ratio, budget: patches left at the
-    tower's end, per image or frame, for methods that have no schedule of their own. expand: whether the tower's output
-    keeps its full length, each merged token repeated at the places of its members (then pooling over patches is the
-    weighted mean, and everything behind the tower still fits); by default for VLMs always, and for bare towers with
-    methods that merge. Dropped tokens are zeros. processor: tells methods that look at the picture (apt) how its pixels
-    were normalised.
-
-    Applying again replaces. Raises UnsupportedModelError for towers that cannot be spliced, OptionError and BudgetError
-    for arguments that cannot be used; the model is then as it was.
-    """
-    if isinstance(method, str):
-        method = get_method(method, **options)
-    elif options:
-        raise OptionError(f"options {sorted(options)} need the method by name.")
-    if not isinstance(method, EncoderMethod):
-        raise OptionError(
-            f"method {method.info.name!r} belongs to the stage {method.stage!r}, not to the encoder stage."
-        )
-    if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(f"apply_encoder takes a model (a torch.nn.Module), not {type(model).__name__}.")
-    pruning = EncoderPruning(model, method, ratio, budget, expand, processor)
-    method.check(pruning.tower.depth, ratio is not None or budget is not None)
-    remove_encoder(model)
-    pruning.install()
-    return pruning
-
-
-def remove_encoder(model: Any) -> None:
-    """Take the encoder stage off `model`; a model without one stays as it is."""
-    inner = unwrap(model) if hasattr(model, "modules") else model
-    pruning = getattr(inner, "__dict__", {}).get(HANDLE)
-    if pruning is not None:
-        pruning.remove()
