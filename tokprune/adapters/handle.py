@@ -17,7 +17,7 @@ from tokprune.adapters.attach import Hook, Ref
 from tokprune.adapters.base import Adapter, get_adapter, unwrap
 from tokprune.adapters.families import tiny_families
 from tokprune.adapters.query import asking
-from tokprune.adapters.seam import LastRun, Options, Seam
+from tokprune.adapters.seam import Options, Seam
 from tokprune.adapters.splice.report import EncoderReport
 from tokprune.adapters.splice.run import EncoderTrace
 from tokprune.config import PruneConfig
@@ -145,7 +145,7 @@ class Pruning:
         return None if self.encoder is None else self.encoder.trace
 
     @property
-    def last(self) -> LastRun | EncoderTrace | Any:
+    def last(self) -> Any:
         """What happened in the last run: a LastRun of a VLM, an EncoderTrace of a bare tower."""
         return self.trace if self._installed.seam is None else self._installed.seam.last
 

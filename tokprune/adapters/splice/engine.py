@@ -252,7 +252,7 @@ class Splice:
 
     def _enter_block(self, index: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         now = self.threads.now
-        x = args[0] if args else kwargs.get("hidden_states", kwargs.get("x"))
+        x: Any = args[0] if args else kwargs.get("hidden_states", kwargs.get("x"))
         if recomputing():
             now.whole = True
             run = self._again(index, x)
