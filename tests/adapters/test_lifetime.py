@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import weakref
 from collections.abc import Callable, Iterator
@@ -18,6 +19,11 @@ from tokprune.adapters.splice import apply_encoder
 from tokprune.errors import MissingSignalError, OptionError, TokpruneError, UnsupportedModelError
 from tokprune.testing import build, clip, picture
 
+
+def cache() -> Any:
+    return tokprune.get_method("dycoke_cache", layer=1)
+
+
 STAGES: dict[str, Callable[[], dict[str, Any]]] = {
     "connector": lambda: {"method": "divprune", "ratio": 0.3},
     "signals": lambda: {"method": "hired", "ratio": 0.3},
@@ -25,16 +31,24 @@ STAGES: dict[str, Callable[[], dict[str, Any]]] = {
     "encoder": lambda: {"method": "tome", "ratio": 0.3},
     "encoder that restores": lambda: {"method": "ipcv"},
     "encoder and connector": lambda: {"method": [tokprune.get_method("tome", r=2), "visionzip"], "ratio": 0.3},
-    "cache": lambda: {"method": ["dycoke", "dycoke_cache"], "ratio": 0.5},
+    "cache": lambda: {"method": ["dycoke", cache()], "ratio": 0.5},
 }
 
 
 @pytest.fixture
 def no_collector() -> Iterator[None]:
+    warm_up()
     gc.collect()
     gc.disable()
     yield
     gc.enable()
+
+
+@functools.cache
+def warm_up() -> None:
+    """What transformers sets up once, when the first model answers, is no matter of ours."""
+    tiny = build("llava")
+    tiny.model.generate(**tiny.inputs([["a ", ("image", picture(60, 40)), " b"]]), max_new_tokens=2)
 
 
 def watch(model: nn.Module) -> dict[str, weakref.ref[Any]]:
@@ -47,29 +61,12 @@ def alive(watched: dict[str, weakref.ref[Any]]) -> list[str]:
     return [name for name, ref in watched.items() if ref() is not None]
 
 
-def used(family: str, what: Callable[[Any], None]) -> list[str]:
-    """What of a model is alive after `what` was done with it and it was deleted."""
-    tiny = build(family)
-    model = tiny.model
-    rows = [["a ", ("image", picture(60, 40)), " b"]]
-    if family in ("llava_onevision", "qwen2_5_vl"):
-        rows = [["a ", ("video", clip(4, 40, 40)), " b"]]
-    inputs = tiny.inputs(rows)
-    del tiny
-    watched = watch(model)
-    with torch.no_grad():
-        model(**inputs)
-        what(lambda: (model(**inputs), model.generate(**inputs, max_new_tokens=3)))  # type: ignore[arg-type]
-    del model
-    return alive(watched)
-
-
 @pytest.mark.usefixtures("no_collector")
 @pytest.mark.parametrize("family", ["llava", "internvl", "qwen2_5_vl", "llava_onevision"])
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("end", ["pruned", "removed", "removed, handle kept", "replaced, handle kept", "failed"])
 def test_a_deleted_model_is_freed_at_once(family: str, stage: str, end: str) -> None:
-    if (end not in ("pruned", "removed, handle kept") and family != "llava") or (stage == "cache" and family == "internvl"):
+    if (end not in ("pruned", "removed") and family != "llava") or (stage == "cache" and family == "internvl"):
         pytest.skip("shown by the other families")
     handles: list[Any] = []
     tiny = build(family)
@@ -148,16 +145,16 @@ def test_copies_of_a_model_and_of_its_parts() -> None:
 
 @torch.no_grad()
 def test_a_pruned_model_can_be_saved_whole(tmp_path: Any) -> None:
+    """Before it has run: hooks of transformers' own, made in the first run, cannot be pickled."""
     tiny = build("llava")
     inputs = tiny.inputs([["a ", ("image", picture(60, 40)), " b"]])
-    plain = tiny.model(**inputs).logits
     tokprune.apply(tiny.model, [tokprune.get_method("tome", r=2), "hired"], ratio=0.3)
-    expected = tiny.model(**inputs).logits
     torch.save(tiny.model, tmp_path / "model.pt")
     other = torch.load(tmp_path / "model.pt", weights_only=False)
-    assert torch.equal(other(**inputs).logits, expected)
+    assert torch.equal(other(**inputs).logits, tiny.model(**inputs).logits)
     tokprune.remove(other)
-    assert torch.equal(other(**inputs).logits, plain)
+    tokprune.remove(tiny.model)
+    assert torch.equal(other(**inputs).logits, tiny.model(**inputs).logits)
 
 
 FAILING: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception]]] = {
@@ -165,14 +162,19 @@ FAILING: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception]]] = {
     "missing signal": (lambda: {"method": "prumerge", "ratio": 0.5}, MissingSignalError),
     "bad block": (lambda: {"method": tokprune.get_method("evit", blocks=(99,))}, OptionError),
     "no schedule": (lambda: {"method": "tome"}, OptionError),
-    "bad layer": (lambda: {"method": ["divprune", tokprune.get_method("dycoke_cache", layer=99)], "ratio": 0.5}, OptionError),
+    "bad layer": (
+        lambda: {"method": ["divprune", tokprune.get_method("dycoke_cache", layer=99)], "ratio": 0.5},
+        OptionError,
+    ),
 }
 
 
 @pytest.mark.parametrize("first", ["connector", "signals", "encoder", "encoder and connector", "cache"])
 @pytest.mark.parametrize("failing", FAILING)
 @torch.no_grad()
-def test_a_failing_apply_leaves_the_pruning_before_it(first: str, failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_apply_leaves_the_pruning_before_it(
+    first: str, failing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tiny = build("llava")
     inputs = tiny.inputs([["a ", ("image", picture(60, 40)), " b"]])
     pruning = tokprune.apply(tiny.model, **STAGES[first]())
@@ -218,7 +220,7 @@ def test_an_install_that_fails_half_way_is_undone(first: str, where: str, monkey
 
     monkeypatch.setattr(kinds[where], "install", broken)
     with pytest.raises(RuntimeError, match="half way"):
-        tokprune.apply(tiny.model, [tokprune.get_method("tome", r=1), "hired", "dycoke_cache"], ratio=0.4)
+        tokprune.apply(tiny.model, [tokprune.get_method("tome", r=1), "hired", cache()], ratio=0.4)
     assert pruning.active
     assert hooks(tiny.model) == count
     assert torch.equal(tiny.model(**inputs).logits, logits)

@@ -94,6 +94,10 @@ class CacheStage:
         """Take every hook and instance attribute away."""
         self.on.remove()
 
+    def release(self) -> None:
+        """Let go of the model's layers: it is gone."""
+        self.source, self.above = None, []
+
     def anchor(self) -> Any:
         """The model that this stage belongs to."""
         return self.adapter.model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -48,6 +49,7 @@ class Installed:
         self.cache: Any = None  # a CacheStage
         self._model = Ref(model)
         self.handle = Ref()
+        self._gone: Any = None  # tells when the model is
 
     @property
     def model(self) -> Any:
@@ -91,8 +93,20 @@ class Installed:
             part.remove()
         if self.active:
             del self.model.__dict__[HANDLE]
-        if self.handle() is not None:
+        if self.handle() is not None:  # it may outlive the model, whose parts must not stay alive for that
+            release = functools.partial(_release, weakref.ref(self))
+            self._gone = None if self.model is None else weakref.ref(self.model, release)
             self.handle().hold(None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_gone": None}
+
+
+def _release(installed: Any, _: Any) -> None:
+    """A removed pruning whose model is gone lets go of the model's parts."""
+    installed = installed()
+    for part in [] if installed is None else installed.parts:
+        part.release()
 
 
 class Pruning:

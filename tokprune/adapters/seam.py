@@ -142,6 +142,10 @@ class Seam:
         self.recorder.remove()
         self.on.remove()
 
+    def release(self) -> None:
+        """Let go of the model's parts: it is gone."""
+        self.recorder.probe = None
+
     def anchor(self) -> Any:
         """The model that this seam belongs to."""
         return self.adapter.model

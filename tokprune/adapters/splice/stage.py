@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -63,7 +64,7 @@ class EncoderStage:
         processor: Any = None,
     ) -> None:
         self.tower = find_tower(model)
-        self.method = method
+        self.method, self.name = method, type(self.tower.owner).__name__
         pools = self.tower.pools
         if expand is None:
             expand = self.tower.vlm or method.info.merges or method.restores
@@ -112,6 +113,11 @@ class EncoderStage:
         """Take them off. Calling it twice is harmless."""
         self._splice.remove()
 
+    def release(self) -> None:
+        """Let go of the tower's modules: the model is gone."""
+        self.tower = replace(self.tower, blocks=(), taps=(), patch=None, embed=None)
+        self._splice.tower = self.tower
+
     def widen(self, block: int, x: Tensor) -> Tensor:
         """Rows that entered block `block` in this thread's last run, at full length. x: (B, K, C), packed towers (K,
         C).
@@ -140,5 +146,4 @@ class EncoderStage:
         """What the last run left, block by block; prints as text."""
         asked = f"ratio {self.ratio:g}" if self.ratio is not None else "its own schedule"
         asked = f"budget {self.budget}" if self.budget is not None else asked
-        name = type(self.tower.owner).__name__
-        return EncoderReport.build(name, self.tower, self.method, asked, self.expand, self.trace)
+        return EncoderReport.build(self.name, self.tower, self.method, asked, self.expand, self.trace)
