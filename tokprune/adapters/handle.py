@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 from torch import nn
 
-from tokprune import budget as budgets
 from tokprune.adapters.attach import Hook, Ref
 from tokprune.adapters.base import Adapter, get_adapter, unwrap
 from tokprune.adapters.families import tiny_families
@@ -21,6 +21,7 @@ from tokprune.adapters.query import asking
 from tokprune.adapters.seam import Options, Seam
 from tokprune.adapters.splice.report import EncoderReport
 from tokprune.adapters.splice.run import EncoderTrace
+from tokprune.budget import kept
 from tokprune.config import PruneConfig
 from tokprune.errors import OptionError, TokpruneError, UnsupportedModelError
 from tokprune.methods.base import ConnectorMethod, Method
@@ -264,12 +265,6 @@ BASES: dict[str, type[Method]] = {
 """The stages that run in a model, and what their methods derive from."""
 
 
-def _keep_of(config: PruneConfig) -> Callable[[int], int]:
-    if config.budget is not None:
-        return functools.partial(min, config.budget)
-    return functools.partial(budgets.kept, ratio=float(config.ratio or 1.0))
-
-
 def _everything(n: int) -> int:
     return n
 
@@ -285,8 +280,11 @@ def vlm_pruning(model: Any, config: PruneConfig, processor: Any = None, scorer: 
         from tokprune.adapters.splice.handoff import AmongSurvivors
         from tokprune.adapters.splice.stage import EncoderStage
 
-        # The budget is one: the connector's when there is one, and the encoder then follows its own schedule.
+        # The budget is one: the connector's when there is one. The encoder then follows its own schedule; one that has none
+        # reduces by the same factor as the connector behind it.
         amount = (None, None) if connector is not None else (config.ratio, config.budget)
+        if connector is not None and config.ratio is not None and not stages.encoder.scheduled:
+            amount = (math.sqrt(config.ratio), None)
         installed.encoder = EncoderStage(adapter.model, stages.encoder, *amount, processor=processor)
         method = AmongSurvivors() if connector is None else AmongSurvivors(connector)
     if stages.cache is not None:
@@ -294,10 +292,10 @@ def vlm_pruning(model: Any, config: PruneConfig, processor: Any = None, scorer: 
 
         # The ratio or budget is for the cache stage only where it stands alone.
         alone = method is None and (config.ratio is not None or config.budget is not None)
-        keys = _keep_of(config) if alone else functools.partial(budgets.kept, ratio=stages.cache.share)
+        keys = config.count if alone else functools.partial(kept, ratio=stages.cache.share)
         installed.cache = CacheStage(adapter, stages.cache, keys)
         method = get_method("uniform") if method is None else method  # asked to keep all
-    keep_of = _everything if connector is None else _keep_of(config)
+    keep_of = _everything if connector is None else config.count
     frames = connector if isinstance(connector, PerFrame) else None
     options = Options(method, keep_of, config.positions, config.query, processor, scorer, installed.encoder, frames)
     options.cached = installed.cache is not None
