@@ -17,7 +17,7 @@ from tokprune.adapters.positions import restarts, translate
 from tokprune.adapters.state import PruneState, get_state, logical_length, physical_length
 from tokprune.adapters.streams import Stream, kept_rows
 from tokprune.adapters.tripwires import next_positions
-from tokprune.errors import TokpruneError, UnsupportedModelError
+from tokprune.errors import OptionError, TokpruneError, UnsupportedModelError
 from tokprune.tokens import Layout, Selection
 
 
@@ -273,6 +273,7 @@ def execute(
         new["inputs_embeds"] = gathered.masked_fill(~used[..., None], 0)
 
     held = physical_length(past)
+    check_room(past, held + width)
     columns = torch.where(used, index + plan.start, -1)
     before = state.columns(held) if state is not None else torch.arange(held, device=device).expand(batch, -1)
     columns = torch.cat([before.to(device), columns], 1)  # (B, held + P)
@@ -335,6 +336,17 @@ def execute(
         next_position=expected,
     )
     return new, Frame(past, after, expand, torch.where(used, index, -1)), table
+
+
+def check_room(cache: Any, keys: int) -> None:
+    """Refuse a cache of fixed length that the pruned prompt does not fit in."""
+    layers = [layer for layer in getattr(cache, "layers", ()) if not getattr(layer, "is_sliding", False)]
+    room = min((size for layer in layers if (size := getattr(layer, "max_cache_len", None)) is not None), default=keys)
+    if room < keys:
+        raise OptionError(
+            f"this {type(cache).__name__} holds {room} keys and the pruned prompt has {keys}: its text, the tokens kept of each picture "
+            "and the newline tokens beside them. Give max_cache_len=pruning.last.length plus the tokens to generate."
+        )
 
 
 def _mask(adapter: Adapter, plan: Plan, call: Mapping[str, Any], columns: Tensor, index: Tensor) -> Any:

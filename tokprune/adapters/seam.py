@@ -233,12 +233,13 @@ class Seam:
         if plan is None or (plan.untouched and state is None):
             return self._chunks(original, input_ids, generation_config, model_kwargs, kwargs)
         new, frame, table = execute(self.adapter, plan, call, self._hide_positions())
+        held = new["attention_mask"].shape[-1] - new["input_ids"].shape[1]
         shortened = {
             **model_kwargs,
             "mm_encoder_outputs": new["mm_encoder_outputs"] or {},
             "attention_mask": new["attention_mask"],
-            "position_ids": new["position_ids"],
-            **{k: new[k] for k in TYPE_IDS if k in call},
+            "position_ids": _from_start(new["position_ids"], held),  # transformers slices them by the cache's length
+            **{k: _from_start(new[k], held) for k in TYPE_IDS if k in call},
         }
         if state is not None:
             cache._tokprune_view = "physical"
@@ -468,3 +469,8 @@ def _wants_dict(adapter: Adapter, call: dict[str, Any]) -> bool:
     """Whether the caller of a forward gets a ModelOutput, not a tuple."""
     given = call.get("return_dict")
     return bool(getattr(adapter.base.config, "return_dict", True) if given is None else given)
+
+
+def _from_start(values: Tensor, held: int) -> Tensor:
+    """Values of new tokens (..., P) as (..., held + P), with nothing said of the keys before them."""
+    return torch.nn.functional.pad(values, (held, 0))

@@ -157,13 +157,36 @@ class Stream:
     selection: Selection | None = None
 
 
-def _runs(adapter: Adapter, ids: Tensor | None, columns: Tensor, copies: int) -> list[PlaceholderRun] | None:
+def _runs(
+    adapter: Adapter, ids: Tensor | None, columns: Tensor, copies: int, x: Tensor | None = None
+) -> list[PlaceholderRun] | None:
     """The prompt's placeholder runs, for the families whose tiles are told apart by them; copies of a prompt count once."""
     if not adapter.family.reads_runs:
         return None
+    if ids is None and x is not None and x.ndim == 3:
+        ids = ids_of(adapter.base.get_input_embeddings(), x, ~columns)
     if ids is None:
-        ids = torch.zeros_like(columns, dtype=torch.long)  # embeddings only: lengths still tell contiguous tiles
+        ids = torch.zeros_like(columns, dtype=torch.long)  # lengths still tell contiguous tiles
     return placeholder_runs(ids[::copies], columns[::copies])
+
+
+@torch.no_grad()
+def ids_of(table: Any, embeds: Tensor, where: Tensor) -> Tensor:
+    """Token ids (B, L) of embeddings (B, L, D) that are rows of the table, 0 for others and outside `where` (B, L).
+
+    table: the embedding module; called piece by piece, for its weight may be offloaded and its output scaled.
+    """
+    ids = torch.zeros(where.shape, dtype=torch.long, device=embeds.device)
+    wanted = embeds[where]
+    found = torch.zeros(len(wanted), dtype=torch.long, device=embeds.device)
+    count = int(getattr(table, "num_embeddings", 0))
+    for start in range(0, count, 4096):
+        piece = table(torch.arange(start, min(start + 4096, count), device=embeds.device)).to(wanted)
+        near = (wanted[:, None, :4] == piece[None, :, :4]).all(-1).nonzero()  # (M, 2) a few numbers of each agree
+        near = near[(wanted[near[:, 0]] == piece[near[:, 1]]).all(-1)]
+        found[near[:, 0]] = near[:, 1] + start
+    ids[where] = found
+    return ids
 
 
 def _unknown(n: int) -> StreamLayout:
@@ -250,7 +273,7 @@ def build_streams(
             many = len(source) // len(record.items)
             copies = many if are_copies(x, per_row, features, queries, many) else 1
         source = _first_copies(source, output, per_row, copies)
-        runs = None if survivors is not None else _runs(adapter, ids, columns, copies)
+        runs = None if survivors is not None else _runs(adapter, ids, columns, copies, x)
         found = arranged(adapter, record, source, runs, decode)
     prompts = list(range(0, len(per_row), copies))
     needed = [n for n in needs if n not in QUERY_NEEDS]
