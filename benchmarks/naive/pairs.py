@@ -15,7 +15,6 @@ from tests.published.pool import average_pool, pooled_positions
 from tests.published.prumerge_plus import prumerge_plus_order, spatial_step
 from tests.published.visionzip import visionzip
 from tests.published.vscan import vscan_published
-from tokprune.methods.base import top
 from tokprune.methods.connector.cdpruner import cdpruner, quality
 from tokprune.methods.connector.divprune import divprune
 from tokprune.methods.connector.fastervlm import fastervlm
@@ -32,7 +31,7 @@ from tokprune.methods.connector.scope import scope
 from tokprune.methods.connector.textmonkey import textmonkey
 from tokprune.methods.connector.vispruner import vispruner
 from tokprune.methods.question import text_relevance
-from tokprune.ops.ranking import top_in_groups, top_indices
+from tokprune.ops.topk import top, top_in_groups
 from tokprune.tokens import Layout
 
 from . import attention as by_attention
@@ -178,14 +177,14 @@ def _stream(late: Tensor) -> Layout:
 def _hired(early: Tensor, late: Tensor, keep: int) -> Tensor:
     layout = _stream(late)
     if len(late) == 1:
-        return top_indices(late[0], keep)
+        return top(late[0], keep)
     budgets = hired_budgets(early, layout, keep)
     return top_in_groups(late.flatten(), layout.group, budgets, keep)
 
 
 def _hired_published(early: Tensor, late: Tensor, keep: int) -> Tensor:
     if len(late) == 1:
-        return top_indices(late[0], keep)
+        return top(late[0], keep)
     budgets = hired_published_budgets(early, len(late) - 1, keep)
     return top_in_groups(late.flatten(), _stream(late).group, budgets, int(budgets.sum()))
 

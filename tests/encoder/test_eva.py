@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from tests.encoder.test_towers import hooks, output, pixels, settle
+from tests.published.bipartite import unmerge
 from tokprune.adapters.splice import apply_encoder
 from tokprune.errors import UnsupportedModelError
-from tokprune.ops.bipartite import bipartite_matching, merge_weighted, unmerge
+from tokprune.ops.bipartite import bipartite_matching, merge_weighted
 
 close = torch.testing.assert_close
 KINDS: dict[str, dict[str, Any]] = {

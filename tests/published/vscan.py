@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tokprune.methods.connector.vscan import vscan_merge, window_of
-from tokprune.ops.ranking import rank_in_group, top_by_tier
+from tokprune.ops.topk import rank_in_group, top_by_tier
 from tokprune.ops.wide import wide
 
 

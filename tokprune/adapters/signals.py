@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from tokprune.adapters.families import EncoderCall, UnknownGeometryError, arrange, family_of
 from tokprune.adapters.probe import AttentionProbe, Projections, tower_blocks, tower_of
 from tokprune.errors import MissingSignalError, OptionError, unknown
-from tokprune.ops.attention import mean_value_norm
 from tokprune.ops.wide import wide
 
 __all__ = ["SignalSet", "block_index", "compute_signals", "required_blocks", "tower_blocks", "tower_of"]
@@ -36,6 +35,15 @@ ELSEWHERE = ("clip_text", "frame_scores")
 """Needs that do not come from the vision tower; they are passed over here."""
 
 _WITHOUT = "Methods that look at the features alone work: random, uniform, pool, divprune."
+
+
+def mean_value_norm(values: Tensor) -> Tensor:
+    """L1 norm of each token's value vector after its heads were averaged. values: (..., H, S, d) -> (..., S) in float32.
+
+    Averaged first, so heads that disagree cancel; the sum of the heads' norms ranks tokens differently.
+    """
+    wide = values if values.dtype == torch.float64 else values.float()
+    return wide.mean(-3).abs().sum(-1)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tokprune.errors import BudgetError, OptionError
 from tokprune.methods.options import check_options
+from tokprune.ops.topk import top
 from tokprune.registry import MethodInfo
 from tokprune.tokens import Selection, VisualTokens
 
@@ -193,9 +194,3 @@ def check_finite(values: Tensor, what: str) -> Tensor:
             f"{what} hold NaN or infinity; the model's forward is broken before pruning (overflow in half precision?)."
         )
     return values
-
-
-def top(scores: Tensor, keep: int) -> Tensor:
-    """The `keep` best of (..., N) scores as ascending indices; equal scores: lower index first."""
-    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
-    return order[..., :keep].sort(-1).values

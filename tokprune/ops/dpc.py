@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokprune.ops.ranking import ranks
+from tokprune.ops.topk import ranks
 
 
 def euclidean(points: Tensor) -> Tensor:

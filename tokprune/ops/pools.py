@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from tokprune.budget import in_proportion
-from tokprune.ops.ranking import true_indices
 from tokprune.ops.segments import numbers
+from tokprune.ops.topk import true_indices
 from tokprune.tokens import Merge, Selection
 
 

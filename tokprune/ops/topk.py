@@ -1,4 +1,6 @@
-"""The best of each group when the budgets are known on the host."""
+"""The best under conditions: in all, within groups, by tiers first. Stable sorts, so ties go to the lower index; no host
+synchronisation.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,77 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tokprune.ops.ranking import top_in_groups
+
+def true_indices(mask: Tensor, count: int) -> Tensor:
+    """Ascending positions of the `count` True entries of each row. mask: (..., N) -> (..., count).
+
+    For a known count: unlike nonzero() it needs no host synchronisation. A row with fewer True entries is filled up with
+    its lowest False ones.
+    """
+    if mask.device.type == "cpu" and bool((mask.sum(-1) == count).all()):  # nothing to wait for: no sort either
+        return mask.nonzero()[:, -1].view(*mask.shape[:-1], count)
+    found = torch.sort(mask.to(torch.int8), dim=-1, descending=True, stable=True).indices[..., :count]
+    return found.sort(-1).values
+
+
+def top(scores: Tensor, keep: int) -> Tensor:
+    """The `keep` best of (..., N) scores as ascending indices, (..., keep); equal scores: lower index first."""
+    if scores.device.type == "cpu" and keep > 0:  # a partial sort decides unless equal scores straddle the border
+        found = (scores >= scores.topk(keep, dim=-1).values[..., -1:]).nonzero()  # `keep` per row, more with ties
+        if found.shape[0] * scores.shape[-1] == scores.numel() * keep:
+            return found[:, -1].view(*scores.shape[:-1], keep)
+    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
+    return order[..., :keep].sort(-1).values
+
+
+def ranks(scores: Tensor) -> Tensor:
+    """Place of each entry when sorted best first, 0 for the best. (..., N) -> (..., N)."""
+    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
+    return torch.empty_like(order).scatter_(
+        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    )
+
+
+def top_by_tier(tier: Tensor, scores: Tensor, keep: int) -> Tensor:
+    """The `keep` best by tier, then by score, as ascending indices. tier, scores: (..., N), higher is better -> (..., keep)."""
+    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
+    by_tier = torch.sort(tier.gather(-1, order), dim=-1, descending=True, stable=True).indices
+    return order.gather(-1, by_tier)[..., :keep].sort(-1).values
+
+
+def rank_in_group(scores: Tensor, group: Tensor) -> Tensor:
+    """Place of each token among those of its group, 0 for the best. scores: (..., N), group: (N,) or (..., N) -> (..., N)."""
+    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
+    groups, by_group = torch.sort(group.expand(scores.shape).gather(-1, order), dim=-1, stable=True)
+    order = order.gather(-1, by_group)  # group after group, best first
+    place = torch.arange(scores.shape[-1], device=scores.device).expand(scores.shape)
+    begins = torch.ones_like(groups, dtype=torch.bool)
+    begins[..., 1:] = groups[..., 1:] != groups[..., :-1]
+    start = torch.where(begins, place, 0).cummax(-1).values
+    return torch.empty_like(order).scatter_(-1, order, place - start)
+
+
+def top_in_groups(scores: Tensor, group: Tensor, quota: Tensor, keep: int) -> Tensor:
+    """The best tokens of each group, as many as its quota says, as ascending indices.
+
+    scores: (..., N). group: (N,), 0-based. quota: (..., G) whole numbers that add up to `keep`, none above its group's size.
+    """
+    if scores.device.type == "cpu" and scores.dim() == 1 and bool((group[1:] >= group[:-1]).all()):
+        # Nothing to wait for: a partial sort per group decides unless equal scores straddle a border.
+        parts = scores.split(torch.bincount(group, minlength=quota.shape[-1]).tolist())
+        counts = zip(parts, quota.tolist(), strict=True)
+        reach = [x >= x.topk(k).values[-1] if k > 0 else torch.zeros_like(x, dtype=torch.bool) for x, k in counts]
+        found = torch.cat(reach).nonzero()[:, 0]
+        if found.shape[0] == keep:
+            return found
+    ranks = rank_in_group(scores, group)
+    return true_indices(ranks < quota.gather(-1, group.expand(scores.shape)), keep)
+
+
+def group_sum(values: Tensor, group: Tensor, groups: int) -> Tensor:
+    """Sum over each token's group, at every token. values: (..., N), group: (N,) in 0 .. groups-1 -> (..., N)."""
+    sums = values.new_zeros(*values.shape[:-1], groups).index_add(-1, group, values)
+    return sums[..., group]
 
 
 def grouped_top(scores: Tensor, group: Tensor, budgets: Sequence[int]) -> Tensor:

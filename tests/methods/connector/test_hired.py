@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from tests.golden_vectors import GoldenCase, claims
+from tests.published.attention import cls_row
 from tokprune.errors import OptionError
 from tokprune.methods.connector.fastervlm import fastervlm
 from tokprune.methods.connector.hired import HiRED, hired_budgets, hired_published_budgets
-from tokprune.ops.attention import cls_row
 from tokprune.tokens import Layout, VisualTokens
 
 

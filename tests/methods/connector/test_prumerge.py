@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tests.golden_vectors import GoldenCase, claims
+from tests.published.attention import cls_row
 from tokprune.methods.connector.prumerge import PruMerge, best, prumerge_count, prumerge_rows
-from tokprune.ops.attention import cls_row
 from tokprune.tokens import Layout, VisualTokens
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from tests.golden_vectors import GoldenCase, claims
+from tests.published.attention import cls_row
 from tests.published.prumerge_plus import prumerge_plus_order, spatial_step
 from tokprune.methods.connector.prumerge import prumerge_count, prumerge_rows
 from tokprune.methods.connector.prumerge_plus import PruMergePlus, fill_evenly
-from tokprune.ops.attention import cls_row
 from tokprune.tokens import Layout, VisualTokens
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tests.golden_vectors import GoldenCase, claims
+from tests.published.attention import cls_row
 from tokprune.errors import MissingQueryError, OptionError
 from tokprune.methods.connector.recoverable import Recoverable, recoverable
-from tokprune.ops.attention import cls_row
 from tokprune.tokens import Layout, Query, VisualTokens
 
 

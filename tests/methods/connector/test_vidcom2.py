@@ -9,7 +9,7 @@ from tests.golden_vectors import GoldenCase, claims
 from tests.methods.connector.clips import clip, video
 from tokprune.errors import OptionError
 from tokprune.methods.connector.vidcom2 import VidCom2, calm_channels, vidcom2, vidcom2_likeness, vidcom2_ratios
-from tokprune.ops.ranking import top_by_tier
+from tokprune.ops.topk import top_by_tier
 from tokprune.tokens import Layout, VisualTokens
 
 

@@ -22,9 +22,8 @@ from tokprune.methods.frames.quota import (
     rectangular_shares,
     scale_weights,
 )
-from tokprune.methods.frames.reduce import FrameReducer
+from tokprune.methods.frames.reduce import FrameReducer, rectangle, rectangles
 from tokprune.methods.frames_base import PerFrame
-from tokprune.ops.resize import rectangle, rectangles
 from tokprune.tokens import Layout, VisualTokens
 
 

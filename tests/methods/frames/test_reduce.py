@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from tests.methods.connector.clips import uneven
 from tests.methods.frames.clips import video
 from tokprune.errors import BudgetError, OptionError
-from tokprune.methods.frames.reduce import MODES, FrameReducer
-from tokprune.ops.resize import as_rows, line_lengths, resize
+from tokprune.methods.frames.reduce import MODES, FrameReducer, as_rows, line_lengths, resize
 from tokprune.tokens import VisualTokens
 
 every_mode = pytest.mark.parametrize("mode", MODES)

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from tokprune.budget import equal
 from tokprune.methods.base import ScoreMethod
-from tokprune.ops.ranking import top_indices
-from tokprune.ops.topk import grouped_top
+from tokprune.ops.topk import grouped_top, top
 from tokprune.ops.wide import wide
 from tokprune.registry import Checked, register_method
 from tokprune.tokens import VisualTokens
@@ -22,7 +21,7 @@ def fastervlm(cls_attention: Tensor, keep: int) -> Tensor:
     cls_attention: (B, H, N) rows of every head, or (B, N) their mean -> (B, keep) ascending indices.
     """
     scores = wide(cls_attention)
-    return top_indices(scores.mean(-2) if scores.dim() == 3 else scores, keep)
+    return top(scores.mean(-2) if scores.dim() == 3 else scores, keep)
 
 
 @register_method(

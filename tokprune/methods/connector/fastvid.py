@@ -17,7 +17,7 @@ from tokprune.methods.options import Compat, option
 from tokprune.ops.distance import unit
 from tokprune.ops.dpc import euclidean, peaks
 from tokprune.ops.frames import frame_means, raster
-from tokprune.ops.ranking import rank_in_group, ranks, true_indices
+from tokprune.ops.topk import rank_in_group, ranks, true_indices
 from tokprune.registry import register_method
 from tokprune.tokens import Layout, Merge, Selection, VisualTokens
 

@@ -20,9 +20,9 @@ from tokprune.ops.dpc import dpc_knn
 from tokprune.ops.frames import frame_means, raster
 from tokprune.ops.maxmin import greedy_max_min
 from tokprune.ops.pools import selection
-from tokprune.ops.ranking import rank_in_group
 from tokprune.ops.segments import numbers
 from tokprune.ops.stacks import stacks
+from tokprune.ops.topk import rank_in_group
 from tokprune.registry import register_method
 from tokprune.tokens import Layout, Selection, VisualTokens
 

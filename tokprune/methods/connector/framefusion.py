@@ -12,7 +12,7 @@ from tokprune.methods.attended import attended
 from tokprune.methods.base import ConnectorMethod
 from tokprune.methods.options import option
 from tokprune.ops.frames import similarity_to
-from tokprune.ops.ranking import ranks, top_by_tier
+from tokprune.ops.topk import ranks, top_by_tier
 from tokprune.registry import register_method
 from tokprune.tokens import Merge, Selection, VisualTokens
 

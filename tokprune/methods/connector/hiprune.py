@@ -11,8 +11,8 @@ from torch import Tensor
 from tokprune.budget import equal
 from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
 from tokprune.methods.options import Block, Compat, option
-from tokprune.ops.ranking import top_by_tier, top_indices
 from tokprune.ops.stacks import stacks
+from tokprune.ops.topk import top, top_by_tier
 from tokprune.ops.wide import wide
 from tokprune.registry import Checked, register_method
 from tokprune.tokens import Selection, VisualTokens
@@ -60,7 +60,7 @@ def hiprune(
         places = torch.arange(n, device=anchors.device).expand(batch, n) if cell is None else cell
         buffer = _around(centre, grid, places)
     if 5 * anchors.shape[1] <= keep:  # room for all anchors and buffers, wherever they lie
-        return top_indices(deep_scores.masked_fill(centre | buffer, torch.inf), keep)
+        return top(deep_scores.masked_fill(centre | buffer, torch.inf), keep)
     tier = torch.where(centre, 2, buffer.long())
     return top_by_tier(tier, torch.where(centre, object_scores, deep_scores), keep)
 

@@ -12,8 +12,8 @@ from tokprune.budget import equal, share_out
 from tokprune.errors import OptionError
 from tokprune.methods.base import ScoreMethod, check_finite
 from tokprune.methods.options import Block, Compat, option
-from tokprune.ops.ranking import top_in_groups
 from tokprune.ops.regions import check_canvas, region_sums
+from tokprune.ops.topk import top_in_groups
 from tokprune.ops.wide import wide
 from tokprune.registry import Checked, register_method
 from tokprune.tokens import Layout, VisualTokens

@@ -15,8 +15,8 @@ from tokprune.methods.options import Compat, option
 from tokprune.ops.dpc import dpc_knn
 from tokprune.ops.frames import earlier, raster, similarity_to
 from tokprune.ops.pools import Pools, selection, still_and_moving
-from tokprune.ops.ranking import ranks
 from tokprune.ops.segments import static_runs
+from tokprune.ops.topk import ranks
 from tokprune.registry import register_method
 from tokprune.tokens import Selection, VisualTokens
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tokprune.methods.connector.prumerge import PruMerge, prumerge_count
-from tokprune.ops.ranking import ranks, true_indices
+from tokprune.ops.topk import ranks, true_indices
 from tokprune.registry import Checked, register_method
 
 

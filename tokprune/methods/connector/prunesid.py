@@ -13,8 +13,8 @@ from tokprune.budget import equal
 from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
 from tokprune.methods.options import Seed
 from tokprune.ops.distance import cosine_similarity, unit
-from tokprune.ops.ranking import rank_in_group, ranks, true_indices
 from tokprune.ops.stacks import stacks
+from tokprune.ops.topk import rank_in_group, ranks, true_indices
 from tokprune.ops.wide import wide
 from tokprune.registry import Checked, register_method
 from tokprune.tokens import Selection, VisualTokens

@@ -11,7 +11,7 @@ from torch import Tensor
 from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
 from tokprune.methods.options import Compat, option
 from tokprune.ops.distance import unit
-from tokprune.ops.ranking import rank_in_group, top_by_tier
+from tokprune.ops.topk import rank_in_group, top_by_tier
 from tokprune.ops.wide import wide
 from tokprune.registry import register_method
 from tokprune.tokens import Selection, VisualTokens

@@ -15,9 +15,8 @@ from tokprune.budget import weighted_shares
 from tokprune.errors import OptionError
 from tokprune.methods.base import ConnectorMethod
 from tokprune.methods.frames.questions import QuestionScored
-from tokprune.methods.frames.reduce import RECTANGULAR, FrameReducer
+from tokprune.methods.frames.reduce import RECTANGULAR, FrameReducer, rectangles
 from tokprune.methods.options import Compat, option
-from tokprune.ops.resize import rectangles
 from tokprune.registry import register_method
 from tokprune.tokens import VisualTokens
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import lru_cache
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,16 +14,202 @@ from torch import Tensor
 from tokprune.errors import OptionError
 from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
 from tokprune.methods.connector.tome_merge import tome_merge
+from tokprune.ops.bipartite import bipartite_matching, cap, merge, merge_weighted
 from tokprune.ops.cells import centres, even_cells
-from tokprune.ops.resize import as_rows, line_lengths, resize
-from tokprune.ops.separable import (
-    column_heights,
-    merge_line_published,
-    merge_separable,
-    merge_separable_published,
-)
+from tokprune.ops.wide import wide
 from tokprune.registry import MethodInfo
 from tokprune.tokens import Layout, Merge, Selection, VisualTokens
+
+Line = Callable[[int, int, int], list[tuple[int, float]]]
+
+
+@lru_cache(maxsize=256)
+def rectangles(height: int, width: int) -> tuple[tuple[int, int], ...]:
+    """The sizes to which a grid may be resized: at most as high and as wide, and no more than twice as slim or as flat.
+
+    One for each number of tokens, the one whose form is nearest to the grid's (taller where two are). Ascending, as (h,
+    w).
+    """
+    best: dict[int, tuple[float, int, int]] = {}
+    for h in range(1, height + 1):
+        for w in range(1, width + 1):
+            tall, flat = h * width, w * height  # tall / flat = (h / w) / (height / width)
+            if max(tall, flat) <= 2 * min(tall, flat):
+                # Fractions a/b ≥ 1 compare exactly as floats of a few thousand do; taller (-h) wins among equals.
+                key = (max(tall, flat) / min(tall, flat), -h, w)
+                best[h * w] = min(best.get(h * w, key), key)
+    return tuple((-h, w) for _, (_, h, w) in sorted(best.items()))
+
+
+def rectangle(grid: tuple[int, int], count: int) -> tuple[int, int] | None:
+    """The rectangle of exactly `count` tokens to which a grid may be resized, or None if there is none."""
+    return next((s for s in rectangles(*grid) if s[0] * s[1] == count), None)
+
+
+class Resize(NamedTuple):
+    """out[k] = sum of value * x[column] over the entries of row k.
+
+    slots: (K,) ascending cells at which the outputs sit, nearest to their centres. row, column, value: (E,) the
+    entries.
+    """
+
+    slots: Tensor
+    row: Tensor
+    column: Tensor
+    value: Tensor
+
+
+def line_lengths(grid: tuple[int, int], count: int) -> list[int]:
+    """Tokens of each row when a grid is resized to `count` of them.
+
+    Where `count` is a rectangle that the grid allows (`rectangles`), that one; else rows whose lengths
+    differ by one, as many as keep the cells' form. Never more or longer rows than the grid has.
+    """
+    height, width = grid
+    shape = rectangle(grid, count)
+    if shape is not None:
+        return [shape[1]] * shape[0]
+    rows = min(max(round(math.sqrt(count * height / width)), -(-count // width)), height, count)
+    return [(i + 1) * count // rows - i * count // rows for i in range(rows)]
+
+
+def interpolated(size: int, count: int, i: int) -> list[tuple[int, float]]:
+    """Where output `i` of `count` along a line of `size` cells comes from: its two neighbours (pixel centres)."""
+    place = max((i + 0.5) * size / count - 0.5, 0.0)
+    low = min(int(place), size - 1)
+    high, share = min(low + 1, size - 1), place - low
+    return [(low, 1.0)] if share <= 0 or high == low else [(low, 1 - share), (high, share)]
+
+
+def averaged(size: int, count: int, i: int) -> list[tuple[int, float]]:
+    """Where output `i` of `count` along a line of `size` cells comes from: all cells it touches, alike."""
+    low, high = i * size // count, -(-(i + 1) * size // count)
+    return [(cell, 1 / (high - low)) for cell in range(low, high)]
+
+
+LINES: dict[str, Line] = {"bilinear": interpolated, "avgpool": averaged}
+
+
+@lru_cache(maxsize=512)
+def resize(grid: tuple[int, int], count: int, mode: str) -> Resize:
+    """The linear map that resizes a full grid (height, width) to `count` tokens. mode: a name in LINES.
+
+    For a rectangle it is what `interpolate(mode="bilinear", align_corners=False)` and `adaptive_avg_pool2d` compute.
+    """
+    height, width = grid
+    line, lengths = LINES[mode], line_lengths(grid, count)
+    slots: list[int] = []
+    row: list[int] = []
+    column: list[int] = []
+    value: list[float] = []
+    for j, length in enumerate(lengths):
+        down = line(height, len(lengths), j)
+        middle = (2 * j + 1) * height // (2 * len(lengths))
+        for i in range(length):
+            cells = [(y * width + x, a * b) for y, a in down for x, b in line(width, length, i)]
+            row += [len(slots)] * len(cells)
+            column += [cell for cell, _ in cells]
+            value += [weight for _, weight in cells]
+            slots.append(middle * width + (2 * i + 1) * width // (2 * length))
+    return Resize(
+        torch.tensor(slots), torch.tensor(row), torch.tensor(column), torch.tensor(value, dtype=torch.float32)
+    )
+
+
+def as_rows(found: Resize, inputs: int, device: torch.device) -> Tensor:
+    """The map as sparse rows, (K, inputs)."""
+    places = torch.stack([found.row, found.column]).to(device)
+    size = (len(found.slots), inputs)
+    return torch.sparse_coo_tensor(places, found.value.to(device), size, is_coalesced=True, check_invariants=False)
+
+
+@torch.no_grad()
+def merge_line(features: Tensor, keep: int, size: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Bipartite soft matching, at most half of the tokens a round, until `keep` are left.
+
+    features: (B, N, C). size: (B, N, 1) originals in each. Returns means and sizes of what is left, (B, keep, C) and
+    (B, keep, 1), the positions (B, keep) at which it sits, ascending, and (B, N) what each input went to.
+    """
+    x = wide(features)
+    size = x.new_ones(*x.shape[:2], 1) if size is None else size
+    rep = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
+    assign = rep
+    while x.shape[1] > keep:
+        matching = bipartite_matching(x, min(x.shape[1] - keep, max(1, cap(x.shape[1]))), ordered=True)
+        x, size = merge_weighted(matching, x, size)
+        rep, assign = rep.gather(-1, matching.rep), matching.assign.gather(-1, assign)
+    return x, size, rep, assign
+
+
+def column_heights(grid: tuple[int, int], lengths: list[int]) -> list[int]:
+    """Heights of the columns that hold as many tokens as rows of these lengths do; they differ by at most one."""
+    count, columns = sum(lengths), min(max(lengths), grid[1])
+    return [(i + 1) * count // columns - i * count // columns for i in range(columns)]
+
+
+@torch.no_grad()
+def merge_separable(features: Tensor, grid: tuple[int, int], heights: list[int]) -> tuple[Tensor, Tensor]:
+    """Merge every row of the grid to len(heights) tokens, then column j of those to heights[j].
+
+    features: (B, H * W, C). Returns the cells (B, K) at which the outputs sit, ascending, and (B, H * W) the output
+    into which each cell flows; an output is the mean of its cells.
+    """
+    batch, (height, width), columns = features.shape[0], grid, len(heights)
+    x, size, rep, to_column = merge_line(features.reshape(batch * height, width, -1), columns)
+    # (B * columns, H, C): what was row by row becomes column by column.
+    x = x.unflatten(0, (batch, height)).transpose(1, 2)
+    size = size.unflatten(0, (batch, height)).transpose(1, 2)
+    rep, to_column = (
+        rep.unflatten(0, (batch, height)),
+        to_column.unflatten(0, (batch, height)),
+    )  # (B, H, columns), (B, H, W)
+    cells, start = [], 0
+    row_slot = torch.empty(
+        batch, columns, height, dtype=torch.long, device=x.device
+    )  # output of each row's token, by column
+    for j, tall in enumerate(heights):
+        _, _, rows, assign = merge_line(x[:, j], tall, size[:, j])  # (B, tall), (B, H)
+        cells.append(rows * width + rep[:, :, j].gather(1, rows))
+        row_slot[:, j] = assign + start
+        start += tall
+    slots = torch.cat(cells, 1)  # (B, K) by column
+    slots, order = slots.sort(-1)
+    place = torch.empty_like(order).scatter(1, order, torch.arange(start, device=x.device).expand_as(order))
+    outputs = row_slot.transpose(1, 2).gather(2, to_column).flatten(1)  # (B, H * W)
+    return slots, place.gather(1, outputs)
+
+
+@torch.no_grad()
+def merge_line_published(features: Tensor, keep: int, held: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`merge_line` as QuoTA's code has it: every round takes plain means, however many originals the merged ones hold.
+
+    features: (B, N, C). held: (B, N, M) shares of M originals in each, or None for the inputs themselves. Returns what
+    is left, (B, keep, C) in ToMe's order, and the shares (B, keep, M).
+    """
+    x = wide(features)
+    if held is None:
+        held = torch.eye(x.shape[1], device=x.device, dtype=x.dtype).expand(x.shape[0], -1, -1)
+    while x.shape[1] > keep:
+        matching = bipartite_matching(x, min(x.shape[1] - keep, max(1, cap(x.shape[1]))))
+        x, held = merge(matching, x), merge(matching, held)
+    return x, held
+
+
+@torch.no_grad()
+def merge_separable_published(features: Tensor, grid: tuple[int, int], shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """`merge_separable` to a rectangle as QuoTA's code has it.
+
+    Returns (B, h * w, C) and the shares (B, h * w, H * W).
+    """
+    batch, (height, width), (h, w) = features.shape[0], grid, shape
+    eye = torch.eye(height * width, dtype=torch.float32, device=features.device).reshape(height, width, -1)
+    held = eye.to(wide(features).dtype).expand(batch, -1, -1, -1).flatten(0, 1)
+    x, held = merge_line_published(features.reshape(batch * height, width, -1), w, held)  # (B * H, w, ·)
+    x, held = (y.unflatten(0, (batch, height)).transpose(1, 2).flatten(0, 1) for y in (x, held))  # (B * w, H, ·)
+    x, held = merge_line_published(x, h, held)
+    x, held = (y.unflatten(0, (batch, w)).transpose(1, 2).flatten(1, 2) for y in (x, held))
+    return x, held
+
 
 Mode = Literal["bilinear", "avgpool", "linspace", "tome", "tome_separable"]
 MODES = ("bilinear", "avgpool", "linspace", "tome", "tome_separable")

@@ -12,7 +12,7 @@ from tokprune.methods.base import ConnectorMethod, Wrapper, check_keep
 from tokprune.methods.connector.wrappers.base import wrapped
 from tokprune.methods.options import option
 from tokprune.ops.joining import join
-from tokprune.ops.ranking import true_indices
+from tokprune.ops.topk import true_indices
 from tokprune.registry import register_method
 from tokprune.tokens import Selection, VisualTokens
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tokprune.ops.ranking import group_sum, rank_in_group, ranks, top_by_tier, top_in_groups, true_indices
+from tokprune.ops.topk import group_sum, rank_in_group, ranks, top_by_tier, top_in_groups, true_indices
 
 
 def coarse(*shape: int, seed: int = 0) -> torch.Tensor:

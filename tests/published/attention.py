@@ -42,12 +42,3 @@ def received(q: Tensor, k: Tensor, heads: int) -> Tensor:
         scores = queries[..., head, :, :] @ keys[..., head, :, :].transpose(-1, -2) * scale
         total = total + scores.softmax(-1).mean(-2)
     return total / heads
-
-
-def mean_value_norm(values: Tensor) -> Tensor:
-    """L1 norm of each token's value vector after its heads were averaged. values: (..., H, S, d) -> (..., S) in float32.
-
-    Averaged first, so heads that disagree cancel; the sum of the heads' norms ranks tokens differently.
-    """
-    wide = values if values.dtype == torch.float64 else values.float()
-    return wide.mean(-3).abs().sum(-1)
