@@ -14,7 +14,7 @@ from tokprune.profiling.arithmetic import arithmetic
 from tokprune.profiling.pages import arithmetic_page, profile_page
 from tokprune.profiling.presets import preset
 from tokprune.profiling.published import comparison
-from tokprune.profiling.report import Cell, ProfileReport
+from tokprune.profiling.report import ProfileReport, RunResult
 from tokprune.profiling.timing import Measurement
 from tokprune.viz.html import Picture, Value, render
 
@@ -25,7 +25,7 @@ pytest.importorskip("matplotlib")
 def report() -> ProfileReport:
     """Made-up cells: what pages are tested with, here and in the browser."""
 
-    def cell(name: str, kind: str, ratio: float | None, visual: int, factor: float) -> Cell:
+    def cell(name: str, kind: str, ratio: float | None, visual: int, factor: float) -> RunResult:
         parts = {
             "vision": 30.0,
             "projector": 1.0,
@@ -47,7 +47,7 @@ def report() -> ProfileReport:
             "decode": 1e10,
         }
         cached = [visual + 64] * 4
-        return Cell(
+        return RunResult(
             name, kind, times, visual, 576, visual + 64, name.split()[0], ratio, {k: int(v) for k, v in flops.items()},
             {"gated": int(4e12 * factor)}, 1000 * (visual + 64), 1000 * (visual + 64), 15 * 2**30,
             tokens={"projector": 576, "llm": visual, "prompt": visual + 64, "cached": cached},

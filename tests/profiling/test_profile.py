@@ -18,7 +18,7 @@ from tokprune.profiling import formulas
 from tokprune.profiling.profile import profile, visual_columns
 from tokprune.profiling.report import ProfileReport
 from tokprune.profiling.resize import smaller
-from tokprune.profiling.runs import Profiler, Run, is_out_of_memory
+from tokprune.profiling.runs import Profiler, ProfileRun, is_out_of_memory
 from tokprune.profiling.stages import STAGES
 from tokprune.testing import TinyVLM, build, picture
 from tokprune.tokens import Selection, VisualTokens
@@ -209,7 +209,7 @@ def test_out_of_memory_names_the_cell_and_goes_on(llava: TinyVLM) -> None:
 def test_the_plain_run_out_of_memory_leaves_the_others(llava: TinyVLM, monkeypatch: pytest.MonkeyPatch) -> None:
     once = Profiler.once
 
-    def full(self: Profiler, run: Run) -> dict[str, float]:
+    def full(self: Profiler, run: ProfileRun) -> dict[str, float]:
         if run.kind == "plain":
             raise torch.OutOfMemoryError("CUDA out of memory")
         return once(self, run)
@@ -257,7 +257,7 @@ def test_what_was_kept_is_told(llava: TinyVLM) -> None:
         repeats=1,
         warmup=0,
         ideal=False,
-        told=told.__setitem__,
+        on_pruned=told.__setitem__,
     )
     assert list(told) == ["random 0.25"]
     assert told["random 0.25"].streams[0].kept == 16

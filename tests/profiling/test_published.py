@@ -7,7 +7,7 @@ import pytest
 from tokprune.errors import OptionError
 from tokprune.profiling.presets import list_presets, preset
 from tokprune.profiling.published import CAUTION, KINDS, Published, comparison, lines, measured_in
-from tokprune.profiling.report import Cell, ProfileReport
+from tokprune.profiling.report import ProfileReport, RunResult
 from tokprune.profiling.timing import Measurement
 
 ROWS = [(name, row) for name in list_presets() for row in preset(name).published]
@@ -54,9 +54,9 @@ def test_times_stand_beside_flops_and_memory_beside_nothing() -> None:
 
 
 def test_a_measured_cell_comes_before_arithmetic() -> None:
-    def cell(name: str, kind: str, visual: int, ms: float, peak: int, method: str | None = None) -> Cell:
+    def cell(name: str, kind: str, visual: int, ms: float, peak: int, method: str | None = None) -> RunResult:
         times = {part: Measurement(part, "ms", (ms,)) for part in ("prefill", "ttft", "total")}
-        return Cell(name, kind, times, visual, 2880, visual + 64, method, peak_bytes=peak)
+        return RunResult(name, kind, times, visual, 2880, visual + 64, method, peak_bytes=peak)
 
     cells = (
         cell("plain", "plain", 2880, 100.0, 1000),

@@ -15,7 +15,7 @@ from PIL import Image
 from tests.viz.cuts import cropped
 from tokprune.errors import MissingExtraError, OptionError
 from tokprune.profiling.plots import latency_bars
-from tokprune.profiling.report import Cell, ProfileReport
+from tokprune.profiling.report import ProfileReport, RunResult
 from tokprune.profiling.timing import Measurement
 from tokprune.tokens import Layout, Selection
 from tokprune.viz import geometry as geo
@@ -125,18 +125,18 @@ def test_the_parts_of_a_bar_add_up_to_the_number_beside_it() -> None:
     total = [sum(times[stage].samples[i] for stage in stages) for i in range(6)]
     times |= {name: Measurement(name, "ms", tuple(total)) for name in ("ttft", "total")}
     times["decode_tokens_per_s"] = Measurement("d", "tokens/s", (5.0,) * 6)
-    noisy = ProfileReport("tiny", (Cell("plain", "plain", times, 9, 9, 20),), 4, 1, {"repeats": 6})
+    noisy = ProfileReport("tiny", (RunResult("plain", "plain", times, 9, 9, 20),), 4, 1, {"repeats": 6})
     axes = latency_bars(noisy).axes[0]
     assert sum(bar.get_width() for bar in axes.patches) == sorted(total)[2] == 92.0
     assert any(text.get_text().startswith("92 ms") for text in axes.texts)
 
 
 def report() -> ProfileReport:
-    def cell(name: str, kind: str) -> Cell:
+    def cell(name: str, kind: str) -> RunResult:
         parts = ("vision", "projector", "select", "prefill", "decode", "other")
         times = {part: Measurement(part, "ms", (10.0,)) for part in parts}
         times |= {name: Measurement(name, "ms", (60.0,)) for name in ("ttft", "total")}
-        return Cell(name, kind, times | {"decode_tokens_per_s": Measurement("d", "tokens/s", (5.0,))}, 9, 9, 20)
+        return RunResult(name, kind, times | {"decode_tokens_per_s": Measurement("d", "tokens/s", (5.0,))}, 9, 9, 20)
 
     return ProfileReport("tiny", (cell("plain", "plain"), cell("divprune 0.1", "pruned")), 4, 1, {"repeats": 1})
 

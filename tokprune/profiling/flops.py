@@ -7,13 +7,13 @@ things, are in `formulas`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from tokprune.adapters.dialect import as_cache, cache_of
 from tokprune.profiling.stages import StageModules, find_stages, watch
@@ -44,9 +44,22 @@ class StageFlops:
         return {"unit": self.unit, **parts, "operators": dict(self.operators)}
 
 
+def new_counter() -> FlopCounterMode:
+    """torch's counter, which some versions leave without the attention kernel of CPUs: it would count nothing there."""
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    missing = {} if kernel in flop_registry else {kernel: _attention_flops}
+    return FlopCounterMode(display=False, custom_mapping=missing)
+
+
+def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: object, **__: object) -> int:
+    """Both products of attention, 2 per multiply-add, from the shapes (B, H, S, D); every query head counts."""
+    batch, heads, rows, width = query
+    return 2 * batch * heads * rows * key[-2] * (width + value[-1])
+
+
 def count(call: Callable[[], Any]) -> tuple[int, dict[str, int]]:
     """FLOPs of `call()`, and their split by torch operator. Works on any device, the meta device included."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), new_counter() as counter:
         call()
     return counter.get_total_flops(), _operators(counter)
 
@@ -90,7 +103,7 @@ def stage_flops(model: nn.Module, inputs: Mapping[str, Any], stages: StageModule
     runs: a selection's own products appear under `select`. Not for meta models: see `language_flops` and `vision_flops`.
     """
     stages = stages or find_stages(model)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), new_counter() as counter:
         booking = _Booking(counter)
         with watch(stages, booking.enter, booking.leave):
             generate: Callable[..., Any] = model.generate  # type: ignore[assignment]
@@ -122,7 +135,7 @@ def language_flops(
     def embeddings(n: int) -> Tensor:
         return torch.empty(batch, n, width, device=reference.device, dtype=reference.dtype)
 
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), new_counter() as counter:
         out = language(inputs_embeds=embeddings(tokens), use_cache=True, **call)
         if head is not None:
             head(out.last_hidden_state[:, -1:])
@@ -138,7 +151,7 @@ def vision_flops(encode: Callable[[], Any], stages: StageModules) -> tuple[int, 
 
     Work outside both modules (pooling, pixel shuffle: no products) is booked under the projector.
     """
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), new_counter() as counter:
         booking = _Booking(counter)
         with watch(stages, booking.enter, booking.leave):
             encode()

@@ -14,22 +14,13 @@ import tokprune
 from tokprune.budget import check_ratio
 from tokprune.errors import TokpruneError
 from tokprune.profiling import formulas, memory
-from tokprune.profiling.report import PLAIN, Cell, ProfileReport
-from tokprune.profiling.runs import Profiler, Run, is_out_of_memory, name_of, stages_of, visual_columns
+from tokprune.profiling.report import PLAIN, ProfileReport, RunResult
+from tokprune.profiling.runs import Profiler, ProfileRun, is_out_of_memory, name_of, stages_of, visual_columns
 from tokprune.profiling.timing import Measurement, interleave
 
-__all__ = ["Profiler", "Run", "environment", "name_of", "profile", "visual_columns"]
+__all__ = ["ProfileRun", "Profiler", "environment", "name_of", "profile", "visual_columns"]
 
 ADVICE = "try a smaller batch, fewer new tokens or a lower ratio"
-
-
-def _distinct(runs: Sequence[Run]) -> None:
-    """Number the runs that would print alike, such as one method with two sets of options."""
-    seen: dict[str, int] = {}
-    for run in runs:
-        seen[run.name] = seen.get(run.name, 0) + 1
-        if seen[run.name] > 1:
-            run.name = f"{run.name} #{seen[run.name]}"
 
 
 def environment(model: Any, device: torch.device, repeats: int, warmup: int) -> dict[str, Any]:
@@ -61,7 +52,7 @@ def profile(
     inputs: Mapping[str, Any],
     methods: Sequence[Any] = ("divprune",),
     ratios: Sequence[float] = (0.5, 0.1),
-    *,
+    *,  # the options of the public entry point
     processor: Any = None,
     new_tokens: int = 16,
     repeats: int = 5,
@@ -79,66 +70,131 @@ def profile(
     inputs: what `model.generate(**inputs)` takes, on the model's device. methods: names, method objects, or lists of them
     for several stages. processor: for query-aware methods. resized: share of tokens -> inputs made from a smaller picture
     (see `resize.smaller`), the rival of pruning. options: more arguments of `apply` (query, positions, scorer).
-    progress: called with each step. on_pruned: given each pruned run's name and what its pruning did, for pictures. A run that gets out
-    of memory is reported and left out, the plain one too, and so is a method that cannot work on this model or prompt;
-    other errors pass through.
+    progress: called with each step. on_pruned: given each pruned run's name and what its pruning did, for pictures. A run
+    that gets out of memory is reported and left out, the plain one too, and so is a method that cannot work on this model
+    or prompt; other errors pass through.
     """
-    device = next(model.parameters()).device
     ratios = [check_ratio(r) for r in ratios]
     for method in methods:
         stages_of(method)  # an unknown name is refused before anything runs
+    device = next(model.parameters()).device
     with torch.no_grad():
         tokprune.remove(model)
-        profiler = Profiler(model, new_tokens, device, processor)
-        full = visual_columns(model, inputs)
-        length = int(inputs["input_ids"].shape[1])
-        runs = [Run(PLAIN, "plain", inputs, visual=full, prompt=length)]
-        runs += [
-            Run(f"{name_of(m)} {r:g}", "pruned", inputs, m, name_of(m), r, options=dict(options or {}))
-            for r in ratios
-            for m in methods
-        ]
-        _distinct(runs)
-        pruned = {run.name for run in runs if run.kind == "pruned"}
-        failed: dict[str, str] = {}
-        notes: list[str] = []
-
-        def excused(cell: str, error: BaseException) -> bool:
-            if isinstance(error, TokpruneError) and cell in pruned:
-                failed[cell] = str(error)  # this method cannot work here; the others may
-                return True
-            if not is_out_of_memory(error):
-                return False
-            failed[cell] = f"out of memory on {device}; {ADVICE}"
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-            return True
-
-        runs += _rivals(profiler, inputs, full, ratios, ideal, resized, notes, excused)
-        say = progress or (lambda text: None)
-        for run in runs if count_flops else ():
-            say(f"counting FLOPs: {run.name}")
-            try:
-                profiler.look(run, on_pruned)
-            except Exception as error:
-                if not excused(run.name, error):
-                    raise
-        cells = {run.name: _timed(profiler, run, say) for run in runs if run.name not in failed}
-        times = interleave(cells, repeats, warmup, on_error=excused)
-    shape = formulas.DecoderShape.of(model.config)
+        bench = _Bench(Profiler(model, new_tokens, device, processor), inputs, progress or (lambda text: None))
+        bench.add_pruned(methods, ratios, options or {})
+        for ratio in ratios:
+            if ideal:
+                bench.add_ideal(ratio)
+            if resized is not None and ratio < 1:
+                bench.add_resized(ratio, resized(ratio))
+        if count_flops:
+            bench.count(on_pruned)
+        times = bench.time(repeats, warmup)
+    stages = bench.profiler.stages
     return ProfileReport(
         name or type(model).__name__,
-        tuple(_cell(model, run, times[run.name], full, shape, new_tokens) for run in runs if run.name in times),
+        tuple(_row(bench.profiler, run, times[run.name], bench.full) for run in bench.runs if run.name in times),
         new_tokens,
         int(inputs["input_ids"].shape[0]),
         environment(model, device, repeats, warmup),
         sum(p.numel() for p in model.parameters()),
         memory.weight_bytes(model),
-        memory.weight_bytes(nn.ModuleList([profiler.stages.vision, *profiler.stages.projectors])),
-        failed,
-        tuple(notes),
-        config=_without_paths(json.loads(profiler.model.config.to_json_string(use_diff=False))),
+        memory.weight_bytes(nn.ModuleList([stages.vision, *stages.projectors])),
+        bench.failed,
+        tuple(bench.notes),
+        config=_without_paths(json.loads(bench.profiler.model.config.to_json_string(use_diff=False))),
     )
+
+
+class _Bench:
+    """The runs of one prompt that are compared, and what could not be run. full: visual tokens of the unpruned prompt."""
+
+    def __init__(self, profiler: Profiler, inputs: Mapping[str, Any], progress: Callable[[str], None]) -> None:
+        self.profiler, self.inputs, self.progress = profiler, inputs, progress
+        self.full = visual_columns(profiler.model, inputs)
+        length = int(inputs["input_ids"].shape[1])
+        self.runs = [ProfileRun(PLAIN, "plain", inputs, visual=self.full, prompt=length)]
+        self.failed: dict[str, str] = {}
+        self.notes: list[str] = []
+
+    def add_pruned(self, methods: Sequence[Any], ratios: Sequence[float], options: Mapping[str, Any]) -> None:
+        """Every method at every ratio; those that would print alike, such as one method with two sets of options, are numbered."""
+        seen: dict[str, int] = {}
+        for ratio in ratios:
+            for method in methods:
+                name = f"{name_of(method)} {ratio:g}"
+                seen[name] = seen.get(name, 0) + 1
+                name = name if seen[name] == 1 else f"{name} #{seen[name]}"
+                run = ProfileRun(name, "pruned", self.inputs, method, name_of(method), ratio, options=dict(options))
+                self.runs.append(run)
+
+    def add_ideal(self, ratio: float) -> None:
+        """The LLM fed the reduced embeddings by hand, where the model takes embeddings; else a note says why not."""
+        # Which tokens they are makes no difference to the time, only how many: the cheapest exact method picks them.
+        source, name = ProfileRun("uniform", "pruned", self.inputs, "uniform", ratio=ratio), f"ideal {ratio:g}"
+        try:
+            self.profiler.once(source)
+        except Exception as error:
+            if not self.excuse(name, error):
+                raise
+            return
+        try:
+            run = self.profiler.ideal(source, name)
+            self.profiler.once(run)
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            # Families differ in what they need beside embeddings; the pruned runs do not depend on it.
+            self.notes.append(
+                f"{name}: not measured, generate() from embeddings failed: {type(error).__name__}: {error}"
+            )
+        except Exception as error:
+            if not self.excuse(name, error):
+                raise
+        else:
+            self.runs.append(run)
+
+    def add_resized(self, ratio: float, inputs: Mapping[str, Any]) -> None:
+        """The prompt with a smaller picture, unless its processor makes as many tokens of that."""
+        visual, prompt = visual_columns(self.profiler.model, inputs), int(inputs["input_ids"].shape[1])
+        if visual >= self.full:
+            self.notes.append(f"resized {ratio:g}: this processor makes {visual} tokens of a picture of any size")
+            return
+        run = ProfileRun(f"resized {ratio:g}", "resized", inputs, ratio=ratio, visual=visual, prompt=prompt)
+        self.runs.append(run)
+
+    def excuse(self, name: str, error: BaseException) -> bool:
+        """Note why a run gives no numbers, where the others may; False for errors that must not be hidden."""
+        if isinstance(error, TokpruneError) and any(r.name == name and r.kind == "pruned" for r in self.runs):
+            self.failed[name] = str(error)
+            return True
+        if not is_out_of_memory(error):
+            return False
+        device = self.profiler.device
+        self.failed[name] = f"out of memory on {device}; {ADVICE}"
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        return True
+
+    def count(self, on_pruned: Callable[[str, Any], None] | None) -> None:
+        """FLOPs, tokens and bytes of every run, in runs of their own."""
+        for run in self.runs:
+            self.progress(f"counting FLOPs: {run.name}")
+            try:
+                self.profiler.look(run, on_pruned)
+            except Exception as error:
+                if not self.excuse(run.name, error):
+                    raise
+
+    def time(self, repeats: int, warmup: int) -> dict[str, dict[str, Measurement]]:
+        """The times of every run that has not failed, interleaved."""
+        calls = {run.name: self._timed(run) for run in self.runs if run.name not in self.failed}
+        return interleave(calls, repeats, warmup, on_error=self.excuse)
+
+    def _timed(self, run: ProfileRun) -> Callable[[], dict[str, float]]:
+        def call() -> dict[str, float]:
+            self.progress(f"timing: {run.name}")
+            return self.profiler.once(run)
+
+        return call
 
 
 def _without_paths(config: Any) -> Any:
@@ -148,61 +204,15 @@ def _without_paths(config: Any) -> Any:
     return {key: _without_paths(value) for key, value in config.items() if key != "_name_or_path"}
 
 
-def _timed(profiler: Profiler, run: Run, say: Callable[[str], None]) -> Callable[[], dict[str, float]]:
-    def call() -> dict[str, float]:
-        say(f"timing: {run.name}")
-        return profiler.once(run)
-
-    return call
-
-
-def _rivals(
-    profiler: Profiler,
-    inputs: Mapping[str, Any],
-    full: int,
-    ratios: Sequence[float],
-    ideal: bool,
-    resized: Callable[[float], Mapping[str, Any]] | None,
-    notes: list[str],
-    excused: Callable[[str, BaseException], bool],
-) -> list[Run]:
-    """The ideal and the resized cell of every ratio, where they can be had; what cannot be is noted."""
-    out: list[Run] = []
-    for ratio in ratios:
-        if ideal:
-            # Which tokens they are makes no difference to the time, only how many: the cheapest exact method picks them.
-            source = Run("uniform", "pruned", inputs, "uniform", ratio=ratio)
-            name = f"ideal {ratio:g}"
-            try:
-                profiler.once(source)
-                run = profiler.ideal(source, name)
-                profiler.once(run)
-                out.append(run)
-            except (TypeError, ValueError, KeyError, AttributeError) as error:
-                notes.append(f"{name}: this model does not generate from embeddings ({str(error)[:80]})")
-            except Exception as error:
-                if not excused(name, error):
-                    raise
-        if resized is not None and ratio < 1:
-            smaller = resized(ratio)
-            visual = visual_columns(profiler.model, smaller)
-            if visual >= full:
-                notes.append(f"resized {ratio:g}: this processor makes {visual} tokens of a picture of any size")
-                continue
-            prompt = int(smaller["input_ids"].shape[1])
-            out.append(Run(f"resized {ratio:g}", "resized", smaller, ratio=ratio, visual=visual, prompt=prompt))
-    return out
-
-
-def _cell(
-    model: Any, run: Run, times: dict[str, Measurement], full: int, shape: formulas.DecoderShape, new_tokens: int
-) -> Cell:
-    fed = new_tokens - 1  # the last token is never fed back
-    dtype = next(model.parameters()).dtype
+def _row(profiler: Profiler, run: ProfileRun, times: dict[str, Measurement], full: int) -> RunResult:
+    """What one run gave, as a row of the report. full: visual tokens of the unpruned prompt."""
+    model = profiler.model
+    shape, dtype = formulas.DecoderShape.of(model.config), next(model.parameters()).dtype
+    fed = profiler.new_tokens - 1  # the last token is never fed back
     expected = memory.kv_cache_bytes_of(model.config, run.prompt + fed, run.batch, dtype) if run.before_llm else None
     per_layer = not run.before_llm and len(run.cached) == shape.layers
     tokens = [n - fed for n in run.cached] if per_layer else run.prompt
-    return Cell(
+    return RunResult(
         run.name,
         run.kind,
         times,

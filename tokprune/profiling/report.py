@@ -19,7 +19,7 @@ NOISY = 0.1  # spread of the total, as a share of its median, from which on a re
 
 
 @dataclass(frozen=True)
-class Cell:
+class RunResult:
     """One way of running the same prompt.
 
     kind: "plain" (unpruned), "pruned", "ideal" (the same LLM fed the reduced embeddings by hand, no selection cost) or
@@ -67,9 +67,11 @@ class Cell:
         return data | {"times": {name: m.to_dict() for name, m in self.times.items()}}
 
     @staticmethod
-    def from_dict(data: Mapping[str, Any]) -> Cell:
+    def from_dict(data: Mapping[str, Any]) -> RunResult:
         """The cell that `to_dict` wrote."""
-        return Cell(**{**data, "times": {name: Measurement.from_dict(name, m) for name, m in data["times"].items()}})
+        return RunResult(
+            **{**data, "times": {name: Measurement.from_dict(name, m) for name, m in data["times"].items()}}
+        )
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class ProfileReport:
     """
 
     model: str
-    cells: tuple[Cell, ...]
+    cells: tuple[RunResult, ...]
     new_tokens: int
     batch: int
     environment: dict[str, Any]
@@ -94,7 +96,7 @@ class ProfileReport:
     command: str = ""
     config: dict[str, Any] = field(default_factory=dict)
 
-    def cell(self, name: str) -> Cell:
+    def cell(self, name: str) -> RunResult:
         """The cell called `name`."""
         for found in self.cells:
             if found.name == name:
@@ -103,15 +105,15 @@ class ProfileReport:
         raise OptionError(f"no cell {name!r}; there are: {', '.join(c.name for c in self.cells) or 'none'}.{why}")
 
     @property
-    def plain(self) -> Cell:
+    def plain(self) -> RunResult:
         """The unpruned run; raises OptionError when it failed."""
         return self.cell(PLAIN)
 
-    def find(self, kind: str, ratio: float | None = None) -> Cell | None:
+    def find(self, kind: str, ratio: float | None = None) -> RunResult | None:
         """The first cell of a kind at a ratio, None when there is none."""
         return next((c for c in self.cells if c.kind == kind and c.ratio == ratio), None)
 
-    def speedup(self, cell: Cell, what: str = "total") -> float | None:
+    def speedup(self, cell: RunResult, what: str = "total") -> float | None:
         """How many times faster than the plain run, by medians; None when that one failed.
 
         `decode_tokens_per_s` is read the right way round.
@@ -193,7 +195,7 @@ class ProfileReport:
                 f"profile version {data.get('version')!r} is not readable; this tokprune reads {VERSION}."
             )
         rest = {k: v for k, v in data.items() if k not in ("type", "version")}
-        cells = tuple(Cell.from_dict(c) for c in data["cells"])
+        cells = tuple(RunResult.from_dict(c) for c in data["cells"])
         return ProfileReport(
             **{**rest, "cells": cells, "notes": tuple(data["notes"]), "published": tuple(data["published"])}
         )

@@ -25,7 +25,7 @@ ENCODERS = ("get_image_features", "get_video_features")
 
 
 @dataclass
-class Run:
+class ProfileRun:
     """A cell to be measured: how to set it up, and what a run left behind."""
 
     name: str
@@ -66,12 +66,12 @@ class Profiler:
         self.base: Any = self.stages.base
         self.new_tokens, self.device, self.processor = new_tokens, device, processor
 
-    def _pruned(self, run: Run) -> Any:
+    def _pruned(self, run: ProfileRun) -> Any:
         if run.kind != "pruned":
             return nullcontext()
         return tokprune.apply(self.model, run.method, ratio=run.ratio, processor=self.processor, **run.options)
 
-    def _generate(self, run: Run) -> Any:
+    def _generate(self, run: ProfileRun) -> Any:
         for name, arguments in run.calls:  # the ideal cell encodes the picture like everyone else
             getattr(self.base, name)(**arguments)
         return self.model.generate(
@@ -84,7 +84,7 @@ class Profiler:
             return_dict_in_generate=True,
         )
 
-    def once(self, run: Run) -> dict[str, float]:
+    def once(self, run: ProfileRun) -> dict[str, float]:
         """One timed call."""
         clock = StageClock(self.device)
         if self.device.type == "cuda":
@@ -102,7 +102,7 @@ class Profiler:
         times["decode_tokens_per_s"] *= run.batch  # a step gives every prompt a token
         return times
 
-    def look(self, run: Run, on_pruned: Callable[[str, Any], None] | None = None) -> None:
+    def look(self, run: ProfileRun, on_pruned: Callable[[str, Any], None] | None = None) -> None:
         """Count a run's FLOPs and tokens, and its live bytes where the device keeps no count, in runs of their own.
 
         on_pruned: given the run's name and what the pruning did (`Pruning.last`).
@@ -130,7 +130,7 @@ class Profiler:
                 _, run.peak = live_peak(lambda: self._generate(run), existing)
         run.projected = rows[0] // run.batch if rows else None
 
-    def _flops(self, run: Run) -> flops.StageFlops:
+    def _flops(self, run: ProfileRun) -> flops.StageFlops:
         if run.kind != "ideal":
             return flops.stage_flops(self.model, run.inputs, self.stages)
         vision, projector = flops.vision_flops(
@@ -139,7 +139,7 @@ class Profiler:
         llm = flops.stage_flops(self.model, run.inputs, self.stages)
         return flops.StageFlops(vision, projector, 0, llm.prefill, llm.decode, llm.operators)
 
-    def ideal(self, source: Run, name: str) -> Run:
+    def ideal(self, source: ProfileRun, name: str) -> ProfileRun:
         """The run that feeds the LLM the embeddings which `source` left over, by hand."""
         caught: dict[str, Any] = {}
 
@@ -155,7 +155,7 @@ class Profiler:
                 handle.remove()
         embeds = caught["embeds"]
         mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
-        run = Run(name, "ideal", {"inputs_embeds": embeds, "attention_mask": mask}, ratio=source.ratio)
+        run = ProfileRun(name, "ideal", {"inputs_embeds": embeds, "attention_mask": mask}, ratio=source.ratio)
         run.visual, run.prompt, run.calls = source.visual, embeds.shape[1], list(calls)
         return run
 

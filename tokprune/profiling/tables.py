@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokprune.profiling.memory import readable
 from tokprune.profiling.published import KINDS
-from tokprune.profiling.report import Cell, ProfileReport, flops_text
+from tokprune.profiling.report import ProfileReport, RunResult, flops_text
 from tokprune.viz.html import Table, Value
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ IDEAL = "ideal: the same LLM fed the reduced embeddings by hand, without the cos
 RESIZED = "resized: a smaller picture with about as many tokens, nothing pruned"
 
 
-def _times(cell: Cell, *names: str) -> Value:
+def _times(cell: RunResult, *names: str) -> Value:
     value = sum(cell.times[n].median for n in names)
     spread = max(cell.times[n].spread for n in names)
     digits = 0 if value >= 100 else 1 if value >= 1 else 2
@@ -37,7 +37,7 @@ def _flops(value: float) -> Value:
     return Value(flops_text(value).replace("FLOPs", "").strip() or "0", value)
 
 
-def _share(cell: Cell) -> Value:
+def _share(cell: RunResult) -> Value:
     text = f"{cell.visual}" + (f" ({100 * cell.visual / cell.visual_full:.3g} %)" if cell.visual_full else "")
     return Value(text if cell.visual < cell.visual_full else f"{cell.visual}", cell.visual)
 
