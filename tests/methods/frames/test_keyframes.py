@@ -18,15 +18,18 @@ from tokprune.methods.frames.scenetilling import SceneTilling
 from tokprune.methods.frames.wfs_sb import WfsSb
 from tokprune.ops.keyframes import aks, aks_published
 from tokprune.ops.scene_frames import (
+    HIGH,
+    LOW,
     Diverse,
+    detail_band,
     detail_level,
     least_distance,
+    peaks,
     relevance_boundaries,
     scene_importance,
     wfs_sb,
 )
 from tokprune.ops.scenes import depths, left_peaks, neighbour_similarity, scene_ends, scenes
-from tokprune.ops.wavelet import HIGH, LOW, detail_band, peaks
 from tokprune.tokens import Layout, VisualTokens
 
 # AKS

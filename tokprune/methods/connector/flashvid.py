@@ -18,9 +18,9 @@ from tokprune.methods.options import Compat, option
 from tokprune.ops.distance import cosine_distance, cosine_similarity
 from tokprune.ops.dpc import dpc_knn
 from tokprune.ops.frames import frame_means, raster
-from tokprune.ops.maxmin import greedy_max_min
 from tokprune.ops.pools import selection
 from tokprune.ops.segments import numbers
+from tokprune.ops.select import greedy_max_min
 from tokprune.ops.stacks import stacks
 from tokprune.ops.topk import rank_in_group
 from tokprune.registry import register_method

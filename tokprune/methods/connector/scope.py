@@ -11,8 +11,8 @@ from torch import Tensor
 from tokprune.budget import equal
 from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
 from tokprune.methods.options import option
-from tokprune.ops.coverage import greedy_coverage
 from tokprune.ops.distance import cosine_similarity
+from tokprune.ops.select import greedy_coverage
 from tokprune.ops.stacks import stacks
 from tokprune.ops.wide import wide
 from tokprune.registry import Checked, register_method

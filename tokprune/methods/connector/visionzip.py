@@ -12,7 +12,7 @@ from torch import Tensor
 from tokprune.budget import equal
 from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
 from tokprune.methods.options import Compat, option
-from tokprune.ops.nearest import nearest_target
+from tokprune.ops.distance import nearest_target
 from tokprune.ops.stacks import stacks
 from tokprune.ops.topk import true_indices
 from tokprune.ops.wide import wide

@@ -14,7 +14,7 @@ from tokprune.methods.connector.divprune import DivPrune
 from tokprune.methods.connector.wrappers.base import wrapped
 from tokprune.methods.options import option
 from tokprune.ops.distance import cosine_distance, cosine_similarity
-from tokprune.ops.maxmin import greedy_max_min
+from tokprune.ops.select import greedy_max_min
 from tokprune.ops.wide import wide
 from tokprune.registry import register_method
 from tokprune.tokens import Selection, VisualTokens

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tokprune.ops.coverage import greedy_coverage, greedy_coverage_gains
+from tokprune.ops.select import greedy_coverage, greedy_coverage_gains
 
 
 def written_out(s, keep, weights, start, bonus):  # type: ignore[no-untyped-def]
