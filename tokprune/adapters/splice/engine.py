@@ -28,6 +28,10 @@ REENTRANT = (
     "gradient checkpointing in the reentrant way cannot be recomputed with an encoder-stage method: the tower would get no gradients. "
     'Use gradient_checkpointing_kwargs={"use_reentrant": False} (set_grad_checkpointing of timm and open_clip does so by itself).'
 )
+NO_SCRIPT = (
+    "torch.jit.script cannot compile {} with an encoder-stage method on it (TorchScript knows no hooks of this kind); script the model "
+    "before apply, or after remove. torch.compile works."
+)
 UNKNOWN_CALL = (
     "the blocks of {} were called with {} where hidden states were expected: tracing with stand-ins for tensors (torch.fx) cannot follow "
     "an encoder-stage method, whose steps depend on the number of tokens. Trace the model before apply, or after remove."
@@ -200,6 +204,10 @@ class Splice:
         on.after(tower.root, "_root")
         if tower.intermediates:
             on.instead(tower.root, NAME, "_intermediates")
+        on.instead(tower.root, "__prepare_scriptable__", "_refuse_scripting")
+
+    def _refuse_scripting(self, original: Any) -> Any:
+        raise UnsupportedModelError(NO_SCRIPT.format(self.tower.family))
 
     def remove(self) -> None:
         """Take every hook away."""
