@@ -49,6 +49,15 @@ def newest_query(attention: Any, hidden: Tensor, positions: tuple[Tensor, Tensor
     return rotated
 
 
+def check_tensor_mask(mask: Any) -> None:
+    """Refuse the mask object of a kernel that takes no tensors, such as flex attention's."""
+    if mask is not None and not isinstance(mask, Tensor):
+        raise UnsupportedModelError(
+            f"this method reads and cuts masks that are tensors, and the model's attention kernel has a {type(mask).__name__}: call "
+            'model.set_attn_implementation("sdpa").'
+        )
+
+
 def attention_row(
     query: Tensor, keys: Tensor, scale: float, mask: Tensor | None, softcap: float | None = None
 ) -> Tensor:
@@ -57,6 +66,7 @@ def attention_row(
     query: (B, H, 1, d). keys: (B, H', n, d); H' divides H. mask: None, (B, n) true or non-zero where visible, or
     (B or 1, 1, 1, n) bool or additive. Grouped keys are not repeated.
     """
+    check_tensor_mask(mask)
     batch, groups, n, size = keys.shape
     rows = query.to(keys.device).reshape(batch, groups, -1, size).float()  # (B, H', H / H', d)
     logits = rows @ keys.float().transpose(-1, -2) * scale  # (B, H', H / H', n)

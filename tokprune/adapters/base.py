@@ -53,6 +53,17 @@ def like(template: Any, rows: Tensor, sizes: Sequence[int]) -> Any:
     return rows.reshape(count, *(1,) * (template.ndim - 3), rows.shape[0] // count, rows.shape[-1])
 
 
+ATTENTION = ("full_attention", "sliding_attention", "chunked_attention", "indexed_attention", "attention")
+"""Kinds of layers, as configs of transformers name them, that read keys and nothing else of the past."""
+
+
+def _attends_only(layer: nn.Module) -> bool:
+    """Whether a decoder layer mixes tokens by attention alone."""
+    names = {type(module).__name__ for module in layer.modules()}
+    mixes = any(name.endswith("Attention") and "Linear" not in name for name in names)
+    return mixes and not any(isinstance(module, nn.Conv1d) for module in layer.modules())
+
+
 class Adapter:
     """How one placeholder-style model lets its visual tokens be rewritten.
 
@@ -77,8 +88,17 @@ class Adapter:
 
     @property
     def hybrid(self) -> bool:
-        """Whether the LLM has recurrent (linear-attention) layers, where masked filler is not neutral."""
-        return any("linear" in kind for kind in getattr(self.config.get_text_config(), "layer_types", None) or ())
+        """Whether the LLM has layers that are not attention (recurrent, convolutional), where masked filler is not neutral.
+
+        Told by the names of the layers' kinds where the config lists them, else by the layers' modules; what is not known to
+        be attention alone counts as hybrid.
+        """
+        config = self.config.get_text_config()
+        kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
+        if kinds:
+            return any(kind not in ATTENTION for kind in kinds)
+        layers = getattr(self.text_model, "layers", None) or ()
+        return any(not _attends_only(layer) for layer in layers)
 
     def caches(self, call: Mapping[str, Any]) -> bool:
         """Whether a forward builds a KV cache."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokprune.adapters.attention_row import check_tensor_mask
 from tokprune.methods.cache_base import CacheMethod, CacheStep
 
 
@@ -100,6 +101,7 @@ def narrow_mask(mask: Tensor | None, index: Tensor, filled: bool, kernel: str, d
         return torch.zeros(visible.shape, dtype=dtype, device=index.device).masked_fill_(
             ~visible, torch.finfo(dtype).min
         )[:, None, None]
+    check_tensor_mask(mask)
     index = index.to(mask.device)
     rows = mask if mask.ndim == 2 else mask[:, 0, -1]
     rows = rows.expand(index.shape[0], -1).gather(1, index.clamp(min=0))
