@@ -33,10 +33,11 @@ def apply(
     method: a name (see list_methods), a method object, or a PruneConfig. ratio: share of visual tokens kept, or budget:
     tokens kept per image or video. positions: "keep" leaves the kept tokens' position ids, "compact" re-numbers, "auto"
     re-numbers for one-dimensional RoPE and keeps for M-RoPE, as the published implementations do. query: the question,
-    for query-aware methods (one, or one per prompt); with `processor` it is cut out of the prompt. scorer: an object with
+    for query-aware methods (one, or one per prompt); with `processor` it is cut out of the prompt. These methods need a
+    tokenizer: without `processor` the one saved beside the model's weights is taken, if there is one. scorer: an object with
     embed_text and embed_image (embed_picture, for frames), or "open_clip:<model>/<weights>", for methods that compare text with
-    pictures. options: the
-    method's own fields.
+    pictures; or a second VLM, scorer=(model, processor) or "vlm:<hub id or folder>", which frames methods of score="self" ask in
+    place of `model`. options: the method's own fields.
 
     A method of the frames stage shares a video's budget out over its frames: method="quota", or ["quota", "divprune"] to choose
     by the second inside each frame; images of the same prompt go to the second alone, or stay whole.
@@ -63,6 +64,12 @@ def apply(
         from tokprune.adapters.scorers import load_scorer
 
         scorer = load_scorer(scorer, processor)
+    elif isinstance(scorer, tuple):
+        from tokprune.adapters.vlm_scorer import VlmScorer
+
+        if len(scorer) != 2:
+            raise OptionError(f"scorer= is a pair (model, processor), not {len(scorer)} things.")
+        scorer = VlmScorer(*scorer)
     if all(m.stage == "encoder" for m in config.methods) and not _is_vlm(model):
         _refuse_containers(model)
         return apply_encoder(model, config.methods[0], ratio=config.ratio, budget=config.budget, processor=processor)  # type: ignore[arg-type]

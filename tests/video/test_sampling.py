@@ -86,3 +86,12 @@ def test_errors() -> None:
     for bad in (0, -1.0, float("nan"), True, "1"):
         with pytest.raises(OptionError, match="frames per second"):
             sampling.check_rate(bad)
+
+
+def test_frames_by_length() -> None:
+    assert [sampling.frames_by_length("quota", d) for d in (0, 10, 60, 600, 3600, 7200)] == [96, 96, 97, 106, 160, 224]
+    assert sampling.frames_by_length("quota:64:32", 3600) == 96
+    assert sampling.frames_by_length("quota:8", 0) == 8
+    for bad in ("quot", "quota:0", "quota:a", "quota:1:2:3", "64"):
+        with pytest.raises(OptionError, match="quota:96:64"):
+            sampling.frames_by_length(bad, 10)

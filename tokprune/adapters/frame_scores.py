@@ -13,11 +13,13 @@ from torch import Tensor
 from tokprune.adapters.base import Adapter
 from tokprune.adapters.families import EncoderCall, UnknownGeometryError
 from tokprune.adapters.frame_pictures import frame_pictures
+from tokprune.adapters.scorers import CLIP_MEAN, CLIP_STD
 from tokprune.errors import MissingQueryError, MissingSignalError, OptionError
 from tokprune.methods.frames_base import PerFrame, ScoreOptions
 
 if TYPE_CHECKING:
     from tokprune.adapters.streams import Stream
+    from tokprune.adapters.vlm_scorer import VlmScorer
 
 NAME = "frame_scores"
 PICTURES_AT_ONCE = 64  # that a scorer embeds in one call
@@ -118,6 +120,17 @@ class FrameScorer:
                 'scorer="open_clip:ViT-B-32/laion2b_s34b_b79k"), an object with embed_text and embed_picture, or have the '
                 f"method score in another way (tokprune methods {self.name})."
             )
+        batch = self._pictures(stream)
+        texts = scorer.embed_text(wanted.texts)  # (S, E)
+        flat = self._as_scorer_expects(batch).split(PICTURES_AT_ONCE)
+        seen = torch.cat([scorer.embed_picture(part) for part in flat]).float()
+        cosines = seen @ texts.to(seen).T  # (T * k, S)
+        best = cosines.amax(1).unflatten(0, (-1, batch.shape[1])).amax(1)  # the better frame of a pair
+        scale, bias = float(getattr(scorer, "logit_scale", 1.0)), float(getattr(scorer, "logit_bias", None) or 0.0)
+        return best * scale + bias, f"{type(scorer).__name__}, whole frames; {wanted.source}"
+
+    def _pictures(self, stream: Stream) -> Tensor:
+        """The pixels of each frame as the model got them; k frames where k share their tokens. (T, k, 3, H, W)."""
         if stream.record is None or stream.whole is None:
             raise MissingSignalError(
                 f"{self.name!r} scores frames by their pixels, which are not at hand: the video was encoded before tokprune saw "
@@ -135,14 +148,7 @@ class FrameScorer:
         layout = stream.whole.layout
         first = torch.searchsorted(layout.group, torch.arange(layout.num_groups))  # each frame's first token
         rows = stream.first_row + stream.whole.rows[first]
-        texts = scorer.embed_text(wanted.texts)  # (S, E)
-        batch = pictures.of(pictures.owner[rows])  # (T, k, 3, H, W)
-        flat = self._as_scorer_expects(batch).split(PICTURES_AT_ONCE)
-        seen = torch.cat([scorer.embed_picture(part) for part in flat]).float()
-        cosines = seen @ texts.to(seen).T  # (T * k, S)
-        best = cosines.amax(1).unflatten(0, (-1, batch.shape[1])).amax(1)  # the better frame of a pair
-        scale, bias = float(getattr(scorer, "logit_scale", 1.0)), float(getattr(scorer, "logit_bias", None) or 0.0)
-        return best * scale + bias, f"{type(scorer).__name__}, whole frames; {wanted.source}"
+        return pictures.of(pictures.owner[rows])
 
     def _as_scorer_expects(self, batch: Tensor) -> Tensor:
         """Pictures (n, k, 3, H, W) as (n * k, 3, H, W), normalised as the scorer takes them where that is known to differ."""
@@ -168,14 +174,33 @@ class FrameScorer:
 
     def _self(self, stream: Stream, wanted: Wanted, encoded: Mapping[str, Any]) -> tuple[Tensor, str]:
         from tokprune.adapters.frame_asking import Asking
+        from tokprune.adapters.vlm_scorer import VlmScorer
 
         options = self.options
         if wanted.entities:
             prompt = options.entity_prompt.replace("{entities}", ", ".join(wanted.entities))
         else:
             prompt = options.query_prompt.replace("{question}", wanted.text)
+        if isinstance(self.scorer, VlmScorer):
+            scores = self._second(self.scorer, stream, prompt)
+            return scores, f"{self.scorer.source(options.normalize)}; {wanted.source}"
         asking = Asking(self.adapter, self.processor, self.name, options.normalize)
         return asking.scores(stream, prompt, encoded), f"{asking.source}; {wanted.source}"
+
+    def _second(self, scorer: VlmScorer, stream: Stream, prompt: str) -> Tensor:
+        """The verdict of another VLM, which looks at the frames with a processor of its own. (T,)."""
+        if scorer.model is self.adapter.model:
+            raise OptionError(f"scorer= is the model that is pruned; {self.name!r} asks it without a scorer, too.")
+        from PIL import Image
+
+        batch = self._pictures(stream)
+        video, image = (getattr(self.processor, f"{kind}_processor", None) for kind in ("video", "image"))
+        mean, std = _normal(video) or _normal(image) or (CLIP_MEAN, CLIP_STD)
+        mean, std = (torch.as_tensor(m, device=batch.device).float().view(-1, 1, 1) for m in (mean, std))
+        bright = ((batch.float() * std + mean).clamp(0, 1) * 255).round().byte().flatten(0, 1)
+        pictures = [Image.fromarray(p.permute(1, 2, 0).cpu().numpy()) for p in bright]
+        scores = scorer.scores(pictures, prompt, self.options.normalize)
+        return scores.unflatten(0, (-1, batch.shape[1])).amax(1)  # the better frame of a pair
 
 
 def _normal(processor: Any) -> tuple[Any, Any] | None:

@@ -17,6 +17,7 @@ from torch import nn
 from tokprune.adapters.attach import Hook, Ref
 from tokprune.adapters.base import Adapter, get_adapter, unwrap
 from tokprune.adapters.families import tiny_families
+from tokprune.adapters.local_processor import local_processor
 from tokprune.adapters.query import asking
 from tokprune.adapters.seam import Options, Seam
 from tokprune.adapters.splice.report import EncoderReport
@@ -272,6 +273,8 @@ def _everything(n: int) -> int:
 def vlm_pruning(model: Any, config: PruneConfig, processor: Any = None, scorer: Any = None) -> Pruning:
     """The pruning of a VLM, made but not put on yet: whatever cannot work is refused here."""
     adapter: Adapter = get_adapter(model)
+    if processor is None and any(getattr(m, "query_aware", m.info.query_aware) for m in config.methods):
+        processor = local_processor(adapter.model)  # the question must be tokenised
     installed = Installed(adapter.model, config, processor)
     stages = Stages.of(config)
     connector = stages.seam

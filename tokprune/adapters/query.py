@@ -178,6 +178,6 @@ def build_queries(
                 embeddings = table(
                     torch.tensor(words, dtype=torch.long, device=ids.device if ids is not None else device)
                 )
-        clip = None if scorer is None else scorer.embed_text([text])
+        clip = scorer.embed_text([text]) if hasattr(scorer, "embed_text") else None
         out.append(Query(text, embeddings, clip, source, pieces))
     return out

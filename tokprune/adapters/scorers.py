@@ -94,7 +94,8 @@ class OpenClipScorer:
 
 
 def load_scorer(name: str, processor: Any = None) -> Any:
-    """The scorer that a string names: "open_clip:<model>/<weights>", weights being a tag of open_clip or a file; or "demo".
+    """The scorer that a string names: "open_clip:<model>/<weights>", weights being a tag of open_clip or a file; "demo"; or
+    "vlm:<hub id or folder>".
 
     processor: of the VLM, for how its pixels are normalised.
     """
@@ -103,10 +104,15 @@ def load_scorer(name: str, processor: Any = None) -> Any:
         import importlib
 
         return importlib.import_module("tokprune.demo").load_scorer()
+    if kind == "vlm" and rest:
+        from tokprune.adapters.vlm_scorer import load_vlm_scorer
+
+        return load_vlm_scorer(rest)
     if kind != "open_clip" or not rest:
         raise OptionError(
             f'scorer {name!r} is not known; write scorer="open_clip:ViT-B-32/laion2b_s34b_b79k", scorer="demo" for the embedded demo '
-            "VLM, or pass an object with embed_text and embed_image."
+            'VLM, scorer="vlm:<hub id or folder>" for a VLM that is asked about frames, or pass an object with embed_text and '
+            "embed_image."
         )
     try:
         import open_clip

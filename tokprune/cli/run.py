@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -15,7 +16,16 @@ from rich.console import Console
 
 from tokprune.cli import options
 from tokprune.cli.output import console_for, save_json, say_saved
-from tokprune.cli.run_video import FEATURED, SCORED, Reading, VideoRead, open_videos, parse_select, read_frames
+from tokprune.cli.run_video import (
+    FEATURED,
+    SCORED,
+    Reading,
+    VideoRead,
+    open_videos,
+    parse_frames,
+    parse_select,
+    read_frames,
+)
 from tokprune.errors import OptionError
 
 if TYPE_CHECKING:
@@ -30,7 +40,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunRequest:
-    """What is asked, of what, and how. config: the pruning. scorer: the name of a text-image scorer."""
+    """What is asked, of what, and how. config: the pruning. scorer: the name of a text-image scorer.
+    longer_context: factor of `longer_context`."""
 
     question: str
     model: str
@@ -39,6 +50,7 @@ class RunRequest:
     scorer: str | None
     max_new_tokens: int
     compare: bool
+    longer_context: float = 1.0
 
 
 @dataclass
@@ -67,9 +79,12 @@ def run(  # the options of the command
     ] = None,
     scorer: Annotated[
         str | None,
-        typer.Option(help="demo, or open_clip:<model>/<weights>, for methods that compare text and pictures."),
+        typer.Option(help="demo, open_clip:<model>/<weights>, or vlm:<hub id> (asked about frames)."),
     ] = None,
-    frames: Annotated[int | None, typer.Option(help="Frames read of a video; 16 if nothing is said.")] = None,
+    frames: Annotated[
+        str | None,
+        typer.Option(help="Frames read of a video; 16 if nothing is said; quota: 96, and 64 more per hour (QuoTA)."),
+    ] = None,
     fps: Annotated[float | None, typer.Option(help="Frames a second; with --frames, that many at most.")] = None,
     rule: Annotated[
         str, typer.Option(help="How --frames are spread: linspace_unique, linspace, linspace_rounded, centers, floor.")
@@ -84,6 +99,10 @@ def run(  # the options of the command
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 64,
     positions: Annotated[str, typer.Option(help="Position ids of kept tokens: auto, keep or compact.")] = "auto",
     compare: Annotated[bool, typer.Option("--compare", help="Also answer with all tokens.")] = False,
+    longer_context: Annotated[
+        float,
+        typer.Option(help="Let the LLM see so many times the positions it was trained on (NTK-aware RoPE scaling)."),
+    ] = 1.0,
     strip: Annotated[Path | None, typer.Option(help="Draw what was kept of the first video (or picture).")] = None,
     json_file: options.Json = None,
     device: options.Device = "cpu",
@@ -95,26 +114,37 @@ def run(  # the options of the command
     from tokprune.files import read_picture
     from tokprune.loading import LoadOptions, check_device, check_dtype, load, no_bars
 
-    _check(question, video, image, model, Reading(frames, fps, start, end), select)
+    count = parse_frames(frames)
+    _check(question, video, image, model, Reading(count, fps, start, end), select)
     options.at_least_one(max_new_tokens=max_new_tokens)
     check_device(device)
     check_dtype(dtype)
     ratio = 0.1 if ratio is None and budget is None else ratio
     config = PruneConfig.build(build_methods(method, option or (), scorer), ratio, budget, positions, question)
-    reading = Reading(frames, fps, start, end, backend, rule, parse_select(select))
-    request = RunRequest(question, model, config, reading, scorer, max_new_tokens, compare)
+    reading = Reading(count, fps, start, end, backend, rule, parse_select(select))
+    request = RunRequest(question, model, config, reading, scorer, max_new_tokens, compare, longer_context)
     pictures = [read_picture(path) for path in image or ()]
     files = open_videos(video or ())  # before the model: what is no video should not cost its loading
     with no_bars(quiet):
         loaded = load(model, LoadOptions(device, dtype), bool(video))
     judge = _scorer(request, loaded)
     reads = [read_frames(index, reading, question, judge, loaded.processor) for index in files]
-    answer = ask(request, loaded, reads, pictures, judge)
+    with _stretched(loaded.model, longer_context):
+        answer = ask(request, loaded, reads, pictures, judge)
     console = console_for(json=json_file)
     _print(answer, reads, console, quiet)
     if strip is not None:
         say_saved(console, [_draw(strip, reads, pictures, answer.streams, loaded.processor, question)])
     save_json(console, json_file, _data(request, answer, reads))
+
+
+def _stretched(model: Any, factor: float) -> contextlib.AbstractContextManager[None]:
+    """The positions of the LLM scaled, if by more than 1."""
+    if factor == 1:
+        return contextlib.nullcontext()
+    from tokprune.adapters.rope_scaling import longer_context
+
+    return longer_context(model, factor)
 
 
 def _check(
@@ -162,7 +192,7 @@ def build_methods(text: str, settings: Sequence[str], scorer: str | None) -> lis
         cls = method_class(name)
         scores = cls.stage == "frames" and any(f.name == "score" for f in dataclasses.fields(cls))
         if scorer is not None and scores:
-            fields[name].setdefault("score", "clip")
+            fields[name].setdefault("score", "self" if scorer.startswith("vlm:") else "clip")
     return [get_method(name, **values) for name, values in fields.items()]
 
 

@@ -25,7 +25,7 @@ SMALL = 256  # pixels of the shorter side of candidate frames
 class Reading:
     """Which frames of a file are wanted. select: rule and number of frames, chosen before the encoder."""
 
-    frames: int | None = None
+    frames: int | str | None = None
     fps: float | None = None
     start: float | None = None
     end: float | None = None
@@ -70,6 +70,17 @@ class VideoRead:
         if self.select_seconds:
             text += f" and {self.select_seconds:.2f} s to choose"
         return "\n".join([text, *(f"  warning: {w}" for w in v.warnings)])
+
+
+def parse_frames(text: str | None) -> int | str | None:
+    """A number of frames, or a rule that goes by the video's length."""
+    if text is None or not text.strip().lstrip("-").isdigit():
+        if text is not None:
+            from tokprune.video.sampling import frames_by_length
+
+            frames_by_length(text, 0.0)
+        return text
+    return int(text)
 
 
 def parse_select(text: str | None) -> tuple[str, int] | None:

@@ -11,6 +11,7 @@ from tokprune.config import PruneConfig
 from tokprune.errors import OptionError, nearest, unknown
 from tokprune.methods.base import Method
 from tokprune.registry import get_method, method_class
+from tokprune.video.sampling import frames_by_length
 
 CONTROLS = ("", "no_image", "shuffled")
 ON_ERROR = ("raise", "continue")
@@ -28,7 +29,7 @@ class ModelArgs:
     tokprune.apply. scorer: "demo" or "open_clip:<model>/<weights>". seed: of methods that draw, and of sampled answers.
     option.<field>: a method's own field; with several methods option.<method>.<field>. processor.<field>: of the processor,
     such as processor.max_pixels.
-    frames: at most so many frames of a video (None: 32, or what the demo was made for). fps: one frame per 1/fps seconds.
+    frames: at most so many frames of a video (None: 32, or what the demo was made for), or "quota" (96, and 64 more per hour). fps: one frame per 1/fps seconds.
     frame_rule: how `frames` are spread. video_backend: who decodes. system_prompt: a text, or a file that holds it.
     max_new_tokens: longest answer, in place of the tasks' own. flops_samples: questions per task whose FLOPs are counted
     (each costs one more short answer). control: "no_image" leaves pictures out, "shuffled" shows another row's.
@@ -49,7 +50,7 @@ class ModelArgs:
     revision: str | None = None
     trust_remote_code: bool = False
     batch_size: int = 1
-    frames: int | None = None
+    frames: int | str | None = None
     fps: float | None = None
     frame_rule: str = "linspace_unique"
     video_backend: str = "auto"
@@ -68,7 +69,14 @@ class ModelArgs:
             raise unknown("control", self.control, CONTROLS[1:])
         if self.on_error not in ON_ERROR:
             raise unknown("on_error", self.on_error, ON_ERROR)
-        for name in ("batch_size", "frames", "max_new_tokens"):
+        if isinstance(self.frames, str):
+            frames_by_length(self.frames, 0.0)
+        counts = (
+            ("batch_size", "max_new_tokens")
+            if isinstance(self.frames, str)
+            else ("batch_size", "frames", "max_new_tokens")
+        )
+        for name in counts:
             value = getattr(self, name)
             if value is not None and not _count(value):
                 raise OptionError(f"{name}={value!r} is not a count; write a whole number from 1 on.")

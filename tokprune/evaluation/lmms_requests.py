@@ -45,7 +45,7 @@ class Prompt:
 class MediaRules:
     """How videos are read; see ModelArgs."""
 
-    frames: int | None
+    frames: int | str | None
     fps: float | None = None
     rule: str = "linspace_unique"
     backend: str = "auto"

@@ -21,8 +21,8 @@ def word_embeddings(tokens: VisualTokens) -> Tensor:
     rows = tokens.question().embeddings
     if rows is None or rows.numel() == 0:
         raise MissingQueryError(
-            "the question is known, but not its rows of the LLM's embedding table; fill Query.embeddings (T, D), "
-            "or choose a method that does not read the question."
+            "the question is known, but not its tokens and their embeddings: no tokenizer lies beside the model. Give one: apply(..., "
+            "processor=processor), which may be the tokenizer alone; or choose a method that does not read the question."
         )
     if rows.dim() != 2 or rows.shape[-1] != tokens.features.shape[-1]:
         raise OptionError(

@@ -30,7 +30,7 @@ Decode = Callable[[Any, Sequence[int], Job], Iterator[tuple[int, Frame]]]
 
 def read_video(  # one argument per question that people ask of a video
     path: str | os.PathLike[str],
-    frames: int | Sequence[int] | None = None,
+    frames: int | Sequence[int] | str | None = None,
     fps: float | None = None,
     start: float | None = None,
     end: float | None = None,
@@ -45,7 +45,7 @@ def read_video(  # one argument per question that people ask of a video
 ) -> Video:
     """Read some frames of a video file, a folder of pictures, or an animated GIF, WebP or PNG.
 
-    frames: how many, spread by `rule` (a name in `sampling.RULES`) from the first to the last; or the frames' own
+    frames: how many ("quota": QuoTA's rule, see `sampling.frames_by_length`), spread by `rule` (a name in `sampling.RULES`) from the first to the last; or the frames' own
     numbers, in any order. fps: one frame per 1/fps seconds, the one on screen; with both, `rule` takes over where that
     gives more than `frames`. Neither: every frame. start, end: seconds since the first frame; the frames on screen in
     [start, end).
@@ -243,7 +243,7 @@ def pick_backend(index: Index, backend: str) -> tuple[str, str, Decode]:
 
 def choose(
     index: Index,
-    frames: int | Sequence[int] | None,
+    frames: int | Sequence[int] | str | None,
     fps: float | None,
     start: float | None,
     end: float | None,
@@ -252,6 +252,9 @@ def choose(
 ) -> tuple[Indices, str]:
     """Numbers of the frames to decode, and the name of how they were chosen."""
     first, last = window(index, start, end, notes)
+    if isinstance(frames, str):
+        shown = (min(index.duration, end or index.duration)) - (start or 0.0)
+        frames = min(sampling.frames_by_length(frames, shown), last - first)
     if frames is not None and not isinstance(frames, int | np.integer):
         chosen = np.asarray([int(i) for i in frames], np.int64)
         if (wrong := chosen[(chosen < 0) | (chosen >= index.total)]).size:
@@ -287,7 +290,9 @@ def window(index: Index, start: float | None, end: float | None, notes: list[str
 
 def check_request(frames: object, fps: object, start: object, end: object) -> None:
     """Raise OptionError for values that mean nothing, before a file is touched."""
-    if isinstance(frames, int | np.integer) and not isinstance(frames, bool):
+    if isinstance(frames, str):
+        sampling.frames_by_length(frames, 0.0)
+    elif isinstance(frames, int | np.integer) and not isinstance(frames, bool):
         if int(frames) < 1:
             raise OptionError(f"frames={frames!r} is no number of frames; the smallest is 1.")
     elif frames is not None:

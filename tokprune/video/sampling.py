@@ -89,6 +89,17 @@ def quota_frames(duration: float, base: int = 96, per_hour: float = 64) -> int:
     return base + int(duration / 3600 * per_hour)
 
 
+def frames_by_length(rule: str, duration: float) -> int:
+    """How many frames of a video of so many seconds: "quota" is 96 and 64 more per hour, "quota:64:32" other numbers of these."""
+    parts = rule.split(":")
+    numbers = [int(p) if p.isdigit() else -1 for p in parts[1:]]
+    if parts[0] != "quota" or len(numbers) > 2 or any(n < 0 for n in numbers) or numbers[:1] == [0]:
+        raise OptionError(
+            f'frames={rule!r}; write how many, such as frames=64, or frames="quota", or frames="quota:96:64".'
+        )
+    return quota_frames(duration, *numbers)
+
+
 def at_times(timestamps: npt.NDArray[np.float64], fps: float, start: float, end: float) -> Indices:
     """The frame on screen at start, start + 1/fps, … before `end`: right for constant and variable frame rates.
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.methods.frames.clips import about, video
 from tokprune.errors import OptionError
 from tokprune.methods.frames.aks import AKS
-from tokprune.methods.frames.decouple import MOST, WIDEST, decoupling_prompt, dynamic_frames, parse_decoupling
+from tokprune.methods.frames.decouple import MOST, WIDEST, decoupling_prompt, parse_decoupling
 from tokprune.methods.frames.questions import content_words
 from tokprune.methods.frames.quota import Quota
 from tokprune.ops.frame_scores import CALIBRATIONS, calibrated, word_relevance
@@ -175,13 +175,3 @@ def test_the_prompt_holds_the_question() -> None:
     prompt = decoupling_prompt("  What colour is the dog's ball? ")
     assert "What colour is the dog's ball?" in prompt
     assert parse_decoupling(prompt) is None  # its last example is the empty list
-
-
-def test_dynamic_frames() -> None:
-    assert [dynamic_frames(d) for d in (0, 10, 60, 600, 3600, 7200)] == [96, 96, 97, 106, 160, 224]
-    assert dynamic_frames(3600, base=64, alpha=32) == 96
-    for bad in (-1.0, math.nan, math.inf):
-        with pytest.raises(OptionError, match="seconds"):
-            dynamic_frames(bad)
-    with pytest.raises(OptionError, match="base"):
-        dynamic_frames(1.0, base=0)

@@ -7,22 +7,10 @@ import json
 import re
 import warnings
 
-from tokprune.errors import OptionError
-from tokprune.video.sampling import quota_frames
-
 LONGEST = 4096  # characters of an answer that are read
 MOST, WIDEST = 16, 64  # things, and characters of each
 NOTHING = frozenset(("", "none", "null", "nil", "n/a", "na", "nothing", "empty", "undefined"))
 _LIST = re.compile(r"\[[^\[\]]*\]")  # flat lists only: nothing to nest, nothing to recurse into
-
-
-def dynamic_frames(duration: float, base: int = 96, alpha: float = 64) -> int:
-    """How many frames QuoTA samples: `base`, and `alpha` more for each hour. duration: seconds."""
-    if not duration >= 0 or duration == float("inf"):
-        raise OptionError(f"duration={duration!r} is not a number of seconds.")
-    if base < 1 or alpha < 0:
-        raise OptionError(f"base={base!r} and alpha={alpha!r} are not numbers of frames: base >= 1, alpha >= 0.")
-    return quota_frames(duration, base, alpha)
 
 
 def decoupling_prompt(question: str) -> str:

@@ -147,6 +147,7 @@ def fit_rectangles(
     query_aware=True,
     merges=True,
     video=True,
+    presets={"paper": {"score": "self", "normalize": "vocab", "decouple": True}},
 )
 @dataclass(frozen=True)
 class Quota(QuestionScored):
@@ -169,7 +170,9 @@ class Quota(QuestionScored):
     guards against a scorer that is wrong, which costs the paper itself 10 points on VNBench without decoupling).
     reducer: what happens inside a frame when no connector method is given: "bilinear" (the paper's best), "avgpool",
     "linspace", "tome" or "tome_separable". How frames are scored: `score` and the fields after it. The paper's own
-    scorer is Qwen2-VL-2B with decoupled questions: score="self", normalize="vocab", decouple=True on that model.
+    scorer is Qwen2-VL-2B with decoupled questions: preset="paper" (score="self", normalize="vocab", decouple=True) with
+    apply(..., scorer=(small_model, its_processor)); without a scorer the model itself is asked. How many frames the paper reads
+    of a video: `read_video(path, frames="quota")`, `--frames quota`.
     """
 
     power: float = option(2.0, low=0, high=100, hint="0 treats all frames alike.")

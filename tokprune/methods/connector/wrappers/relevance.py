@@ -13,6 +13,7 @@ from tokprune.methods.base import ConnectorMethod, ScoreMethod, Wrapper, check_f
 from tokprune.methods.connector.divprune import DivPrune
 from tokprune.methods.connector.wrappers.base import wrapped
 from tokprune.methods.options import option
+from tokprune.methods.question import word_embeddings
 from tokprune.ops.distance import cosine_distance, cosine_similarity
 from tokprune.ops.select import greedy_max_min
 from tokprune.ops.wide import wide
@@ -86,12 +87,11 @@ class Relevance(Wrapper):
     def relevance(self, tokens: VisualTokens) -> Tensor:
         """Relevance of each token to the question, 0 … 1. Returns (N,) in float32."""
         query = tokens.question()
-        words = query.embeddings if self.source == "embeddings" else query.clip
+        words = word_embeddings(tokens) if self.source == "embeddings" else query.clip
         if words is None or words.numel() == 0:
             raise MissingQueryError(
-                f"the question is known, but not its {self.source}"
-                + (" (the LLM's embedding rows of its words); " if self.source == "embeddings" else " text embedding; ")
-                + f"this query came from {query.source!r}."
+                "the question is known, but not its clip embedding, which a scorer makes; give apply(..., scorer=...), or "
+                "source='embeddings', which needs none."
             )
         image = tokens.features if self.source == "embeddings" else tokens.signal("clip_image")
         if image.shape[-1] != words.shape[-1]:
