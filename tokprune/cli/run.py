@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from tokprune.adapters.plan import StreamRecord
+    from tokprune.adapters.splice.report import EncoderReport
     from tokprune.config import PruneConfig
     from tokprune.loading import Loaded
     from tokprune.methods.base import Method
@@ -58,7 +59,7 @@ class RunAnswer:
     """What came of it. unpruned: the answer with all tokens and its seconds, where it was asked for."""
 
     text: str
-    report: Report
+    report: Report | EncoderReport
     prepare_seconds: float
     answer_seconds: float
     streams: Sequence[StreamRecord] = field(default_factory=list)

@@ -137,7 +137,7 @@ class Arithmetic:
 def arithmetic(
     preset: Preset,
     ratios: Sequence[float] = (0.5, 0.25, 0.1),
-    *,
+    *,  # options by name: this is a public entry point
     size: Size | None = None,
     frames: int | None = None,
     text: int = 64,

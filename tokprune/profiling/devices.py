@@ -5,10 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
-
 from tokprune.errors import OptionError, unknown
-from tokprune.profiling.presets import list_presets, preset
 from tokprune.profiling.report import ProfileReport
 
 
@@ -66,8 +63,3 @@ def calibrate(report: ProfileReport) -> Device:
     attained = int(cell.flops["prefill"]) / (cell.times["prefill"].median / 1000)
     moved = (report.weight_bytes - report.vision_bytes + cell.cache_bytes) * steps
     return Device(f"{name} (measured)", attained, moved, math.inf, 1.0, 1.0)
-
-
-def presets_that_fit(place: Device, dtype: torch.dtype = torch.bfloat16) -> list[str]:
-    """Names of the presets whose weights leave a tenth of the device's memory free."""
-    return [name for name in list_presets() if preset(name).parameters * dtype.itemsize < 0.9 * place.memory]

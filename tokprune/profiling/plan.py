@@ -238,7 +238,7 @@ def plan(
     work: Workload | None = None,
     target: Target | None = None,
     limit: float | None = None,
-    *,
+    *,  # options by name: this is a public entry point
     ratios: Sequence[float] = (1.0, 0.5, 0.25, 0.1, 0.05),
     decoder_layer: int = 2,
     dtype: torch.dtype = torch.bfloat16,

@@ -90,7 +90,7 @@ def method_sheet(
     layout: Layout,
     selections: Mapping[str, Selection | Tensor],
     geometry: Geometry | None = None,
-    *,
+    *,  # options by name: this is a public entry point
     title: str = "",
     subtitle: str = "",
     captions: Mapping[str, str] | None = None,

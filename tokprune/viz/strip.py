@@ -38,7 +38,7 @@ def frame_strip(
     layout: Layout,
     kept: Selection | Tensor,
     geometry: Geometry | None = None,
-    *,
+    *,  # options by name: this is a public entry point
     title: str = "",
     frame_width: int = 220,
     columns: int = 8,
