@@ -16,7 +16,7 @@ from tokprune.ops.distance import unit
 from tokprune.ops.frames import earlier, similarity_to
 from tokprune.ops.topk import grouped_top
 from tokprune.ops.wide import wide
-from tokprune.registry import register_method
+from tokprune.registry import Checked, register_method
 from tokprune.tokens import Selection, VisualTokens
 
 GROUP = 4  # frames that share one whole frame (section 3.2 of the paper)
@@ -56,6 +56,11 @@ def dycoke_published(features: Tensor, merging_ratio: float = 0.7) -> Tensor:
     video=True,
     url="https://arxiv.org/abs/2411.15024",
     complexity="O(ND)",
+    checked=Checked(
+        "KD-TAO/DyCoke",
+        "kept tokens and their order with compat='published' on the golden vectors",
+        "the default meets a budget, keeps an odd last frame and thins the third frame of the last group",
+    ),
 )
 @dataclass(frozen=True)
 class DyCoke(ConnectorMethod):

@@ -13,7 +13,7 @@ from tokprune.methods.connector.uniform import uniform
 from tokprune.methods.options import Compat
 from tokprune.ops.frames import earlier, similarity_to
 from tokprune.ops.wide import wide
-from tokprune.registry import register_method
+from tokprune.registry import Checked, register_method
 from tokprune.tokens import VisualTokens
 
 FIRST = 255.0  # above every change: a token without a predecessor is new as a whole
@@ -26,6 +26,11 @@ FIRST = 255.0  # above every change: a token without a predecessor is new as a w
     video=True,
     url="https://arxiv.org/abs/2510.14624",
     complexity="O(ND)",
+    checked=Checked(
+        "vllm-project/vllm",
+        "masks, counts and positions on the golden vectors",
+        "ties, which rounding decides there; budgets below one frame",
+    ),
 )
 @dataclass(frozen=True)
 class EVS(ScoreMethod):

@@ -18,7 +18,7 @@ from tokprune.ops.distance import unit
 from tokprune.ops.dpc import euclidean, peaks
 from tokprune.ops.frames import frame_means, raster
 from tokprune.ops.topk import rank_in_group, ranks, true_indices
-from tokprune.registry import register_method
+from tokprune.registry import Checked, register_method
 from tokprune.tokens import Layout, Merge, Selection, VisualTokens
 
 NEIGHBOURS = 4  # of the density of context tokens
@@ -192,6 +192,11 @@ def pieces_of(
     complexity="O(NnD) for n tokens per frame; merging O(NKD) within a scene",
     merges=True,
     presets={"qwen2_5_vl": {"tau": 0.84, "ignore": 0.95}},
+    checked=Checked(
+        "LunarShen/FastVID",
+        "kept tokens and merged features: golden vectors for LLaVA-OneVision and LLaVA-Video, 300 random videos for Qwen2.5-VL",
+        "the default's exact counts; frame vectors are mean tokens; noise on densities",
+    ),
 )
 @dataclass(frozen=True)
 class FastVID(ConnectorMethod):

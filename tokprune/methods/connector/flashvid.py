@@ -23,7 +23,7 @@ from tokprune.ops.segments import numbers
 from tokprune.ops.select import greedy_max_min
 from tokprune.ops.stacks import stacks
 from tokprune.ops.topk import rank_in_group
-from tokprune.registry import register_method
+from tokprune.registry import Checked, register_method
 from tokprune.tokens import Layout, Selection, VisualTokens
 
 NEIGHBOURS = 7  # of DPC-kNN, at most
@@ -184,6 +184,11 @@ def flashvid_parts(sizes: Sequence[int], lengths: Sequence[int], keep: int, alph
         "qwen2_5_vl": {"segments": 4},
         "qwen3_vl": {"segments": 4},
     },
+    checked=Checked(
+        "Fanziyang-v/FlashVID",
+        "kept positions with both forms of its token selection, 240 random videos",
+        "ties of frames with one or two clusters, which its noise decides; positions that come twice; its stage inside the LLM",
+    ),
 )
 @dataclass(frozen=True)
 class FlashVID(ConnectorMethod):

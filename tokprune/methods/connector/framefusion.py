@@ -13,7 +13,7 @@ from tokprune.methods.base import ConnectorMethod
 from tokprune.methods.options import option
 from tokprune.ops.frames import similarity_to
 from tokprune.ops.topk import ranks, top_by_tier
-from tokprune.registry import register_method
+from tokprune.registry import Checked, register_method
 from tokprune.tokens import Merge, Selection, VisualTokens
 
 TEXT = -1  # patch type of tokens that are no part of the video
@@ -57,6 +57,11 @@ def framefusion_heads(patch: Tensor, merges: Tensor) -> Tensor:
     complexity="O(ND)",
     merges=True,
     presets={"internvl": {"threshold": 0.5}},
+    checked=Checked(
+        "thu-nics/FrameFusion",
+        "one call of its procedure, its similarities and its budget of FLOPs on the golden vectors",
+        "all of it happens in front of the LLM here, once, for an exact count",
+    ),
 )
 @dataclass(frozen=True)
 class FrameFusion(ConnectorMethod):

@@ -17,7 +17,7 @@ from tokprune.ops.frames import earlier, raster, similarity_to
 from tokprune.ops.pools import Pools, selection, still_and_moving
 from tokprune.ops.segments import static_runs
 from tokprune.ops.topk import ranks
-from tokprune.registry import register_method
+from tokprune.registry import Checked, register_method
 from tokprune.tokens import Selection, VisualTokens
 
 NEIGHBOURS = 7  # of DPC-kNN
@@ -81,6 +81,11 @@ def holitom_flow(
     url="https://arxiv.org/abs/2505.21334",
     complexity="O(ND + T² + SnnD) for S scenes, n tokens per frame",
     merges=True,
+    checked=Checked(
+        "cokeshao/HoliTom",
+        "cuts, counts, clusters and merged tokens on the golden vectors",
+        "noise on densities; contextual share (crashes there); its stage inside the LLM",
+    ),
 )
 @dataclass(frozen=True)
 class HoliTom(ConnectorMethod):

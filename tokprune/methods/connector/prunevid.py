@@ -17,7 +17,7 @@ from tokprune.ops.frames import frame_means, raster
 from tokprune.ops.pools import Pools, selection, still_and_moving
 from tokprune.ops.segments import frame_clusters, refine, runs
 from tokprune.ops.wide import wide
-from tokprune.registry import register_method
+from tokprune.registry import Checked, register_method
 from tokprune.tokens import Selection, VisualTokens
 
 NEIGHBOURS = 7  # of DPC-kNN
@@ -76,6 +76,11 @@ def prunevid_clusters(features: Tensor, groups: Pools, counts: Tensor) -> tuple[
     url="https://arxiv.org/abs/2412.16117",
     complexity="O(NnD) for n tokens per frame",
     merges=True,
+    checked=Checked(
+        "Visual-AI/PruneVid",
+        "segments after refinement (20,000 random labels), merged tokens and second stage on the golden vectors",
+        "the order of tokens; noise on densities; its stage inside the LLM",
+    ),
 )
 @dataclass(frozen=True)
 class PruneVid(ConnectorMethod):

@@ -13,7 +13,7 @@ from tokprune.methods.options import Compat, option
 from tokprune.ops.distance import unit
 from tokprune.ops.topk import rank_in_group, top_by_tier
 from tokprune.ops.wide import wide
-from tokprune.registry import register_method
+from tokprune.registry import Checked, register_method
 from tokprune.tokens import Selection, VisualTokens
 
 
@@ -76,6 +76,11 @@ def vidcom2(
     video=True,
     url="https://arxiv.org/abs/2505.14454",
     complexity="O(ND)",
+    checked=Checked(
+        "xuyang-liu16/VidCom2",
+        "scores, ratios, counts and kept tokens on the golden vectors, and vLLM's exact variant",
+        "the default repairs the sum; float32 throughout",
+    ),
 )
 @dataclass(frozen=True)
 class VidCom2(ConnectorMethod):

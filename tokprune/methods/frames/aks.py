@@ -13,7 +13,7 @@ from tokprune.methods.frames.questions import QuestionScored
 from tokprune.methods.options import Compat, option
 from tokprune.ops.frame_scores import finite
 from tokprune.ops.keyframes import aks, aks_published, best_first, cut
-from tokprune.registry import register_method
+from tokprune.registry import Checked, register_method
 from tokprune.tokens import VisualTokens
 
 
@@ -25,6 +25,11 @@ from tokprune.tokens import VisualTokens
     complexity="O(ND + T log T)",
     query_aware=True,
     video=True,
+    checked=Checked(
+        "ncTimTang/AKS",
+        "chosen frames with compat='published' on the golden vectors, empty choices included",
+        "the default carries halves exactly and always chooses M frames",
+    ),
 )
 @dataclass(frozen=True)
 class AKS(QuestionScored):

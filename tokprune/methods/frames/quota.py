@@ -17,7 +17,7 @@ from tokprune.methods.base import ConnectorMethod
 from tokprune.methods.frames.questions import QuestionScored
 from tokprune.methods.frames.reduce import RECTANGULAR, FrameReducer, rectangles
 from tokprune.methods.options import Compat, option
-from tokprune.registry import register_method
+from tokprune.registry import Checked, register_method
 from tokprune.tokens import VisualTokens
 
 
@@ -148,6 +148,11 @@ def fit_rectangles(
     merges=True,
     video=True,
     presets={"paper": {"score": "self", "normalize": "vocab", "decouple": True}},
+    checked=Checked(
+        "MAC-AutoML/QuoTA",
+        "token assignment with and without the cap (20,000 random videos), the five reducers on the golden vectors",
+        "scorer, prompts and decoupling are our own words; frames are not blown up beyond their tokens",
+    ),
 )
 @dataclass(frozen=True)
 class Quota(QuestionScored):

@@ -13,7 +13,7 @@ from tokprune.methods.options import option
 from tokprune.ops.frames import frame_means
 from tokprune.ops.scenes import frames_of_scenes, scenes
 from tokprune.ops.wide import wide
-from tokprune.registry import register_method
+from tokprune.registry import Checked, register_method
 from tokprune.tokens import VisualTokens
 
 
@@ -24,6 +24,11 @@ from tokprune.tokens import VisualTokens
     url="https://arxiv.org/abs/2409.01071",
     complexity="O(ND)",
     video=True,
+    checked=Checked(
+        "",
+        "similarities, depths and boundaries of VideoLLaMB's function on the golden vectors",
+        "frames are compared by their mean token; budgets are ours",
+    ),
 )
 @dataclass(frozen=True)
 class SceneTilling(FramesMethod):

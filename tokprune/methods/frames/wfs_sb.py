@@ -15,7 +15,7 @@ from tokprune.ops.frames import frame_means
 from tokprune.ops.keyframes import best_first
 from tokprune.ops.scene_frames import WEIGHTS, wfs_sb
 from tokprune.ops.wide import wide
-from tokprune.registry import register_method
+from tokprune.registry import Checked, register_method
 from tokprune.tokens import VisualTokens
 
 
@@ -27,6 +27,11 @@ from tokprune.tokens import VisualTokens
     complexity="O(ND + TMD)",
     query_aware=True,
     video=True,
+    checked=Checked(
+        "MAC-AutoML/WFS-SB",
+        "chosen frames, with and without features, videos of 2 to 400 frames and scores of four kinds",
+        "constant or flat signals; frames are compared by their mean token instead of the scorer's features",
+    ),
 )
 @dataclass(frozen=True)
 class WfsSb(QuestionScored):
