@@ -1,4 +1,4 @@
-"""What methods that weigh tokens by the tower's attention look at first."""
+"""Features and [CLS] attention of a stream, checked, for methods that weigh tokens by the attention of the tower."""
 
 from __future__ import annotations
 
