@@ -53,6 +53,25 @@ def test_hidden_states_have_the_prompts_width_everywhere(family: str) -> None:
     assert len(out.hidden_states) == len(generated.hidden_states[0])
 
 
+@pytest.mark.parametrize("family", families(*QUICK, "gemma3"))
+def test_gradients_reach_returned_states(family: str) -> None:
+    """retain_grad() on hidden states and attentions works as on an unpruned model, and so does autograd.grad."""
+    tiny = build(family, attn="eager")
+    inputs = prompt(family, "image").inputs
+    with tokprune.apply(tiny.model, "random", ratio=0.3) as pruning:
+        out = tiny.model(**inputs, output_hidden_states=True, output_attentions=True)
+        keep = pruning.last.keep
+    (middle,) = torch.autograd.grad(out.logits[:, -1].sum(), out.hidden_states[1], retain_graph=True)
+    for state in (*out.hidden_states, out.attentions[0]):
+        state.retain_grad()
+    out.logits[:, -1].sum().backward()
+    for state in (*out.hidden_states, out.attentions[0]):
+        assert state.grad is not None
+    assert torch.allclose(middle, out.hidden_states[1].grad, atol=1e-6)
+    assert float(middle[keep].abs().sum()) > 0
+    assert float(middle[~keep].abs().sum()) == 0, "a dropped token leads nowhere"
+
+
 @pytest.mark.parametrize("ratio", [0.3, 1.0])
 @pytest.mark.parametrize("family", families(*QUICK, "idefics3"))
 @torch.no_grad()

@@ -7,9 +7,11 @@ were kept, `pruning.last.keep` says which.
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 
 def widen(hidden: Tensor, expand: Tensor) -> Tensor:
@@ -18,13 +20,73 @@ def widen(hidden: Tensor, expand: Tensor) -> Tensor:
     return hidden.gather(1, index.expand(-1, -1, hidden.shape[-1]))
 
 
-def widen_output(output: Any, expand: Tensor, last: bool) -> None:
-    """Widen the hidden states of a base model's output in place. last: the last one, too, which generate() does not need."""
+class WidePath:
+    """Puts the widened hidden states of one forward on the way of its gradients, as those of an unpruned model are.
+
+    Every decoder layer's result is widened and the kept part of that handed on, which changes no number; what the forward
+    returns is then what its later layers were computed from, so that retain_grad() and autograd.grad find it.
+    """
+
+    def __init__(self, layers: nn.ModuleList, expand: Tensor, index: Tensor) -> None:
+        self.expand, self.index = expand, index
+        self.thread = threading.get_ident()
+        self.wide: dict[int, tuple[Tensor, Tensor]] = {}  # by id: a state as it was captured (held), and widened
+        self.hooks = [layers[0].register_forward_pre_hook(self._enter, with_kwargs=True)]
+        self.hooks += [layer.register_forward_hook(self._leave) for layer in layers]
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for hook in self.hooks:
+            hook.remove()
+
+    def of(self, state: Tensor) -> Tensor:
+        """The widened form of a captured state."""
+        found = self.wide.get(id(state))
+        return widen(state, self.expand) if found is None else found[1]
+
+    def _pass(self, state: Tensor) -> Tensor:
+        wide = widen(state, self.expand)
+        index = self.index.to(state.device)[..., None].expand_as(state)
+        narrow = torch.where(index < 0, state, wide.gather(1, index.clamp(min=0)))
+        for captured in (state, narrow):  # transformers' own hook may stand before or behind this one
+            self.wide[id(captured)] = (captured, wide)
+        return narrow
+
+    def _enter(self, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if threading.get_ident() != self.thread:
+            return None
+        if args:
+            return (self._pass(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self._pass(kwargs["hidden_states"])}
+
+    def _leave(self, module: Any, args: Any, output: Any) -> Any:
+        if threading.get_ident() != self.thread:
+            return None
+        return (self._pass(output[0]), *output[1:]) if isinstance(output, tuple) else self._pass(output)
+
+
+def wide_path(text_model: Any, call: Any, expand: Tensor, index: Tensor) -> WidePath | None:
+    """The path for a forward whose caller may ask gradients of hidden states; None where nobody can."""
+    config, layers = text_model.config, getattr(text_model, "layers", None)
+    asked = call.get("output_hidden_states")
+    asked = getattr(config, "output_hidden_states", False) if asked is None else asked
+    again = text_model.training and getattr(text_model, "is_gradient_checkpointing", False)  # layers run twice
+    if asked is False or asked is None or not torch.is_grad_enabled() or again or not layers:
+        return None
+    return WidePath(layers, expand, index)
+
+
+def widen_output(output: Any, expand: Tensor, last: bool, path: WidePath | None = None) -> None:
+    """Widen the hidden states of a base model's output in place. last: the last one, too, which generate() does not need.
+
+    path: has those widened already that gradients go through.
+    """
+    wider = path.of if path is not None else lambda state: widen(state, expand)
     states = output.get("hidden_states")
     tied = None
     if last:
         tied, output.last_hidden_state = output.last_hidden_state, widen(output.last_hidden_state, expand)
     if states is not None:
         output.hidden_states = tuple(
-            None if h is None else output.last_hidden_state if h is tied else widen(h, expand) for h in states
+            None if h is None else output.last_hidden_state if h is tied else wider(h) for h in states
         )

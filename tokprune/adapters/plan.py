@@ -120,6 +120,7 @@ class Frame:
     index: Tensor
     for_generate: bool = False
     as_tuple: bool = False
+    path: Any = None  # WidePath, where gradients of hidden states may be asked
 
 
 def columns_of(call: Mapping[str, Any]) -> Tensor:

@@ -21,7 +21,7 @@ from tokprune.adapters.base import TYPE_IDS, Adapter, flatten
 from tokprune.adapters.contract import check_contract
 from tokprune.adapters.dialect import as_cache, bind, cache_in, cache_of, parameters
 from tokprune.adapters.frame_scores import FrameScorer
-from tokprune.adapters.outputs import widen_output
+from tokprune.adapters.outputs import wide_path, widen_output
 from tokprune.adapters.plan import Columns, Frame, Plan, StreamRecord, clear_raw, columns_of, execute, make_plan
 from tokprune.adapters.query import build_queries, current_question, tokenizer_of
 from tokprune.adapters.reuse import are_copies, sources_of
@@ -274,6 +274,7 @@ class Seam:
     def _pre(self, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         mode = kwargs.pop(MODE, None)
         thread = self.threads.now
+        _leave_path(thread.frame)
         thread.frame = None  # an interrupt may have left one behind: torch does not call hooks after a BaseException
         if not thread.physical_prefill:
             thread.rope = None
@@ -303,6 +304,7 @@ class Seam:
             new, frame, thread.rope = execute(self.adapter, plan, call, self._hide_positions())
             frame.for_generate = mode is not None
             frame.as_tuple = not _wants_dict(self.adapter, call)
+            frame.path = wide_path(self.adapter.text_model, call, frame.expand, frame.index)
             thread.frame = frame
             thread.passage.begin(frame.index.shape[1], table_due=thread.rope is not None)
             return (), {**new, "return_dict": True}
@@ -326,6 +328,7 @@ class Seam:
     def _post(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         thread = self.threads.now
         frame, thread.frame = thread.frame, None
+        _leave_path(frame)
         if not thread.physical_prefill:
             thread.rope = None
         if output is not None:
@@ -337,7 +340,7 @@ class Seam:
         cache = frame.past if cache is None else cache
         if cache is not None and physical_length(cache) > 0:
             self._attach(cache, frame)
-        widen_output(output, frame.expand, last=not frame.for_generate)
+        widen_output(output, frame.expand, not frame.for_generate, frame.path)
         return output.to_tuple() if frame.as_tuple else output
 
     def _enter(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
@@ -474,3 +477,9 @@ def _wants_dict(adapter: Adapter, call: dict[str, Any]) -> bool:
 def _from_start(values: Tensor, held: int) -> Tensor:
     """Values of new tokens (..., P) as (..., held + P), with nothing said of the keys before them."""
     return torch.nn.functional.pad(values, (held, 0))
+
+
+def _leave_path(frame: Frame | None) -> None:
+    """Take the hooks of a forward's gradient path off."""
+    if frame is not None and frame.path is not None:
+        frame.path.remove()
