@@ -22,7 +22,7 @@ import torch
 from encoder_record import save
 from torch import Tensor
 
-from tokprune.adapters.splice import apply_encoder
+from tokprune.runtime.encoder import apply_encoder
 
 
 def written_out(model: Any, images: Tensor, r: int) -> Tensor:

@@ -8,10 +8,10 @@ from typing import Any
 from torch import nn
 
 from tokprune.adapters.base import unwrap
-from tokprune.adapters.handle import Pruning, apply_encoder, install, remove, vlm_pruning
 from tokprune.config import PruneConfig
 from tokprune.errors import OptionError, UnsupportedModelError
 from tokprune.methods.base import Method
+from tokprune.runtime.handle import Pruning, apply_encoder, install, remove, vlm_pruning
 
 __all__ = ["Pruning", "apply", "remove"]
 
@@ -61,11 +61,11 @@ def apply(
     else:
         config = PruneConfig.build(method, ratio=ratio, budget=budget, positions=positions, query=query, **options)
     if isinstance(scorer, str):
-        from tokprune.adapters.scorers import load_scorer
+        from tokprune.runtime.scorers import load_scorer
 
         scorer = load_scorer(scorer, processor)
     elif isinstance(scorer, tuple):
-        from tokprune.adapters.vlm_scorer import VlmScorer
+        from tokprune.runtime.vlm_scorer import VlmScorer
 
         if len(scorer) != 2:
             raise OptionError(f"scorer= is a pair (model, processor), not {len(scorer)} things.")

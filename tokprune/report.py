@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tokprune.adapters.seam import LastRun
     from tokprune.config import PruneConfig
+    from tokprune.runtime.prefill import LastRun
 
 
 @dataclass(frozen=True)

@@ -123,8 +123,8 @@ def compares(name: str, repository: str) -> Callable[[Comparison], Comparison]:
 @compares("flowcut", "TungChintao/FlowCut")
 def flowcut(checkout: Checkout, inputs: Inputs) -> Iterator[Pair]:
     """The score, accumulated over the blocks of a tower that keeps all tokens."""
-    from tokprune.adapters.signals import mean_value_norm
     from tokprune.methods.connector.flowcut import flowcut_scores
+    from tokprune.runtime.signals import mean_value_norm
 
     official = checkout.entry("flowcut/utils_flowcut.py", "compute_score")
     for _, kind in inputs:

@@ -15,10 +15,10 @@ from tests.adapters.cache_reference import answer, give_back, given, last_layer,
 from tests.adapters.reference import language_model, samples
 from tests.adapters.test_generation import with_text
 from tests.spelling import cache_in, with_cache
-from tokprune.adapters.state import get_state
 from tokprune.budget import kept
 from tokprune.errors import OptionError, UnsupportedModelError
 from tokprune.methods.cache.dycoke_cache import DyCokeCache
+from tokprune.runtime.cache_record import get_state
 from tokprune.testing import build, clip, picture
 
 SHARE, NEW = 0.3, 6

@@ -14,9 +14,9 @@ from tests.adapters.cache_reference import answer, eager, give_back, given, last
 from tests.adapters.reference import HYBRID, VIDEO, language_model, samples
 from tests.adapters.test_generation import slow_unless
 from tests.spelling import cache_in
-from tokprune.adapters.attention_row import attention_row, newest_query
-from tokprune.adapters.cache_keys import narrow_mask
 from tokprune.methods.cache.dycoke_cache import DyCokeCache
+from tokprune.runtime.attention_row import attention_row, newest_query
+from tokprune.runtime.cache_keys import narrow_mask
 from tokprune.testing import FAMILIES, build, picture
 
 QUICK = ("llava", "qwen2_5_vl", "qwen3_5", "gemma3", "aya_vision")

@@ -14,9 +14,10 @@ from transformers import Cache, GenerationMixin, masking_utils
 import tokprune
 from tests.adapters.reference import prompt, shared
 from tests.spelling import NAME, cache_in, with_cache
-from tokprune.adapters import contract, dialect
+from tokprune.adapters import dialect
 from tokprune.adapters.base import get_adapter
 from tokprune.errors import UnsupportedModelError
+from tokprune.runtime import contract
 from tokprune.testing import FAMILIES
 
 

@@ -12,12 +12,12 @@ import torch
 import tokprune
 from tests.adapters.frames_methods import Brightness, ByScore, Watch, lit, scores_of
 from tests.adapters.reference import shared
-from tokprune.adapters import decouple
-from tokprune.adapters.frame_asking import Asking
-from tokprune.adapters.frame_scores import question_sentence
 from tokprune.adapters.prompting import build_inputs
-from tokprune.adapters.text_answer import text_answer
 from tokprune.errors import MissingSignalError
+from tokprune.runtime.frames import decouple
+from tokprune.runtime.frames.asking import Asking
+from tokprune.runtime.frames.scores import question_sentence
+from tokprune.runtime.frames.text_answer import text_answer
 from tokprune.testing import build, clip
 
 used: dict[str, Any] = {}
@@ -120,8 +120,8 @@ def test_the_tiny_model_decouples_without_an_accident() -> None:
 
 
 def test_frames_are_compared_before_any_model_sees_them() -> None:
-    from tokprune.adapters.frame_relevance import embed_frames, frame_relevance
     from tokprune.errors import OptionError
+    from tokprune.runtime.frames.relevance import embed_frames, frame_relevance
 
     scorer = Watch()
     frames = lit([10, 250, 120])

@@ -14,10 +14,10 @@ import tokprune
 from tests.adapters.frames_methods import Brightness, ByScore, Watch, lit, scores_of
 from tests.adapters.reference import VIDEO, shared
 from tokprune.adapters.base import flatten
-from tokprune.adapters.frame_asking import SIDE, Asking
 from tokprune.adapters.prompting import build_inputs, inputs_of
-from tokprune.adapters.streams import build_streams
 from tokprune.errors import MissingSignalError
+from tokprune.runtime.frames.asking import SIDE, Asking
+from tokprune.runtime.streams import build_streams
 from tokprune.testing import clip, picture
 
 PICTURES_KNOWN = [f for f in VIDEO if f not in ("molmo2", "minicpmv4_6")]
@@ -196,7 +196,7 @@ def test_larger_frames_are_averaged() -> None:
         columns = adapter.placeholders(dict(inputs), encoded)["video"]
         stream = build_streams(adapter, "video", encoded["video"], columns, [None], ())[0]
     asking = Asking(adapter, tiny.processor, "m")
-    import tokprune.adapters.frame_asking as module
+    import tokprune.runtime.frames.asking as module
 
     side, module.SIDE = module.SIDE, 2
     try:

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from tests.adapters.reference import HYBRID, shared
-from tokprune.adapters.attention_row import attention_row
 from tokprune.adapters.base import Adapter, get_adapter
-from tokprune.adapters.cache_keys import narrow_mask
 from tokprune.errors import UnsupportedModelError
+from tokprune.runtime.attention_row import attention_row
+from tokprune.runtime.cache_keys import narrow_mask
 from tokprune.testing import FAMILIES
 
 

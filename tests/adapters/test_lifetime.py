@@ -15,8 +15,8 @@ from torch import nn
 
 import tokprune
 from tests.encoder.test_towers import TOWERS, hooks, pixels
-from tokprune.adapters.splice import apply_encoder
 from tokprune.errors import MissingSignalError, OptionError, TokpruneError, UnsupportedModelError
+from tokprune.runtime.encoder import apply_encoder
 from tokprune.testing import build, clip, picture
 
 
@@ -181,7 +181,7 @@ def test_a_failing_apply_leaves_the_pruning_before_it(
     expected, count = tiny.model.generate(**inputs, max_new_tokens=4), hooks(tiny.model)
     logits = tiny.model(**inputs).logits
     if failing == "missing signal":
-        monkeypatch.setattr("tokprune.adapters.signals.tower_blocks", _no_blocks)
+        monkeypatch.setattr("tokprune.runtime.signals.tower_blocks", _no_blocks)
     arguments, error = FAILING[failing]
     with pytest.raises(error):
         tokprune.apply(tiny.model, **arguments())
@@ -200,10 +200,10 @@ def _no_blocks(tower: Any) -> Any:
 @pytest.mark.parametrize("where", ["EncoderStage", "Seam", "Recorder", "CacheStage"])
 @torch.no_grad()
 def test_an_install_that_fails_half_way_is_undone(first: str, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tokprune.adapters.cache_stage import CacheStage
-    from tokprune.adapters.seam import Seam
-    from tokprune.adapters.splice.stage import EncoderStage
-    from tokprune.adapters.streams import Recorder
+    from tokprune.runtime.cache import CacheStage
+    from tokprune.runtime.encoder.stage import EncoderStage
+    from tokprune.runtime.prefill import Seam
+    from tokprune.runtime.streams import Recorder
 
     kinds = {"EncoderStage": EncoderStage, "Seam": Seam, "Recorder": Recorder, "CacheStage": CacheStage}
     tiny = build("llava")

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import tokprune.adapters.probe as probe_module
-from tokprune.adapters.probe import AttentionProbe, tower_blocks, tower_of
-from tokprune.adapters.signals import SignalSet, block_index, compute_signals, required_blocks
+import tokprune.runtime.probe as probe_module
 from tokprune.errors import MissingSignalError, OptionError
+from tokprune.runtime.probe import AttentionProbe, tower_blocks, tower_of
+from tokprune.runtime.signals import SignalSet, block_index, compute_signals, required_blocks
 from tokprune.testing import TinyVLM, build, clip, picture
 
 TOLERANCE = 1e-6

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import tokprune
-from tokprune.adapters.scorers import OpenClipScorer, load_scorer
 from tokprune.errors import MissingQueryError, OptionError
+from tokprune.runtime.scorers import OpenClipScorer, load_scorer
 from tokprune.testing import build, picture
 
 open_clip = pytest.importorskip("open_clip", reason="tokprune[vision]")

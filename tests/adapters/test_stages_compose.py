@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import tokprune
-from tokprune.adapters.splice import apply_encoder
 from tokprune.budget import kept
 from tokprune.errors import OptionError, UnsupportedModelError
+from tokprune.runtime.encoder import apply_encoder
 from tokprune.testing import build, picture
 
 FAMILIES = ("llava", "llava_next", "internvl", "qwen2_5_vl", "qwen3_vl", "gemma3")

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import tokprune
-from tokprune.adapters.splice import apply_encoder
 from tokprune.errors import OptionError
+from tokprune.runtime.encoder import apply_encoder
 from tokprune.testing import build, picture
 
 FAMILIES = ("llava", "internvl", "qwen2_5_vl")

@@ -17,10 +17,10 @@ import tokprune
 from tests.adapters.reference import Prompt, prompt, shared
 from tests.adapters.test_generation import slow_unless, with_text
 from tests.spelling import cache_in, with_cache
-from tokprune.adapters import seam
-from tokprune.adapters.seam import MODE, Seam
-from tokprune.adapters.state import PrunedCacheMixin, PruneState, get_state
 from tokprune.errors import TokpruneError, TranslationError
+from tokprune.runtime import prefill as seam
+from tokprune.runtime.cache_record import PrunedCacheMixin, PruneState, get_state
+from tokprune.runtime.prefill import MODE, Seam
 from tokprune.testing import FAMILIES
 
 QUICK = ("llava", "qwen2_5_vl", "gemma3")  # 1-D RoPE; M-RoPE; windows, and masks that the model builds itself

@@ -28,8 +28,8 @@ MAY_IMPORT = {
     "methods": CORE | {"ops", "registry", "video"},
 }
 # The layers above; each may import those before it, and what stands in MAY_IMPORT.
-UPPER = ("report", "adapters", "api", "testing", "viz", "profiling", "demo", "loading", "evaluation", "cli")
-TRANSFORMERS = {"adapters", "testing", "demo", "loading", "profiling", "evaluation"}
+UPPER = ("report", "adapters", "runtime", "api", "testing", "viz", "profiling", "demo", "loading", "evaluation", "cli")
+TRANSFORMERS = {"adapters", "runtime", "testing", "demo", "loading", "profiling", "evaluation"}
 # Classes of lmms-eval are subclassed here; lmms-eval imports the module by its entry point, and the sweep when it runs.
 BORN_OF_LMMS_EVAL = {"evaluation/lmms_model.py"}
 OPTIONAL = {"timm", "open_clip", "decord", "av", "matplotlib", "vllm", "lmms_eval", "torchvision", "triton", "peft"}

@@ -10,8 +10,8 @@ import torch
 import tokprune
 from tests.encoder.test_towers import TOWERS, output, pixels
 from tests.encoder.test_vlm_towers import two_images
-from tokprune.adapters.splice import apply_encoder
 from tokprune.errors import UnsupportedModelError
+from tokprune.runtime.encoder import apply_encoder
 from tokprune.testing import build
 
 OPTIONS: dict[str, dict[str, Any]] = {

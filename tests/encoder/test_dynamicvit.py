@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from tests.encoder.test_towers import output, pixels, timm_vit
-from tokprune.adapters.splice import apply_encoder
 from tokprune.errors import OptionError
 from tokprune.methods.encoder.dynamicvit import (
     Predictor,
@@ -19,6 +18,7 @@ from tokprune.methods.encoder.dynamicvit import (
     masked_softmax,
     save_predictors,
 )
+from tokprune.runtime.encoder import apply_encoder
 
 close = torch.testing.assert_close
 

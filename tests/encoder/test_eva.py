@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from tests.encoder.test_towers import hooks, output, pixels, settle
 from tests.published.bipartite import unmerge
-from tokprune.adapters.splice import apply_encoder
 from tokprune.errors import UnsupportedModelError
 from tokprune.ops.bipartite import bipartite_matching, merge_weighted
+from tokprune.runtime.encoder import apply_encoder
 
 close = torch.testing.assert_close
 KINDS: dict[str, dict[str, Any]] = {

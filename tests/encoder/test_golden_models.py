@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from tests.golden_vectors import GoldenCase, claims
-from tokprune.adapters.splice import apply_encoder
 from tokprune.methods.encoder.ats import ATS, inverse_transform_sample
 from tokprune.methods.encoder.evit import EViT
 from tokprune.methods.encoder.tome import ToMe
+from tokprune.runtime.encoder import apply_encoder
 
 close = torch.testing.assert_close
 TOLERANCE = {"atol": 2e-5, "rtol": 2e-5}

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from tests.encoder.test_towers import TOWERS, hooks, pixels, settle, timm_vit
-from tokprune.adapters.splice import apply_encoder, remove_encoder
 from tokprune.errors import BudgetError, OptionError, UnsupportedModelError
 from tokprune.methods.encoder.auroracap import AuroraCap
 from tokprune.methods.encoder.tome import ToMe
 from tokprune.registry import get_method, list_methods
+from tokprune.runtime.encoder import apply_encoder, remove_encoder
 from tokprune.testing import build, picture
 
 close = torch.testing.assert_close

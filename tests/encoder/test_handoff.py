@@ -13,11 +13,11 @@ from PIL import Image
 import tokprune
 from tests.encoder.test_vlm_towers import encode, rows, two_images
 from tokprune.adapters.families import EncoderCall, stream_layouts
-from tokprune.adapters.splice import apply_encoder
-from tokprune.adapters.splice.handoff import SIGNAL, AmongSurvivors, survivor_rows
 from tokprune.methods.base import ConnectorMethod, Wrapper
 from tokprune.methods.connector.divprune import DivPrune
 from tokprune.registry import MethodInfo, get_method
+from tokprune.runtime.encoder import apply_encoder
+from tokprune.runtime.encoder.handoff import SIGNAL, AmongSurvivors, survivor_rows
 from tokprune.testing import build, picture
 from tokprune.tokens import Layout, Merge, Selection, VisualTokens
 

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from tests.encoder.test_towers import TOWERS, output, parts, pixels, timm_vit
 from tests.encoder.test_vlm_towers import PACKED, encode, rows, two_images
-from tokprune.adapters.splice import apply_encoder
 from tokprune.errors import OptionError, UnsupportedModelError
 from tokprune.methods.encoder.dtop import DToP, undecided
 from tokprune.methods.encoder.ipcv import IPCV, neighbours
 from tokprune.methods.encoder.toc3d import ToC3D
+from tokprune.runtime.encoder import apply_encoder
 from tokprune.testing import build
 
 close = torch.testing.assert_close

@@ -12,10 +12,10 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from tests.published.bipartite import unmerge
-from tokprune.adapters.splice import apply_encoder
 from tokprune.errors import UnsupportedModelError
 from tokprune.methods.encoder.tome import ToMe
 from tokprune.ops.bipartite import bipartite_matching, merge_weighted
+from tokprune.runtime.encoder import apply_encoder
 
 close = torch.testing.assert_close
 

@@ -14,12 +14,12 @@ import tokprune
 from tests.encoder.test_towers import timm_vit
 from tests.methods.frames.test_frames_contract import VARIANTS
 from tests.methods.streams import LAYOUTS, stream
-from tokprune.adapters.splice import apply_encoder
 from tokprune.errors import OptionError
 from tokprune.methods.base import ConnectorMethod
 from tokprune.methods.cache_base import CacheMethod, CacheStep
 from tokprune.methods.frames_base import PerFrame
 from tokprune.registry import get_method, list_methods, method_class
+from tokprune.runtime.encoder import apply_encoder
 from tokprune.testing import build, clip, picture
 from tokprune.tokens import Layout, Selection, VisualTokens
 

@@ -10,8 +10,7 @@ from typing import Any, get_args
 import pytest
 import torch
 
-import tokprune.adapters.splice.handoff  # noqa: F401  its wrapper is in no registry
-from tokprune.adapters.splice.handoff import SIGNAL, AmongSurvivors
+import tokprune.runtime.encoder.handoff  # noqa: F401  its wrapper is in no registry
 from tokprune.errors import OptionError
 from tokprune.methods.base import ConnectorMethod, ScoreMethod, Wrapper
 from tokprune.methods.connector.wrappers import MergeDropped, PerTile, Protect, Relevance
@@ -20,6 +19,7 @@ from tokprune.methods.frames.uniform_frames import UniformFrames
 from tokprune.methods.frames_base import PerFrame
 from tokprune.methods.options import kinds
 from tokprune.registry import MethodInfo, list_methods
+from tokprune.runtime.encoder.handoff import SIGNAL, AmongSurvivors
 from tokprune.tokens import Layout, Query, Selection, VisualTokens
 
 

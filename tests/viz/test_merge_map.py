@@ -11,8 +11,8 @@ from PIL import Image
 
 import tokprune
 from tests.viz.cuts import cropped, padded, stretched, tiled
-from tokprune.adapters.splice import apply_encoder
 from tokprune.errors import OptionError
+from tokprune.runtime.encoder import apply_encoder
 from tokprune.testing import build
 from tokprune.tokens import Layout
 from tokprune.viz import geometry as geo

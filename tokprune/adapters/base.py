@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokprune.adapters.attach import Ref
-from tokprune.adapters.dialect import arguments_from, cache_in, parameters
+from tokprune.adapters.dialect import arguments_from, cache_in, logical_length, parameters
 from tokprune.adapters.families import Family, family_named
-from tokprune.adapters.state import logical_length
+from tokprune.adapters.hooks import Ref
 from tokprune.errors import UnsupportedModelError
 
 # Raw inputs of each modality, as transformers names them.

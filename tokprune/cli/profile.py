@@ -17,8 +17,8 @@ from tokprune.cli.profile_inputs import Work, config_case, from_model, from_pres
 from tokprune.errors import OptionError
 
 if TYPE_CHECKING:
-    from tokprune.adapters.plan import StreamRecord
     from tokprune.profiling.report import ProfileReport
+    from tokprune.runtime.plan import StreamRecord
 
 WIDTH = 120  # of tables that go into a file or a pipe
 

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
 
-    from tokprune.adapters.plan import StreamRecord
     from tokprune.cli.profile import ProfileRequest
     from tokprune.loading import Loaded
     from tokprune.profiling.presets import Preset
     from tokprune.profiling.report import ProfileReport
+    from tokprune.runtime.plan import StreamRecord
     from tokprune.video import Video
 
 PICTURE = 768  # side of the drawn picture that a real model is shown when none is given

@@ -31,12 +31,12 @@ from tokprune.errors import OptionError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from tokprune.adapters.plan import StreamRecord
-    from tokprune.adapters.splice.report import EncoderReport
     from tokprune.config import PruneConfig
     from tokprune.loading import Loaded
     from tokprune.methods.base import Method
     from tokprune.report import Report
+    from tokprune.runtime.encoder.report import EncoderReport
+    from tokprune.runtime.plan import StreamRecord
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ def _scorer(request: RunRequest, loaded: Loaded) -> Any:
         if not loaded.embedded or not (wanted or (select is not None and select[0] in (*SCORED, *FEATURED))):
             return None
         name = "demo"
-    from tokprune.adapters.scorers import load_scorer
+    from tokprune.runtime.scorers import load_scorer
 
     scorer = load_scorer(name, loaded.processor)
     inner = getattr(scorer, "model", getattr(scorer, "clip", None))

@@ -122,7 +122,7 @@ def _selected(
     index: Index, reading: Reading, question: str, scorer: Any, processor: Any, window: dict[str, Any]
 ) -> VideoRead:
     """Candidates small, scored and chosen from; then the chosen frames in full."""
-    from tokprune.adapters.frame_relevance import embed_frames, frame_relevance
+    from tokprune.runtime.frames.relevance import embed_frames, frame_relevance
     from tokprune.video import read_video
     from tokprune.video.select import select_frames
 

@@ -22,7 +22,7 @@ from .scenes import Example
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from tokprune.adapters.plan import StreamRecord
+    from tokprune.runtime.plan import StreamRecord
 
 ONE_WORD = " Answer with one word."
 ANSWER_TOKENS = 3  # the demo VLMs say one word and stop; room to see when one does not

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from tests.golden_vectors import GoldenCase, claims
-from tokprune.adapters.signals import block_index, mean_value_norm
 from tokprune.errors import OptionError
 from tokprune.methods.base import top
 from tokprune.methods.connector.flowcut import FlowCut, flowcut_scores
+from tokprune.runtime.signals import block_index, mean_value_norm
 from tokprune.tokens import Layout, VisualTokens
 
 

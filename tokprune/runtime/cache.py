@@ -1,0 +1,222 @@
+"""The cache stage: in decode steps the layers from some layer on read a part of the visual keys and values.
+
+The attention module of the layer below gets the model's cache through a view that notes the keys it uses; with its query
+they give what the newest token attends to, and the method chooses. The modules above get the cache through a view that
+gathers the chosen keys and values, and the mask cut to match. Nothing leaves the cache. What was decided rides on the
+pruning record of the cache itself, so that beams, copies, second turns and interleaved generations stay apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokprune.adapters.base import Adapter
+from tokprune.adapters.dialect import cache_in, swap_cache
+from tokprune.adapters.hooks import Attachments, PerThread
+from tokprune.errors import OptionError, UnsupportedModelError
+from tokprune.methods.cache_base import CacheMethod
+from tokprune.runtime.attention_row import attention_row, check_attention, newest_query
+from tokprune.runtime.cache_keys import Chosen, narrow_mask
+from tokprune.runtime.cache_record import PruneState, get_state
+
+KERNELS = ("eager", "sdpa", "flash")  # attention implementations whose masks can be cut to the chosen keys
+
+
+class _View:
+    """A cache as one attention module sees it: what `update` returns goes through `then`."""
+
+    def __init__(self, cache: Any, then: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
+        self._cache, self._then = cache, then
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return self._then(*self._cache.update(keys, values, *args, **kwargs))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+
+@dataclass
+class _Reading:
+    """The keys that the reading layer of this thread's forward used."""
+
+    keys: Tensor | None = None
+    state: PruneState | None = None
+
+
+class CacheStage:
+    """A cache method on one model; `remove` leaves it as it was.
+
+    keep_of: visual keys that a prompt with n of them uses in a step.
+    """
+
+    def __init__(self, adapter: Adapter, method: CacheMethod, keep_of: Callable[[int], int]) -> None:
+        self.adapter, self.method, self.keep_of = adapter, method, keep_of
+        self.on = Attachments(self)
+        self.threads = PerThread(_Reading)
+        self.steps, self.used, self.visual = 0, 0, 0
+        layers = list(adapter.text_model.layers)
+        attentions = [(i, layer.self_attn) for i, layer in enumerate(layers) if hasattr(layer, "self_attn")]
+        below = [(i, a) for i, a in attentions if i < method.layer]
+        self.above = [a for i, a in attentions if i >= method.layer]
+        if not below or not self.above:
+            first = next((i for i, _ in attentions), 0)
+            last = max((i for i, _ in attentions), default=0)
+            raise OptionError(
+                f"layer={method.layer} of {method.info.name!r} needs an attention layer below it and one from it on; "
+                f"{type(adapter.model).__name__} has {len(layers)} decoder layers: "
+                + (f"{first + 1} <= layer <= {last}." if last > first else "too few.")
+            )
+        self.source_layer, self.source = below[-1]
+        check_attention(self.source)
+
+    def install(self) -> None:
+        """Put the hooks on; undone completely when one of them fails."""
+        kernel = str(self.adapter.config.get_text_config()._attn_implementation)
+        self._check_kernel(kernel)
+        model = self.adapter.model
+        try:
+            self.on.before(self.source, "_before", with_kwargs=True)
+            self.on.after(self.source, "_after", with_kwargs=True, always_call=True)
+            for attention in self.above:
+                self.on.before(attention, "_narrow", with_kwargs=True)
+            if hasattr(model, "_get_candidate_generator"):
+                self.on.instead(model, "_get_candidate_generator", "_refuse_assistance")
+        except BaseException:
+            self.remove()
+            raise
+
+    def remove(self) -> None:
+        """Take every hook and instance attribute away."""
+        self.on.remove()
+
+    def release(self) -> None:
+        """Let go of the model's layers: it is gone."""
+        self.source, self.above = None, []
+
+    def anchor(self) -> Any:
+        """The model that this stage belongs to."""
+        return self.adapter.model
+
+    def notes(self) -> list[str]:
+        """What the decode steps since `install` did, for the report."""
+        name = self.method.info.name
+        if not self.steps:
+            return [
+                f"{name} has reduced no decode step yet (it works on single new tokens behind a picture, with a KV cache)"
+            ]
+        return [
+            f"{name}: {self.steps} decode steps; layers from {self.method.layer} on read {self.used} of {self.visual} visual keys "
+            f"(chosen by layer {self.source_layer}); all keys stay in memory"
+        ]
+
+    @staticmethod
+    def _check_kernel(kernel: str) -> None:
+        if not any(kernel.startswith(known) or f"/{known}" in kernel for known in KERNELS):
+            raise UnsupportedModelError(
+                f"attention {kernel!r} builds masks that cannot be cut to the chosen keys; load the model with "
+                'attn_implementation="sdpa", "eager" or "flash_attention_2" for methods of the cache stage.'
+            )
+
+    # -- the layer that tells -------------------------------------------------------------------------------------------
+
+    @torch.compiler.disable
+    def _before(self, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        self.threads.now.keys = self.threads.now.state = None  # an interrupt may have left something behind
+        cache = cache_in(kwargs)
+        if getattr(cache, "is_compileable", False):
+            raise UnsupportedModelError(
+                f"{type(cache).__name__} has a fixed length for compiled decoding, from which no keys can be left out; use the "
+                "default cache (DynamicCache) with methods of the cache stage."
+            )
+        state = get_state(cache)
+        if state is None or state.visual is None:
+            return None
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        if hidden.shape[1] != 1 or getattr(cache, "_tokprune_view", "logical") == "physical":
+            state.chosen = None  # a prompt: the answer to it starts anew, with all keys
+            return None
+        if state.chosen is None:
+            state.chosen = Chosen.build(state.visual, self.keep_of)
+        if not state.chosen.width:
+            state.chosen = None
+            return None
+        self.threads.now.state = state
+
+        def note(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+            self.threads.now.keys = keys
+            return keys, values
+
+        return args, swap_cache(kwargs, _View(cache, note))
+
+    @torch.compiler.disable
+    def _after(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        keys, state = self.threads.now.keys, self.threads.now.state
+        self.threads.now.keys = self.threads.now.state = None
+        if keys is None or state is None or output is None:
+            return
+        cache = cache_in(kwargs)
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        with torch.no_grad():
+            query = newest_query(module, hidden, kwargs["position_embeddings"])
+            cap = getattr(module, "attn_logit_softcapping", None)
+            row = attention_row(query, keys, module.scaling, kwargs.get("attention_mask"), cap)
+            chosen: Chosen = state.chosen
+            chosen.decide(self.method, row, int(cache.get_query_offset(module.layer_idx)))
+        self.steps += 1
+        self.used, self.visual = chosen.width, chosen.visual.shape[1]
+
+    # -- the layers that read less --------------------------------------------------------------------------------------
+
+    @torch.compiler.disable
+    def _narrow(self, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        cache = cache_in(kwargs)
+        state = get_state(cache)
+        if cache is None or state is None or state.chosen is None or state.chosen.keys is None:
+            return None
+        chosen: Chosen = state.chosen
+        if int(cache.get_query_offset(module.layer_idx)) + 1 != chosen.total:
+            raise UnsupportedModelError(
+                f"layer {module.layer_idx} holds other keys than layer {self.source_layer}, from which {self.method.info.name} "
+                "chose; a method of the cache stage cannot run beside one that drops tokens inside the decoder."
+            )
+        length, _ = cache.get_mask_sizes(1, module.layer_idx)
+        index, filled = chosen.within(int(length))
+        mask = self._mask(chosen, kwargs.get("attention_mask"), index, filled, kwargs)
+
+        def gather(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+            where = index.to(keys.device).clamp(min=0)
+            if len(where) == 1:
+                return keys.index_select(2, where[0]), values.index_select(2, where[0])
+            where = where[:, None, :, None].expand(-1, keys.shape[1], -1, -1)
+            return (
+                keys.gather(2, where.expand(-1, -1, -1, keys.shape[-1])),
+                values.gather(2, where.expand(-1, -1, -1, values.shape[-1])),
+            )
+
+        return args, {**swap_cache(kwargs, _View(cache, gather)), "attention_mask": mask}
+
+    def _mask(self, chosen: Chosen, mask: Any, index: Tensor, filled: bool, kwargs: dict[str, Any]) -> Any:
+        """The layer's mask at the chosen keys; all layers that share a mask share the result."""
+        if mask is None and not filled:
+            return None
+        known = chosen.masks.get(id(mask))
+        if known is not None and known[0] is mask and known[1].shape[-1] == index.shape[1]:
+            return known[1]
+        kernel = str(self.adapter.config.get_text_config()._attn_implementation)
+        hidden = kwargs.get("hidden_states")
+        dtype = torch.float32 if hidden is None else hidden.dtype
+        cut = narrow_mask(mask, index, filled, kernel, dtype)
+        chosen.masks[id(mask)] = (mask, cut)
+        return cut
+
+    @staticmethod
+    def _refuse_assistance(*args: Any, **kwargs: Any) -> Any:
+        raise UnsupportedModelError(
+            "assisted decoding and prompt lookup check several drafted tokens at once, while a method of the cache stage chooses for one "
+            "new token at a time: the answers would differ. Generate without assistant_model and prompt_lookup_num_tokens."
+        )

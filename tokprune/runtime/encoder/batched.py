@@ -1,0 +1,215 @@
+"""The splice for towers whose sequences are (images, tokens, channels)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokprune.errors import OptionError, UnsupportedModelError
+from tokprune.methods.encoder_base import BlockView, Cut, Entrance
+from tokprune.runtime.encoder.engine import Splice
+from tokprune.runtime.encoder.run import EncoderTrace, Run, State
+from tokprune.runtime.encoder.tower import Heads
+
+
+class BatchedSplice(Splice):
+    """timm, open_clip, CLIP, SigLIP, InternVL: all images of a batch have the same number of tokens.
+
+    With fold > 1 the rows of the states are units of the connector, without the prefix, and after the first reduction
+    the sequence is prefix, then unit after unit.
+    """
+
+    def start(self, x: Tensor, kwargs: Mapping[str, Any]) -> Run:
+        tokens, prefix, fold = x.shape[1], self.tower.prefix, self.tower.fold
+        if fold > 1 and (tokens - prefix) % fold:
+            raise UnsupportedModelError(
+                f"{tokens - prefix} patches are no whole units of {fold} in {self.tower.family}."
+            )
+        rows = tokens if fold == 1 else (tokens - prefix) // fold
+        return Run(rows, tokens, x.shape[0])
+
+    def block_arguments(self, run: Run, index: int, args: Any, kwargs: dict[str, Any]) -> Any:
+        """The rotary table of the rows that are left, where the blocks take one."""
+        if self.tower.rope is None or kwargs.get("rope") is None:
+            return None
+        table, state = kwargs["rope"], run.states[index]
+        if table.dim() != 2:
+            raise UnsupportedModelError(
+                f"{self.tower.family} gave a rotary table of shape {tuple(table.shape)} (patch dropout in training?); an encoder-stage method "
+                "can follow one table for all images, (patches, channels)."
+            )
+        if state.rep is None:
+            run.ropes[index] = table
+            return None
+        place = (state.rep[:, self.tower.prefix :] - self.tower.prefix).clamp(min=0)
+        run.ropes[index] = table[place][:, None]  # (B, 1, K, D): a merged row keeps the angle of the one it sits at
+        return args, {**kwargs, "rope": run.ropes[index]}
+
+    def order(self, run: Run, device: torch.device) -> Tensor:
+        """(N0,) tokens in unit order, the prefix first."""
+        prefix = self.tower.prefix
+        if self.tower.unit_order is None:
+            raise UnsupportedModelError(f"{self.tower.family} has no unit order.")
+        patches = self.tower.unit_order(run.tokens - prefix).to(device) + prefix
+        return torch.cat([torch.arange(prefix, device=device), patches])
+
+    def rows(self, x: Tensor, order: Tensor | None) -> Tensor:
+        """Rows of the states: tokens, or units without the prefix. order: of tokens that lie in raster order."""
+        if self.tower.fold == 1:
+            return x
+        x = x if order is None else x[:, order]
+        return x[:, self.tower.prefix :].unflatten(1, (-1, self.tower.fold)).flatten(2)
+
+    def entrance(self) -> Entrance | None:
+        """The picture of this run and what larger patches of it would be."""
+        now = self.threads.now
+        pixels, now.pixels = now.pixels, None
+        if pixels is None or self.tower.patch is None or self.tower.embed is None:
+            return None
+        embed, side = self.tower.embed, self.tower.patch.kernel_size[0]
+        mean, std = self.normalisation or (None, None)
+        known = getattr(self.method, "mean", None), getattr(self.method, "std", None)
+        mean, std = known[0] or mean, known[1] or std
+        if mean is None or std is None:
+            raise OptionError(
+                f"{self.method.info.name!r} measures the picture's grey levels, and this model does not say how its pixels were normalised: "
+                "give apply its processor, or write mean=(...), std=(...) (image_mean and image_std of the image processor)."
+            )
+        shift, factor = (torch.tensor(v, device=pixels.device).view(1, -1, 1, 1) for v in (mean, std))
+        height, width = pixels.shape[2] // side, pixels.shape[3] // side
+
+        def coarse(level: int) -> Tensor:
+            step = 2**level
+            whole = pixels[:, :, : height // step * step * side, : width // step * step * side]
+            small = torch.nn.functional.interpolate(whole.float(), scale_factor=1 / step, mode="bilinear")
+            out: Tensor = embed(small.to(pixels.dtype), (height, width), step)
+            now.pixels = None  # the small picture went through the patch embedding, too
+            return out
+
+        return Entrance((pixels.float() * factor + shift) * 255, (height, width), coarse)
+
+    def shrink(self, run: Run, index: int, x: Tensor) -> Tensor | None:
+        tower, state = self.tower, run.states[index]
+        fold, prefix = tower.fold, tower.prefix
+        order = self.order(run, x.device) if fold > 1 and state.assign is None else None
+        rows, head = self.rows(x, order), x[:, : prefix if fold > 1 else 0]
+        before = run.inputs.get(index)
+
+        def heads() -> Heads:
+            q, k, v = tower.blocks[index].heads(run.seen[index])
+            return (q, k, v) if order is None else (q[:, :, order], k[:, :, order], v[:, :, order])
+
+        rope, turn = run.ropes.pop(index, None), tower.rope
+
+        def rotate(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+            if rope is None or turn is None:
+                return q, k
+            attention = tower.blocks[index].attention
+            return turn(attention, prefix, rope, q), turn(attention, prefix, rope, k)
+
+        start = run.rows - prefix if fold == 1 else run.rows
+        view = BlockView(
+            x=rows,
+            index=index,
+            depth=tower.depth,
+            prefix=prefix if fold == 1 else 0,
+            start=start,
+            qkv=heads,
+            scale=tower.blocks[index].scale,
+            target=self.target(start),
+            size=state.size,
+            fold=fold,
+            hidden_prefix=prefix,
+            cls=tower.cls,
+            bias=self.bias(run, index),
+            blocks=len(tower.blocks),
+            rotate=None if rope is None else rotate,
+            entering=None if before is None else self.rows(before, order),
+            cut=run.cuts[0][1] if run.cuts else None,
+            entrance=self.entrance() if index < 0 else None,
+        )
+        out = self.method.reduce(view)
+        if out is None:
+            return None
+        detour = self.method.restores
+        if detour and not run.cuts:
+            run.cuts.append((None, Cut(rows, out)))
+        ragged = state.ragged or self.method.info.adaptive
+        run.states[index + 1] = state.then(out.rep, out.assign, out.size, ragged, detour)
+        if fold == 1:
+            return out.x
+        return torch.cat([head, out.x.unflatten(2, (fold, -1)).flatten(1, 2)], 1)
+
+    def bias(self, run: Run, index: int) -> Tensor | None:
+        """(B, 1, 1, N) what block `index` adds to its logits: the logarithm of each key's size, -inf for padding."""
+        state = run.states[index]
+        if state.size is None or not (self.method.size_bias or state.ragged):
+            return None
+        size = state.size[..., 0]
+        if not self.method.size_bias:
+            size = (size > 0).to(size.dtype)
+        if self.tower.fold > 1:
+            size = size.repeat_interleave(self.tower.fold, dim=1)
+            size = torch.cat([size.new_ones(size.shape[0], self.tower.prefix), size], 1)
+        return size.log()[:, None, None, :]
+
+    def attend(self, run: Run, index: int, args: Any, kwargs: dict[str, Any]) -> Any:
+        if run.states[index].assign is None:
+            return None
+        bias, mask = self.bias(run, index), kwargs.get(self.tower.mask)
+        if (
+            mask is not None and not run.unmasked
+        ):  # a mask that hides nothing is dropped; reduced rows could not follow another
+            visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+            if not bool(visible.all()):
+                raise UnsupportedModelError(
+                    f"{self.tower.family}: the batch pads images to one length with an attention mask, which an encoder-stage method cannot "
+                    "follow; run images of equal size together, or one by one."
+                )
+            run.unmasked = True
+        if bias is None:
+            return None if mask is None else (args, {**kwargs, self.tower.mask: None})
+        x = args[0] if args else kwargs["hidden_states"]
+        bias = bias.to(x.dtype)
+        if self.tower.padding:
+            return args, {**kwargs, "key_padding_mask": bias[:, 0, 0]}
+        return args, {**kwargs, self.tower.mask: bias}
+
+    def widen(self, run: Run, state: State, x: Tensor, rebuild: bool = True) -> Tensor:
+        if state.assign is None:
+            return x
+        fold, prefix = self.tower.fold, self.tower.prefix
+        rows = self.rows(x, None)
+        if state.detour and rebuild:
+            wide = self.method.rebuild(run.cuts[0][1], rows)
+        else:
+            wide = rows.gather(1, state.assign.clamp(min=0)[..., None].expand(-1, -1, rows.shape[2]))
+            wide = wide.masked_fill((state.assign < 0)[..., None], 0)
+        if fold == 1:
+            return wide
+        wide = torch.cat([x[:, :prefix], wide.unflatten(2, (fold, -1)).flatten(1, 2)], 1)
+        return wide[:, self.order(run, x.device).argsort()]
+
+    def record(self, run: Run, state: State) -> EncoderTrace:
+        places = run.rows - (self.tower.prefix if self.tower.fold == 1 else 0)
+        side = math.isqrt(self.tower.fold)
+        height, width = (n // side for n in run.grid or (0, 0))
+        if height * width != places:  # the tower does not show its pictures: square, or else one line
+            height = width = math.isqrt(places)
+            height, width = (height, width) if height * width == places else (1, places)
+        cells = ((height, width),) * run.batch
+        prefix = self.tower.prefix if self.tower.fold == 1 else 0
+        if state.assign is None or state.rep is None or state.size is None or state.detour:
+            assign = torch.arange(run.rows - prefix).expand(run.batch, -1)
+            there = torch.ones_like(assign, dtype=torch.bool)
+            return EncoderTrace(assign, there, there.float(), self.tower.fold, prefix, tuple(run.counts), cells)
+        real = state.rep >= 0
+        survivor = torch.zeros_like(state.assign)
+        survivor = survivor.scatter_reduce(1, state.rep.clamp(min=0), real.long(), "amax").bool()
+        assign = torch.where(state.assign >= 0, state.assign - prefix, -1)[:, prefix:]
+        size = state.size[:, prefix:, 0]
+        return EncoderTrace(assign, survivor[:, prefix:], size, self.tower.fold, prefix, tuple(run.counts), cells)

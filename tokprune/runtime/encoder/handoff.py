@@ -1,0 +1,108 @@
+"""From the encoder stage to the connector stage: which of the LLM's tokens are groups' own places, and choosing
+among these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tokprune.adapters.families import EncoderCall, arrange
+from tokprune.methods.base import ConnectorMethod, Wrapper
+from tokprune.methods.connector.none import NoPruning
+from tokprune.methods.options import option
+from tokprune.registry import MethodInfo
+from tokprune.runtime.encoder.stage import EncoderStage
+from tokprune.tokens import Merge, Selection, VisualTokens
+
+SIGNAL = "encoder_survivor"
+
+
+def survivor_rows(encoder: EncoderStage, call: EncoderCall) -> Tensor:
+    """1 for each row of an encoder call that is the place of a group, 0 for its copies and dropped tokens. (R,) in
+    float32.
+
+    call: the get_image_features or get_video_features call that `encoder` has just seen. Where the connector pools
+    patches of several groups to a token, the token counts as a place when one of them has its place there.
+    """
+    trace, tower = encoder.trace, encoder.tower
+    if trace is None:
+        raise ValueError("the reduced tower has not run yet.")
+    if tower.packed:
+        return trace.survivor.float()
+    values = trace.survivor.float()  # (images, patches or units)
+    if tower.fold > 1 and tower.unit_order is not None:
+        order = tower.unit_order(values.shape[1] * tower.fold).to(values.device)
+        patches = values.repeat_interleave(tower.fold, 1)
+        values = torch.empty_like(patches).index_copy_(1, order, patches)
+    return (arrange(call, values.flatten()) > 0).float()
+
+
+@dataclass(frozen=True)
+class AmongSurvivors(Wrapper):
+    """A connector method that sees only the tokens which the encoder stage left; by default it keeps all of these.
+
+    Not registered: the encoder stage wraps with it. The budget is the whole stream's: `keep` of N tokens, less where fewer
+    survived.
+    """
+
+    method: ConnectorMethod = option(factory=NoPruning)
+
+    @property
+    def info(self) -> MethodInfo:  # type: ignore[override]
+        """The wrapped method's facts; the count is the encoder's where it is smaller."""
+        if isinstance(self.method, NoPruning):
+            return MethodInfo("survivors", "tokens that the encoder stage left", adaptive=True)
+        return replace(self.method.info, adaptive=True)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Which tokens survived, and what the wrapped method needs."""
+        return (SIGNAL, *self.method.needs)
+
+    @property
+    def drops_at_full_budget(self) -> bool:
+        """Always: what did not survive goes, whatever the budget."""
+        return True
+
+    def budgets(self, batch: Sequence[VisualTokens], keeps: Sequence[int]) -> list[int]:
+        """The wrapped method's rule over the survivors of each stream, for as many tokens as these can fill."""
+        return self.method.budgets(*self.survivors(batch, keeps)[1:])
+
+    def select_batch(self, batch: Sequence[VisualTokens], keeps: Sequence[int]) -> list[Selection]:
+        """Choose among the survivors of each stream."""
+        places, parts, counts = self.survivors(batch, keeps)
+        chosen = self.method.select_batch(parts, counts)
+        return [
+            self.outward(selection, place, len(tokens))
+            for selection, place, tokens in zip(chosen, places, batch, strict=True)
+        ]
+
+    def survivors(
+        self, batch: Sequence[VisualTokens], keeps: Sequence[int]
+    ) -> tuple[list[Tensor], list[VisualTokens], list[int]]:
+        """Where the survivors of each stream lie, these as streams of their own, and how many of them may stay."""
+        places = [self.places(tokens) for tokens in batch]
+        parts = [tokens.part(place) for tokens, place in zip(batch, places, strict=True)]
+        return places, parts, [min(keep, len(place)) for keep, place in zip(keeps, places, strict=True)]
+
+    def places(self, tokens: VisualTokens) -> Tensor:
+        """Ascending positions of the survivors; all of a stream that lost them (cut away by unpadding)."""
+        place = (tokens.signal(SIGNAL) > 0).nonzero()[:, 0]
+        return place if len(place) else torch.arange(len(tokens), device=place.device)
+
+    @staticmethod
+    def outward(selection: Selection, place: Tensor, n: int) -> Selection:
+        """A selection among `place` as one of the whole stream of `n` tokens."""
+        weights = selection.weights
+        if weights is not None and weights.rows is not None:
+            rows = weights.rows.to_dense() if weights.rows.is_sparse else weights.rows
+            weights = Merge(rows=rows.new_zeros(len(selection), n).index_copy_(1, place, rows))
+        elif weights is not None and weights.target is not None and weights.scale is not None:
+            target = weights.target.new_full((n,), -1).index_copy_(0, place, weights.target)
+            weights = Merge(target, weights.scale.new_zeros(n).index_copy_(0, place, weights.scale))
+        info = {k: v for k, v in selection.info.items() if v.shape[:1] != place.shape}
+        return Selection(place[selection.indices], weights, selection.features, info)

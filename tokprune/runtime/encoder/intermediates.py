@@ -1,0 +1,55 @@
+"""timm's forward_intermediates under a splice: the feature maps of shortened blocks, at full length."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from tokprune.runtime.encoder.engine import Splice
+
+NAME = "forward_intermediates"
+
+
+def forward_intermediates(
+    original: Any,
+    splice: Splice,
+    x: Tensor,
+    indices: Any = None,
+    return_prefix_tokens: bool = False,
+    norm: bool = False,
+    stop_early: bool = False,
+    output_fmt: str = "NCHW",
+    intermediates_only: bool = False,
+    output_dict: bool = False,
+    **more: Any,
+) -> Any:
+    """What `original`, the method of a timm vision transformer, returns; it would reshape shortened sequences to a
+    grid itself.
+    """
+    from timm.models._features import feature_take_indices
+
+    prefix, model = splice.tower.prefix, original.__self__
+    taken, _ = feature_take_indices(len(splice.tower.blocks), indices)
+    final, maps = original(
+        x, indices, return_prefix_tokens=prefix > 0, norm=norm, stop_early=stop_early, output_fmt="NLC", **more
+    )
+    heads, bodies = [], []
+    for block, item in zip(sorted(set(taken)), maps, strict=True):
+        whole = splice.full_length(block, torch.cat([item[1], item[0]], 1) if prefix else item)
+        body = whole[:, prefix:]
+        if output_fmt == "NCHW":
+            height, width = model.patch_embed.dynamic_feat_size(tuple(x.shape[-2:]))
+            body = body.reshape(len(body), height, width, -1).permute(0, 3, 1, 2).contiguous()
+        heads.append(whole[:, :prefix])
+        bodies.append(body)
+    with_prefix = prefix > 0 and return_prefix_tokens
+    if output_dict:
+        named: dict[str, Any] = {"image_intermediates": bodies}
+        if with_prefix:
+            named["image_intermediates_prefix"] = heads
+        return named if intermediates_only else {**named, "image_features": final}
+    listed: list[Any] = list(zip(bodies, heads, strict=True)) if with_prefix else bodies
+    return listed if intermediates_only else (final, listed)

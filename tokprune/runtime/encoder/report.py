@@ -1,0 +1,99 @@
+"""What a reduced tower did in its last run, as data, as text and as JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tokprune.methods.encoder_base import EncoderMethod
+from tokprune.runtime.encoder.run import EncoderTrace
+from tokprune.runtime.encoder.tower import Tower
+
+
+@dataclass(frozen=True)
+class EncoderReport:
+    """The last run of a reduced tower.
+
+    start: patches per image (packed towers: of all images together, in units of the connector), left: how many places
+    are left, one number per image. counts: rows behind each block, prefix included. work: rows that the blocks' MLPs
+    saw, as a share of the unreduced tower's. expanded: the tower's output has full length.
+    """
+
+    model: str
+    tower: str
+    method: str
+    asked: str
+    start: int = 0
+    left: tuple[int, ...] = ()
+    counts: tuple[int, ...] = ()
+    work: float = 1.0
+    expanded: bool = True
+    notes: tuple[str, ...] = ()
+
+    @staticmethod
+    def build(
+        model: str, tower: Tower, method: EncoderMethod, asked: str, expanded: bool, trace: EncoderTrace | None
+    ) -> EncoderReport:
+        """The report of `trace`, or of a tower that has not run yet."""
+        notes = []
+        if not tower.cls and method.info.name in ("evit", "ats", "toc3d"):
+            notes.append("the tower has no [CLS]; patches are ranked by the attention they receive")
+        if tower.fold > 1:
+            notes.append(f"{tower.fold} patches are one token of the connector and stay together")
+        if method.restores:
+            notes.append("tokens that were left out come back, rebuilt, at the tower's end: all of them are handed on")
+        if trace is None:
+            return EncoderReport(
+                model, tower.family, method.info.name, asked, notes=(*notes, "no picture has been seen yet")
+            )
+        alive = trace.survivor if trace.survivor.ndim == 2 else trace.survivor[None]
+        whole = trace.prefix + trace.assign.shape[-1]
+        if not tower.packed and tower.fold > 1:
+            whole = tower.prefix + trace.assign.shape[-1] * tower.fold
+        work = sum(trace.counts) / (whole * max(len(trace.counts), 1))
+        left = tuple(alive.sum(1).tolist())
+        return EncoderReport(
+            model,
+            tower.family,
+            method.info.name,
+            asked,
+            trace.assign.shape[-1],
+            left,
+            trace.counts,
+            work,
+            expanded,
+            tuple(notes),
+        )
+
+    @property
+    def total(self) -> int:
+        """Patches at the entrance, of all images."""
+        return self.start * len(self.left)
+
+    @property
+    def kept(self) -> int:
+        """Places that are left of them."""
+        return sum(self.left)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {"total": self.total, "kept": self.kept, **asdict(self)}
+
+    def to_json(self) -> str:
+        """The report as JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __str__(self) -> str:
+        lines = [f"{self.model}: {self.method} inside {self.tower}, {self.asked}"]
+        if self.counts:
+            low, high = min(self.left), max(self.left)
+            left = f"{low}" if low == high else f"{low} to {high}"
+            lines.append(
+                f"  {self.start} patches -> {left} ({high / max(self.start, 1):.1%}) in each of {len(self.left)} images"
+            )
+            lines.append(f"  rows behind each block: {', '.join(map(str, self.counts))}")
+            lines.append(
+                f"  MLP work {self.work:.1%} of the whole tower; output {'at full length' if self.expanded else 'reduced'}"
+            )
+        return "\n".join([*lines, *(f"  note: {n}" for n in self.notes)])

@@ -1,0 +1,387 @@
+"""What a user holds of a pruned model, and what the model itself holds."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import warnings
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from tokprune.adapters.base import Adapter, get_adapter, unwrap
+from tokprune.adapters.families import tiny_families
+from tokprune.adapters.hooks import Hook, Ref
+from tokprune.adapters.local_processor import local_processor
+from tokprune.adapters.query import asking
+from tokprune.budget import kept
+from tokprune.config import PruneConfig
+from tokprune.errors import OptionError, TokpruneError, UnsupportedModelError
+from tokprune.methods.base import ConnectorMethod, Method
+from tokprune.methods.cache_base import CacheMethod
+from tokprune.methods.encoder_base import EncoderMethod
+from tokprune.methods.frames_base import FramesMethod, PerFrame
+from tokprune.registry import get_method
+from tokprune.report import Report
+from tokprune.runtime.encoder.report import EncoderReport
+from tokprune.runtime.encoder.run import EncoderTrace
+from tokprune.runtime.prefill import Options, Seam
+
+HANDLE = "_tokprune"  # attribute of the model that holds what is installed on it
+OF_THE_STAGE = ("tower", "method", "expand", "ratio", "budget", "widen", "output", "places", "channels")
+
+
+class Installed:
+    """The parts of one pruning, put on their model together or not at all.
+
+    The model owns this object, which looks at the model through a weak reference: no cycle keeps a deleted model's weights.
+    """
+
+    def __init__(self, model: Any, config: PruneConfig, processor: Any = None) -> None:
+        self.config, self.processor = config, processor
+        self.name = type(model).__name__
+        self.kind = getattr(getattr(model, "config", None), "model_type", "?")
+        self.encoder: Any = None  # an EncoderStage
+        self.seam: Seam | None = None
+        self.cache: Any = None  # a CacheStage
+        self._model = Ref(model)
+        self.handle = Ref()
+        self._gone: Any = None  # tells when the model is
+
+    @property
+    def model(self) -> Any:
+        """The pruned model; None when it is gone."""
+        return self._model()
+
+    @property
+    def parts(self) -> list[Any]:
+        """What has hooks, in the order of putting them on."""
+        return [part for part in (self.encoder, self.seam, self.cache) if part is not None]
+
+    @property
+    def active(self) -> bool:
+        """Whether the model is pruned by this now."""
+        model = self.model
+        return model is not None and vars(model).get(HANDLE) is self
+
+    def install(self) -> None:
+        """Take the place of what is on the model; where that fails, it is there again as it was."""
+        model = self.model
+        before = vars(model).get(HANDLE)
+        if before is not None and not isinstance(before, Installed):
+            raise TokpruneError(f"{self.name}.{HANDLE} is not a pruning; something else wrote it.")
+        if before is not None:
+            before.remove()
+        try:
+            for part in self.parts:
+                part.install()
+            model.__dict__[HANDLE] = self
+        except BaseException:
+            self.remove()
+            if before is not None:
+                before.install()
+            raise
+        if self.handle() is not None:
+            self.handle().hold(model)
+
+    def remove(self) -> None:
+        """Take everything off, the last first. Calling it twice is harmless."""
+        for part in reversed(self.parts):
+            part.remove()
+        if self.active:
+            del self.model.__dict__[HANDLE]
+        if self.handle() is not None:  # it may outlive the model, whose parts must not stay alive for that
+            release = functools.partial(_release, weakref.ref(self))
+            self._gone = None if self.model is None else weakref.ref(self.model, release)
+            self.handle().hold(None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_gone": None}
+
+
+def _release(installed: Any, _: Any) -> None:
+    """A removed pruning whose model is gone lets go of the model's parts."""
+    installed = installed()
+    for part in [] if installed is None else installed.parts:
+        part.release()
+
+
+class Pruning:
+    """A model that is being pruned: the handle that `apply` returns for every kind of model, also a context manager.
+
+    config: what was asked for. model: the pruned model; the handle keeps it alive until the pruning is removed or replaced.
+    last: what happened in the last run: of a VLM a LastRun (kept columns, one record per image or video), of a bare tower an
+    EncoderTrace; None before the first. trace: the EncoderTrace of the vision tower, None without an encoder method. active:
+    whether the pruning is on. encoder, cache: the stages of these names, None where there is no such method. report(), query()
+    and remove() work on all models.
+    """
+
+    def __init__(self, installed: Installed) -> None:
+        self._installed = installed
+        self._kept: Any = None
+        installed.handle = Ref(self)
+
+    def hold(self, model: Any) -> None:
+        """Keep `model` alive, or nothing."""
+        self._kept = model
+
+    @property
+    def config(self) -> PruneConfig:
+        """What was asked for."""
+        return self._installed.config
+
+    @property
+    def processor(self) -> Any:
+        """The processor that was given."""
+        return self._installed.processor
+
+    @property
+    def model(self) -> Any:
+        """The model; None when the pruning was removed and the model is gone."""
+        return self._installed.model
+
+    @property
+    def encoder(self) -> Any:
+        """The stage inside the vision tower (an EncoderStage), or None."""
+        return self._installed.encoder
+
+    @property
+    def cache(self) -> Any:
+        """The stage that reads a part of the visual keys while decoding (a CacheStage), or None."""
+        return self._installed.cache
+
+    @property
+    def trace(self) -> EncoderTrace | None:
+        """What the vision tower did in its last run, None without an encoder method or before the first run."""
+        return None if self.encoder is None else self.encoder.trace
+
+    @property
+    def last(self) -> Any:
+        """What happened in the last run: a LastRun of a VLM, an EncoderTrace of a bare tower."""
+        return self.trace if self._installed.seam is None else self._installed.seam.last
+
+    @property
+    def active(self) -> bool:
+        """Whether the model is pruned through this handle now."""
+        return self._installed.active
+
+    def remove(self) -> None:
+        """Give the model back untouched. Calling it twice is harmless."""
+        self._installed.remove()
+
+    def __enter__(self) -> Pruning:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    @contextlib.contextmanager
+    def query(self, text: str | Sequence[str]) -> Iterator[Pruning]:
+        """Use `text` as the question (one, or one per prompt) inside the with block.
+
+        It holds for this thread (and asyncio task) alone: a generate() that runs in a thread of its own, as streamers do it,
+        needs the block inside that thread.
+        """
+        seam = self._installed.seam
+        if seam is None:
+            raise OptionError(
+                f"{self._installed.name} is pruned inside its vision tower alone, which takes no question."
+            )
+        with asking(seam.options, text if isinstance(text, str) else tuple(text)):
+            yield self
+
+    def report(self) -> Report | EncoderReport:
+        """What the last run kept, how, and what it cost; prints as a table."""
+        installed = self._installed
+        if installed.seam is None:
+            return self.encoder.report()  # type: ignore[no-any-return]
+        known = installed.kind in tiny_families()
+        notes = [] if known else [f"{installed.kind} runs through the generic adapter; it is not in the verified list"]
+        if self.encoder is not None and self.last is not None:
+            notes += str(self.encoder.report()).splitlines()
+        if self.cache is not None and self.last is not None:
+            notes += self.cache.notes()
+        return Report.build(self.config, installed.name, self.last, notes)
+
+    def __repr__(self) -> str:
+        methods = " + ".join(m.info.name for m in self.config.methods)
+        amount = "" if self.config.budget is None else f", budget={self.config.budget}"
+        amount = amount if self.config.ratio is None else f", ratio={self.config.ratio:g}"
+        return f"<Pruning {self._installed.name} by {methods}{amount}{'' if self.active else ', removed'}>"
+
+    def __getattr__(self, name: str) -> Any:
+        """Members that handles of bare towers used to have: those of the encoder stage."""
+        if name in OF_THE_STAGE and self.encoder is not None:
+            warnings.warn(f"write pruning.encoder.{name} instead of pruning.{name}.", DeprecationWarning, stacklevel=2)
+            return getattr(self.encoder, name)
+        raise AttributeError(f"Pruning has no attribute {name!r}")
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The methods of a config, one per stage at most."""
+
+    frames: FramesMethod | None = None
+    encoder: EncoderMethod | None = None
+    connector: ConnectorMethod | None = None
+    cache: CacheMethod | None = None
+
+    @property
+    def seam(self) -> ConnectorMethod | None:
+        """What chooses between encoder and LLM: the connector method, inside each frame when there is a frames method."""
+        return self.connector if self.frames is None else PerFrame(self.frames, self.connector)
+
+    @staticmethod
+    def of(config: PruneConfig) -> Stages:
+        """The methods of a config by their stage; other stages are refused."""
+        found: dict[str, Any] = {}
+        for method in config.methods:
+            base = BASES.get(method.stage)
+            if base is None:
+                raise OptionError(
+                    f"method {method.info.name!r} belongs to the stage {method.stage!r}, which this version cannot run in a model yet; the "
+                    f"stages {', '.join(BASES)} can."
+                )
+            if not isinstance(method, base):
+                raise OptionError(
+                    f"{type(method).__name__} is of the stage {method.stage!r}, so it must derive from {base.__module__}.{base.__name__}."
+                )
+            found[method.stage] = method
+        return Stages(**found)
+
+
+BASES: dict[str, type[Method]] = {
+    "frames": FramesMethod,
+    "encoder": EncoderMethod,
+    "connector": ConnectorMethod,
+    "cache": CacheMethod,
+}
+"""The stages that run in a model, and what their methods derive from."""
+
+
+def _everything(n: int) -> int:
+    return n
+
+
+def vlm_pruning(model: Any, config: PruneConfig, processor: Any = None, scorer: Any = None) -> Pruning:
+    """The pruning of a VLM, made but not put on yet: whatever cannot work is refused here."""
+    adapter: Adapter = get_adapter(model)
+    if processor is None and any(getattr(m, "query_aware", m.info.query_aware) for m in config.methods):
+        processor = local_processor(adapter.model)  # the question must be tokenised
+    installed = Installed(adapter.model, config, processor)
+    stages = Stages.of(config)
+    connector = stages.seam
+    method: Any = connector
+    if stages.encoder is not None:
+        from tokprune.runtime.encoder.handoff import AmongSurvivors
+        from tokprune.runtime.encoder.stage import EncoderStage
+
+        # The budget is one: the connector's when there is one. The encoder then follows its own schedule; one that has none
+        # reduces by the same factor as the connector behind it.
+        amount = (None, None) if connector is not None else (config.ratio, config.budget)
+        if connector is not None and config.ratio is not None and not stages.encoder.scheduled:
+            amount = (math.sqrt(config.ratio), None)
+        installed.encoder = EncoderStage(adapter.model, stages.encoder, *amount, processor=processor)
+        method = AmongSurvivors() if connector is None else AmongSurvivors(connector)
+    if stages.cache is not None:
+        from tokprune.runtime.cache import CacheStage
+
+        # The ratio or budget is for the cache stage only where it stands alone.
+        alone = method is None and (config.ratio is not None or config.budget is not None)
+        keys = config.count if alone else functools.partial(kept, ratio=stages.cache.share)
+        installed.cache = CacheStage(adapter, stages.cache, keys)
+        method = get_method("uniform") if method is None else method  # asked to keep all
+    keep_of = _everything if connector is None else config.count
+    frames = connector if isinstance(connector, PerFrame) else None
+    options = Options(method, keep_of, config.positions, config.query, processor, scorer, installed.encoder, frames)
+    options.cached = installed.cache is not None
+    installed.seam = Seam(adapter, options)
+    return Pruning(installed)
+
+
+def apply_encoder(
+    model: Any,
+    method: str | Method = "tome",
+    *,
+    ratio: float | None = None,
+    budget: int | None = None,
+    expand: bool | None = None,
+    processor: Any = None,
+    **options: Any,
+) -> Pruning:
+    """Let the vision tower of `model` run on fewer tokens, in place; of a VLM, nothing but the tower.
+
+    model: a timm or open_clip ViT, a CLIP-like tower of transformers, or a VLM with one. method: a name (see
+    list_methods("encoder")) with its fields as `options`, or a method object. ratio, budget: patches left at the
+    tower's end, per image or frame, for methods that have no schedule of their own. expand: whether the tower's output
+    keeps its full length, each merged token repeated at the places of its members (then pooling over patches is the
+    weighted mean, and everything behind the tower still fits); by default for VLMs always, and for bare towers with
+    methods that merge. Dropped tokens are zeros. processor: tells methods that look at the picture (apt) how its pixels
+    were normalised.
+
+    The pruning belongs to `model`: a tower inside it is reduced in calls of `model` alone, and runs plain for other models
+    that hold the same tower, and when it is called directly; give the tower itself to reduce it for everybody.
+
+    Applying again replaces. Raises UnsupportedModelError for towers that cannot be spliced, OptionError and BudgetError
+    for arguments that cannot be used; the model is then as it was.
+    """
+    from tokprune.runtime.encoder.stage import EncoderStage
+
+    if isinstance(method, str):
+        method = get_method(method, **options)
+    elif options:
+        raise OptionError(f"options {sorted(options)} need the method by name.")
+    if not isinstance(method, EncoderMethod):
+        raise OptionError(
+            f"method {method.info.name!r} belongs to the stage {method.stage!r}, not to the encoder stage."
+        )
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"apply_encoder takes a model (a torch.nn.Module), not {type(model).__name__}.")
+    inner = unwrap(model)
+    encoder = EncoderStage(inner, method, ratio, budget, expand, processor)
+    installed = Installed(inner, PruneConfig.build(method, ratio=ratio, budget=budget), processor)
+    installed.encoder = encoder
+    pruning = Pruning(installed)
+    installed.install()
+    return pruning
+
+
+def install(pruning: Pruning) -> Pruning:
+    """Put a pruning that was made on its model, in the place of the one that is there."""
+    pruning._installed.install()
+    return pruning
+
+
+def remove(model: Any) -> None:
+    """Take the pruning off `model`, whoever applied it, and off all models inside it; a model without one stays as it is.
+
+    Raises UnsupportedModelError for what is no model, and for a mere part of a pruned model.
+    """
+    inner = unwrap(model) if hasattr(model, "modules") else model
+    if not isinstance(inner, nn.Module):
+        hint = ".model: tokprune.remove(it.model)" if isinstance(getattr(model, "model", None), nn.Module) else " model"
+        raise UnsupportedModelError(
+            f"remove takes the model (a torch.nn.Module) or handle.remove(), not {type(model).__name__}; give its{hint}."
+        )
+    pruned = [m for m in inner.modules() if isinstance(vars(m).get(HANDLE), Installed)]
+    for module in pruned:
+        vars(module)[HANDLE].remove()
+    if pruned:
+        return
+    for hook in [*inner._forward_pre_hooks.values(), *inner._forward_hooks.values()]:
+        owner = hook.owner() if isinstance(hook, Hook) else None
+        if owner is not None and owner.anchor() is not inner and HANDLE in vars(owner.anchor()):
+            raise UnsupportedModelError(
+                f"this {type(inner).__name__} is a part of a pruned {type(owner.anchor()).__name__}; give remove that whole model, or call "
+                "remove() of its handle."
+            )
+
+
+remove_encoder = remove

@@ -1,0 +1,442 @@
+"""Looks at the queries, keys and values of chosen vision blocks while the tower runs any attention kernel it likes."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokprune.adapters.hooks import Attachments, Lock, PerThread, Ref
+from tokprune.errors import MissingSignalError
+from tokprune.ops.wide import wide
+
+_TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder")
+_BLOCKS = (
+    "encoder.layers",
+    "encoder.layer",
+    "blocks",
+    "transformer.layers",
+    "layers",
+    "vision_model.encoder.layers",
+    "transformer.encoder.layers",
+    "timm_model.blocks",
+)
+_ATTENTIONS = ("self_attn", "attention", "attn")
+
+# Attention entries held at once while scores are summed over queries: 64 MB of float32.
+_CHUNK = 2**24
+
+
+def tower_of(base: nn.Module) -> nn.Module:
+    """The vision tower of a multimodal base model."""
+    for name in _TOWERS:
+        tower = getattr(base, name, None)
+        if isinstance(tower, nn.Module):
+            return getattr(tower, "_orig_mod", tower)
+    raise MissingSignalError(
+        f"{type(base).__name__} has no vision tower under {', '.join(_TOWERS)}, so no signals can be read. Methods that look "
+        "at the features alone work: random, uniform, pool, divprune."
+    )
+
+
+def tower_blocks(tower: nn.Module) -> list[nn.Module]:
+    """The transformer blocks of a vision tower, or the error that says that it has none."""
+    for path in _BLOCKS:
+        found: Any = tower
+        for name in path.split("."):
+            found = getattr(found, name, None)
+        if isinstance(found, (nn.ModuleList, nn.Sequential)) and len(found) and _find_attention(found[0]) is not None:
+            return list(found)
+    raise MissingSignalError(
+        f"{type(tower).__name__} has no transformer blocks with queries and keys (a convolutional tower?), so attention "
+        "signals cannot be read. Methods that look at the features alone work: random, uniform, pool, divprune."
+    )
+
+
+def _find_attention(block: nn.Module) -> nn.Module | None:
+    """The attention module of a block, or None."""
+    for name in _ATTENTIONS:
+        module = getattr(block, name, None)
+        if isinstance(module, nn.Module) and (_linear(module, "qkv") or _linear(module, "q_proj")):
+            return module
+    return None
+
+
+def _linear(attention: nn.Module | None, name: str) -> nn.Module | None:
+    module = getattr(attention, name, None)
+    return module if isinstance(module, nn.Module) else None
+
+
+def _norm(attention: nn.Module | None, name: str) -> nn.Module | None:
+    module = _linear(attention, name)
+    return None if isinstance(module, nn.Identity) else module
+
+
+@dataclass(frozen=True)
+class Projections:
+    """Queries, keys and values of one block, ready for scores, and who may attend to whom.
+
+    q: (B, H, N, d). k, v: (B, H', N, d), without rotary; `rotated` adds it and repeats grouped heads. segments: lengths
+    of the parts of a packed sequence (B = 1) that attend only to themselves, else None. mask: (B or 1, 1, N, N),
+    true or 0 where a query may attend, or None.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+    rotated: Callable[[Tensor], Tensor]
+    segments: list[int] | None = None
+    mask: Tensor | None = None
+
+    def _pairs(self) -> tuple[Tensor, Tensor]:
+        """Queries and keys as they meet. -> (B, H, N, d) each, in float32."""
+        q, k = self.rotated(wide(self.q)), self.rotated(wide(self.k))
+        return q, k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+
+    def _visible(self) -> Tensor | None:
+        """(B, 1, N, N) bool: which keys a query sees, padded queries seeing none; None: all."""
+        if self.mask is None:
+            return None
+        mask = self.mask if self.mask.dtype == torch.bool else self.mask > torch.finfo(self.mask.dtype).min / 2
+        real = mask.any(-2, keepdim=True)  # a key that nobody sees is padding, and so is the query beside it
+        return mask & real.transpose(-1, -2)
+
+    def _bias(self) -> Tensor | None:
+        """(B, 1, 1, N) what a float mask of keys alone adds to their logits, where it does not hide them; None: nothing."""
+        if self.mask is None or not self.mask.is_floating_point() or self.mask.shape[-2] != 1:
+            return None
+        return wide(self.mask).masked_fill(self.mask <= torch.finfo(self.mask.dtype).min / 2, 0)
+
+    def cls_row(self, logits: bool = False, one_head: bool = False) -> Tensor:
+        """What the first token attends to, mean over heads. -> (B, N), the first token included."""
+        q, k = self._pairs()
+        scale = self.scale
+        if one_head:
+            q, k, scale = _one_head(q), _one_head(k), (q.shape[1] * q.shape[3]) ** -0.5
+        row = (q[:, :, :1] * scale) @ k.transpose(-1, -2)  # (B, H, 1, N)
+        if logits:
+            return row.mean(1)[:, 0]
+        row = row if (bias := self._bias()) is None else row + bias
+        visible = self._visible()
+        if visible is not None:
+            row = row.masked_fill(~visible[:, :, :1], -torch.inf)
+        return row.softmax(-1).mean(1)[:, 0]
+
+    def received(
+        self, logits: bool = False, one_head: bool = False, values: bool = False, frame: Tensor | None = None
+    ) -> Tensor:
+        """Mean over heads and queries of the attention that each token receives. -> (B, N).
+
+        The queries are those that may attend to the token. logits: mean before the softmax. one_head: queries and keys
+        as one head. values: values take the place of queries and keys, unscaled. frame: (N,) number of queries to divide
+        by, where segments are windows of a larger whole.
+        """
+        scale = self.scale
+        if values:
+            q = k = wide(self.v)
+            scale = 1.0
+        else:
+            q, k = self._pairs()
+        if one_head:
+            q, k, scale = _one_head(q), _one_head(k), (q.shape[1] * q.shape[3]) ** -0.5
+        if self.segments is None:
+            return _column_mean(q, k, scale, self._visible(), logits, None if values else self._bias())
+        # Segments of equal length are one batch; a video's frames and a tower's windows are many and alike.
+        lengths = torch.tensor(self.segments)
+        starts = lengths.cumsum(0) - lengths
+        out = q.new_zeros(1, q.shape[2])
+        for n in lengths.unique().tolist():
+            where = (starts[lengths == n, None] + torch.arange(n)).to(q.device)  # (G, n)
+            queries, keys = q[0][:, where].transpose(0, 1), k[0][:, where].transpose(0, 1)  # (G, H, n, d)
+            score = _column_mean(queries, keys, scale, None, logits)
+            if frame is not None and not logits:
+                score = score * (n / frame.to(score)[where])
+            out[0, where.flatten()] = score.flatten()
+        return out
+
+    def cls_value_row(self) -> Tensor:
+        """Head-mean softmax of the first token's value with all values, unscaled. -> (B, N), the first token included."""
+        v = wide(self.v)
+        return (v[:, :, :1] @ v.transpose(-1, -2)).softmax(-1).mean(1)[:, 0]
+
+
+def _one_head(x: Tensor) -> Tensor:
+    """(B, H, N, d) -> (B, 1, N, H*d)."""
+    return x.transpose(1, 2).flatten(2)[:, None]
+
+
+def _column_mean(
+    q: Tensor, k: Tensor, scale: float, visible: Tensor | None, logits: bool, bias: Tensor | None = None
+) -> Tensor:
+    """Mean over heads and queries of the attention each key receives, in query chunks. q, k: (B, H, N, d) -> (B, N)."""
+    b, h, n, _ = q.shape
+    if logits:
+        return ((q * scale).mean(2, keepdim=True) @ k.transpose(-1, -2)).mean(1)[:, 0]
+    total = q.new_zeros(b, n)
+    keys = k.transpose(-1, -2)
+    step = max(1, _CHUNK // max(b * h * n, 1))
+    for start in range(0, n, step):
+        scores = (q[:, :, start : start + step] * scale) @ keys
+        scores = scores if bias is None else scores + bias
+        if visible is not None:
+            seen = visible[:, :, start : start + step]
+            # Queries that see nothing are padding; they give nothing.
+            scores = scores.masked_fill(~seen, -torch.inf).masked_fill(~seen.any(-1, keepdim=True), 0)
+            total += (scores.softmax(-1) * seen.any(-1, keepdim=True)).sum(2).mean(1)
+        else:
+            total += scores.softmax(-1).sum(2).mean(1)
+    if visible is None:
+        return total / n
+    return total / visible[:, 0].sum(-2).clamp(min=1)
+
+
+@dataclass
+class _Seen:
+    """What a thread's last run of the tower showed. open: inside a call of the probe's own model. store: by (name, block)."""
+
+    open: bool = False
+    running: bool = False
+    store: dict[tuple[str, int], Any] | None = None
+
+
+class AttentionProbe:
+    """Keeps references to what chosen blocks of a vision tower compute; scores are made from them on demand.
+
+    Nothing is copied and no attention map is kept: for one block of CLIP-L that is 5 MB instead of 500. Hooks sit on the
+    instances alone and only listen while the tower itself runs, so gradient checkpointing's second pass leaves nothing
+    behind. The projections are looked up again at every run: adapters (LoRA) put on later are seen. Each thread sees its own
+    runs alone.
+    """
+
+    def __init__(self, tower: nn.Module, blocks: Iterable[int] = (), outputs: Iterable[int] = ()) -> None:
+        """blocks: indices whose queries, keys and values are wanted; outputs: indices whose output is. 0-based."""
+        self._tower = Ref(tower)
+        self.blocks, self.outputs = sorted(set(blocks)), sorted(set(outputs))
+        self.on = Attachments(self)
+        self._threads = PerThread(_Seen)
+        self.own_calls = False
+        self._lock = Lock()
+        self._hooked: dict[tuple[str, int], tuple[nn.Module, Any]] = {}
+        # A tower without blocks is only an error when something is to be read from them.
+        modules = tower_blocks(tower) if self.blocks or self.outputs else []
+        self._modules = {i: modules[i] for i in {*self.blocks, *self.outputs}}
+
+    @property
+    def tower(self) -> Any:
+        """The vision tower."""
+        return self._tower()
+
+    def anchor(self) -> Any:
+        """The vision tower."""
+        return self._tower()
+
+    @property
+    def listens(self) -> bool:
+        """Whether there is anything to listen to."""
+        return bool(self._modules)
+
+    def install(self, own_calls: bool = False) -> AttentionProbe:
+        """Start listening to the tower. own_calls: to runs inside `listening()` alone, for towers that other models hold, too."""
+        if len(self.on) or not self.listens:
+            return self
+        self.own_calls = own_calls
+        self.on.before(self.tower, "_begin")
+        self.on.after(self.tower, "_end", always_call=True)
+        for i in self.blocks:
+            attention = _find_attention(self._modules[i])
+            if attention is None:
+                raise MissingSignalError(f"block {i} of {type(self.tower).__name__} has no attention to read from.")
+            self.on.before(attention, "_keep_call", ("call", i), with_kwargs=True)
+        for i in self.outputs:
+            self.on.after(self._modules[i], "_keep_output", ("output", i))
+        self._hook_projections()
+        return self
+
+    def remove(self) -> None:
+        """Stop listening and leave no trace."""
+        self.on.remove()
+        self._hooked = {}
+        self._threads = PerThread(_Seen)
+
+    def clear(self) -> None:
+        """Let go of everything that this thread saw."""
+        self._threads.now.store = None
+
+    def __enter__(self) -> AttentionProbe:
+        return self.install()
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Runs of the tower in this thread belong to the probe's own model meanwhile."""
+        seen = self._threads.now
+        seen.open, seen.store = True, None
+        try:
+            yield
+        finally:
+            seen.open = seen.running = False
+
+    def _begin(self, module: nn.Module, args: Any) -> None:
+        seen = self._threads.now
+        seen.running = seen.open or not self.own_calls
+        if seen.running:
+            seen.store = {}
+            self._hook_projections()
+
+    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._threads.now.running = False
+
+    def _hook_projections(self) -> None:
+        """Listen to the projections that are in place now; they may have been wrapped since."""
+        wanted: dict[tuple[str, int], nn.Module] = {}
+        for i in self.blocks:
+            attention = _find_attention(self._modules[i])
+            for name in () if attention is None else ("qkv", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm"):
+                module = _norm(attention, name) if name.endswith("norm") else _linear(attention, name)
+                if module is not None:
+                    wanted[name, i] = module
+        hooked = self._hooked
+        if len(hooked) == len(wanted) and all(key in hooked and hooked[key][0] is m for key, m in wanted.items()):
+            return
+        with self._lock:  # two threads may see the change at once
+            for key, (module, handle) in list(self._hooked.items()):
+                if wanted.get(key) is not module:
+                    self.on.drop(handle)
+                    del self._hooked[key]
+            for key, module in wanted.items():
+                if key not in self._hooked:
+                    self._hooked[key] = (module, self.on.after(module, "_keep_output", key))
+
+    def _keep_output(self, key: tuple[str, int], module: nn.Module, args: Any, output: Any) -> None:
+        seen = self._threads.now
+        if seen.running and seen.store is not None:
+            seen.store[key] = (output[0] if isinstance(output, (tuple, list)) else output).detach()
+
+    def _keep_call(self, key: tuple[str, int], module: nn.Module, args: Any, kwargs: Any) -> None:
+        seen = self._threads.now
+        if seen.running and seen.store is not None:
+            seen.store[key] = (args, dict(kwargs))
+
+    @property
+    def _store(self) -> dict[tuple[str, int], Any]:
+        """What this thread saw last."""
+        return self._threads.now.store or {}
+
+    def output(self, block: int) -> Tensor:
+        """The hidden state that block `block` gave, (B, N, C)."""
+        found = self._look("output", block)
+        return found if found.dim() == 3 else found[None]
+
+    def _look(self, name: str, block: int) -> Any:
+        if (name, block) not in self._store:
+            wanted = self.outputs if name == "output" else self.blocks
+            why = (
+                "the tower has not run since (or ran inside a graph compiled before tokprune was applied: apply first)"
+                if block in wanted
+                else f"the probe listens to blocks {wanted}"
+            )
+            raise MissingSignalError(f"nothing was seen of block {block} of {type(self.tower).__name__}: {why}.")
+        return self._store[name, block]
+
+    def projections(self, block: int) -> Projections:
+        """Queries, keys and values of block `block`, as the last run of the tower made them."""
+        attention: Any = _find_attention(self._modules[block]) if block in self._modules else None
+        args, kwargs = self._look("call", block)
+        call = _named(attention, args, kwargs)
+        config = getattr(attention, "config", None)
+        heads = getattr(attention, "num_heads", None) or getattr(config, "num_attention_heads", None)
+        head_dim = getattr(attention, "head_dim", None)
+        parts: dict[str, Tensor] = {}
+        if ("qkv", block) in self._store:
+            joint = self._store["qkv", block]
+            three = joint.unflatten(-1, (3, heads, -1))  # (..., N, 3, H, d)
+            parts = dict(zip("qkv", three.unbind(-3), strict=True))
+        else:
+            for name in "qkv":
+                flat = self._look(f"{name}_proj", block)
+                parts[name] = flat.unflatten(-1, (-1, head_dim) if head_dim else (heads, -1))
+        for name in "qk":
+            if (f"{name}_norm", block) in self._store:
+                parts[name] = self._store[f"{name}_norm", block]
+        n = parts["v"].shape[-3]
+        timm = type(attention).__module__.startswith("timm")  # its norms see (B, H, N, d)
+        shaped = {
+            name: _heads_first(x, parts["v"].shape[-1], timm and (f"{name}_norm", block) in self._store)
+            for name, x in parts.items()
+        }
+        scale = getattr(attention, "scaling", None) or getattr(attention, "scale", None)
+        scale = shaped["q"].shape[-1] ** -0.5 if scale is None else float(scale)
+        bounds = call.get("cu_seqlens")
+        if bounds is None:
+            bounds = call.get("cu_seq_lens_q")
+        segments = None if bounds is None else bounds.diff().tolist()
+        mask = call.get("attention_mask", call.get("attn_mask"))
+        return Projections(
+            **shaped,
+            scale=scale,
+            rotated=_rotation(attention, call),
+            segments=segments,
+            mask=_square(mask, n) if isinstance(mask, Tensor) and segments is None else None,
+        )
+
+
+def _named(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a forward call by name."""
+    bound = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
+    return {**bound, **bound.pop("kwargs", {})}
+
+
+def _heads_first(x: Tensor, head_dim: int, done: bool) -> Tensor:
+    """(N, H, d), (B, N, H, d), (B, N, H*d) or, when `done`, (B, H, N, d) already, as (B, H, N, d)."""
+    if done:
+        return x
+    if x.shape[-1] != head_dim:  # a norm over all heads at once
+        x = x.unflatten(-1, (-1, head_dim))
+    return (x[None] if x.dim() == 3 else x).transpose(1, 2)
+
+
+def _square(mask: Tensor, n: int) -> Tensor:
+    """Any attention mask as (B, 1, N, N)."""
+    if mask.dim() == 2 and mask.shape[1] == n:  # (B, N) of the keys, as flash attention takes it
+        return mask.bool()[:, None, None].expand(-1, 1, n, -1)
+    return mask[:, None] if mask.dim() == 3 else mask
+
+
+def _rotation(attention: nn.Module, call: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+    """What the block's rotary embedding does to queries and keys (B, H, N, d)."""
+    rope = call.get("rope")
+    if isinstance(rope, Tensor):
+        from timm.layers import apply_rot_embed_cat
+
+        prefix, half = getattr(attention, "num_prefix_tokens", 0), getattr(attention, "rotate_half", False)
+
+        def timm_rotated(x: Tensor) -> Tensor:
+            return torch.cat([x[:, :, :prefix], apply_rot_embed_cat(x[:, :, prefix:], rope.to(x), half=half)], 2)
+
+        return timm_rotated
+    embeddings = call.get("position_embeddings")
+    if embeddings is None:
+        return lambda x: x
+    rotate = getattr(sys.modules[type(attention).__module__], "rotate_half", None)
+    if rotate is None or not isinstance(embeddings, (tuple, list)):
+        raise MissingSignalError(
+            f"{type(attention).__name__} turns its queries in a way tokprune does not know; methods that look at the features "
+            "alone work: random, uniform, pool, divprune."
+        )
+    cos, sin = embeddings
+
+    def rotated(x: Tensor) -> Tensor:
+        c, s = cos.to(x), sin.to(x)  # (N, d) or (B, N, d)
+        c, s = (c, s) if c.dim() == 2 else (c[:, None], s[:, None])
+        return x * c + rotate(x) * s
+
+    return rotated

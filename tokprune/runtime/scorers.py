@@ -1,0 +1,133 @@
+"""Text-image scorers: a CLIP that compares the question with the patches, for models whose own tower cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tokprune.errors import MissingSignalError, OptionError, missing_extra
+
+# How a tower's pixels are normalised when its processor does not say (the values of OpenAI's CLIP).
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+class OpenClipScorer:
+    """An open_clip model that embeds texts and patches in one space.
+
+    Pictures arrive as another tower's processor normalised them: (U, 3, H, W) with `mean` and `std`; they are brought to
+    the scorer's own normalisation and size. A patch is the hidden state of block `block`, through the final norm and the
+    visual projection, as CDPruner takes it (second block from the end).
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        mean: Sequence[float] = CLIP_MEAN,
+        std: Sequence[float] = CLIP_STD,
+        block: int = -2,
+    ) -> None:
+        visual = model.visual
+        missing = [
+            n for n in ("forward_intermediates", "ln_post", "proj", "transformer") if getattr(visual, n, None) is None
+        ]
+        if missing:
+            raise MissingSignalError(
+                f"the image tower {type(visual).__name__} gives no projected patches ({', '.join(missing)} missing); take a ViT "
+                "of open_clip's own, such as open_clip:ViT-B-32/laion2b_s34b_b79k."
+            )
+        self.model, self.tokenizer, self.block = model, tokenizer, block
+        self.mean, self.std = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
+
+    @torch.no_grad()
+    def embed_text(self, texts: Sequence[str]) -> Tensor:
+        """Normalised embeddings of texts, (T, E)."""
+        device = next(self.model.parameters()).device
+        return F.normalize(self.model.encode_text(self.tokenizer(list(texts)).to(device)).float(), dim=-1)
+
+    @torch.no_grad()
+    def embed_image(self, pixel_values: Tensor) -> Tensor:
+        """Normalised embeddings of the patches of pictures (U, 3, H, W), (U, N, E) in raster order."""
+        visual = self.model.visual
+        block = self.block % len(visual.transformer.resblocks)
+        seen = visual.forward_intermediates(
+            self._pixels(pixel_values), indices=[block], intermediates_only=True, output_fmt="NLC"
+        )
+        hidden = seen["image_intermediates"][-1]  # (U, N, width), special tokens cut
+        return F.normalize((visual.ln_post(hidden) @ visual.proj).float(), dim=-1)
+
+    @torch.no_grad()
+    def embed_picture(self, pixel_values: Tensor) -> Tensor:
+        """One normalised embedding per picture (U, 3, H, W), (U, E): what the model compares with texts; for choosing frames."""
+        return F.normalize(self.model.encode_image(self._pixels(pixel_values)).float(), dim=-1)
+
+    @property
+    def logit_scale(self) -> float:
+        """What the model multiplies cosines by."""
+        return float(self.model.logit_scale.exp())
+
+    @property
+    def logit_bias(self) -> float | None:
+        """What a SigLIP model adds to them, None for a CLIP."""
+        bias = getattr(self.model, "logit_bias", None)
+        return None if bias is None else float(bias)
+
+    def _pixels(self, pixel_values: Tensor) -> Tensor:
+        """Another tower's pixels as this model takes them."""
+        visual = self.model.visual
+        weight = next(visual.parameters())
+        pixels = pixel_values.to(weight.device).float()
+        pixels = (pixels * self.std.to(pixels.device) + self.mean.to(pixels.device)).clamp(0, 1)
+        size = visual.image_size if isinstance(visual.image_size, tuple) else (visual.image_size, visual.image_size)
+        if pixels.shape[-2:] != size:
+            pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+        mean = getattr(visual, "image_mean", None) or CLIP_MEAN
+        std = getattr(visual, "image_std", None) or CLIP_STD
+        pixels = (pixels - torch.tensor(mean, device=pixels.device).view(3, 1, 1)) / torch.tensor(
+            std, device=pixels.device
+        ).view(3, 1, 1)
+        return pixels.to(weight.dtype)
+
+
+def load_scorer(name: str, processor: Any = None) -> Any:
+    """The scorer that a string names: "open_clip:<model>/<weights>", weights being a tag of open_clip or a file; "demo"; or
+    "vlm:<hub id or folder>".
+
+    processor: of the VLM, for how its pixels are normalised.
+    """
+    kind, _, rest = name.partition(":")
+    if kind == "demo" and not rest:
+        import importlib
+
+        return importlib.import_module("tokprune.demo").load_scorer()
+    if kind == "vlm" and rest:
+        from tokprune.runtime.vlm_scorer import load_vlm_scorer
+
+        return load_vlm_scorer(rest)
+    if kind != "open_clip" or not rest:
+        raise OptionError(
+            f'scorer {name!r} is not known; write scorer="open_clip:ViT-B-32/laion2b_s34b_b79k", scorer="demo" for the embedded demo '
+            'VLM, scorer="vlm:<hub id or folder>" for a VLM that is asked about frames, or pass an object with embed_text and '
+            "embed_image."
+        )
+    try:
+        import open_clip
+    except ImportError:
+        raise missing_extra("open-clip-torch", "vision", f"scorer={name!r}") from None
+    architecture, _, weights = rest.partition("/")
+    if architecture not in open_clip.list_models():
+        from tokprune.errors import unknown
+
+        raise unknown("open_clip model", architecture, open_clip.list_models())
+    try:
+        model = open_clip.create_model(architecture, pretrained=weights or None, require_pretrained=bool(weights))
+    except (RuntimeError, OSError, ValueError) as error:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "none"
+        raise OptionError(f"cannot load {name!r}: {error} Weights of {architecture}: {tags}, or a file.") from error
+    image = getattr(processor, "image_processor", None)
+    mean, std = getattr(image, "image_mean", None) or CLIP_MEAN, getattr(image, "image_std", None) or CLIP_STD
+    return OpenClipScorer(model.eval(), open_clip.get_tokenizer(architecture), mean, std)
