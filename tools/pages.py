@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests.core.layers import layers_table
 from tokprune.cli.methods import facts, families_of
 from tokprune.evaluation.reference import models
 from tokprune.registry import STAGES, list_methods, method_class
@@ -164,6 +165,8 @@ def pages() -> dict[Path, str]:
         text = replace_block(text, "demo table", cells_table(json.loads(demo.read_text(encoding="utf-8"))))
     text = replace_block(text, "methods", methods_block())
     out[readme] = text
+    contributing = ROOT / "CONTRIBUTING.md"
+    out[contributing] = replace_block(contributing.read_text(encoding="utf-8"), "layers", layers_table().rstrip("\n"))
     zoo = RESULTS / "zoo.json"
     if zoo.exists():
         data = json.loads(zoo.read_text(encoding="utf-8"))

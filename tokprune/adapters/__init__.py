@@ -1,1 +1,1 @@
-"""The only place that knows models: how visual tokens enter a Hugging Face VLM, and how to take some of them out."""
+"""What the runtime asks of a Hugging Face VLM: families, towers, prompts, and how transformers spells things."""

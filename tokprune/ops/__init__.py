@@ -1,1 +1,1 @@
-"""The shared arithmetic: a plain reference of each operation and, where it pays, a fused kernel."""
+"""The shared arithmetic: what two methods or more compute alike."""
