@@ -34,7 +34,7 @@ OPTIONAL = {"timm", "open_clip", "decord", "av", "matplotlib", "vllm", "lmms_eva
 
 
 def layer(module: str) -> str:
-    """`tokprune.ops.distance` -> `ops`; the package itself -> ``."""
+    """`tokprune.ops.similarity` -> `ops`; the package itself -> ``."""
     parts = module.split(".")
     return parts[1] if len(parts) > 1 else ""
 

@@ -62,7 +62,7 @@ def test_the_checker_sees_what_it_should(tmp_path: Path, monkeypatch: pytest.Mon
         "from typing import TYPE_CHECKING\n"
         "from tokprune import adapters\n"
         "from ..methods import base\n"
-        "from . import distance\n"
+        "from . import similarity\n"
         "if TYPE_CHECKING:\n    import timm\nelse:\n    import av\n"
         "def f():\n    import transformers\n"
     )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tests.encoder.test_towers import hooks, output, pixels, settle
 from tests.published.bipartite import unmerge
 from tokprune.errors import UnsupportedModelError
-from tokprune.ops.bipartite import bipartite_matching, merge_weighted
+from tokprune.ops.merge import bipartite_matching, merge_weighted
 from tokprune.runtime.encoder import apply_encoder
 
 close = torch.testing.assert_close

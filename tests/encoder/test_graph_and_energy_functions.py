@@ -8,7 +8,7 @@ from tests.golden_vectors import GoldenCase, claims
 from tokprune.methods.encoder.pitome import energy, energy_matching
 from tokprune.methods.encoder.tofu import norm_merge
 from tokprune.methods.encoder.zerotprune import head_consensus, similar_half, weighted_page_rank
-from tokprune.ops.bipartite import bipartite_matching, merge, merge_weighted
+from tokprune.ops.merge import bipartite_matching, merge, merge_weighted
 
 close = torch.testing.assert_close
 TOLERANCE = {"atol": 1e-6, "rtol": 1e-5}

@@ -16,7 +16,7 @@ from tests.published.bipartite import unmerge
 from tokprune.errors import MissingSignalError
 from tokprune.methods.base import ConnectorMethod
 from tokprune.methods.encoder.tome import ToMe
-from tokprune.ops.bipartite import bipartite_matching, merge_weighted
+from tokprune.ops.merge import bipartite_matching, merge_weighted
 from tokprune.registry import MethodInfo
 from tokprune.testing import build
 from tokprune.tokens import Selection, VisualTokens

@@ -8,7 +8,7 @@ import torch
 from tests.golden_vectors import GoldenCase, claims
 from tests.published.bipartite import sources, unmerge
 from tokprune.methods.encoder.tome import kth_matching, merge_schedule, random_matching
-from tokprune.ops.bipartite import Matching, bipartite_matching, merge, merge_weighted
+from tokprune.ops.merge import Matching, bipartite_matching, merge, merge_weighted
 
 close = torch.testing.assert_close
 TOLERANCE = {"atol": 1e-6, "rtol": 1e-6}

@@ -1,4 +1,4 @@
-"""Frames side by side: rasters, predecessors, means, shares."""
+"""Frames of a video: neighbours in time, cuts into segments."""
 
 from __future__ import annotations
 
@@ -8,7 +8,21 @@ import torch
 from tests.methods.connector.clips import uneven
 from tests.methods.streams import LAYOUTS
 from tokprune.budget import equal_spaced, in_proportion
-from tokprune.ops.frames import earlier, frame_means, raster, similarity_to
+from tokprune.ops.frames import earlier, frame_means, raster, run_lengths, segment_numbers, similar_runs, similarity_to
+
+
+def test_numbers_and_runs_undo_each_other() -> None:
+    assert segment_numbers([2, 1, 3]).tolist() == [0, 0, 1, 2, 2, 2]
+    assert run_lengths(segment_numbers([2, 1, 3]).tolist()) == [2, 1, 3]
+
+
+def test_cuts_are_the_union_of_lowest_and_below_the_threshold() -> None:
+    frames = torch.tensor([[1.0, 0], [1, 0.1], [1, 0.3], [0, 1], [0.1, 1], [1, 0]])
+    assert similar_runs(frames, 0, 0.9) == [3, 2, 1]
+    assert similar_runs(frames, 1, -1.0) == [5, 1]
+    assert similar_runs(frames, 3, 0.9) == [2, 1, 2, 1]
+    assert similar_runs(frames, 99, 0.9) == [1] * 6
+    assert similar_runs(frames[:1], 7, 0.9) == [1]
 
 
 def test_raster_of_full_frames_counts_through() -> None:

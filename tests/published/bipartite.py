@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokprune.ops.bipartite import Matching, merge
+from tokprune.ops.merge import Matching, merge
 
 
 def unmerge(matching: Matching, y: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tokprune.methods.connector.dart import least_similar, strongest
-from tokprune.ops.wide import wide
+from tokprune.ops.numeric import wide
 
 
 def picks_per_pivot(image_tokens: int, pivots: int, reduction: float | None, max_tokens: int | None = None) -> int:

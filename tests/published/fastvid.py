@@ -11,8 +11,8 @@ from tokprune.methods.connector.fastvid import (
     fastvid_split,
     pieces_of,
 )
-from tokprune.ops.segments import similar_runs
-from tokprune.ops.wide import wide
+from tokprune.ops.frames import similar_runs
+from tokprune.ops.numeric import wide
 from tokprune.tokens import Layout, Merge
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from tokprune.methods.connector.flashvid import flashvid_flow, flashvid_published_parts
-from tokprune.ops.segments import similar_runs
-from tokprune.ops.wide import wide
+from tokprune.ops.frames import similar_runs
+from tokprune.ops.numeric import wide
 from tokprune.tokens import Layout, Merge
 
 

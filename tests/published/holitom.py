@@ -5,11 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokprune.methods.connector.holitom import NEVER, holitom_constancy, holitom_counts, holitom_flow, holitom_ratio
-from tokprune.ops.frames import similarity_to
-from tokprune.ops.pools import still_and_moving
-from tokprune.ops.segments import static_runs
-from tokprune.ops.wide import wide
+from tokprune.methods.connector.holitom import (
+    NEVER,
+    holitom_constancy,
+    holitom_counts,
+    holitom_flow,
+    holitom_ratio,
+    static_runs,
+)
+from tokprune.ops.frames import similarity_to, still_and_moving
+from tokprune.ops.numeric import wide
 from tokprune.tokens import Merge
 
 

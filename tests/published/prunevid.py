@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from tokprune.methods.connector.prunevid import prunevid_clusters, prunevid_constancy, prunevid_counts, prunevid_scenes
-from tokprune.ops.pools import still_and_moving
-from tokprune.ops.wide import wide
+from tokprune.ops.frames import still_and_moving
+from tokprune.ops.numeric import wide
 from tokprune.tokens import Merge
 
 

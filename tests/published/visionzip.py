@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tokprune.methods.connector.visionzip import visionzip_plan
-from tokprune.ops.wide import wide
+from tokprune.ops.numeric import wide
 
 
 def visionzip(

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from tokprune.methods.connector.vscan import vscan_merge, window_of
+from tokprune.ops.numeric import wide
 from tokprune.ops.topk import rank_in_group, top_by_tier
-from tokprune.ops.wide import wide
 
 
 def vscan_published(

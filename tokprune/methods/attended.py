@@ -5,9 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from tokprune.methods.base import check_finite, check_keep
-from tokprune.ops.frames import frame_means
-from tokprune.ops.segments import similar_runs
-from tokprune.ops.wide import wide
+from tokprune.ops.frames import frame_means, similar_runs
+from tokprune.ops.numeric import wide
 from tokprune.tokens import Layout, VisualTokens
 
 

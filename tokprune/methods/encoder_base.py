@@ -11,8 +11,8 @@ from torch import Tensor
 
 from tokprune.errors import OptionError
 from tokprune.methods.base import Method
-from tokprune.ops.bipartite import Matching, merge_weighted
-from tokprune.ops.wide import wide
+from tokprune.ops.merge import Matching, merge_weighted
+from tokprune.ops.numeric import wide
 
 Place = Literal["entrance", "middle", "end"]
 

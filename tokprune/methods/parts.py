@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from tokprune.methods.base import ConnectorMethod
-from tokprune.ops.joining import join
+from tokprune.ops.merge import join
 from tokprune.tokens import Selection, VisualTokens
 
 

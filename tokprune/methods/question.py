@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tokprune.errors import MissingQueryError, OptionError
 from tokprune.methods.base import check_finite
-from tokprune.ops.distance import cosine_similarity
+from tokprune.ops.similarity import cosine_similarity
 from tokprune.tokens import VisualTokens
 
 Relevance = Literal["embeddings", "clip"]

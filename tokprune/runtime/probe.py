@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tokprune.adapters.hooks import Attachments, Lock, PerThread, Ref
 from tokprune.errors import MissingSignalError
-from tokprune.ops.wide import wide
+from tokprune.ops.numeric import wide
 
 _TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder")
 _BLOCKS = (

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from tokprune.adapters.families import EncoderCall, UnknownGeometryError, arrange, family_of
 from tokprune.errors import MissingSignalError, OptionError, unknown
-from tokprune.ops.wide import wide
+from tokprune.ops.numeric import wide
 from tokprune.runtime.probe import AttentionProbe, Projections, tower_blocks, tower_of
 
 __all__ = ["SignalSet", "block_index", "compute_signals", "required_blocks", "tower_blocks", "tower_of"]

@@ -18,9 +18,8 @@ import numpy.typing as npt
 import torch
 
 from tokprune.errors import OptionError, nearest, unknown
-from tokprune.ops.keyframes import aks, aks_published, best_first, check_count, middles
-from tokprune.ops.scene_frames import WEIGHTS, wfs_sb
-from tokprune.ops.scenes import frames_of_scenes, scenes
+from tokprune.ops.frames import frames_of_scenes, scenes
+from tokprune.ops.keyframes import WEIGHTS, aks, aks_published, best_first, check_count, middles, wfs_sb
 from tokprune.video.sampling import at_times, rule
 
 

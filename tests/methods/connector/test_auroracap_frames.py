@@ -8,7 +8,7 @@ import torch
 from tests.methods.connector.clips import clip, video
 from tokprune.errors import OptionError
 from tokprune.methods.connector.auroracap_frames import AuroraCapFrames, auroracap_frames
-from tokprune.ops.bipartite import bipartite_matching
+from tokprune.ops.merge import bipartite_matching
 
 
 @pytest.mark.parametrize("rounds", [1, 4, 24])

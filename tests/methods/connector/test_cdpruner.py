@@ -102,7 +102,7 @@ def test_what_is_missing_is_said() -> None:
     tokens = stream()
     with pytest.raises(MissingQueryError, match="apply"):
         CDPruner().select(VisualTokens(tokens.features, tokens.layout), 3)
-    with pytest.raises(MissingQueryError, match="embedding table"):
+    with pytest.raises(MissingQueryError, match="processor=processor"):
         CDPruner().select(VisualTokens(tokens.features, tokens.layout, query=Query("x")), 3)
     with pytest.raises(MissingQueryError, match="relevance='embeddings'"):
         CDPruner(relevance="clip").select(tokens, 3)

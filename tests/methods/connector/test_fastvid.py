@@ -10,7 +10,7 @@ from tests.methods.connector.clips import clip, video
 from tests.published.fastvid import fastvid
 from tokprune.errors import OptionError
 from tokprune.methods.connector.fastvid import FastVID, anchors, fastvid_onevision_split, fastvid_split
-from tokprune.ops.segments import similar_runs
+from tokprune.ops.frames import similar_runs
 from tokprune.registry import get_method
 from tokprune.tokens import Layout, VisualTokens
 

@@ -18,8 +18,8 @@ from tokprune.methods.connector.flashvid import (
     flashvid_trees,
     scene_relevance,
 )
-from tokprune.ops.distance import cosine_distance
-from tokprune.ops.segments import similar_runs
+from tokprune.ops.frames import similar_runs
+from tokprune.ops.similarity import cosine_distance
 from tokprune.tokens import Layout
 
 

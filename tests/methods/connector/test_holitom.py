@@ -11,9 +11,8 @@ from tests.golden_vectors import GoldenCase, claims
 from tests.methods.connector.clips import clip, video
 from tests.published.holitom import holitom
 from tokprune.errors import OptionError
-from tokprune.methods.connector.holitom import HoliTom
-from tokprune.ops.distance import unit
-from tokprune.ops.segments import static_runs
+from tokprune.methods.connector.holitom import HoliTom, static_runs
+from tokprune.ops.similarity import unit
 from tokprune.tokens import Layout, VisualTokens
 
 
@@ -97,3 +96,10 @@ def test_moving_tokens_stay_by_attention() -> None:
 def test_options_are_checked() -> None:
     with pytest.raises(OptionError, match="beta"):
         HoliTom(beta=0.0)
+
+
+def test_static_runs_of_extremes() -> None:
+    assert static_runs(torch.zeros(0, 4, dtype=torch.bool)) == ([1], 0)
+    assert static_runs(torch.ones(6, 4, dtype=torch.bool)) == ([7], 24)
+    assert static_runs(torch.zeros(3, 4, dtype=torch.bool)) == ([1, 1, 1, 1], 0)
+    assert static_runs(torch.ones(6, 4, dtype=torch.bool), longest=3)[1] == 2 * 8

@@ -9,9 +9,9 @@ from tests.golden_vectors import GoldenCase, claims
 from tests.methods.connector.clips import clip, video
 from tests.published.prunevid import prunevid, prunevid_second_stage
 from tokprune.errors import OptionError
-from tokprune.methods.connector.prunevid import PruneVid, prunevid_constancy, prunevid_scenes
-from tokprune.ops.distance import cosine_similarity
-from tokprune.ops.segments import frame_clusters, refine
+from tokprune.methods.connector.prunevid import PruneVid, frame_clusters, prunevid_constancy, prunevid_scenes, refine
+from tokprune.ops.frames import run_lengths
+from tokprune.ops.similarity import cosine_similarity
 from tokprune.tokens import Layout, VisualTokens
 
 
@@ -96,3 +96,16 @@ def test_still_places_move_again_where_the_budget_asks_for_more() -> None:
 def test_options_are_checked() -> None:
     with pytest.raises(OptionError, match="scene_share"):
         PruneVid(scene_share=0)
+
+
+def test_clusters_of_frames_find_scenes() -> None:
+    frames = clip(12, scenes=3, moving=0.0).mean(1)
+    labels = frame_clusters(frames, 3)
+    assert run_lengths(labels.tolist()) == [4, 4, 4]
+    assert frame_clusters(frames[:1], 1).tolist() == [0]
+
+
+def test_refine_without_a_run_is_one_scene() -> None:
+    assert refine([0, 1, 2, 3]) == [0, 0, 0, 0]
+    assert refine([5]) == [0]
+    assert refine([1, 1, 2, 0, 0, 0]) == [1, 1, 0, 0, 0, 0]

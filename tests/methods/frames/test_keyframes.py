@@ -16,20 +16,21 @@ from tokprune.errors import OptionError
 from tokprune.methods.frames.aks import AKS
 from tokprune.methods.frames.scenetilling import SceneTilling
 from tokprune.methods.frames.wfs_sb import WfsSb
-from tokprune.ops.keyframes import aks, aks_published
-from tokprune.ops.scene_frames import (
+from tokprune.ops.frames import depths, left_peaks, neighbour_similarity, scene_ends, scenes
+from tokprune.ops.keyframes import (
     HIGH,
     LOW,
     Diverse,
+    aks,
+    aks_published,
     detail_band,
     detail_level,
     least_distance,
-    peaks,
+    prominent_peaks,
     relevance_boundaries,
     scene_importance,
     wfs_sb,
 )
-from tokprune.ops.scenes import depths, left_peaks, neighbour_similarity, scene_ends, scenes
 from tokprune.tokens import Layout, VisualTokens
 
 # AKS
@@ -202,11 +203,11 @@ def test_the_wavelet_is_orthogonal_and_its_bands_add_up() -> None:
 
 def test_peaks() -> None:
     values = np.array([0, 3, 0, 1, 1, 1, 0, 2, 1.5, 2.5, 0, 9.0])
-    assert peaks(values, 0, 0, 1) == [1, 4, 7, 9]  # the last value is no peak
-    assert peaks(values, 1.5, 0, 1) == [1, 7, 9]
-    assert peaks(values, 0, 1.0, 1) == [1, 4, 9]  # 7 stands out by 0.5
-    assert peaks(values, 0, 0, 4) == [1, 9]
-    assert peaks(np.ones(9), 0, 0, 1) == []
+    assert prominent_peaks(values, 0, 0, 1) == [1, 4, 7, 9]  # the last value is no peak
+    assert prominent_peaks(values, 1.5, 0, 1) == [1, 7, 9]
+    assert prominent_peaks(values, 0, 1.0, 1) == [1, 4, 9]  # 7 stands out by 0.5
+    assert prominent_peaks(values, 0, 0, 4) == [1, 9]
+    assert prominent_peaks(np.ones(9), 0, 0, 1) == []
 
 
 def test_wfs_sb_prefers_relevant_frames_that_differ() -> None:

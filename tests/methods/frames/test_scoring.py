@@ -14,9 +14,8 @@ from tests.methods.frames.clips import about, video
 from tokprune.errors import OptionError
 from tokprune.methods.frames.aks import AKS
 from tokprune.methods.frames.decouple import MOST, WIDEST, decoupling_prompt, parse_decoupling
-from tokprune.methods.frames.questions import content_words
+from tokprune.methods.frames.questions import CALIBRATIONS, calibrated, content_words, word_relevance
 from tokprune.methods.frames.quota import Quota
-from tokprune.ops.frame_scores import CALIBRATIONS, calibrated, word_relevance
 from tokprune.tokens import Layout
 
 

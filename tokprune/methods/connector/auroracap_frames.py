@@ -10,10 +10,9 @@ from torch import Tensor
 from tokprune.budget import equal_spaced
 from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
 from tokprune.methods.options import option
-from tokprune.ops.bipartite import bipartite_matching, cap, merge_weighted
-from tokprune.ops.pools import selection
-from tokprune.ops.stacks import stacks
-from tokprune.ops.wide import wide
+from tokprune.ops.grid import stacks
+from tokprune.ops.merge import bipartite_matching, cap, merge_weighted, merged_selection
+from tokprune.ops.numeric import wide
 from tokprune.registry import register_method
 from tokprune.tokens import Selection, VisualTokens
 
@@ -76,4 +75,4 @@ class AuroraCapFrames(ConnectorMethod):
                 members = torch.zeros_like(rep).scatter_add(1, assign, torch.ones_like(assign))
                 target[rows] = rows.gather(1, rep.gather(1, assign))
                 weight[rows] = 1 / members.gather(1, assign).float()
-        return selection(target, weight, keep)
+        return merged_selection(target, weight, keep)

@@ -12,8 +12,8 @@ from tokprune.budget import ceil_of, pooled_budgets
 from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
 from tokprune.methods.options import option
 from tokprune.methods.question import word_embeddings
-from tokprune.ops.distance import cosine_similarity
 from tokprune.ops.select import greedy_coverage_gains
+from tokprune.ops.similarity import cosine_similarity
 from tokprune.registry import Checked, register_method
 from tokprune.tokens import Selection, VisualTokens
 

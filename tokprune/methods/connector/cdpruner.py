@@ -13,7 +13,7 @@ from tokprune.budget import equal
 from tokprune.methods.base import ConnectorMethod, check_finite, check_keep, picked, solve_alike
 from tokprune.methods.options import Compat, option
 from tokprune.methods.question import CLIP_SIGNALS, Relevance, question_relevance
-from tokprune.ops.distance import cosine_similarity
+from tokprune.ops.similarity import cosine_similarity
 from tokprune.registry import Checked, register_method
 from tokprune.tokens import Selection, VisualTokens
 

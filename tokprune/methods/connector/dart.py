@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
 from tokprune.methods.options import option
-from tokprune.ops.distance import unit
-from tokprune.ops.wide import wide
+from tokprune.ops.numeric import wide
+from tokprune.ops.similarity import unit
 from tokprune.registry import Checked, register_method
 from tokprune.tokens import Selection, VisualTokens
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from tokprune.methods.base import ConnectorMethod, check_finite, check_keep, solve_alike
-from tokprune.ops.distance import cosine_distance
 from tokprune.ops.select import greedy_max_min
+from tokprune.ops.similarity import cosine_distance
 from tokprune.registry import Checked, register_method
 from tokprune.tokens import Selection, VisualTokens
 

@@ -12,10 +12,10 @@ from tokprune.errors import OptionError
 from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
 from tokprune.methods.connector.uniform import uniform
 from tokprune.methods.options import Compat, option
-from tokprune.ops.distance import unit
 from tokprune.ops.frames import earlier, similarity_to
+from tokprune.ops.numeric import wide
+from tokprune.ops.similarity import unit
 from tokprune.ops.topk import grouped_top
-from tokprune.ops.wide import wide
 from tokprune.registry import Checked, register_method
 from tokprune.tokens import Selection, VisualTokens
 

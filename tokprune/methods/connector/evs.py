@@ -12,7 +12,7 @@ from tokprune.methods.base import ScoreMethod, check_finite, top
 from tokprune.methods.connector.uniform import uniform
 from tokprune.methods.options import Compat
 from tokprune.ops.frames import earlier, similarity_to
-from tokprune.ops.wide import wide
+from tokprune.ops.numeric import wide
 from tokprune.registry import Checked, register_method
 from tokprune.tokens import VisualTokens
 

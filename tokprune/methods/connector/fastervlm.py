@@ -9,8 +9,8 @@ from torch import Tensor
 
 from tokprune.budget import equal
 from tokprune.methods.base import ScoreMethod
+from tokprune.ops.numeric import wide
 from tokprune.ops.topk import grouped_top, top
-from tokprune.ops.wide import wide
 from tokprune.registry import Checked, register_method
 from tokprune.tokens import VisualTokens
 

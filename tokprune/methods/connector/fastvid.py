@@ -14,9 +14,9 @@ from tokprune.errors import OptionError
 from tokprune.methods.attended import attended, scene_lengths
 from tokprune.methods.base import ConnectorMethod
 from tokprune.methods.options import Compat, option
-from tokprune.ops.distance import unit
-from tokprune.ops.dpc import euclidean, peaks
+from tokprune.ops.cluster import centre_scores, euclidean
 from tokprune.ops.frames import frame_means, raster
+from tokprune.ops.similarity import unit
 from tokprune.ops.topk import rank_in_group, ranks, true_indices
 from tokprune.registry import Checked, register_method
 from tokprune.tokens import Layout, Merge, Selection, VisualTokens
@@ -115,7 +115,7 @@ def fastvid_choice(
     for rows in torch.tensor([t for t, k in enumerate(context) if k > 0], dtype=torch.long, device=device).split(BLOCK):
         cells = place[rows]  # (B, P)
         free = (cells >= 0) & ~attended[cells.clamp(min=0)]
-        score = peaks(euclidean(features[cells.clamp(min=0)]), NEIGHBOURS, free)
+        score = centre_scores(euclidean(features[cells.clamp(min=0)]), NEIGHBOURS, free)
         chosen = ranks(score) < counts[1][rows][:, None]
         spot = torch.where(chosen & free, cells, len(centre))  # all others: one place behind the last
         centre = (

@@ -15,13 +15,12 @@ from tokprune.errors import OptionError
 from tokprune.methods.attended import attended, scene_lengths
 from tokprune.methods.base import ConnectorMethod
 from tokprune.methods.options import Compat, option
-from tokprune.ops.distance import cosine_distance, cosine_similarity
-from tokprune.ops.dpc import dpc_knn
-from tokprune.ops.frames import frame_means, raster
-from tokprune.ops.pools import selection
-from tokprune.ops.segments import numbers
+from tokprune.ops.cluster import dpc_knn
+from tokprune.ops.frames import frame_means, raster, segment_numbers
+from tokprune.ops.grid import stacks
+from tokprune.ops.merge import merged_selection
 from tokprune.ops.select import greedy_max_min
-from tokprune.ops.stacks import stacks
+from tokprune.ops.similarity import cosine_distance, cosine_similarity
 from tokprune.ops.topk import rank_in_group
 from tokprune.registry import Checked, register_method
 from tokprune.tokens import Layout, Selection, VisualTokens
@@ -43,7 +42,7 @@ def flashvid_diverse(features: Tensor, attention: Tensor, keep: int) -> Tensor:
 
 def scene_relevance(features: Tensor, layout: Layout, lengths: Sequence[int]) -> Tensor:
     """Dot product of each token with the mean over its scene of the frames' means. features: (N, C) -> (N,)."""
-    scene = numbers(lengths, features.device)
+    scene = segment_numbers(lengths, features.device)
     means = frame_means(features, layout)
     total = means.new_zeros(len(lengths), means.shape[1]).index_add(0, scene, means)
     centre = total / torch.tensor(list(lengths), device=means.device)[:, None]
@@ -113,7 +112,7 @@ def flashvid_flow(
     their weight there, (N,). published: see `FlashVID`. twice: in scenes of one frame those that stay are clustered, too.
     """
     device, n = features.device, features.shape[0]
-    place, scene, at = raster(layout), numbers(lengths, device), torch.arange(n, device=device)
+    place, scene, at = raster(layout), segment_numbers(lengths, device), torch.arange(n, device=device)
     diverse = torch.zeros(n, dtype=torch.bool, device=device)
     for where, keep, _ in stacks(layout.group_sizes, parts.diverse, device):
         for rows in where.split(BLOCK):
@@ -239,4 +238,4 @@ class FlashVID(ConnectorMethod):
         weight = weight.masked_fill(diverse, 1.0)
         if published:
             keep = int((goal == torch.arange(len(goal), device=goal.device)).sum())
-        return selection(goal, weight, keep, scores=attention, diverse=diverse)
+        return merged_selection(goal, weight, keep, scores=attention, diverse=diverse)

@@ -10,8 +10,8 @@ from torch import Tensor
 from tokprune.budget import equal
 from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
 from tokprune.methods.options import Block, option
+from tokprune.ops.numeric import wide
 from tokprune.ops.topk import group_sum, grouped_top
-from tokprune.ops.wide import wide
 from tokprune.registry import Checked, register_method
 from tokprune.tokens import Selection, VisualTokens
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from tokprune.budget import share_out
 from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
 from tokprune.methods.options import Block, option
+from tokprune.ops.numeric import wide
 from tokprune.ops.topk import group_sum, top_in_groups
-from tokprune.ops.wide import wide
 from tokprune.registry import Checked, register_method
 from tokprune.tokens import Layout, Selection, VisualTokens
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from tokprune.budget import share
 from tokprune.methods.base import ScoreMethod, check_finite
 from tokprune.methods.options import option
-from tokprune.ops.distance import cosine_similarity
+from tokprune.ops.numeric import wide
+from tokprune.ops.similarity import cosine_similarity
 from tokprune.ops.topk import grouped_top
-from tokprune.ops.wide import wide
 from tokprune.registry import Checked, register_method
 from tokprune.tokens import Layout, VisualTokens
 

@@ -12,9 +12,9 @@ from tokprune.budget import equal, share_out
 from tokprune.errors import OptionError
 from tokprune.methods.base import ScoreMethod, check_finite
 from tokprune.methods.options import Block, Compat, option
-from tokprune.ops.regions import check_canvas, region_sums
+from tokprune.ops.grid import check_canvas, region_sums
+from tokprune.ops.numeric import wide
 from tokprune.ops.topk import top_in_groups
-from tokprune.ops.wide import wide
 from tokprune.registry import Checked, register_method
 from tokprune.tokens import Layout, VisualTokens
 

@@ -12,10 +12,9 @@ from torch import Tensor
 from tokprune.methods.attended import attended
 from tokprune.methods.base import ConnectorMethod
 from tokprune.methods.options import Compat, option
-from tokprune.ops.dpc import dpc_knn
-from tokprune.ops.frames import earlier, raster, similarity_to
-from tokprune.ops.pools import Pools, selection, still_and_moving
-from tokprune.ops.segments import static_runs
+from tokprune.ops.cluster import dpc_knn
+from tokprune.ops.frames import Pools, earlier, raster, similarity_to, still_and_moving
+from tokprune.ops.merge import merged_selection
 from tokprune.ops.topk import ranks
 from tokprune.registry import Checked, register_method
 from tokprune.tokens import Selection, VisualTokens
@@ -73,6 +72,36 @@ def holitom_flow(
     return torch.cat([moving, still]), torch.cat([torch.ones_like(worth), weight])
 
 
+def static_runs(static: Tensor, longest: int = 1024) -> tuple[list[int], int]:
+    """Cut a video so that as many tokens as possible repeat those of the frame before (HoliTom, section 3.2).
+
+    static: (T - 1, P) bool, whether a place looks the same in frames t and t + 1. A segment from s to e saves (e - s) tokens for
+    each place that is the same in all of it. Returns the segments' lengths and how many tokens are saved. Dynamic programme
+    over the ends of segments, the shortest of equally good ones: O(T (P + T)).
+    """
+    frames = static.shape[0] + 1
+    time = torch.arange(1, frames, device=static.device)[:, None]
+    since = time - torch.where(static, 0, time).cummax(0).values  # (T - 1, P) steps up to here without a change
+    depth = min(longest, frames)
+    steps = torch.zeros(frames - 1, depth + 1, dtype=torch.long, device=static.device)
+    steps = steps.scatter_add(1, since.clamp(max=depth), torch.ones_like(since))
+    through = steps.flip(-1).cumsum(-1).flip(-1).tolist()  # [e - 1][n]: places that were the same for n steps up to e
+    best, choice = [0] * (frames + 1), [1] * (frames + 1)  # of the first i frames
+    for i in range(1, frames + 1):
+        best[i] = best[i - 1]
+        for length in range(2, min(i, longest) + 1):
+            saved = through[i - 2][length - 1] * (length - 1)
+            if saved == 0:
+                break  # a longer segment has no place that is the same throughout either
+            if best[i - length] + saved > best[i]:
+                best[i], choice[i] = best[i - length] + saved, length
+    lengths, i = [], frames
+    while i > 0:
+        lengths.append(choice[i])
+        i -= choice[i]
+    return lengths[::-1], best[frames]
+
+
 @register_method(
     "holitom",
     paper="HoliTom: Holistic Token Merging for Fast Video Large Language Models",
@@ -128,4 +157,4 @@ class HoliTom(ConnectorMethod):
         else:
             counts = groups.shares(keep)
         into, weight = holitom_flow(features, attention, groups, counts, self.beta, published)
-        return selection(*groups.flow(into, weight), keep, scores=attention, scene=groups.scene[layout.group])
+        return merged_selection(*groups.flow(into, weight), keep, scores=attention, scene=groups.scene[layout.group])

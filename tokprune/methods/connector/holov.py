@@ -11,9 +11,9 @@ from torch import Tensor
 from tokprune.budget import equal, share_out
 from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
 from tokprune.methods.options import Compat, option
-from tokprune.ops.stacks import stacks
+from tokprune.ops.grid import stacks
+from tokprune.ops.numeric import wide
 from tokprune.ops.topk import rank_in_group, ranks, top_by_tier, top_in_groups
-from tokprune.ops.wide import wide
 from tokprune.registry import Checked, register_method
 from tokprune.tokens import Selection, VisualTokens
 

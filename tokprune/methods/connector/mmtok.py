@@ -15,8 +15,8 @@ from tokprune.budget import equal
 from tokprune.methods.base import ConnectorMethod, check_finite, check_keep, picked, solve_alike
 from tokprune.methods.options import option
 from tokprune.methods.question import word_embeddings
-from tokprune.ops.distance import cosine_similarity
 from tokprune.ops.select import greedy_coverage
+from tokprune.ops.similarity import cosine_similarity
 from tokprune.registry import Checked, register_method
 from tokprune.tokens import Query, Selection, VisualTokens
 

@@ -10,7 +10,7 @@ import torch
 from tokprune.budget import share
 from tokprune.methods.base import ConnectorMethod, check_keep
 from tokprune.methods.options import option
-from tokprune.ops.cells import centres, even_cells, even_runs, middles
+from tokprune.ops.grid import centres, even_cells, even_runs, middles
 from tokprune.registry import Checked, register_method
 from tokprune.tokens import Merge, Selection, VisualTokens
 

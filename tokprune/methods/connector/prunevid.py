@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -11,12 +12,11 @@ from torch import Tensor
 from tokprune.budget import floor_of
 from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
 from tokprune.methods.options import Compat, option
-from tokprune.ops.distance import unit
-from tokprune.ops.dpc import dpc_knn
-from tokprune.ops.frames import frame_means, raster
-from tokprune.ops.pools import Pools, selection, still_and_moving
-from tokprune.ops.segments import frame_clusters, refine, runs
-from tokprune.ops.wide import wide
+from tokprune.ops.cluster import centre_scores, dpc_knn, euclidean, to_centres
+from tokprune.ops.frames import Pools, frame_means, raster, run_lengths, still_and_moving
+from tokprune.ops.merge import merged_selection
+from tokprune.ops.numeric import wide
+from tokprune.ops.similarity import unit
 from tokprune.registry import Checked, register_method
 from tokprune.tokens import Selection, VisualTokens
 
@@ -27,7 +27,7 @@ BLOCK = 16  # frames whose distances are in memory together
 
 def prunevid_scenes(means: Tensor, clusters: int) -> list[int]:
     """Lengths of the scenes: the frames' means in so many clusters, made contiguous. means: (T, C)."""
-    return runs(refine(frame_clusters(means, max(1, clusters), NEIGHBOURS).tolist()))
+    return run_lengths(refine(frame_clusters(means, max(1, clusters), NEIGHBOURS).tolist()))
 
 
 def prunevid_constancy(features: Tensor, place: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -66,6 +66,38 @@ def prunevid_clusters(features: Tensor, groups: Pools, counts: Tensor) -> tuple[
     into, score = (torch.cat([f[i] for f in found]) for i in (1, 2))
     size = torch.zeros_like(score).scatter_add(1, into.clamp(min=0), (into >= 0).to(score))
     return into, 1 / size.gather(1, into.clamp(min=0)).clamp(min=1), score
+
+
+def frame_clusters(frames: Tensor, clusters: int, k: int = 7) -> Tensor:
+    """DPC-kNN of whole frames; clusters are numbered by their centres' scores, best first. frames: (T, C) -> (T,) labels.
+
+    O(T² C). With fewer than k frames all of them are neighbours.
+    """
+    distance = euclidean(frames[None])
+    best = torch.sort(centre_scores(distance, k)[0], descending=True, stable=True).indices[:clusters]
+    centre = torch.zeros(len(frames), dtype=torch.bool, device=best.device).index_fill(0, best, True)
+    label = torch.zeros_like(centre, dtype=torch.long).scatter(0, best, torch.arange(len(best), device=best.device))
+    return label[to_centres(distance, centre[None])[0]]
+
+
+def refine(labels: Sequence[int]) -> list[int]:
+    """Make clusters of frames contiguous: each keeps its longest run (several of equal length stay), if that is above 1.
+
+    The gaps in between are filled from left to right, each with the label of the longer of its two neighbouring runs, the left
+    one's when they are equally long. Frames that have joined the run on the left count as part of it. If no run stays, all
+    frames are label 0.
+    """
+    spans = [(label, len(list(run))) for label, run in groupby(labels)]
+    longest = {label: max(n for own, n in spans if own == label) for label, _ in spans}
+    stays = [label if n == longest[label] > 1 else None for label, n in spans for _ in range(n)]
+    spaced = [(label, len(list(run))) for label, run in groupby(stays)]  # None: a gap
+    out: list[int] = []
+    for (label, n), (right, after) in zip(spaced, [*spaced[1:], (None, 0)], strict=True):
+        if label is None:
+            left = run_lengths(out)[-1] if out else 0
+            label = right if after > left and right is not None else out[-1] if out else 0
+        out += [label] * n
+    return out
 
 
 @register_method(
@@ -125,4 +157,4 @@ class PruneVid(ConnectorMethod):
             groups = still_and_moving(place, len(tokens), lengths, constancy, self.tau, keep)
             counts = groups.shares(keep)
         into, weight, _ = prunevid_clusters(features, groups, counts)
-        return selection(*groups.flow(into, weight), keep, scene=groups.scene[layout.group])
+        return merged_selection(*groups.flow(into, weight), keep, scene=groups.scene[layout.group])

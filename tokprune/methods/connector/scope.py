@@ -11,10 +11,10 @@ from torch import Tensor
 from tokprune.budget import equal
 from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
 from tokprune.methods.options import option
-from tokprune.ops.distance import cosine_similarity
+from tokprune.ops.grid import stacks
+from tokprune.ops.numeric import wide
 from tokprune.ops.select import greedy_coverage
-from tokprune.ops.stacks import stacks
-from tokprune.ops.wide import wide
+from tokprune.ops.similarity import cosine_similarity
 from tokprune.registry import Checked, register_method
 from tokprune.tokens import Selection, VisualTokens
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from tokprune.budget import equal_spaced
 from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
 from tokprune.methods.options import option
-from tokprune.ops.cells import centres, even_cells
 from tokprune.ops.frames import raster
+from tokprune.ops.grid import centres, even_cells
 from tokprune.registry import register_method
 from tokprune.tokens import Layout, Merge, Selection, VisualTokens
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tokprune.methods.base import ScoreMethod, check_finite, top
-from tokprune.ops.distance import cosine_similarity
+from tokprune.ops.similarity import cosine_similarity
 from tokprune.registry import Checked, register_method
 from tokprune.tokens import VisualTokens
 

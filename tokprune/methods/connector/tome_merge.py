@@ -10,8 +10,8 @@ from torch import Tensor
 from tokprune.budget import floor_of
 from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
 from tokprune.methods.options import option
-from tokprune.ops.bipartite import bipartite_matching, cap, merge_weighted
-from tokprune.ops.wide import wide
+from tokprune.ops.merge import bipartite_matching, cap, merge_weighted
+from tokprune.ops.numeric import wide
 from tokprune.registry import Checked, register_method
 from tokprune.tokens import Merge, Selection, VisualTokens
 

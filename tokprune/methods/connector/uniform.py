@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tokprune.budget import share
 from tokprune.methods.base import ConnectorMethod, check_keep
-from tokprune.ops.cells import centres, even_cells
+from tokprune.ops.grid import centres, even_cells
 from tokprune.registry import register_method
 from tokprune.tokens import Layout, Selection, VisualTokens
 

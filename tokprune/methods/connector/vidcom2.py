@@ -10,9 +10,9 @@ from torch import Tensor
 
 from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
 from tokprune.methods.options import Compat, option
-from tokprune.ops.distance import unit
+from tokprune.ops.numeric import wide
+from tokprune.ops.similarity import unit
 from tokprune.ops.topk import rank_in_group, top_by_tier
-from tokprune.ops.wide import wide
 from tokprune.registry import Checked, register_method
 from tokprune.tokens import Selection, VisualTokens
 

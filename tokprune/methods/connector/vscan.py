@@ -10,10 +10,10 @@ from torch import Tensor
 from tokprune.budget import equal
 from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
 from tokprune.methods.options import Block, Compat, option
-from tokprune.ops.distance import nearest_target
-from tokprune.ops.stacks import stacks
+from tokprune.ops.grid import stacks
+from tokprune.ops.numeric import wide
+from tokprune.ops.similarity import nearest_target
 from tokprune.ops.topk import rank_in_group, top_by_tier
-from tokprune.ops.wide import wide
 from tokprune.registry import Checked, register_method
 from tokprune.tokens import Merge, Selection, VisualTokens
 

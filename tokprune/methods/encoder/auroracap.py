@@ -8,7 +8,7 @@ from tokprune.budget import even_steps, kept
 from tokprune.errors import OptionError
 from tokprune.methods.encoder_base import BlockView, EncoderMethod, Reduction
 from tokprune.methods.options import Compat, option
-from tokprune.ops.bipartite import bipartite_matching
+from tokprune.ops.merge import bipartite_matching
 from tokprune.registry import Checked, register_method
 
 

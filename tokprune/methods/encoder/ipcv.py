@@ -12,7 +12,7 @@ from tokprune.errors import OptionError
 from tokprune.methods.base import top
 from tokprune.methods.encoder_base import BlockView, Cut, EncoderMethod, Place, Reduction, at_depths
 from tokprune.methods.options import Block, Compat, option
-from tokprune.ops.wide import wide
+from tokprune.ops.numeric import wide
 from tokprune.registry import Checked, register_method
 
 

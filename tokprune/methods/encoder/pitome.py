@@ -11,8 +11,8 @@ from torch import Tensor
 from tokprune.budget import geometric_counts
 from tokprune.methods.encoder_base import BlockView, EncoderMethod, Reduction
 from tokprune.methods.options import option
-from tokprune.ops.bipartite import Matching
-from tokprune.ops.distance import cosine_similarity, unit
+from tokprune.ops.merge import Matching
+from tokprune.ops.similarity import cosine_similarity, unit
 from tokprune.registry import Checked, register_method
 
 

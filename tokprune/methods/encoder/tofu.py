@@ -12,7 +12,7 @@ from tokprune.errors import OptionError
 from tokprune.methods.encoder.tome import merge_schedule
 from tokprune.methods.encoder_base import BlockView, EncoderMethod, Reduction
 from tokprune.methods.options import Block, option
-from tokprune.ops.bipartite import Matching, bipartite_matching, merge, merge_weighted
+from tokprune.ops.merge import Matching, bipartite_matching, merge, merge_weighted
 from tokprune.registry import Checked, register_method
 
 

@@ -13,8 +13,8 @@ from tokprune.budget import even_steps
 from tokprune.errors import OptionError
 from tokprune.methods.encoder_base import BlockView, EncoderMethod, Reduction
 from tokprune.methods.options import Compat, Seed, option
-from tokprune.ops.bipartite import Matching, bipartite_matching
-from tokprune.ops.distance import unit
+from tokprune.ops.merge import Matching, bipartite_matching
+from tokprune.ops.similarity import unit
 from tokprune.registry import Checked, register_method
 
 

@@ -12,7 +12,7 @@ from tokprune.budget import geometric_counts
 from tokprune.methods.base import top
 from tokprune.methods.encoder_base import BlockView, EncoderMethod, Place, Reduction, at_depths
 from tokprune.methods.options import Block, option
-from tokprune.ops.distance import unit
+from tokprune.ops.similarity import unit
 from tokprune.registry import Checked, register_method
 
 

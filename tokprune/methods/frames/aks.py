@@ -11,8 +11,8 @@ from tokprune.budget import whole_frames
 from tokprune.errors import OptionError
 from tokprune.methods.frames.questions import QuestionScored
 from tokprune.methods.options import Compat, option
-from tokprune.ops.frame_scores import finite
-from tokprune.ops.keyframes import aks, aks_published, best_first, cut
+from tokprune.ops.keyframes import aks, aks_published, best_first
+from tokprune.ops.numeric import finite
 from tokprune.registry import Checked, register_method
 from tokprune.tokens import VisualTokens
 
@@ -71,4 +71,8 @@ class AKS(QuestionScored):
                 f"AKS's published code chooses no frame at all for {count} frames at depth={self.depth} (its int({count} / "
                 f"2^{self.depth}) is 0); lower depth, keep more, or use compat='corrected'."
             )
-        return cut(best_first(found, scores), sizes, keep)
+        out, left = [0] * len(sizes), keep
+        for frame in best_first(found, scores):  # all tokens of these frames, up to the budget
+            out[frame] = min(sizes[frame], left)
+            left -= out[frame]
+        return out

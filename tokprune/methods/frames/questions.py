@@ -8,14 +8,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tokprune.errors import OptionError
+from tokprune.errors import OptionError, unknown
 from tokprune.methods.base import check_finite
 from tokprune.methods.frames_base import ScoredFrames, ScoreOptions
 from tokprune.methods.options import option
 from tokprune.methods.question import word_embeddings
-from tokprune.ops.frame_scores import calibrated, finite, word_relevance
-from tokprune.ops.wide import wide
-from tokprune.tokens import VisualTokens
+from tokprune.ops.numeric import finite, stretched, wide
+from tokprune.ops.similarity import unit
+from tokprune.tokens import Layout, VisualTokens
 
 ENTITY_PROMPT = (
     "This is one frame of a video. Does it show at least one of the following: {entities}?\n"
@@ -46,7 +46,7 @@ class QuestionScored(ScoredFrames):
       model, no other pass. A heuristic of ours, and the weakest of the three.
     - "clip": a scorer with an image and a text tower (apply(..., scorer="open_clip:...")).
     - "self": the VLM itself is asked about each frame and answers yes or no; one short forward per frame.
-    The latter two come as the signal `frame_scores`. calibrate: see ops.frame_scores.calibrated; "auto" is "none" for
+    The latter two come as the signal `frame_scores`. calibrate: see `calibrated`; "auto" is "none" for
     "self", whose scores are probabilities, and "minmax" otherwise (raw cosines are nearly flat). granularity, for
     "embeddings": "frame" compares the mean of a frame's tokens, "token" its closest one. entities: things to look for
     in place of the question's words; decouple: have the VLM name them first. normalize, entity_prompt, query_prompt:
@@ -138,3 +138,65 @@ def content_words(tokens: VisualTokens) -> Tensor:
     plain = ["".join(c for c in word.lower() if c.isalnum()) for word in pieces]
     keep = [i for i, word in enumerate(plain) if len(word) > 1 and word not in EMPTY_WORDS]
     return centred[torch.tensor(keep, device=rows.device)] if keep else centred
+
+
+CALIBRATIONS = ("minmax", "softmax", "sigmoid", "none")
+
+
+def calibrated(scores: Tensor, how: str) -> Tensor:
+    """Scores of a video's frames made comparable between videos and scorers.
+
+    scores: (T,) raw; what is not finite counts as 0, at most as the lowest. how: "minmax" stretches them to 0 … 1.
+    "softmax" is exp(score - best), for logits. "sigmoid" is an absolute probability, for logits with a bias such as
+    SigLIP's; where all of them are below 0.001 they are stretched instead. "none" leaves them. Constant scores come out
+    constant.
+    """
+    if how not in CALIBRATIONS:
+        raise unknown("calibration", how, CALIBRATIONS)
+    known = torch.isfinite(scores)
+    scores = finite(scores)
+    if how == "none":
+        return scores
+    if how == "softmax":
+        return torch.where(known, (scores - torch.where(known, scores, -torch.inf).amax()).exp(), 0.0)
+    low = torch.where(known, scores, torch.inf).amin()  # of the known ones: a missing score must not widen the range
+    scores = torch.where(known, scores, torch.where(known.any(), low, 0.0))
+    if how == "minmax":
+        return stretched(scores)
+    probability = scores.sigmoid()
+    return torch.where((probability < 1e-3).all(), stretched(scores), probability)
+
+
+def word_relevance(
+    features: Tensor, layout: Layout, words: Tensor, best: int = 3, by_token: bool = False, block: int = 16384
+) -> Tensor:
+    """How close each frame is to a question's words, in the LLM's embedding space. Returns (T,), a mean cosine.
+
+    features: (N, D). words: (J, D), centred. A frame is the mean of its tokens, each of unit length, less the mean over
+    the video: what all frames share (also the offset between pictures and words) does not count. Its score is the mean
+    over the `best` closest words. by_token: the closest token stands for the frame instead of the mean. O(N D), O(N J
+    D) by token; blocks of tokens, so that no copy of a long video is made.
+    """
+    frames = layout.num_groups
+    rows = [slice(i, i + block) for i in range(0, features.shape[0], block)]
+    total = wide(features[:0]).new_zeros(frames, features.shape[1])
+    for part in rows:
+        total = total.index_add(0, layout.group[part], unit(wide(features[part])))
+    sizes = torch.tensor(layout.group_sizes, device=total.device).clamp(min=1)[:, None]
+    means = total / sizes
+    centre = means.mean(0)
+    words = unit(words.to(total))
+    if by_token:
+        cosine = total.new_full((frames, len(words)), -torch.inf)
+        for part in rows:
+            near = unit(_apart(unit(wide(features[part])), centre)) @ words.T
+            cosine = cosine.scatter_reduce(0, layout.group[part][:, None].expand_as(near), near, "amax")
+    else:
+        cosine = unit(_apart(means, centre)) @ words.T  # (T, J)
+    return cosine.topk(min(best, len(words)), dim=-1).values.mean(-1)
+
+
+def _apart(rows: Tensor, centre: Tensor) -> Tensor:
+    """Rows less the centre; 0 where only rounding is left, whose direction would mean nothing."""
+    off = rows - centre
+    return torch.where(off.norm(dim=-1, keepdim=True) > 1e-5 * rows.norm(dim=-1, keepdim=True), off, 0.0)

@@ -14,9 +14,9 @@ from torch import Tensor
 from tokprune.errors import OptionError
 from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
 from tokprune.methods.connector.tome_merge import tome_merge
-from tokprune.ops.bipartite import bipartite_matching, cap, merge, merge_weighted
-from tokprune.ops.cells import centres, even_cells
-from tokprune.ops.wide import wide
+from tokprune.ops.grid import centres, even_cells
+from tokprune.ops.merge import bipartite_matching, cap, merge, merge_weighted
+from tokprune.ops.numeric import wide
 from tokprune.registry import MethodInfo
 from tokprune.tokens import Layout, Merge, Selection, VisualTokens
 

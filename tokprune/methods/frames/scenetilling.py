@@ -10,9 +10,8 @@ from tokprune.budget import equal_spaced, whole_frames
 from tokprune.methods.base import check_finite
 from tokprune.methods.frames_base import FramesMethod
 from tokprune.methods.options import option
-from tokprune.ops.frames import frame_means
-from tokprune.ops.scenes import frames_of_scenes, scenes
-from tokprune.ops.wide import wide
+from tokprune.ops.frames import frame_means, frames_of_scenes, scenes
+from tokprune.ops.numeric import wide
 from tokprune.registry import Checked, register_method
 from tokprune.tokens import VisualTokens
 

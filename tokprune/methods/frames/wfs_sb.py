@@ -10,11 +10,9 @@ from tokprune.budget import whole_frames
 from tokprune.methods.base import check_finite
 from tokprune.methods.frames.questions import QuestionScored
 from tokprune.methods.options import option
-from tokprune.ops.frame_scores import finite
 from tokprune.ops.frames import frame_means
-from tokprune.ops.keyframes import best_first
-from tokprune.ops.scene_frames import WEIGHTS, wfs_sb
-from tokprune.ops.wide import wide
+from tokprune.ops.keyframes import WEIGHTS, best_first, wfs_sb
+from tokprune.ops.numeric import finite, wide
 from tokprune.registry import Checked, register_method
 from tokprune.tokens import VisualTokens
 

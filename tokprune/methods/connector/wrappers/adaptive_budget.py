@@ -12,8 +12,8 @@ from tokprune.budget import floor_of, share
 from tokprune.methods.base import ConnectorMethod, Wrapper, check_finite
 from tokprune.methods.connector.wrappers.base import wrapped
 from tokprune.methods.options import option
-from tokprune.ops.distance import unit
-from tokprune.ops.wide import wide
+from tokprune.ops.numeric import wide
+from tokprune.ops.similarity import unit
 from tokprune.registry import register_method
 from tokprune.tokens import VisualTokens
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from tokprune.methods.base import ConnectorMethod, Wrapper, check_finite
 from tokprune.methods.connector.wrappers.base import wrapped
-from tokprune.ops.joining import merge_dropped
+from tokprune.ops.merge import merge_dropped
 from tokprune.registry import register_method
 from tokprune.tokens import Selection, VisualTokens
 

@@ -13,8 +13,8 @@ from tokprune.methods.connector.hired import hired_budgets
 from tokprune.methods.connector.wrappers.base import wrapped
 from tokprune.methods.options import option
 from tokprune.methods.parts import select_in_parts
-from tokprune.ops.regions import check_canvas
-from tokprune.ops.wide import wide
+from tokprune.ops.grid import check_canvas
+from tokprune.ops.numeric import wide
 from tokprune.registry import register_method
 from tokprune.tokens import Selection, VisualTokens
 

@@ -11,7 +11,7 @@ from tokprune.errors import OptionError
 from tokprune.methods.base import ConnectorMethod, Wrapper, check_keep
 from tokprune.methods.connector.wrappers.base import wrapped
 from tokprune.methods.options import option
-from tokprune.ops.joining import join
+from tokprune.ops.merge import join
 from tokprune.ops.topk import true_indices
 from tokprune.registry import register_method
 from tokprune.tokens import Selection, VisualTokens

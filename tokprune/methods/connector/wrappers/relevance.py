@@ -14,9 +14,9 @@ from tokprune.methods.connector.divprune import DivPrune
 from tokprune.methods.connector.wrappers.base import wrapped
 from tokprune.methods.options import option
 from tokprune.methods.question import word_embeddings
-from tokprune.ops.distance import cosine_distance, cosine_similarity
+from tokprune.ops.numeric import wide
 from tokprune.ops.select import greedy_max_min
-from tokprune.ops.wide import wide
+from tokprune.ops.similarity import cosine_distance, cosine_similarity
 from tokprune.registry import register_method
 from tokprune.tokens import Selection, VisualTokens
 

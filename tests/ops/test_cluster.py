@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from tokprune.ops.dpc import density, dpc_knn, euclidean, peaks
+from tokprune.ops.cluster import centre_scores, density, dpc_knn, euclidean
 
 
 def plain(points: list[list[float]], count: int, k: int) -> tuple[set[int], list[int]]:
@@ -62,7 +62,9 @@ def test_neighbours_may_differ_between_rows() -> None:
     for row in range(3):
         one = density(distance[row : row + 1], int(k[row]))
         torch.testing.assert_close(density(distance, k)[row], one[0])
-        torch.testing.assert_close(peaks(distance, k)[row], peaks(distance[row : row + 1], int(k[row]))[0])
+        torch.testing.assert_close(
+            centre_scores(distance, k)[row], centre_scores(distance[row : row + 1], int(k[row]))[0]
+        )
 
 
 def test_duplicates_take_the_lower_index() -> None:

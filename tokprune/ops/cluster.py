@@ -31,7 +31,7 @@ def density(distance: Tensor, k: int | Tensor, valid: Tensor | None = None) -> T
     return (-(nearest.masked_fill(~real, 0).sum(-1) / real.sum(-1).clamp(min=1))).exp()
 
 
-def peaks(distance: Tensor, k: int | Tensor, valid: Tensor | None = None) -> Tensor:
+def centre_scores(distance: Tensor, k: int | Tensor, valid: Tensor | None = None) -> Tensor:
     """Score of each point as a cluster centre: density times distance to the nearest denser point.
 
     The densest point gets the largest distance of all pairs. distance: (B, n, n), k as in `density`, valid: (B, n) bool or
@@ -75,7 +75,7 @@ def dpc_knn(
         here = None if valid is None else valid[begin : begin + block]
         count = counts[begin : begin + block, None]
         distance = euclidean(part if part.dtype == torch.float64 else part.float())
-        score = peaks(distance, k[begin : begin + block] if isinstance(k, Tensor) else k, here)
+        score = centre_scores(distance, k[begin : begin + block] if isinstance(k, Tensor) else k, here)
         centre = ranks(score) < count
         own = to_centres(distance, centre)
         lost = (count == 0).expand_as(own) if here is None else (count == 0) | ~here

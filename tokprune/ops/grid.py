@@ -1,14 +1,79 @@
-"""Even pieces of a token stream: exact numbers of runs along the raster, or of near-square cells on the grid."""
+"""Places of a token stream: pieces of its grids, regions of a thumbnail, groups of equal size as one batch."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from tokprune.errors import OptionError
 from tokprune.tokens import Layout
+
+
+class Stack(NamedTuple):
+    """Groups that one call can treat. where: (G, n) positions in the stream. keep: budget of each. label: what they share."""
+
+    where: Tensor
+    keep: int
+    label: Any
+
+
+def stacks(
+    sizes: Sequence[int],
+    budgets: Sequence[int],
+    device: torch.device | str,
+    labels: Sequence[Hashable] | None = None,
+) -> list[Stack]:
+    """Put groups of equal size, budget and label together; those without a budget are left out.
+
+    sizes, budgets, labels: one entry per group; groups lie one after the other in the stream, as Layout demands.
+    """
+    same: dict[tuple[int, int, Hashable], list[int]] = {}
+    start = 0
+    for i, (size, keep) in enumerate(zip(sizes, budgets, strict=True)):
+        if keep > 0:
+            same.setdefault((size, keep, None if labels is None else labels[i]), []).append(start)
+        start += size
+    return [
+        Stack(torch.tensor(starts, device=device)[:, None] + torch.arange(size, device=device), keep, label)
+        for (size, keep, label), starts in same.items()
+    ]
+
+
+def region_of(row: Tensor, col: Tensor, grid: tuple[int, int], canvas: tuple[int, int]) -> Tensor:
+    """Tile that shows what a thumbnail token shows, in raster order of the canvas.
+
+    row, col: (N,) places in the thumbnail's grid (height, width). canvas: how many tiles lie down and across.
+    """
+    down = torch.div(row * canvas[0], grid[0], rounding_mode="floor")
+    across = torch.div(col * canvas[1], grid[1], rounding_mode="floor")
+    return down * canvas[1] + across
+
+
+def region_sums(values: Tensor, layout: Layout) -> Tensor:
+    """Sum of a thumbnail's values over the region of each tile.
+
+    values: (N,) one per token of the stream; only the thumbnail's (group 0) are read. Returns (tiles,) in float32.
+    """
+    canvas = check_canvas(layout)
+    own = layout.group_slices()[0]
+    region = region_of(layout.row[own], layout.col[own], layout.grids[0], canvas)
+    wide = values if values.dtype == torch.float64 else values.float()
+    return wide.new_zeros(canvas[0] * canvas[1]).index_add(0, region, wide[own])
+
+
+def check_canvas(layout: Layout) -> tuple[int, int]:
+    """The canvas of a tiled stream with a thumbnail, or the error that says what is missing."""
+    canvas = layout.canvas
+    if not layout.thumbnail or canvas is None or canvas[0] * canvas[1] != layout.num_groups - 1:
+        raise OptionError(
+            f"the layout has {layout.num_groups} groups, thumbnail={layout.thumbnail} and canvas={canvas}; tiles with a "
+            "thumbnail need thumbnail=True and canvas=(down, across) with down * across = groups - 1."
+        )
+    return canvas
 
 
 def even_runs(layout: Layout, budgets: Sequence[int]) -> Tensor:

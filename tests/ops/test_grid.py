@@ -1,4 +1,4 @@
-"""Even pieces: exact counts, even sizes, near-square shapes, the right middle."""
+"""Pieces of a grid, regions of a thumbnail, groups of equal size as one batch."""
 
 from __future__ import annotations
 
@@ -9,8 +9,52 @@ from hypothesis import strategies as st
 
 from tests.methods.streams import LAYOUTS
 from tokprune.budget import share
-from tokprune.ops.cells import centres, even_cells, even_runs, middles
+from tokprune.errors import OptionError
+from tokprune.ops.grid import centres, even_cells, even_runs, middles, region_of, region_sums, stacks
 from tokprune.tokens import Layout
+
+
+def test_groups_that_share_everything_share_a_call() -> None:
+    found = stacks([2, 3, 2, 3, 0, 3], [1, 2, 1, 1, 0, 2], "cpu")
+    assert [(s.where.tolist(), s.keep) for s in found] == [
+        ([[0, 1], [5, 6]], 1),
+        ([[2, 3, 4], [10, 11, 12]], 2),
+        ([[7, 8, 9]], 1),
+    ]
+
+
+def test_groups_without_a_budget_are_left_out() -> None:
+    assert [s.where.tolist() for s in stacks([2, 2], [0, 2], "cpu")] == [[[2, 3]]]
+
+
+def test_labels_keep_groups_apart() -> None:
+    found = stacks([4, 4, 4], [2, 2, 2], "cpu", [(2, 2), (1, 4), (2, 2)])
+    assert [(s.where[:, 0].tolist(), s.label) for s in found] == [([0, 8], (2, 2)), ([4], (1, 4))]
+
+
+def test_regions_tile_the_thumbnail() -> None:
+    layout = Layout.grid(6, 6)
+    region = region_of(layout.row, layout.col, (6, 6), (2, 3)).reshape(6, 6)
+    assert region.tolist() == [[0, 0, 1, 1, 2, 2]] * 3 + [[3, 3, 4, 4, 5, 5]] * 3
+
+
+def test_uneven_grids_are_split_as_evenly_as_they_can() -> None:
+    layout = Layout.grid(5, 5)
+    region = region_of(layout.row, layout.col, (5, 5), (2, 1))
+    assert torch.bincount(region).tolist() == [15, 10]
+
+
+def test_sums_read_the_thumbnail_alone() -> None:
+    layout = LAYOUTS["unpadded"]
+    values = torch.ones(64)
+    values[16:] = 100
+    assert region_sums(values, layout).tolist() == [4.0] * 4
+
+
+def test_streams_without_thumbnail_or_canvas_are_refused() -> None:
+    for layout in (LAYOUTS["image"], LAYOUTS["video"], Layout.grid(2, 2, 4, "tiles", canvas=(2, 2), thumbnail=True)):
+        with pytest.raises(OptionError, match="canvas"):
+            region_sums(torch.ones(layout.group.shape[0]), layout)
 
 
 @settings(max_examples=60, deadline=None)

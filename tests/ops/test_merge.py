@@ -7,7 +7,7 @@ import torch
 
 from tests.golden_vectors import GoldenCase, claims
 from tests.published.bipartite import sources, unmerge
-from tokprune.ops.bipartite import bipartite_matching, cap, merge, merge_weighted
+from tokprune.ops.merge import bipartite_matching, cap, merge, merge_weighted
 
 UNMERGE = "with a distillation token the published inverse mixes up the rows"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tokprune.methods.connector.prumerge import neighbour_rows
-from tokprune.ops.distance import nearest_target
+from tokprune.ops.similarity import nearest_target
 
 
 def test_nearest_target() -> None:
