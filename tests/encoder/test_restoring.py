@@ -196,7 +196,7 @@ def test_ipcv_in_a_packed_tower_equals_a_written_out_forward() -> None:
         span = slice(start, start + n)
         start += n
         before, then = (t[span].view(n // 4, -1) for t in (calls[0]["x"], old))
-        kept = sorted((then - before).norm(dim=-1).argsort(descending=True)[: round(0.5 * n / 4)].tolist())
+        kept = sorted((then - before).norm(dim=-1).argsort(descending=True)[: (n // 4 + 1) // 2].tolist())
         others = [i for i in range(n // 4) if i not in kept]
         tokens = torch.tensor([4 * u + i for u in kept for i in range(4)])
 
