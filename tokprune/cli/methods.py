@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -13,9 +13,10 @@ from rich.table import Table
 
 from tokprune.files import STDOUT, write_json
 from tokprune.registry import list_methods, method_class
+from tokprune.types import JsonObject
 
 
-def facts(name: str) -> dict[str, Any]:
+def facts(name: str) -> JsonObject:
     """Everything the registry knows of a method, as plain data."""
     cls = method_class(name)
     doc = inspect.getdoc(cls) or ""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
@@ -30,6 +29,12 @@ class StageModules:
     projectors: tuple[nn.Module, ...]
     language: nn.Module
     head: nn.Module | None
+
+    @property
+    def vision_parameters(self) -> int:
+        """Numbers in the weights of tower and projectors, shared ones once."""
+        held = {id(p): p.numel() for module in (self.vision, *self.projectors) for p in module.parameters()}
+        return sum(held.values())
 
 
 def _first(module: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
@@ -57,7 +62,7 @@ def find_stages(model: nn.Module) -> StageModules:
                     projectors += list(part)
                 elif isinstance(part, nn.Module):
                     projectors.append(part)
-        get_head: Callable[[], Any] | None = getattr(model, "get_output_embeddings", None)
+        get_head: Callable[[], object] | None = getattr(model, "get_output_embeddings", None)
         head = get_head() if callable(get_head) else None
         return StageModules(base, vision, tuple(projectors), language, head if isinstance(head, nn.Module) else None)
     raise UnsupportedModelError(
