@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokprune.adapters.tower_parts import Heads
 from tokprune.errors import OptionError, UnsupportedModelError
 from tokprune.methods.encoder_base import BlockView, Cut, Entrance
 from tokprune.runtime.encoder.engine import Splice
 from tokprune.runtime.encoder.run import EncoderTrace, Run, State
-from tokprune.runtime.encoder.tower import Heads
 
 
 class BatchedSplice(Splice):
@@ -34,7 +34,7 @@ class BatchedSplice(Splice):
 
     def block_arguments(self, run: Run, index: int, args: Any, kwargs: dict[str, Any]) -> Any:
         """The rotary table of the rows that are left, where the blocks take one."""
-        if self.tower.rope is None or kwargs.get("rope") is None:
+        if not self.tower.rope or kwargs.get("rope") is None:
             return None
         table, state = kwargs["rope"], run.states[index]
         if table.dim() != 2:
@@ -99,17 +99,16 @@ class BatchedSplice(Splice):
         rows, head = self.rows(x, order), x[:, : prefix if fold > 1 else 0]
         before = run.inputs.get(index)
 
+        reader = tower.blocks[index].reader
+
         def heads() -> Heads:
-            q, k, v = tower.blocks[index].heads(run.seen[index])
+            q, k, v = reader.read(run.seen[index])
             return (q, k, v) if order is None else (q[:, :, order], k[:, :, order], v[:, :, order])
 
-        rope, turn = run.ropes.pop(index, None), tower.rope
+        rope = run.ropes.pop(index, None)
 
         def rotate(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-            if rope is None or turn is None:
-                return q, k
-            attention = tower.blocks[index].attention
-            return turn(attention, prefix, rope, q), turn(attention, prefix, rope, k)
+            return reader.turn(q, rope), reader.turn(k, rope)
 
         start = run.rows - prefix if fold == 1 else run.rows
         view = BlockView(

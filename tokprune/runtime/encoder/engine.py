@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from tokprune.adapters.hooks import Attachments, Lock, PerThread
+from tokprune.adapters.tower_parts import Tower
 from tokprune.budget import keep_count
 from tokprune.errors import TokpruneError, UnsupportedModelError
 from tokprune.methods.encoder_base import EncoderMethod
 from tokprune.runtime.encoder.intermediates import NAME, forward_intermediates
 from tokprune.runtime.encoder.run import EncoderTrace, Run, State
-from tokprune.runtime.encoder.tower import Tower
 
 REENTRANT = (
     "gradient checkpointing in the reentrant way cannot be recomputed with an encoder-stage method: the tower would get no gradients. "
@@ -190,7 +190,7 @@ class Splice:
             on.before(parts.attention, "_attention", i, with_kwargs=True)
             if i in active:
                 middle = method.place_at(i, tower.depth) == "middle"
-                for name, module in parts.seen.items():
+                for name, module in parts.reader.watched().items():
                     on.after(module, "_see", i, name, middle)
                 if middle:
                     on.before(parts.middle, "_middle", i)

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokprune.adapters.tower_parts import Heads
 from tokprune.errors import UnsupportedModelError
 from tokprune.methods.encoder_base import BlockView, Cut, Reduction
 from tokprune.runtime.encoder.engine import Splice
 from tokprune.runtime.encoder.run import EncoderTrace, Run, State
-from tokprune.runtime.encoder.tower import Heads
 
 PAD = 8  # channels added to each head for the size bias: flash kernels want multiples of eight
 
@@ -36,12 +36,6 @@ class PackedRun(Run):
     order: Tensor | None = None
     cells: list[tuple[int, int]] = field(default_factory=list)
     lengths: dict[int, list[int]] = field(default_factory=dict)
-
-
-def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of both halves. x: (..., S, hd), cos, sin: (..., S, hd)."""
-    low, high = x.chunk(2, -1)
-    return x * cos + torch.cat([-high, low], -1) * sin
 
 
 def still(table: Tensor, value: float) -> Tensor:
@@ -76,7 +70,7 @@ class PackedSplice(Splice):
         self.on.before(self.tower.root, "_grids", with_kwargs=True)
         if self.method.size_bias:
             for i, parts in enumerate(self.tower.blocks):
-                self.on.after(parts.seen["qkv"], "_add_channel", i)
+                self.on.after(parts.reader.watched()["qkv"], "_add_channel", i)
                 self.on.before(parts.attention.proj, "_strip_channel", i)
 
     def _grids(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
@@ -239,13 +233,15 @@ class PackedSplice(Splice):
         token = (at[..., None] * fold + offsets).flatten(1)  # (F, S)
         origin = (place[..., None] * fold + offsets).flatten(1)
 
+        reader = tower.blocks[index].reader
+
         def heads() -> Heads:
-            q, k, v = tower.blocks[index].heads(run.seen[index])
-            return q[token].transpose(1, 2), k[token].transpose(1, 2), v[token].transpose(1, 2)
+            q, k, v = (x[0].transpose(0, 1)[token].transpose(1, 2) for x in reader.read(run.seen[index]))
+            return q, k, v
 
         def rotate(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-            cos, sin = (p[origin][:, None].to(q.dtype) for p in run.position)
-            return rotated(q, cos, sin), rotated(k, cos, sin)
+            positions = [p[origin] for p in run.position]  # (F, S, d)
+            return reader.turn(q, positions), reader.turn(k, positions)
 
         segment = run.segment[run.kinds[index]][place].repeat_interleave(fold, 1)
         bias = x.new_zeros(segment.shape[0], 1, 1, segment.shape[1], dtype=torch.float32)
