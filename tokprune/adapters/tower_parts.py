@@ -10,11 +10,11 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from tokprune.adapters.hooks import Ref
+from tokprune.adapters.patch_sizes import Embed
 from tokprune.errors import MissingSignalError
 
 Heads: TypeAlias = tuple[Tensor, Tensor, Tensor]
 """Queries (B, H, N, d), keys and values (B, H', N, d); a packed sequence has B = 1."""
-Embed: TypeAlias = Callable[[Tensor, tuple[int, int], int], Tensor]
 Moments: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and standard deviation of each colour."""
 
@@ -179,8 +179,8 @@ class Tower:
         """The model that was given."""
         return self.owner_ref()
 
-    def doors(self) -> tuple[tuple[Ref, str], ...]:
-        """Methods through which the owner reaches the root, as (object, name); none when it is the root itself."""
+    def owner_methods(self) -> tuple[tuple[Ref, str], ...]:
+        """Methods through which the owner calls the root, as (object, name); none when it is the root itself."""
         owner = self.owner
         if owner is None or owner is self.root:
             return ()
