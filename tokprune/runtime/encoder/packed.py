@@ -155,6 +155,10 @@ class PackedSplice(Splice[PackedRun]):
         size = x.new_ones(units, 1, dtype=torch.float32) if state.size is None else state.size
         rows = x.view(units, -1)  # (U, C of a unit)
         was_cut, changed, left = bool(run.cuts), False, list(run.lengths[index])
+        if was_cut and self.method.info.adaptive:  # frames of one size may differ by now: their cuts would be mixed up
+            raise UnsupportedModelError(
+                f"{self.method.info.name} can leave the sequence of a {self.tower.family} tower once, at one block."
+            )
         parts: list[tuple[Tensor, Reduction]] = []
         for number, (start, frames, at) in enumerate(self.equal_frames(run, index, x.device)):
             view = self.view(run, index, rows[at], size[at], at, place[at], start)
