@@ -11,24 +11,23 @@ from torch import Tensor
 
 from tests.published.dart import dart_in_llm
 from tests.published.globalcom2 import globalcom2_published
+from tests.published.mmtok import mmtok
 from tests.published.pool import average_pool, pooled_positions
 from tests.published.prumerge_plus import prumerge_plus_order, spatial_step
 from tests.published.visionzip import visionzip
 from tests.published.vscan import vscan_published
 from tokprune.methods.connector.cdpruner import cdpruner, quality
 from tokprune.methods.connector.divprune import divprune
-from tokprune.methods.connector.fastervlm import fastervlm
 from tokprune.methods.connector.flowcut import flowcut_scores
 from tokprune.methods.connector.gprune import gprune
 from tokprune.methods.connector.hiprune import hiprune
 from tokprune.methods.connector.hired import hired_budgets, hired_published_budgets
 from tokprune.methods.connector.holov import holov, holov_published
-from tokprune.methods.connector.mmtok import mmtok
 from tokprune.methods.connector.prumerge import best, prumerge_count, prumerge_rows
 from tokprune.methods.connector.prunesid import prunesid
 from tokprune.methods.connector.recoverable import recoverable
 from tokprune.methods.connector.scope import scope
-from tokprune.methods.connector.textmonkey import textmonkey
+from tokprune.methods.connector.textmonkey import uniqueness
 from tokprune.methods.connector.vispruner import vispruner
 from tokprune.methods.question import text_relevance
 from tokprune.ops.topk import top, top_in_groups
@@ -314,7 +313,7 @@ PAIRS = (
         "fastervlm",
         lambda case, seed: (rows(case.tiles, case.heads, case.n, seed=seed), case.each),
         by_attention.fastervlm,
-        fastervlm,
+        lambda scores, keep: top(scores.mean(1), keep),
     ),
     Pair("visionzip", _visionzip_inputs, merging.visionzip, visionzip),
     Pair("vispruner", _tower, by_attention.vispruner, vispruner),
@@ -345,7 +344,7 @@ PAIRS = (
         "textmonkey",
         lambda case, seed: (_whole(case, seed)[0][None], case.keep),
         similarity.textmonkey,
-        textmonkey,
+        lambda features, keep: top(uniqueness(features), keep),
     ),
     Pair("recoverable", _recoverable_inputs, each_tile(merging.recoverable), each_tile(recoverable)),
     Pair(

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from tests.golden_vectors import GoldenCase, claims
+from tests.published.mmtok import mmtok
 from tokprune.errors import MissingQueryError, OptionError
-from tokprune.methods.connector.mmtok import MMTok, content_rows, coverage_rows, mmtok
+from tokprune.methods.connector.mmtok import MMTok, content_rows, coverage_rows
 from tokprune.registry import get_method
 from tokprune.tokens import Layout, Query, VisualTokens
 

@@ -10,18 +10,9 @@ from torch import Tensor
 from tokprune.budget import equal
 from tokprune.methods.base import ScoreMethod
 from tokprune.ops.numeric import wide
-from tokprune.ops.topk import grouped_top, top
+from tokprune.ops.topk import grouped_top
 from tokprune.registry import Checked, register_method
 from tokprune.tokens import VisualTokens
-
-
-def fastervlm(cls_attention: Tensor, keep: int) -> Tensor:
-    """The `keep` patches of each tile with the highest mean [CLS] attention (section 3.3).
-
-    cls_attention: (B, H, N) rows of every head, or (B, N) their mean -> (B, keep) ascending indices.
-    """
-    scores = wide(cls_attention)
-    return top(scores.mean(-2) if scores.dim() == 3 else scores, keep)
 
 
 @register_method(

@@ -97,28 +97,6 @@ def coverage_rows(
     return torch.cat([words, alpha * patches])
 
 
-def mmtok(
-    projected: Tensor,
-    vision: Tensor,
-    text: Tensor,
-    keep: int,
-    alpha: float = 0.5,
-    text_temperature: float = 0.02,
-    vision_temperature: float = 0.2,
-    exclude: Tensor | None = None,
-) -> Tensor:
-    """Greedy maximum coverage of words and visual tokens. Shapes as in `coverage_rows` -> (keep,) in the order of choice.
-
-    exclude: indices of tokens (padding) that are picked only when no other is left.
-    """
-    rows = coverage_rows(projected, vision, text, alpha, text_temperature, vision_temperature)
-    barred = None
-    if exclude is not None:
-        barred = torch.zeros(1, rows.shape[-1], dtype=torch.bool, device=rows.device)
-        barred[:, exclude.to(rows.device)] = True
-    return greedy_coverage(rows[None], keep, barred=barred)[0]
-
-
 def content_rows(query: Query, count: int) -> list[int]:
     """Which of the question's `count` embedding rows belong to words that say something about the picture.
 

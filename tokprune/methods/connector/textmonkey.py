@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokprune.methods.base import ScoreMethod, check_finite, top
+from tokprune.methods.base import ScoreMethod, check_finite
 from tokprune.ops.similarity import cosine_similarity
 from tokprune.registry import Checked, register_method
 from tokprune.tokens import VisualTokens
@@ -20,11 +20,6 @@ def uniqueness(features: Tensor) -> Tensor:
     n = similarity.shape[-1]
     later = torch.ones(n, n, dtype=torch.bool, device=similarity.device).triu(1)
     return 1 - similarity.masked_fill(~later, -2.0).amax(-1)
-
-
-def textmonkey(features: Tensor, keep: int) -> Tensor:
-    """The `keep` tokens that no later token resembles. features: (B, N, D) -> (B, keep) ascending."""
-    return top(uniqueness(features), keep)
 
 
 @register_method(
