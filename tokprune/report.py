@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING
-
-from tokprune.types import JsonObject
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tokprune.config import PruneConfig
-    from tokprune.runtime.prefill import LastRun
+    from tokprune.runtime.records import LastRun
 
 
 @dataclass(frozen=True)
@@ -111,7 +109,7 @@ class Report:
         """Visual tokens kept, separators not counted."""
         return sum(s.kept for s in self.streams)
 
-    def to_dict(self) -> JsonObject:
+    def to_dict(self) -> dict[str, Any]:
         """Plain data."""
         return {"total": self.total, "kept": self.kept, **asdict(self)}
 

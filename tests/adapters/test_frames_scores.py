@@ -13,11 +13,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 import tokprune
 from tests.adapters.frames_methods import Brightness, ByScore, Watch, lit, scores_of
 from tests.adapters.reference import VIDEO, shared
-from tokprune.adapters.base import flatten
+from tokprune.adapters.base import flatten, get_adapter
 from tokprune.adapters.prompting import build_inputs, inputs_of
 from tokprune.errors import MissingSignalError
 from tokprune.runtime.frames.asking import SIDE, Asking
-from tokprune.runtime.streams import build_streams
+from tokprune.runtime.reuse import sources_of
+from tokprune.runtime.streams import Encoded, Prompts, build_streams
 from tokprune.testing import clip, picture
 
 PICTURES_KNOWN = [f for f in VIDEO if f not in ("molmo2", "minicpmv4_6")]
@@ -153,9 +154,9 @@ def test_asking_is_the_models_own_forward(family: str) -> None:
             return super().frame_worth(tokens)
 
     method = Catch(source="self", entities=("x",))
-    with tokprune.apply(tiny.model, method, ratio=0.5, query="q", processor=tiny.processor) as pruning:
+    with tokprune.apply(tiny.model, method, ratio=0.5, query="q", processor=tiny.processor):
         tiny.model(**inputs)
-        encoder = pruning.adapter.encode(dict(inputs))
+        encoder = get_adapter(tiny.model).encode(dict(inputs))
     tokens = caught[0]
     modality = "video" if "video" in encoder else "image"
     planes = [torch.cat(flatten(p)) for p in getattr(encoder[modality], "deepstack_features", None) or ()]
@@ -178,8 +179,8 @@ def test_smolvlm_is_asked_about_frames_not_about_tiles() -> None:
     assert scores.shape == (4,)
     assert scores.std() > 0
     assert [s.modality for s in report.streams] == ["image"]
-    with tokprune.apply(tiny.model, "random", ratio=0.5) as pruning:
-        before, after = Asking(pruning.adapter, tiny.processor, "m").prompt("Is it?")
+    with tokprune.apply(tiny.model, "random", ratio=0.5):
+        before, after = Asking(get_adapter(tiny.model), tiny.processor, "m").prompt("Is it?")
     text = tiny.processor.tokenizer.decode(before)
     assert text.endswith("Frame from 00:00:<fake_token_around_image><global-img>")
     assert "Is it?" in tiny.processor.tokenizer.decode(after)
@@ -189,12 +190,17 @@ def test_smolvlm_is_asked_about_frames_not_about_tiles() -> None:
 def test_larger_frames_are_averaged() -> None:
     tiny = tiny_of("llava_next_video")
     inputs = build_inputs(tiny.model, tiny.processor, "q", videos=[clip(2, seed=4)])
-    with tokprune.apply(tiny.model, "random", ratio=0.5) as pruning:
+    with tokprune.apply(tiny.model, "random", ratio=0.5):
         tiny.model(**inputs)
-        adapter = pruning.adapter
+        adapter = get_adapter(tiny.model)
         encoded = adapter.encode(dict(inputs))
         columns = adapter.placeholders(dict(inputs), encoded)["video"]
-        stream = build_streams(adapter, "video", encoded["video"], columns, [None], ())[0]
+        stream = build_streams(
+            adapter,
+            Encoded("video", encoded["video"], columns, sources_of(encoded["video"])),
+            Prompts(inputs["input_ids"], [None]),
+            (),
+        )[0]
     asking = Asking(adapter, tiny.processor, "m")
     import tokprune.runtime.frames.asking as module
 

@@ -197,15 +197,20 @@ def _no_blocks(tower: Any) -> Any:
 
 
 @pytest.mark.parametrize("first", ["connector", "encoder and connector", "cache"])
-@pytest.mark.parametrize("where", ["EncoderStage", "Seam", "Recorder", "CacheStage"])
+@pytest.mark.parametrize("where", ["EncoderStage", "ConnectorStage", "Recorder", "CacheStage"])
 @torch.no_grad()
 def test_an_install_that_fails_half_way_is_undone(first: str, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from tokprune.runtime.cache import CacheStage
+    from tokprune.runtime.encode import Recorder
     from tokprune.runtime.encoder.stage import EncoderStage
-    from tokprune.runtime.prefill import Seam
-    from tokprune.runtime.streams import Recorder
+    from tokprune.runtime.generate import ConnectorStage
 
-    kinds = {"EncoderStage": EncoderStage, "Seam": Seam, "Recorder": Recorder, "CacheStage": CacheStage}
+    kinds = {
+        "EncoderStage": EncoderStage,
+        "ConnectorStage": ConnectorStage,
+        "Recorder": Recorder,
+        "CacheStage": CacheStage,
+    }
     tiny = build("llava")
     inputs = tiny.inputs([["a ", ("image", picture(60, 40)), " b"]])
     pruning = tokprune.apply(tiny.model, **STAGES[first]())

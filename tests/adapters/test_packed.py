@@ -114,7 +114,7 @@ def uneven() -> Any:
 
 
 def test_lengths_that_flash_attention_is_told_are_cut() -> None:
-    from tokprune.runtime.plan import _cut_lengths
+    from tokprune.runtime.execute import _cut_lengths
 
     keep = torch.tensor([[1, 0, 0, 1, 1, 1, 0, 1, 1, 1]]).bool()
     call = {"cu_seq_lens_q": torch.tensor([0, 5, 10], dtype=torch.int32), "max_length_q": 5}

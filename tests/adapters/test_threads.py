@@ -166,8 +166,8 @@ def test_a_question_belongs_to_the_thread_that_asks_it() -> None:
     tiny = build("llava")
     inputs = tiny.inputs([["a ", ("image", picture(60, 40)), " b"]])
     pruning = tokprune.apply(tiny.model, "random", ratio=0.5, query="the question of apply", processor=tiny.processor)
-    seam = pruning._installed.seam
-    seam.options.method = _Echo()
+    connector = pruning._installed.connector
+    connector.options.method = _Echo()
     questions = ["what is red?", "how many cats are there?", "is it dark?", None]
 
     def ask(i: int) -> Callable[[], Tensor]:
@@ -205,7 +205,7 @@ def test_nested_questions_and_questions_after_an_error() -> None:
     tiny = build("llava")
     inputs = tiny.inputs([["a ", ("image", picture(60, 40)), " b"]])
     with tokprune.apply(tiny.model, "random", ratio=0.5, query="outer", processor=tiny.processor) as pruning:
-        pruning._installed.seam.options.method = _Echo()
+        pruning._installed.connector.options.method = _Echo()
 
         def heard() -> int:
             tiny.model(**inputs)

@@ -1,4 +1,4 @@
-"""Mutations: with any translation of the seam switched off, the next answer is an error, never a wrong answer.
+"""Mutations: with any translation switched off, the next answer is an error, never a wrong answer.
 
 Each mutation below takes one step out, as a transformers that calls things in another way would. It must be caught in
 generate() over a batch of two prompts of unequal length, for every kind of position and mask.
@@ -17,10 +17,11 @@ import tokprune
 from tests.adapters.reference import Prompt, prompt, shared
 from tests.adapters.test_generation import slow_unless, with_text
 from tests.spelling import cache_in, with_cache
+from tokprune.adapters.foreign import GENERATE_STEP
 from tokprune.errors import TokpruneError, TranslationError
-from tokprune.runtime import prefill as seam
+from tokprune.runtime import generate, prefill
 from tokprune.runtime.cache_record import PrunedCacheMixin, PruneState, get_state
-from tokprune.runtime.prefill import MODE, Seam
+from tokprune.runtime.generate import ConnectorStage
 from tokprune.testing import FAMILIES
 
 QUICK = ("llava", "qwen2_5_vl", "gemma3")  # 1-D RoPE; M-RoPE; windows, and masks that the model builds itself
@@ -47,21 +48,24 @@ def without(name: str) -> Mutation:
 
 def first_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Decode steps find no record; the prompt does."""
-    state = Seam._state
-    monkeypatch.setattr(seam, "cache_in", lambda call: None)
-    monkeypatch.setattr(Seam, "_state", lambda self, cache: state(self, cache))
+    state = ConnectorStage._state
+    monkeypatch.setattr(generate, "cache_in", lambda call: None)
+    monkeypatch.setattr(prefill, "cache_in", lambda call: None)
+    monkeypatch.setattr(ConnectorStage, "_state", lambda self, cache: state(self, cache))
 
 
 def own_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Seam, "_prefilled", let_through)
+    monkeypatch.setattr(ConnectorStage, "_prefilled", let_through)
 
 
 MUTATIONS: dict[str, Mutation] = {
-    "the record is not attached": put(seam, "attach_state", lambda cache, state: None),
-    "the cache keeps its class": put(seam, "attach_state", attach_record_only),
-    "the hook behind the model does not run": put(Seam, "_post", lambda self, *args: None),
-    "the hook before the model does not run": put(Seam, "_pre", lambda self, module, args, kwargs: None),
-    "prepare_inputs_for_generation is let through": put(Seam, "_prepare", let_through),
+    "the record is not attached": put(prefill, "attach_state", lambda cache, state: None),
+    "the cache keeps its class": put(prefill, "attach_state", attach_record_only),
+    "the hook behind the model does not run": put(ConnectorStage, "_after_base", lambda self, *args: None),
+    "the hook before the model does not run": put(
+        ConnectorStage, "_before_base", lambda self, module, args, kwargs: None
+    ),
+    "prepare_inputs_for_generation is let through": put(ConnectorStage, "_prepare", let_through),
     "the cache comes by another name": first_only,
     "the mask is as prompted": put(PruneState, "key_mask", lambda self, mask, *args, **kwargs: mask),
     "the mask is lost": put(PruneState, "key_mask", lambda self, mask, *args, **kwargs: None),
@@ -116,7 +120,7 @@ def test_decode_steps_around_prepare_are_right_or_refused(
     family: str, cache: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without prepare's help a decode step is one of a hand-written loop: translated at the model, or refused."""
-    case, prepare = given(family), Seam._prepare
+    case, prepare = given(family), ConnectorStage._prepare
     options = {} if cache is None else {"cache_implementation": cache}
     with tokprune.apply(case.tiny.model, "random", ratio=0.3, positions="compact"):
         wanted = answer(case, **options)
@@ -125,7 +129,7 @@ def test_decode_steps_around_prepare_are_right_or_refused(
             first = kwargs.get("is_first_iteration", False)
             return prepare(self, original, *args, **kwargs) if first else original(*args, **kwargs)
 
-        monkeypatch.setattr(Seam, "_prepare", prompts_only)
+        monkeypatch.setattr(ConnectorStage, "_prepare", prompts_only)
         if cache is None:
             assert torch.equal(answer(case), wanted)
         else:
@@ -142,11 +146,11 @@ def test_chunks_that_were_not_shortened_raise(family: str, monkeypatch: pytest.M
         with pytest.raises(TranslationError):
             answer(case, prefill_chunk_size=16)
         monkeypatch.undo()
-        monkeypatch.setattr(Seam, "_prefill", let_through)
+        monkeypatch.setattr(ConnectorStage, "_prefill", let_through)
         with pytest.raises(TranslationError):
             answer(case, prefill_chunk_size=16)
         monkeypatch.undo()
-        monkeypatch.setattr(seam, "attach_state", lambda cache, state: None)
+        monkeypatch.setattr(prefill, "attach_state", lambda cache, state: None)
         with pytest.raises(TranslationError):
             answer(case, prefill_chunk_size=16)
 
@@ -159,7 +163,7 @@ def test_a_call_that_is_changed_on_its_way_raises(family: str) -> None:
     text = base.language_model if hasattr(base, "language_model") else base.text_model
 
     def drop_keyword(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        return args, {k: v for k, v in kwargs.items() if k != MODE}
+        return args, {k: v for k, v in kwargs.items() if k != GENERATE_STEP}
 
     def move(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return args, {**kwargs, "position_ids": kwargs["position_ids"] + 1}
@@ -232,7 +236,7 @@ def test_a_cache_that_no_pruning_reads_raises(family: str, monkeypatch: pytest.M
         _, cache, call = turns(family)
         wanted = model.generate(**call, max_new_tokens=NEW, **with_cache(copy.deepcopy(cache)))
     with tokprune.apply(model, "random", ratio=0.3), torch.no_grad():
-        monkeypatch.setattr(Seam, "_state", lambda self, cache: get_state(cache))
+        monkeypatch.setattr(ConnectorStage, "_state", lambda self, cache: get_state(cache))
         with pytest.raises(TokpruneError):
             model.generate(**call, max_new_tokens=NEW, **with_cache(cache))
         monkeypatch.undo()
@@ -246,7 +250,7 @@ def test_a_prompt_that_was_not_finished_is_not_answered(family: str, monkeypatch
     case = given(family)
     model = case.tiny.model
     with tokprune.apply(model, "random", ratio=0.3):
-        monkeypatch.setattr(Seam, "_post", lambda self, *args: None)
+        monkeypatch.setattr(ConnectorStage, "_after_base", lambda self, *args: None)
         out = model(**case.inputs, use_cache=True)
         monkeypatch.undo()
         token = torch.tensor([[5], [6]])
@@ -259,10 +263,10 @@ def test_a_prompt_that_was_not_finished_is_not_answered(family: str, monkeypatch
 def test_positions_that_stay_hidden_from_rotation_raise(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where attention is given contiguous positions (flash), the rotary embedding must have asked for the kept ones."""
     case = given(family)
-    monkeypatch.setattr(Seam, "_hide_positions", lambda self: True)
+    monkeypatch.setattr(ConnectorStage, "_hide_positions", lambda self: True)
     with tokprune.apply(case.tiny.model, "random", ratio=0.3, positions="keep"):
         answer(case)
-        monkeypatch.setattr(Seam, "_rope", lambda self, *args: None)
+        monkeypatch.setattr(ConnectorStage, "_before_rotary", lambda self, *args: None)
         with pytest.raises(TranslationError):
             answer(case)
 

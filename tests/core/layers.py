@@ -12,17 +12,16 @@ ROOT = Path(tokprune.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
 # What each layer of the package may import of the others, besides itself.
-CORE = {"tokens", "budget", "errors", "files", "types"}
+CORE = {"tokens", "budget", "errors", "files"}
 MAY_IMPORT = {
     "errors": set[str](),
-    "types": set[str](),
     "environment": set[str](),
     "files": {"errors"},
     "tokens": {"errors"},
     "budget": {"errors"},
     "ops": CORE,
-    "registry": {"errors", "methods", "types"},
-    "config": {"budget", "errors", "methods", "registry", "types"},
+    "registry": {"errors", "methods"},
+    "config": {"budget", "errors", "methods", "registry"},
     "video": CORE | {"ops"},
     "methods": CORE | {"ops", "registry", "video"},
 }

@@ -1,4 +1,4 @@
-"""How the installed transformers spells what the seam uses.
+"""How the installed transformers spells what the runtime uses.
 
 transformers renames things between releases (5.24 calls the KV cache `cache` where 5.23 said `past_key_values`). Names are
 read from the signatures and output classes at hand, never from a version number; no other module spells them out.

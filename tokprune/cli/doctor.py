@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-
-from tokprune.testing.self_test import Check
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,7 +40,7 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _test(name: str, random_weights: bool, device: str) -> tuple[Check, ...]:
+def _test(name: str, random_weights: bool, device: str) -> tuple[Any, ...]:
     from tokprune.loading import LoadOptions, check_device, load
     from tokprune.testing.self_test import prompts, self_test
 

@@ -18,7 +18,7 @@ from tokprune.errors import OptionError
 
 if TYPE_CHECKING:
     from tokprune.profiling.report import ProfileReport
-    from tokprune.runtime.plan import StreamRecord
+    from tokprune.runtime.records import StreamRecord
 
 WIDTH = 120  # of tables that go into a file or a pipe
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tokprune.cli import options
 from tokprune.errors import OptionError, unknown
-from tokprune.types import VLM, Fields, Inputs, JsonObject, Processor
 
 if TYPE_CHECKING:
     from numpy import uint8
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from tokprune.loading import Loaded
     from tokprune.profiling.presets import Preset
     from tokprune.profiling.report import ProfileReport
-    from tokprune.runtime.plan import StreamRecord
+    from tokprune.runtime.records import StreamRecord
     from tokprune.video import Video
 
 PICTURE = 768  # side of the drawn picture that a real model is shown when none is given
@@ -32,14 +31,14 @@ class Work:
     """One model and one prompt. resized: share of tokens -> inputs of a smaller picture. compare: report -> published rows.
     image, frames: what the model was shown, for pictures of what was kept; None for made-up pixels."""
 
-    model: VLM
-    inputs: Inputs
+    model: Any
+    inputs: Mapping[str, Any]
     name: str
-    processor: Processor | None = None
-    options: JsonObject = field(default_factory=dict)
-    resized: Callable[[float], Fields] | None = None
+    processor: Any = None
+    options: dict[str, Any] = field(default_factory=dict)
+    resized: Callable[[float], Mapping[str, Any]] | None = None
     notes: list[str] = field(default_factory=list)
-    compare: Callable[[ProfileReport], Sequence[JsonObject]] = lambda report: ()
+    compare: Callable[[ProfileReport], Sequence[dict[str, Any]]] = lambda report: ()
     image: Image.Image | None = None
     frames: NDArray[uint8] | None = None
 
@@ -144,12 +143,12 @@ def from_preset(request: ProfileRequest) -> Work:
             "take a smaller preset, or --flops-only."
         ) from error
 
-    def inputs(size: tuple[int, int]) -> JsonObject:
+    def inputs(size: tuple[int, int]) -> dict[str, Any]:
         return random_inputs(known, model, size, text=request.text, batch=request.batch, frames=case.frames)
 
     full = known.tokens(case.size, case.frames)
 
-    def resized(share: float) -> JsonObject:
+    def resized(share: float) -> dict[str, Any]:
         return inputs(preset_size(known, max(1, round(share * full)), case.frames)[0])
 
     clip = f", {case.frames} frames" if case.frames else ""
@@ -167,7 +166,7 @@ def from_preset(request: ProfileRequest) -> Work:
     )
 
 
-def _beside(known: Preset, report: ProfileReport) -> list[JsonObject]:
+def _beside(known: Preset, report: ProfileReport) -> list[dict[str, Any]]:
     from tokprune.profiling.published import comparison, measured_in
 
     plain = report.find("plain")
@@ -217,7 +216,7 @@ def _image_work(request: ProfileRequest, loaded: Loaded, picture: Image.Image | 
     shown_picture: Image.Image = picture
     words = [question or options.QUESTION] * request.batch
 
-    def at_scale(factor: float) -> Fields:
+    def at_scale(factor: float) -> Mapping[str, Any]:
         shown = shown_picture if factor == 1.0 else scaled_picture(shown_picture, factor)
         return dict(build_inputs(loaded.model, loaded.processor, words, images=[[shown]] * request.batch))
 
@@ -233,7 +232,7 @@ def _clip_work(request: ProfileRequest, loaded: Loaded, clip: Video) -> Work:
 
     words = [request.question or "what happens in this video ?"] * request.batch
 
-    def at_scale(factor: float) -> Fields:
+    def at_scale(factor: float) -> Mapping[str, Any]:
         frames = clip.frames if factor == 1.0 else scaled_frames(clip.frames, factor)
         return dict(
             build_inputs(loaded.model, loaded.processor, words, videos=[[(frames, clip.timestamps)]] * request.batch)
@@ -246,12 +245,14 @@ def _clip_work(request: ProfileRequest, loaded: Loaded, clip: Video) -> Work:
     return work
 
 
-def _scaled_work(request: ProfileRequest, loaded: Loaded, at_scale: Callable[[float], Fields], what: str) -> Work:
+def _scaled_work(
+    request: ProfileRequest, loaded: Loaded, at_scale: Callable[[float], Mapping[str, Any]], what: str
+) -> Work:
     """The prompt at its own size or at the wanted number of tokens, and its smaller rivals."""
     from tokprune.profiling.resize import at_count
     from tokprune.profiling.runs import visual_columns
 
-    def count(inputs: Inputs) -> int:
+    def count(inputs: Mapping[str, Any]) -> int:
         return visual_columns(loaded.model, inputs)
 
     inputs = at_scale(1.0)
@@ -262,7 +263,7 @@ def _scaled_work(request: ProfileRequest, loaded: Loaded, at_scale: Callable[[fl
         exact = "" if got == request.tokens else f", the nearest to {request.tokens} that picture sizes give"
         notes.append(f"scaled to {got} visual tokens{exact}")
 
-    def resized(share: float) -> Fields:
+    def resized(share: float) -> Mapping[str, Any]:
         return at_count(at_scale, count, max(1.0, share * count(inputs)), full)[0]
 
     return Work(loaded.model, inputs, request.model, loaded.processor, resized=resized, notes=notes)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from lmms_eval.models.registry_v2 import ModelManifest
+from typing import Any
 
 MODEL_ID = "tokprune"
 
 
-def manifests() -> list[ModelManifest]:
+def manifests() -> list[Any]:
     """The model `tokprune`: a chat class for generation, and its simple twin for tasks that compare likelihoods."""
     from lmms_eval.models.registry_v2 import ModelManifest
 

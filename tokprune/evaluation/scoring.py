@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-
-from tokprune.types import JsonObject
+from typing import Any
 
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _WORD = re.compile(r"[a-z0-9]+")
@@ -36,13 +35,13 @@ def right(said: str, expected: str) -> bool:
     return bool(wanted) and words[: len(wanted)] == wanted
 
 
-def score(said: str, expected: str, kind: str) -> JsonObject:
+def score(said: str, expected: str, kind: str) -> dict[str, Any]:
     """The metrics of one row: accuracy, its share of the mean over types, and the row's own type."""
     hit = float(right(said, expected))
     return {"accuracy": hit, "macro": {"type": kind, "hit": hit}, kind: hit}
 
 
-def macro(rows: Sequence[JsonObject]) -> float:
+def macro(rows: Sequence[dict[str, Any]]) -> float:
     """Mean over question types of the share answered right."""
     hits: defaultdict[str, list[float]] = defaultdict(list)
     for row in rows:

@@ -17,11 +17,10 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any
 
 from tokprune.errors import OptionError, TokpruneError
 from tokprune.evaluation.cells import Cell, CellResult, Settings, key
-from tokprune.types import Fields, JsonObject
 
 CELL_TYPE, CELL_VERSION = "tokprune.eval.cell", 1
 #: Entries of the environment that must not change between the cells of one folder.
@@ -35,11 +34,11 @@ class StoreError(TokpruneError, OSError):
 class Store:
     """The results folder of a sweep. environment: what the cells are made with, see environment.environment."""
 
-    def __init__(self, folder: str | Path, settings: Settings, environment: Fields) -> None:
+    def __init__(self, folder: str | Path, settings: Settings, environment: Mapping[str, Any]) -> None:
         self.folder = Path(folder)
         self.settings = settings
         self.environment = dict(environment)
-        self._lock: TextIO | None = None
+        self._lock: Any = None
 
     def path(self, cell: Cell) -> Path:
         """The folder of a cell."""
@@ -93,7 +92,7 @@ class Store:
             self._check_versions(cell, data.get("made_with") or {})
         return result
 
-    def _check_versions(self, cell: Cell, made_with: Fields) -> None:
+    def _check_versions(self, cell: Cell, made_with: Mapping[str, Any]) -> None:
         now = {name: self.environment.get(name) for name in PINNED}
         other = [
             f"{name} {made_with.get(name)} then, {now[name]} now" for name in PINNED if made_with.get(name) != now[name]
@@ -156,11 +155,11 @@ class Store:
 _AGAIN = "Finished cells are safe: the same command goes on from there."
 
 
-def dump(data: object) -> str:
+def dump(data: Any) -> str:
     """JSON for people: two spaces, and lists of samples one per line."""
     samples: list[str] = []
 
-    def out(value: object) -> object:
+    def out(value: Any) -> Any:
         if isinstance(value, dict):
             return {k: _hold(v, samples) if k == "samples" else out(v) for k, v in value.items()}
         return [out(v) for v in value] if isinstance(value, list | tuple) else value
@@ -169,7 +168,7 @@ def dump(data: object) -> str:
     return re.sub(r'"\\u0000(\d+)"', lambda mark: samples[int(mark[1])], text)
 
 
-def _hold(rows: Sequence[object], held: list[str]) -> str:
+def _hold(rows: Sequence[Any], held: list[str]) -> str:
     """Put a list aside as one line per row; return the mark that stands for it."""
     body = ",\n        ".join(json.dumps(r, ensure_ascii=False, sort_keys=True) for r in rows)
     held.append(f"[\n        {body}\n      ]" if rows else "[]")
@@ -191,7 +190,7 @@ def write_atomic(path: Path, text: str | bytes) -> None:
         raise
 
 
-def _read(path: Path) -> JsonObject | None:
+def _read(path: Path) -> Any:
     """A JSON file, or None where there is none that can be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""The contract of a frames method, and PerFrame: a frames and a connector method as one, in the connector's seam."""
+"""The contract of a frames method, and PerFrame: a frames and a connector method as one, where the connector method would be."""
 
 from __future__ import annotations
 

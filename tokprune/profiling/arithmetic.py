@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
@@ -18,11 +18,7 @@ from tokprune.profiling.presets import Preset
 from tokprune.profiling.published import comparison
 from tokprune.profiling.report import flops_text
 from tokprune.profiling.resolution import Size
-from tokprune.types import JsonObject
 from tokprune.viz.html import Table, Value
-
-if TYPE_CHECKING:
-    from rich.console import Group, RenderableType
 
 TYPE, VERSION = "tokprune.Arithmetic", 1
 
@@ -63,10 +59,10 @@ class Arithmetic:
     parameters: int
     weight_bytes: int
     rows: tuple[ArithmeticRow, ...]
-    published: tuple[JsonObject, ...] = ()
+    published: tuple[Any, ...] = ()
     sources: tuple[str, ...] = ()
 
-    def to_dict(self) -> JsonObject:
+    def to_dict(self) -> dict[str, Any]:
         """Plain data with type and version."""
         data = {name: getattr(self, name) for name in self.__dataclass_fields__}
         rows = [vars(row) | {"total": row.total(self.new_tokens)} for row in self.rows]
@@ -101,7 +97,7 @@ class Arithmetic:
             (first.split(" ")[0], "multiply-adds"),
         ]
         whole = self.rows[0].total(self.new_tokens)
-        rows: list[list[object]] = []
+        rows: list[list[Any]] = []
         for row in self.rows:
             total = row.total(self.new_tokens)
             counted = (row.vision + row.projector, row.prefill, row.decode, total)
@@ -123,7 +119,7 @@ class Arithmetic:
         ]
         return Table([c for c, _ in columns], rows, "\n".join(notes), [u for _, u in columns])
 
-    def table(self, width: int | None = None) -> Group:
+    def table(self, width: int | None = None) -> Any:
         """The rows for a terminal, with what others report below."""
         from rich.console import Group
         from rich.markup import escape
@@ -131,7 +127,7 @@ class Arithmetic:
         from tokprune.profiling.published import CAUTION, lines
         from tokprune.profiling.tables import to_rich
 
-        parts: list[RenderableType] = [to_rich(self.plain_table(), self.heading)]
+        parts: list[Any] = [to_rich(self.plain_table(), self.heading)]
         if self.published:
             parts += ["Published, and ours beside it:", *(escape(f"- {x}") for x in lines(list(self.published)))]
             parts.append(f"[dim]{escape(CAUTION)}[/]")

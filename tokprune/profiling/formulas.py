@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-from tokprune.types import ModelConfig
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class DecoderShape:
     ffn_matrices: int = 3
 
     @staticmethod
-    def of(config: ModelConfig) -> DecoderShape:
+    def of(config: Any) -> DecoderShape:
         """The shape that a transformers text config (or a config that holds one) describes."""
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         heads = int(text.num_attention_heads)

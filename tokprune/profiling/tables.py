@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tokprune.profiling.memory import readable
 from tokprune.profiling.published import KINDS
 from tokprune.profiling.report import ProfileReport, RunResult, flops_text
-from tokprune.types import Fields
 from tokprune.viz.html import Table, Value
 
 if TYPE_CHECKING:
@@ -62,7 +61,7 @@ def time_table(report: ProfileReport, brief: bool = False) -> Table:
         ("total", "faster"),
         ("ideal", "faster"),
     ]
-    rows: list[list[object]] = []
+    rows: list[list[Any]] = []
     for cell in report.cells:
         ideal = report.find("ideal", cell.ratio) if cell.kind == "pruned" else None
         decode = cell.times["decode_tokens_per_s"]
@@ -126,7 +125,7 @@ def cost_table(report: ProfileReport, brief: bool = False) -> Table:
         cached = t.get("cached") or []
         mean = sum(cached) / len(cached) if cached else 0.0
         spread = f"{min(cached)} to {max(cached)}, mean {mean:.0f}" if cached and min(cached) < max(cached) else None
-        counted: list[object] = (
+        counted: list[Any] = (
             [_flops(f["vision"] + f["projector"]), *(_flops(f[k]) for k in ("select", "prefill", "decode"))]
             if f
             else [None] * 4
@@ -168,7 +167,7 @@ def formula_table(report: ProfileReport) -> Table:
     return Table(["run", *names], rows, caption, ["", *["T multiply-adds"] * len(names)])
 
 
-def published_table(rows: Sequence[Fields]) -> Table:
+def published_table(rows: Sequence[Any]) -> Table:
     """What others report, with ours beside it; rows as `published.comparison` makes them."""
     made = [
         [
@@ -213,6 +212,6 @@ def to_rich(table: Table, title: str | None = None, narrow: bool = False) -> Ric
     return out
 
 
-def _text(cell: object, narrow: bool = False) -> str:
+def _text(cell: Any, narrow: bool = False) -> str:
     text = "" if cell is None else cell.text if isinstance(cell, Value) else str(cell)
     return text.split(" ± ")[0] if narrow else text

@@ -7,14 +7,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from tokprune.errors import OptionError
 from tokprune.profiling.stages import STAGES, StageModules, watch
-from tokprune.types import Fields, JsonObject
-
-Moment = torch.cuda.Event | float  # on the device's own clock, or seconds of the host's
 
 
 @dataclass(frozen=True)
@@ -41,12 +39,12 @@ class Measurement:
     def __str__(self) -> str:
         return f"{self.median:.4g} ± {self.spread:.2g} {self.unit}".rstrip()
 
-    def to_dict(self) -> JsonObject:
+    def to_dict(self) -> dict[str, Any]:
         """Plain data: unit, median, spread and the raw samples."""
         return {"unit": self.unit, "median": self.median, "spread": self.spread, "samples": list(self.samples)}
 
     @staticmethod
-    def from_dict(name: str, data: Fields) -> Measurement:
+    def from_dict(name: str, data: Mapping[str, Any]) -> Measurement:
         """The measurement that `to_dict` wrote."""
         return Measurement(name, str(data["unit"]), tuple(float(x) for x in data["samples"]))
 
@@ -69,7 +67,7 @@ class _Marks:
         self.device = torch.device(device)
         self.events = self.device.type == "cuda"
 
-    def now(self) -> Moment:
+    def now(self) -> Any:
         if self.events:
             event = torch.cuda.Event(enable_timing=True)
             event.record(torch.cuda.current_stream(self.device))
@@ -78,13 +76,9 @@ class _Marks:
             synchronize(self.device)
         return time.perf_counter()
 
-    def milliseconds(self, start: Moment, end: Moment) -> float:
+    def milliseconds(self, start: Any, end: Any) -> float:
         """Only after synchronize()."""
-        return (
-            1000.0 * (end - start)
-            if isinstance(start, float) and isinstance(end, float)
-            else float(start.elapsed_time(end))  # type: ignore[union-attr, arg-type]
-        )
+        return float(start.elapsed_time(end)) if self.events else 1000.0 * (end - start)
 
 
 class StageClock:
@@ -97,10 +91,10 @@ class StageClock:
     def __init__(self, device: torch.device | str) -> None:
         self.marks = _Marks(device)
         self.steps = 0
-        self._points: list[tuple[Moment, str]] = []  # (moment, part that begins there)
+        self._points: list[tuple[Any, str]] = []  # (moment, part that begins there)
         self._open: list[str] = []
         self._seen_vision = False
-        self._first_token: Moment | None = None
+        self._first_token: Any = None
         self._has_head = True
         self._wall = (0.0, 0.0)
 
@@ -111,7 +105,7 @@ class StageClock:
             return "prefill"  # between the LLM and its head
         return "select" if self._seen_vision else "other"
 
-    def _begin(self, part: str) -> Moment:
+    def _begin(self, part: str) -> Any:
         moment = self.marks.now()
         self._points.append((moment, part))
         return moment
@@ -214,11 +208,7 @@ def interleave(
 
 
 def measure(
-    call: Callable[[], object],
-    device: torch.device | str = "cpu",
-    repeats: int = 5,
-    warmup: int = 2,
-    name: str = "time",
+    call: Callable[[], Any], device: torch.device | str = "cpu", repeats: int = 5, warmup: int = 2, name: str = "time"
 ) -> Measurement:
     """Time `call()` alone: ms per run, the device synchronised before and after."""
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from tokprune.adapters.base import Adapter, get_adapter, unwrap
 from tokprune.adapters.families import tiny_families
+from tokprune.adapters.foreign import HANDLE
 from tokprune.adapters.hooks import Hook, Ref
 from tokprune.adapters.local_processor import local_processor
 from tokprune.adapters.query import asking
@@ -30,9 +31,9 @@ from tokprune.registry import get_method
 from tokprune.report import Report
 from tokprune.runtime.encoder.report import EncoderReport
 from tokprune.runtime.encoder.run import EncoderTrace
-from tokprune.runtime.prefill import Options, Seam
+from tokprune.runtime.generate import ConnectorStage
+from tokprune.runtime.prefill import Options
 
-HANDLE = "_tokprune"  # attribute of the model that holds what is installed on it
 OF_THE_STAGE = ("tower", "method", "expand", "ratio", "budget", "widen", "output", "places", "channels")
 
 
@@ -47,7 +48,7 @@ class Installed:
         self.name = type(model).__name__
         self.kind = getattr(getattr(model, "config", None), "model_type", "?")
         self.encoder: Any = None  # an EncoderStage
-        self.seam: Seam | None = None
+        self.connector: ConnectorStage | None = None
         self.cache: Any = None  # a CacheStage
         self._model = Ref(model)
         self.handle = Ref()
@@ -61,7 +62,7 @@ class Installed:
     @property
     def parts(self) -> list[Any]:
         """What has hooks, in the order of putting them on."""
-        return [part for part in (self.encoder, self.seam, self.cache) if part is not None]
+        return [part for part in (self.encoder, self.connector, self.cache) if part is not None]
 
     @property
     def active(self) -> bool:
@@ -163,7 +164,7 @@ class Pruning:
     @property
     def last(self) -> Any:
         """What happened in the last run: a LastRun of a VLM, an EncoderTrace of a bare tower."""
-        return self.trace if self._installed.seam is None else self._installed.seam.last
+        return self.trace if self._installed.connector is None else self._installed.connector.last
 
     @property
     def active(self) -> bool:
@@ -189,18 +190,18 @@ class Pruning:
         It holds for this thread (and asyncio task) alone: a generate() that runs in a thread of its own, as streamers do it,
         needs the block inside that thread.
         """
-        seam = self._installed.seam
-        if seam is None:
+        connector = self._installed.connector
+        if connector is None:
             raise OptionError(
                 f"{self._installed.name} is pruned inside its vision tower alone, which takes no question."
             )
-        with asking(seam.options, text if isinstance(text, str) else tuple(text)):
+        with asking(connector.options, text if isinstance(text, str) else tuple(text)):
             yield self
 
     def report(self) -> Report | EncoderReport:
         """What the last run kept, how, and what it cost; prints as a table."""
         installed = self._installed
-        if installed.seam is None:
+        if installed.connector is None:
             return self.encoder.report()  # type: ignore[no-any-return]
         known = installed.kind in tiny_families()
         notes = [] if known else [f"{installed.kind} runs through the generic adapter; it is not in the verified list"]
@@ -234,7 +235,7 @@ class Stages:
     cache: CacheMethod | None = None
 
     @property
-    def seam(self) -> ConnectorMethod | None:
+    def chooser(self) -> ConnectorMethod | None:
         """What chooses between encoder and LLM: the connector method, inside each frame when there is a frames method."""
         return self.connector if self.frames is None else PerFrame(self.frames, self.connector)
 
@@ -277,7 +278,7 @@ def vlm_pruning(model: Any, config: PruneConfig, processor: Any = None, scorer: 
         processor = local_processor(adapter.model)  # the question must be tokenised
     installed = Installed(adapter.model, config, processor)
     stages = Stages.of(config)
-    connector = stages.seam
+    connector = stages.chooser
     method: Any = connector
     if stages.encoder is not None:
         from tokprune.runtime.encoder.handoff import AmongSurvivors
@@ -298,11 +299,11 @@ def vlm_pruning(model: Any, config: PruneConfig, processor: Any = None, scorer: 
         keys = config.count if alone else functools.partial(kept, ratio=stages.cache.share)
         installed.cache = CacheStage(adapter, stages.cache, keys)
         method = get_method("uniform") if method is None else method  # asked to keep all
-    keep_of = _everything if connector is None else config.count
+    count = _everything if connector is None else config.count
     frames = connector if isinstance(connector, PerFrame) else None
-    options = Options(method, keep_of, config.positions, config.query, processor, scorer, installed.encoder, frames)
+    options = Options(method, count, config.positions, config.query, processor, scorer, installed.encoder, frames)
     options.cached = installed.cache is not None
-    installed.seam = Seam(adapter, options)
+    installed.connector = ConnectorStage(adapter, options)
     return Pruning(installed)
 
 

@@ -10,17 +10,15 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from tokprune.adapters.base import Adapter
-from tokprune.adapters.families import StreamLayout, stream_layouts
+from tokprune.adapters.families import PlaceholderRun, StreamLayout, stream_layouts
+from tokprune.adapters.types import EncoderOutput
+from tokprune.runtime.records import EncoderRecord, encoder_record
 from tokprune.tokens import Query
-
-if TYPE_CHECKING:
-    from tokprune.runtime.streams import EncoderRecord
 
 
 def same(a: Tensor, b: Tensor) -> bool:
@@ -28,24 +26,25 @@ def same(a: Tensor, b: Tensor) -> bool:
     return a is b or (a.shape == b.shape and torch.equal(a, b.to(device=a.device, dtype=a.dtype)))
 
 
-def sources_of(output: Any) -> list[int] | None:
+def sources_of(output: EncoderOutput) -> list[int] | None:
     """Which recorded item each item of an encoder output is; None without a record, or when one is not among them."""
-    record = getattr(output, "tokprune_record", None)
+    record = encoder_record(output)
     if record is None:
         return None
-    given, known = output.pooler_output, record.items
-    if given is known or (isinstance(given, Tensor) and isinstance(known, Tensor) and same(given, known)):
+    items, known = output.pooler_output, record.items
+    if items is known or (isinstance(items, Tensor) and isinstance(known, Tensor) and same(items, known)):
         return list(range(len(known)))
-    found: list[int] = []
-    for item in given:
-        guess = found[-1] + 1 if found else 0
+    sources: list[int] = []
+    for item in items:
+        guess = sources[-1] + 1 if sources else 0
         order = [*range(guess, len(known)), *range(min(guess, len(known)))]
-        one = next((i for i in order if item is known[i]), None)
-        one = next((i for i in order if same(item, known[i])), None) if one is None else one
-        if one is None:
+        source = next((i for i in order if item is known[i]), None)
+        if source is None:
+            source = next((i for i in order if same(item, known[i])), None)
+        if source is None:
             return None
-        found.append(one)
-    return found
+        sources.append(source)
+    return sources
 
 
 def are_copies(
@@ -68,7 +67,11 @@ def are_copies(
 
 
 def arranged(
-    adapter: Adapter, record: EncoderRecord, source: list[int], runs: Any, decode: Callable[[list[int]], str] | None
+    adapter: Adapter,
+    record: EncoderRecord,
+    source: list[int],
+    runs: list[PlaceholderRun] | None,
+    decode: Callable[[list[int]], str] | None,
 ) -> tuple[EncoderRecord, list[StreamLayout], list[int]] | None:
     """The record for items `source`, their geometries, and the first recorded row of each; None when it cannot be told.
 
@@ -103,7 +106,7 @@ def _permuted(record: EncoderRecord, source: list[int]) -> EncoderRecord:
     """A record as if the items had been encoded in the order of `source`."""
     count = len(record.items)
 
-    def move(value: Any) -> Any:
+    def move(value: object) -> object:
         if isinstance(value, Tensor) and value.ndim and value.shape[0] == count:
             return value[source]
         return [value[i] for i in source] if isinstance(value, list) and len(value) == count else value

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from tokprune.adapters.dialect import cache_in, cache_of, tested_versions
+from tokprune.adapters.foreign import GENERATE_STEP, UNFINISHED
 from tokprune.errors import TranslationError
 from tokprune.runtime.cache_record import PrunedCacheMixin, PruneState, get_state, physical_length
-
-UNFINISHED = "_tokprune_unfinished"  # attribute of a cache that a pruned prefill fills, until its record is attached
 
 
 def fail(what: str) -> TranslationError:
@@ -36,7 +35,7 @@ class Passage:
     """One thread's calls on their way to the language model.
 
     prefill: inside generate()'s prefill. chunked: which runs in chunks of one shortened prompt. width: columns that the
-    language model must be given in the forward that runs now, None where the seam had nothing to translate. step: it is a decode
+    language model must be given in the forward that runs now, None where there was nothing to translate. step: it is a decode
     step of generate(). table_due: contiguous positions must still be exchanged for the kept ones.
     """
 
@@ -155,12 +154,12 @@ def check_given_mask(mask: Any, keys: int, cache: Any) -> None:
             )
 
 
-def check_entry(passage: Passage, reader: Any, args: tuple[Any, ...], call: Mapping[str, Any], mode: str) -> None:
-    """Raise unless a call of the language model is the one that the seam made. mode: the seam's keyword, which ends before it.
+def check_entry(passage: Passage, reader: Any, args: tuple[Any, ...], call: Mapping[str, Any]) -> None:
+    """Raise unless a call of the language model is the one that the prefill made.
 
     reader: of the pruning that watches; what other prunings translate is theirs to check.
     """
-    if mode in call:
+    if GENERATE_STEP in call:
         raise fail("the language model was called without the multimodal model around it.")
     cache, width = cache_in(call), width_of(args, call)
     state = get_state(cache)

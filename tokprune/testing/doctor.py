@@ -7,13 +7,9 @@ import platform
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any
 
 from tokprune.testing.self_test import Check
-from tokprune.types import JsonObject
-
-if TYPE_CHECKING:
-    from packaging.specifiers import SpecifierSet
 
 NOT_EXTRAS = ("dev", "test", "all")  # for working on tokprune, and the sum of the others
 
@@ -60,7 +56,7 @@ class Diagnosis:
         """Whether what must be there is there in a tested version, and no check failed."""
         return all(package.ok for package in self.packages) and all(check.ok is not False for check in self.checks)
 
-    def as_dict(self) -> JsonObject:
+    def as_dict(self) -> dict[str, Any]:
         """The same as plain values, for JSON."""
         extras = [{**asdict(extra), "ok": extra.ok} for extra in self.extras]
         return {"ok": self.ok, **asdict(self), "extras": extras}
@@ -123,7 +119,7 @@ def _requirements() -> tuple[list[Package], list[Extra], list[str]]:
     return core, [Extra(name, tuple(found), f"pip install 'tokprune[{name}]'") for name, found in extras.items()], []
 
 
-def _package(name: str, specifier: SpecifierSet, optional: bool) -> Package:
+def _package(name: str, specifier: Any, optional: bool) -> Package:
     """What is installed of a package. specifier: packaging's SpecifierSet."""
     try:
         version = importlib.metadata.version(name)

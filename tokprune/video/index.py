@@ -11,23 +11,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from tokprune.errors import missing_extra
-from tokprune.types import JsonObject
 from tokprune.video.errors import VideoError
 from tokprune.video.picture import UPRIGHT, Orientation
 
-if TYPE_CHECKING:
-    from av.container import InputContainer
-    from av.video.frame import VideoFrame
-    from av.video.stream import VideoStream
-
-Packet: TypeAlias = Any  # PyAV's own type says that a packet may hold subtitles
 MOST_ERRORS = 32  # read errors in a row after which the rest of a file counts as lost
 TEXT_AND_STILLS = ("tty", "image2", "_pipe")  # FFmpeg reads text files and single pictures as videos, too
 
@@ -78,7 +70,7 @@ class PacketIndex(Index):
     orientation: Orientation = UPRIGHT
 
 
-def import_av() -> ModuleType:
+def import_av() -> Any:
     """PyAV, or the error that says how to install it."""
     try:
         import av
@@ -87,7 +79,7 @@ def import_av() -> ModuleType:
     return av
 
 
-def open_container(path: Path) -> InputContainer:
+def open_container(path: Path) -> Any:
     """Open a local file. The protocol is pinned: a name such as `concat:…` or a playlist inside cannot reach elsewhere.
 
     By container_options: with `options` PyAV 15 crashes on files whose streams show up late (FLV), when it frees one
@@ -102,7 +94,7 @@ def open_container(path: Path) -> InputContainer:
         ) from error
 
 
-def pick_stream(container: InputContainer, path: Path) -> VideoStream:
+def pick_stream(container: Any, path: Path) -> Any:
     """The main video stream; cover art of audio files is none."""
     name = container.format.name
     if any(name == kind or name.endswith(kind) for kind in TEXT_AND_STILLS):
@@ -118,20 +110,12 @@ def pick_stream(container: InputContainer, path: Path) -> VideoStream:
     return chosen
 
 
-def stream_of(container: InputContainer, number: int) -> VideoStream:
-    """The stream that an index was made of, set to decode in parallel unless it decodes already."""
-    stream = cast("VideoStream", container.streams[number])
-    if not stream.codec_context.is_open:
-        stream.thread_type = "AUTO"
-    return stream
-
-
-def is_cover(stream: VideoStream) -> bool:
+def is_cover(stream: Any) -> bool:
     """Whether a video stream is the picture of an album."""
     return bool(stream.disposition.value & 0x400)  # AV_DISPOSITION_ATTACHED_PIC; the name differs between PyAV versions
 
 
-def packets(container: InputContainer, stream: VideoStream, trouble: list[str] | None = None) -> Iterator[Packet]:
+def packets(container: Any, stream: Any, trouble: list[str] | None = None) -> Iterator[Any]:
     """Packets of a stream in file order. Read errors go to `trouble`; too many in a row end the file. Never endless."""
     av, failures = import_av(), 0
     while failures < MOST_ERRORS:
@@ -150,7 +134,7 @@ def packets(container: InputContainer, stream: VideoStream, trouble: list[str] |
                 trouble.append(str(error))
 
 
-def shown(packet: Packet, codec: str) -> bool:
+def shown(packet: Any, codec: str) -> bool:
     """Whether a packet's frame is displayed: not cut by an edit list, and not one of VP8's invisible reference
     frames."""
     return not packet.is_discard and not (codec == "vp8" and packet.size > 0 and not memoryview(packet)[0] & 0x10)
@@ -174,7 +158,7 @@ class _Seen:
     timeless: int = 0
     last_duration: int = 0
 
-    def add(self, packet: Packet, codec: str, error: type[Exception]) -> None:
+    def add(self, packet: Any, codec: str, error: type[Exception]) -> None:
         """Take one packet in; only the first frame is decoded."""
         number, self.count = self.count, self.count + 1
         if self.first is None:
@@ -194,7 +178,7 @@ class _Seen:
         elif packet.is_discard:
             self.hidden += 1
 
-    def usable(self, warnings: list[str]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    def usable(self, warnings: list[str]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """Times, ascending, and file positions of the frames that can be decoded."""
         times, where = np.unique(np.asarray(self.pts, np.int64), return_index=True)
         position = np.asarray(self.place, np.int64)[where]
@@ -221,7 +205,7 @@ def scan_packets(path: Path) -> PacketIndex:
     seen = _Seen()
     with open_container(path) as container:
         stream = pick_stream(container, path)
-        codec, time_base = stream.codec_context.name, stream.time_base or Fraction(1)
+        codec, time_base = stream.codec_context.name, stream.time_base
         # Read now: a closed container's streams are dangling.
         number, rate = stream.index, float(stream.average_rate or 25)
         promised, header = stream.frames, container.duration if len(container.streams) == 1 else None
@@ -232,7 +216,7 @@ def scan_packets(path: Path) -> PacketIndex:
                 seen.first = next(iter(stream.codec_context.decode(None)), None)
     _check_decodable(path, seen, trouble, warnings)
     orientation = Orientation.of(seen.first)
-    common: JsonObject = {
+    common: dict[str, Any] = {
         "path": path,
         "size": orientation.size(seen.first.height, seen.first.width),
         "stream": number,
@@ -280,10 +264,11 @@ def _check_decodable(path: Path, seen: _Seen, trouble: list[str], warnings: list
         warnings.append(f"{seen.broken} frames are stored incompletely and were left out")
 
 
-def count_frames(path: Path, rate: float, warnings: list[str], common: JsonObject) -> PacketIndex:
+def count_frames(path: Path, rate: float, warnings: list[str], common: dict[str, Any]) -> PacketIndex:
     """The index of a file whose packets carry no times (raw streams, some AVI files): decode all, keep none, count."""
     with open_container(path) as container:
-        stream = stream_of(container, common["stream"])
+        stream = container.streams[common["stream"]]
+        stream.thread_type = "AUTO"
         total = sum(1 for _ in decode_all(container, stream))
     warnings.append(f"the file carries no timestamps; frames are taken to be 1/{rate:g} s apart")
     return PacketIndex(
@@ -291,7 +276,7 @@ def count_frames(path: Path, rate: float, warnings: list[str], common: JsonObjec
     )
 
 
-def decode_all(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
+def decode_all(container: Any, stream: Any) -> Iterator[Any]:
     """Every frame in the order of display; packets that cannot be decoded are passed over."""
     av = import_av()
     for packet in packets(container, stream):

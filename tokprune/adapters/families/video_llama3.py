@@ -11,6 +11,7 @@ from torch import Tensor
 from tokprune.adapters.families.base import EncoderCall, UnknownGeometryError, register_family
 from tokprune.adapters.families.qwen_vl import Packed
 from tokprune.adapters.families.tiny import TinyParts, chat_template, language, pixel_range, tokenizer, tower
+from tokprune.adapters.foreign import ENCODER_RECORD
 from tokprune.errors import UnsupportedModelError
 
 
@@ -42,7 +43,7 @@ class VideoLlama3(Packed):
         if bool(mask.all()):
             return {}
         sizes = [f.shape[0] for f in output.pooler_output]
-        record = getattr(output, "tokprune_record", None)
+        record = getattr(output, ENCODER_RECORD, None)
         if record is not None and sum(record.sizes) != sum(sizes):
             raise UnsupportedModelError(
                 "VideoLLaMA3 drops repeated patches of this clip, and transformers mixes up that choice when beams or "

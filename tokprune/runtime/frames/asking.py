@@ -13,7 +13,7 @@ from tokprune.adapters.query import tokenizer_of
 from tokprune.errors import MissingSignalError
 
 if TYPE_CHECKING:
-    from tokprune.runtime.streams import Stream
+    from tokprune.runtime.records import StreamRecord
 
 SIDE = 6  # a frame is shown with at most SIDE x SIDE tokens
 TOKENS_AT_ONCE = 8192  # of one pass through the language model
@@ -44,7 +44,7 @@ class Asking:
         )
 
     @torch.no_grad()
-    def scores(self, stream: Stream, prompt: str, encoded: Mapping[str, Any]) -> Tensor:
+    def scores(self, stream: StreamRecord, prompt: str, encoded: Mapping[str, Any]) -> Tensor:
         """P(yes) for each frame of a video, (T,) in float32. A frame of which the model itself left no token gets its predecessor's."""
         before, after = self.prompt(prompt)
         yes, no = self.letters(YES), self.letters(NO)
@@ -77,14 +77,14 @@ class Asking:
 
     # -- the frames ---------------------------------------------------------------------------------------------------------
 
-    def cells(self, stream: Stream) -> tuple[Tensor, int, int]:
+    def cells(self, stream: StreamRecord) -> tuple[Tensor, int, int]:
         """(N,) the cell of its frame that each token falls into, and how many cells there are down and across."""
         layout = stream.tokens.layout
         down, across = min(SIDE, max(h for h, _ in layout.grids)), min(SIDE, max(w for _, w in layout.grids))
         grids = torch.tensor(layout.grids, device=layout.group.device)[layout.group]  # (N, 2)
         return (layout.row * down // grids[:, 0]) * across + layout.col * across // grids[:, 1], down, across
 
-    def pooled(self, stream: Stream, values: Tensor) -> Tensor:
+    def pooled(self, stream: StreamRecord, values: Tensor) -> Tensor:
         """Token values (N, D) as cell means (T, S, D); cells without a token are 0."""
         cell, down, across = self.cells(stream)
         layout = stream.tokens.layout
@@ -94,7 +94,7 @@ class Asking:
         count = torch.bincount(index, minlength=total.shape[0]).clamp(min=1)
         return (total / count[:, None]).to(values.dtype).unflatten(0, (layout.num_groups, -1))
 
-    def places(self, stream: Stream) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    def places(self, stream: StreamRecord) -> tuple[Tensor, Tensor, tuple[int, int]]:
         """(T, S) which cells hold a token, (S, 2) their row and column, and the cells down and across."""
         cell, down, across = self.cells(stream)
         layout = stream.tokens.layout
@@ -103,7 +103,7 @@ class Asking:
         number = torch.arange(down * across, device=cell.device)
         return present, torch.stack([number // across, number % across], -1), (down, across)
 
-    def planes(self, stream: Stream, encoded: Mapping[str, Any]) -> list[Tensor]:
+    def planes(self, stream: StreamRecord, encoded: Mapping[str, Any]) -> list[Tensor]:
         """DeepStack planes of the stream's tokens, (N, D) each."""
         found = getattr(encoded[stream.modality], "deepstack_features", None) or ()
         rows = stream.offset + stream.geometry.rows

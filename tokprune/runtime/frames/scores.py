@@ -18,7 +18,7 @@ from tokprune.runtime.frames.pictures import frame_pictures
 from tokprune.runtime.scorers import CLIP_MEAN, CLIP_STD
 
 if TYPE_CHECKING:
-    from tokprune.runtime.streams import Stream
+    from tokprune.runtime.records import StreamRecord
     from tokprune.runtime.vlm_scorer import VlmScorer
 
 NAME = "frame_scores"
@@ -73,7 +73,7 @@ class FrameScorer:
             raise OptionError(f"the frames method {name!r} needs {NAME!r} but its score_options do not say how.")
         return FrameScorer(adapter, options, name, processor, scorer)
 
-    def fill(self, streams: Sequence[Stream], encoded: Mapping[str, Any]) -> None:
+    def fill(self, streams: Sequence[StreamRecord], encoded: Mapping[str, Any]) -> None:
         """Give the videos among `streams` their scores. encoded: encoder outputs by modality, for DeepStack planes."""
         wanted: dict[str, Wanted] = {}
         for stream in streams:
@@ -92,7 +92,7 @@ class FrameScorer:
             else:
                 scores, source = self._self(stream, wanted[text], encoded)
             signals = {**stream.tokens.signals, NAME: scores.to(stream.tokens.features.device)}
-            stream.tokens = replace(stream.tokens, signals=signals)
+            stream.visual = replace(stream.tokens, signals=signals)
             stream.sources = {**stream.sources, NAME: source}
 
     def _wanted(self, text: str) -> Wanted:
@@ -111,7 +111,7 @@ class FrameScorer:
 
     # -- a scorer of pictures and texts -------------------------------------------------------------------------------------
 
-    def _clip(self, stream: Stream, wanted: Wanted) -> tuple[Tensor, str]:
+    def _clip(self, stream: StreamRecord, wanted: Wanted) -> tuple[Tensor, str]:
         scorer = self.scorer
         if scorer is None or not hasattr(scorer, "embed_picture"):
             lack = "none was given" if scorer is None else f"{type(scorer).__name__} has no embed_picture"
@@ -129,14 +129,14 @@ class FrameScorer:
         scale, bias = float(getattr(scorer, "logit_scale", 1.0)), float(getattr(scorer, "logit_bias", None) or 0.0)
         return best * scale + bias, f"{type(scorer).__name__}, whole frames; {wanted.source}"
 
-    def _pictures(self, stream: Stream) -> Tensor:
+    def _pictures(self, stream: StreamRecord) -> Tensor:
         """The pixels of each frame as the model got them; k frames where k share their tokens. (T, k, 3, H, W)."""
-        if stream.record is None or stream.whole is None:
+        if stream.encoded is None or stream.whole is None:
             raise MissingSignalError(
                 f"{self.name!r} scores frames by their pixels, which are not at hand: the video was encoded before tokprune saw "
                 "it. Pass the pixels, or encode again after apply."
             )
-        call = EncoderCall(self.adapter.base, stream.modality, stream.record.kwargs, stream.record.output)
+        call = EncoderCall(self.adapter.base, stream.modality, stream.encoded.kwargs, stream.encoded.output)
         try:
             pictures = frame_pictures(call)
         except UnknownGeometryError as error:
@@ -172,7 +172,7 @@ class FrameScorer:
 
     # -- the VLM itself -----------------------------------------------------------------------------------------------------
 
-    def _self(self, stream: Stream, wanted: Wanted, encoded: Mapping[str, Any]) -> tuple[Tensor, str]:
+    def _self(self, stream: StreamRecord, wanted: Wanted, encoded: Mapping[str, Any]) -> tuple[Tensor, str]:
         from tokprune.runtime.frames.asking import Asking
         from tokprune.runtime.vlm_scorer import VlmScorer
 
@@ -187,7 +187,7 @@ class FrameScorer:
         asking = Asking(self.adapter, self.processor, self.name, options.normalize)
         return asking.scores(stream, prompt, encoded), f"{asking.source}; {wanted.source}"
 
-    def _second(self, scorer: VlmScorer, stream: Stream, prompt: str) -> Tensor:
+    def _second(self, scorer: VlmScorer, stream: StreamRecord, prompt: str) -> Tensor:
         """The verdict of another VLM, which looks at the frames with a processor of its own. (T,)."""
         if scorer.model is self.adapter.model:
             raise OptionError(f"scorer= is the model that is pruned; {self.name!r} asks it without a scorer, too.")

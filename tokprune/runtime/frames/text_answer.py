@@ -1,4 +1,4 @@
-"""A short answer of a VLM to words alone, by its language model: no pictures, no seam, nothing left behind."""
+"""A short answer of a VLM to words alone, by its language model: no pictures, no pruning, nothing left behind."""
 
 from __future__ import annotations
 

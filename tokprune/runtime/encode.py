@@ -1,0 +1,143 @@
+"""Step 1 of the prefill: encode the pictures, and note what will be needed of that."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from tokprune.adapters.base import Adapter, flatten
+from tokprune.adapters.families import EncoderCall
+from tokprune.adapters.foreign import ENCODER_RECORD, ENCODERS
+from tokprune.adapters.hooks import Attachments, PerThread
+from tokprune.adapters.types import EncoderOutput, ModelCall, Original
+from tokprune.runtime.probe import AttentionProbe
+from tokprune.runtime.records import EncoderRecord, encoder_record
+from tokprune.runtime.signals import SignalSet, compute_signals, signal_probe
+
+if TYPE_CHECKING:
+    from tokprune.runtime.encoder.stage import EncoderStage
+
+QUERY_NEEDS = ("clip_text", "frame_scores")
+"""Needs that do not come from the vision tower's call."""
+SURVIVORS = "encoder_survivor"
+"""The signal which rows the encoder stage left as groups' own places; from that stage, not from a probe."""
+
+
+def encode(
+    adapter: Adapter, call: ModelCall, records: Mapping[str, EncoderRecord] | None = None
+) -> dict[str, EncoderOutput]:
+    """The encoder outputs of a call by modality: those that came with it, and its pixels encoded now.
+
+    records: what was seen of outputs that lost it on the way.
+    """
+    encoded: dict[str, EncoderOutput] = adapter.encode(call)
+    for modality, record in (records or {}).items():
+        if encoded.get(modality) is not None and not hasattr(encoded[modality], ENCODER_RECORD):
+            encoded[modality] = copy.copy(encoded[modality])
+            setattr(encoded[modality], ENCODER_RECORD, record)
+    return encoded
+
+
+@dataclass
+class _Call:
+    """Whether this thread is inside an observed encoder call."""
+
+    open: bool = False
+
+
+class Recorder:
+    """Observes get_image_features and get_video_features of one model: generate() encodes before the prefill, and drops
+    pixels, grids and sizes afterwards, so layout and signals must be taken there.
+
+    What the probe sees belongs to one call of one thread; other models may hold the same tower and call it meanwhile.
+    """
+
+    def __init__(
+        self, adapter: Adapter, needs: Sequence[str], scorer: object = None, encoder: EncoderStage | None = None
+    ) -> None:
+        self.adapter, self.scorer, self.encoder = adapter, scorer, encoder
+        self.needs = tuple(n for n in needs if n not in QUERY_NEEDS and n != SURVIVORS)
+        self.threads = PerThread(_Call)
+        self.on = Attachments(self)
+        self.probe: AttentionProbe | None = signal_probe(adapter.base, self.needs) if self.needs else None
+        if self.probe is not None and self.probe.listens:
+            from tokprune.runtime.encoder.stage import refuse_two_reductions
+
+            refuse_two_reductions(self.probe.tower, adapter.model, reduces=False)
+
+    def anchor(self) -> nn.Module:
+        """The model that is observed."""
+        model: nn.Module = self.adapter.model
+        return model
+
+    def install(self) -> None:
+        """Start observing; instance attributes and hooks only."""
+        base = self.adapter.base
+        if self.probe is not None:
+            self.probe.install(own_calls=True)
+        for name in ENCODERS:
+            if hasattr(base, name):
+                self.on.instead(base, name, "_call", name.split("_")[1])
+
+    def remove(self) -> None:
+        """Stop observing."""
+        self.on.remove()
+        if self.probe is not None:
+            self.probe.remove()
+
+    def _call(self, modality: str, original: Original, *args: object, **kwargs: object) -> object:
+        if self.threads.now.open:  # Qwen3-VL encodes videos with its own get_image_features
+            return original(*args, **kwargs)
+        self.threads.now.open = True
+        try:
+            return self._observe(original, modality, args, kwargs)
+        finally:
+            self.threads.now.open = False
+            if self.probe is not None:
+                self.probe.clear()
+
+    def _observe(self, original: Original, modality: str, args: tuple[object, ...], kwargs: ModelCall) -> object:
+        start = time.perf_counter()
+        with contextlib.nullcontext() if self.probe is None else self.probe.listening():
+            output = original(*args, **kwargs)
+        seconds = time.perf_counter() - start
+        arguments = dict(inspect.signature(original).bind(*args, **kwargs).arguments)
+        arguments.update(arguments.pop("kwargs", {}))
+        with torch.no_grad():
+            self._record(modality, arguments, output, seconds)
+        return output
+
+    @torch.compiler.disable
+    def _record(self, modality: str, arguments: ModelCall, output: EncoderOutput, seconds: float) -> None:
+        if getattr(output, "pooler_output", None) is None:
+            return
+        signals = None
+        if self.needs:
+            helpers = (self.scorer, self.encoder)
+            signals = compute_signals(self.adapter.base, modality, arguments, output, self.probe, self.needs, *helpers)
+        if self.encoder is not None:
+            from tokprune.runtime.encoder.handoff import survivor_rows
+
+            signals = SignalSet() if signals is None else signals
+            call = EncoderCall(self.adapter.base, modality, arguments, output)
+            signals.values[SURVIVORS] = survivor_rows(self.encoder, call)
+        sizes = [f.shape[0] for f in flatten(output.pooler_output)]
+        seen = copy.copy(output)
+        if not isinstance(seen.pooler_output, Tensor):
+            seen.pooler_output = tuple(seen.pooler_output)  # the list may be changed by whoever holds it
+        record = EncoderRecord(modality, arguments, seen, sizes, signals, seconds, seen.pooler_output)
+        setattr(output, ENCODER_RECORD, record)
+
+
+def encoding_ms(encoded: Mapping[str, EncoderOutput | None]) -> float:
+    """Milliseconds that encoding these outputs took, as far as tokprune saw it."""
+    records = [encoder_record(output) for output in encoded.values()]
+    return sum(record.seconds for record in records if record is not None) * 1e3

@@ -1,0 +1,62 @@
+"""The question of each prompt of a prefill: given by the user, or cut out of the prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from tokprune.adapters.base import Adapter, flatten
+from tokprune.adapters.query import build_queries
+from tokprune.adapters.types import EncoderOutput, ModelCall, Processor, Scorer
+from tokprune.errors import MissingQueryError
+from tokprune.runtime.plan import Columns, tokens_of
+from tokprune.runtime.reuse import are_copies
+from tokprune.tokens import Query
+
+
+def questions_of(
+    adapter: Adapter,
+    call: ModelCall,
+    columns: Columns,
+    encoded: Mapping[str, EncoderOutput],
+    question: str | Sequence[str] | None,
+    helpers: tuple[Processor, Scorer],
+    prompt_length: int | None = None,
+) -> list[Query | None]:
+    """One Query per prompt, for a method that reads them.
+
+    question: one that the user gave, or one per prompt. helpers: the processor and the scorer. prompt_length: how many of
+    the columns are the prompt, where generate() wrote the rest.
+    """
+    processor, scorer = helpers
+    if question is None and processor is not None and columns.segments is not None:
+        raise MissingQueryError(
+            "a packed row holds several samples, each with a question of its own, and the prompt does not tell which picture a "
+            'question is about. Give one for all: with pruning.query("..."), or run the samples as rows of a batch.'
+        )
+    visible, ids = columns.visible, call.get("input_ids")
+    batch = visible.shape[0]
+    rows: list[Tensor | None] = [None] * batch
+    if ids is not None:
+        rows = [ids[b, :prompt_length][visible[b, :prompt_length]] for b in range(batch)]  # (L_b,) each
+    if question is not None and not isinstance(question, str) and len(question) and batch % len(question) == 0:
+        copies = batch // len(question)
+        if copies > 1 and _repeated(call, columns, encoded, copies):  # beams repeat prompts
+            question = [one for one in question for _ in range(copies)]
+    tokens = [getattr(adapter.config, name, None) for name in ("image_token_id", "video_token_id")]
+    placeholders = [token for token in tokens if token is not None]
+    return build_queries(processor, adapter.base.get_input_embeddings(), rows, question, placeholders, scorer)
+
+
+def _repeated(call: ModelCall, columns: Columns, encoded: Mapping[str, EncoderOutput], copies: int) -> bool:
+    """Whether the batch is every prompt and its pictures `copies` times."""
+    x = tokens_of(call)
+    for modality, where in columns.placeholders.items():
+        if encoded.get(modality) is None:
+            continue
+        features, counts = torch.cat(flatten(encoded[modality].pooler_output)), where.sum(1).tolist()  # (R, D), (B,)
+        if sum(counts) == len(features) and not are_copies(x, counts, features, [None] * len(counts), copies):
+            return False
+    return True
