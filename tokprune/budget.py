@@ -46,7 +46,7 @@ def kept(n: int, ratio: float) -> int:
     """
     if n <= 0:
         return 0
-    return min(n, max(1, math.floor(ratio * n * (1 + 1e-12) + 0.5)))
+    return min(n, max(1, round_of(n, ratio)))
 
 
 def keep_count(n: int, ratio: float | None = None, budget: int | None = None) -> int:
@@ -64,6 +64,11 @@ def floor_of(n: int, share: float) -> int:
 def ceil_of(n: int, share: float) -> int:
     """ceil(share * n), nudged by one part in 10^12: 0.55 of 100 is 55, where a bare math.ceil(0.55 * 100) is 56."""
     return math.ceil(share * n * (1 - 1e-12))
+
+
+def round_of(n: int, share: float) -> int:
+    """floor(share * n + 0.5), the product nudged as in `kept`: a half is rounded up."""
+    return math.floor(share * n * (1 + 1e-12) + 0.5)
 
 
 def share(total: int, weights: Sequence[float] | Tensor, capacities: Sequence[int], floor: int = 0) -> list[int]:

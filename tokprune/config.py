@@ -7,18 +7,18 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tokprune.budget import check_budget, check_ratio, keep_count
 from tokprune.errors import BudgetError, OptionError, unknown
 from tokprune.methods.base import Method
 from tokprune.registry import get_method
+from tokprune.types import JsonObject
 
 TYPE, VERSION = "tokprune.PruneConfig", 1
 POSITIONS = ("auto", "keep", "compact")
 
 
-def method_to_dict(method: Method) -> dict[str, Any]:
+def method_to_dict(method: Method) -> JsonObject:
     """A method as {"name": ..., "options": {...}}; options that are methods themselves, or hold some, are nested."""
     return {
         "name": method.info.name,
@@ -26,7 +26,7 @@ def method_to_dict(method: Method) -> dict[str, Any]:
     }
 
 
-def method_from_dict(data: Any) -> Method:
+def method_from_dict(data: object) -> Method:
     """The method that `method_to_dict` wrote."""
     if not isinstance(data, dict) or "name" not in data or not isinstance(data.get("options", {}), dict):
         raise OptionError(f'a method is written as {{"name": ..., "options": {{...}}}}, not {data!r}.')
@@ -36,14 +36,14 @@ def method_from_dict(data: Any) -> Method:
     return get_method(data["name"], **{key: _built(value) for key, value in data.get("options", {}).items()})
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """An option as plain data."""
     if isinstance(value, Method):
         return method_to_dict(value)
     return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
 
 
-def _built(value: Any) -> Any:
+def _built(value: object) -> object:
     """An option from plain data: lists are tuples in frozen dataclasses."""
     if isinstance(value, dict) and "name" in value:
         return method_from_dict(value)
@@ -101,7 +101,7 @@ class PruneConfig:
         budget: int | None = None,
         positions: str = "auto",
         query: str | Sequence[str] | None = None,
-        **options: Any,
+        **options: object,
     ) -> PruneConfig:
         """The config that `apply` makes from its arguments; options go to the one method that is named."""
         given = list(method) if isinstance(method, list | tuple) else [method]
@@ -118,7 +118,7 @@ class PruneConfig:
         """How many of `n` visual tokens of an image or video stay; all where neither ratio nor budget is given."""
         return keep_count(n, self.ratio, self.budget)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """Plain data with type and version."""
         return {
             "type": TYPE,
@@ -131,7 +131,7 @@ class PruneConfig:
         }
 
     @staticmethod
-    def from_dict(data: Any) -> PruneConfig:
+    def from_dict(data: object) -> PruneConfig:
         """The config that `to_dict` wrote; refuses other types, newer versions and unknown fields."""
         if not isinstance(data, dict) or data.get("type") != TYPE:
             raise OptionError(f'not a pruning config: expected an object with "type": "{TYPE}".')

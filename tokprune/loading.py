@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from tokprune.errors import OptionError, missing_extra, unknown
+from tokprune.types import VLM, Fields, JsonObject, Processor
 
 if TYPE_CHECKING:
     import torch
+    from transformers import AutoModelForImageTextToText
 
     from tokprune.methods.base import Method
 
@@ -34,8 +36,8 @@ HUB_SECONDS = 5.0
 class Loaded:
     """A model in evaluation mode with its processor. embedded: a demo VLM, which knows some eighty words and answers in one."""
 
-    model: Any
-    processor: Any
+    model: VLM
+    processor: Processor
     embedded: bool = False
 
 
@@ -52,7 +54,7 @@ class LoadOptions:
     device_map: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
-    processor: Mapping[str, Any] = field(default_factory=dict)
+    processor: Fields = field(default_factory=dict)
     random_weights: bool = False
 
 
@@ -114,13 +116,13 @@ def load(name: str, options: LoadOptions | None = None, video: bool = False) -> 
     from tokprune.profiling.runs import is_out_of_memory
 
     name = os.path.expanduser(name)
-    common: dict[str, Any] = {"trust_remote_code": options.trust_remote_code, **check_reachable(name, options.revision)}
+    common: JsonObject = {"trust_remote_code": options.trust_remote_code, **check_reachable(name, options.revision)}
     if options.revision is not None:
         common["revision"] = options.revision
     more = {"attn_implementation": options.attn, "device_map": options.device_map}
-    auto: Any = AutoModelForImageTextToText
+    auto = AutoModelForImageTextToText
     try:
-        processor: Any = AutoProcessor.from_pretrained(name, **common, **options.processor)
+        processor: Processor = AutoProcessor.from_pretrained(name, **common, **options.processor)
         given = {key: value for key, value in more.items() if value is not None}
         if options.random_weights:
             model = _random(auto, name, dtype, common)
@@ -144,7 +146,7 @@ def load(name: str, options: LoadOptions | None = None, video: bool = False) -> 
     return Loaded(model.eval(), processor)
 
 
-def _random(auto: Any, name: str, dtype: torch.dtype | None, common: Mapping[str, Any]) -> Any:
+def _random(auto: type[AutoModelForImageTextToText], name: str, dtype: torch.dtype | None, common: Fields) -> Any:
     """A model with random weights, the same at every call, in float32 unless a dtype is asked for."""
     import torch
     from transformers import AutoConfig
@@ -160,8 +162,8 @@ def _load_demo(options: LoadOptions, dtype: torch.dtype | None, video: bool) -> 
 
     if options.processor:
         raise OptionError(f"the demo VLM takes no processor options, such as {next(iter(options.processor))!r}.")
-    model: Any
-    model, processor = (tokprune.demo.load_clips if video else tokprune.demo.load)(options.device, dtype)
+    made, processor = (tokprune.demo.load_clips if video else tokprune.demo.load)(options.device, dtype)
+    model = cast("VLM", made)
     if options.attn is not None:
         try:
             model.set_attn_implementation(options.attn)
@@ -179,7 +181,7 @@ def _no_vlm(error: BaseException) -> str:
     return f"{kind} is no vision-language model; give one that reads pictures, such as llava-hf/llava-1.5-7b-hf."
 
 
-def check_reachable(name: str, revision: str | None = None, kind: str = "model") -> dict[str, Any]:
+def check_reachable(name: str, revision: str | None = None, kind: str = "model") -> JsonObject:
     """Say in seconds what a load would find out after minutes of retries: that nobody has the model or data set `name`.
 
     Returns {"local_files_only": True} where the hub does not answer but this machine has a copy. kind: "model" or "dataset".
@@ -226,7 +228,7 @@ def needs_scorer(methods: Sequence[Method | str]) -> bool:
     return any((method_class(m) if isinstance(m, str) else m).info.query_aware for m in methods)
 
 
-def demo_scorer(loaded: Loaded, methods: Sequence[Method | str]) -> Any:
+def demo_scorer(loaded: Loaded, methods: Sequence[Method | str]) -> object:
     """The demo's own text-image scorer, for the demo and methods that need one; else None."""
     if not loaded.embedded or not needs_scorer(methods):
         return None

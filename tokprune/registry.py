@@ -12,6 +12,7 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tokprune.errors import OptionError, nearest, unknown
+from tokprune.types import Fields
 
 if TYPE_CHECKING:
     from tokprune.methods.base import Method
@@ -55,7 +56,7 @@ class MethodInfo:
     wrapper: bool = False
     video: bool = False
     checked: Checked | None = None
-    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    presets: Mapping[str, Fields] = field(default_factory=dict)
 
 
 _methods: dict[str, type[Method]] = {}
@@ -108,7 +109,7 @@ def method_class(name: str) -> type[Method]:
     return _methods[key]
 
 
-def get_method(name: str, **options: Any) -> Method:
+def get_method(name: str, **options: object) -> Method:
     """Build the method `name` with its published defaults, or with `options` in place of some of them.
 
     preset="<family>" takes the official settings for that family first; other options still win.
@@ -129,11 +130,11 @@ def get_method(name: str, **options: Any) -> Method:
     return cls(**options)
 
 
-def _preset(info: MethodInfo, preset: Any) -> Mapping[str, Any]:
+def _preset(info: MethodInfo, preset: object) -> Fields:
     """The options that a preset stands for."""
     if not info.presets:
         raise OptionError(f"method {info.name!r} has no presets: its defaults hold for every family.")
-    if preset not in info.presets:
+    if not isinstance(preset, str) or preset not in info.presets:
         raise unknown(f"preset of method {info.name!r}", preset, info.presets)
     return info.presets[preset]
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from tokprune.types import JsonObject
 
 if TYPE_CHECKING:
     from tokprune.config import PruneConfig
@@ -109,7 +111,7 @@ class Report:
         """Visual tokens kept, separators not counted."""
         return sum(s.kept for s in self.streams)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """Plain data."""
         return {"total": self.total, "kept": self.kept, **asdict(self)}
 

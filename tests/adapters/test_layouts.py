@@ -28,8 +28,8 @@ from tokprune.adapters.families import (
 )
 from tokprune.adapters.families.geometry import canvas_from_pixels, canvas_from_shape, scaled_grid
 from tokprune.adapters.families.idefics import SmolVLM
+from tokprune.adapters.towers import tower_of
 from tokprune.errors import MissingSignalError
-from tokprune.runtime.probe import tower_of
 from tokprune.runtime.signals import SignalSet, compute_signals, required_blocks
 from tokprune.testing import FAMILIES, TinyVLM, build, clip, picture
 

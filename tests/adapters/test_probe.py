@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import tokprune.runtime.probe as probe_module
+from tokprune.adapters.towers import tower_blocks, tower_of
 from tokprune.errors import MissingSignalError, OptionError
-from tokprune.runtime.probe import AttentionProbe, tower_blocks, tower_of
+from tokprune.runtime.probe import AttentionProbe
 from tokprune.runtime.signals import SignalSet, block_index, compute_signals, required_blocks
 from tokprune.testing import TinyVLM, build, clip, picture
 

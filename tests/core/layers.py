@@ -12,16 +12,17 @@ ROOT = Path(tokprune.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
 # What each layer of the package may import of the others, besides itself.
-CORE = {"tokens", "budget", "errors", "files"}
+CORE = {"tokens", "budget", "errors", "files", "types"}
 MAY_IMPORT = {
     "errors": set[str](),
+    "types": set[str](),
     "environment": set[str](),
     "files": {"errors"},
     "tokens": {"errors"},
     "budget": {"errors"},
     "ops": CORE,
-    "registry": {"errors", "methods"},
-    "config": {"budget", "errors", "methods", "registry"},
+    "registry": {"errors", "methods", "types"},
+    "config": {"budget", "errors", "methods", "registry", "types"},
     "video": CORE | {"ops"},
     "methods": CORE | {"ops", "registry", "video"},
 }

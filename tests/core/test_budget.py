@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokprune.budget import ceil_of, check_budget, check_ratio, counts, equal, floor_of, kept, share
+from tokprune.budget import ceil_of, check_budget, check_ratio, counts, equal, floor_of, kept, round_of, share
 from tokprune.errors import BudgetError
 
 thousandths = st.integers(1, 1000).map(lambda i: i / 1000)
@@ -125,4 +125,5 @@ def test_portions_are_of_the_decimal_number_that_was_typed(hundredths: int) -> N
     for n in range(1, 301):
         assert floor_of(n, share) == hundredths * n // 100
         assert ceil_of(n, share) == -(-hundredths * n // 100)
+        assert round_of(n, share) == (2 * hundredths * n + 100) // 200
     assert floor_of(3, 1 / 3) == ceil_of(3, 1 / 3) == 1

@@ -12,10 +12,10 @@ from torch import Tensor
 import tokprune
 from tests.encoder.test_towers import TOWERS, output, pixels, timm_vit
 from tests.golden_vectors import GoldenCase, claims
+from tokprune.adapters.patch_sizes import positions
 from tokprune.errors import OptionError, UnsupportedModelError
 from tokprune.methods.encoder.apt import APT, leaders, patch_count, patch_entropy, patch_levels, shifted_levels
 from tokprune.runtime.encoder import apply_encoder
-from tokprune.runtime.encoder.patches import positions
 from tokprune.testing import build, picture
 
 close = torch.testing.assert_close

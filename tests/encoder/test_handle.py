@@ -248,6 +248,7 @@ def test_list_of_encoder_methods() -> None:
         "ipcv",
         "toc3d",
         "dynamicvit",
+        "dtop",
     } <= set(names)
     for name in names:
         assert get_method(name).info.paper

@@ -1,4 +1,4 @@
-"""Methods that leave the full sequence and restore it (IPCV, ToC3D's router, DToP's rule) against forwards written out."""
+"""Methods that leave the full sequence and restore it (IPCV, ToC3D's router, DToP) against forwards written out."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def test_ipcv_in_a_packed_tower_equals_a_written_out_forward() -> None:
         span = slice(start, start + n)
         start += n
         before, then = (t[span].view(n // 4, -1) for t in (calls[0]["x"], old))
-        kept = sorted((then - before).norm(dim=-1).argsort(descending=True)[: round(0.5 * n / 4)].tolist())
+        kept = sorted((then - before).norm(dim=-1).argsort(descending=True)[: (n // 4 + 1) // 2].tolist())
         others = [i for i in range(n // 4) if i not in kept]
         tokens = torch.tensor([4 * u + i for u in kept for i in range(4)])
 
@@ -313,6 +313,58 @@ def test_dtop_freezes_decided_tokens_and_runs_the_others() -> None:
         close(got[b], full, atol=2e-5, rtol=1e-5)
 
 
-def test_dtop_without_heads_is_refused() -> None:
+@torch.no_grad()
+def test_patches_that_stop_at_the_second_head_keep_the_state_that_they_have_there() -> None:
+    model, x = timm_vit(), pixels()
+    weight = torch.randn(24, 3, generator=torch.Generator().manual_seed(5))
+
+    def head(patches: Tensor) -> Tensor:
+        return (patches @ weight).softmax(-1)
+
+    with apply_encoder(model, "dtop", heads={0: head, 2: head}, threshold=0.85, context=1) as pruning:
+        start, got = seen_by_blocks(model, pruning, x)
+    blocks = list(model.blocks)
+    then = think(blocks[0], attend(blocks[0], start))
+    first = undecided(head(then[:, 1:]), 0.85, 1)
+    for b in range(2):
+        full = then[b].clone()
+        stay = [0, *(first[b].nonzero()[:, 0] + 1).tolist()]
+        now = then[b][stay][None]
+        for block in blocks[1:3]:
+            now = think(block, attend(block, now))
+        full[stay] = now[0]
+        second = undecided(head(now[:, 1:]), 0.85, 1)[0]
+        assert 0 < second.sum() < len(second) < first.shape[1]
+        on = [0, *(second.nonzero()[:, 0] + 1).tolist()]
+        now = now[:, on]
+        for block in blocks[3:]:
+            now = think(block, attend(block, now))
+        full[[stay[i] for i in on]] = now[0]
+        close(got[b], full, atol=2e-5, rtol=1e-5)
+
+
+def test_a_packed_tower_takes_one_head() -> None:
+    tiny = build("qwen3_vl")
+    weight = torch.randn(4 * tiny.model.base_model.visual.config.hidden_size, 3)
+
+    def head(patches: Tensor) -> Tensor:
+        return (patches @ weight).softmax(-1)
+
+    with apply_encoder(tiny.model, "dtop", heads={0: head}, threshold=0.5):
+        assert encode(tiny, two_images(tiny))[0].isfinite().all()
+    with (
+        apply_encoder(tiny.model, "dtop", heads={0: head, 1: head}, threshold=0.5),
+        pytest.raises(UnsupportedModelError, match="once, at one block"),
+    ):
+        encode(tiny, two_images(tiny))
+
+
+def test_dtop_refuses_what_is_no_trained_head() -> None:
     with pytest.raises(OptionError, match="trained head"):
-        apply_encoder(timm_vit(), DToP())
+        apply_encoder(timm_vit(), "dtop")
+    with pytest.raises(OptionError, match=r"block from 0 to 3.*blocks given: \[9\]"):
+        apply_encoder(timm_vit(), DToP(heads={9: torch.nn.Identity()}))
+    with pytest.raises(OptionError, match="maps a block's number to a function"):
+        DToP(heads={5: "head.pt"})  # type: ignore[dict-item]
+    with pytest.raises(OptionError, match="ratio and budget out"):
+        apply_encoder(timm_vit(), DToP(heads={1: torch.nn.Identity()}), ratio=0.5)

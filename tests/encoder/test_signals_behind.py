@@ -143,7 +143,7 @@ def test_a_packed_tower_tells_what_its_reduced_blocks_computed(family: str) -> N
 
 
 def tower_order(tiny: Any, tower: Any, grid: Tensor) -> Tensor | None:
-    from tokprune.runtime.encoder.find import find_tower
+    from tokprune.adapters.towers import find_tower
 
     found = find_tower(tiny.model)
     return None if found.grids is None else found.grids(grid, {})

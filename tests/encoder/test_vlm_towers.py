@@ -10,10 +10,10 @@ from torch import Tensor
 
 from tests.encoder.test_towers import hooks, written_out
 from tests.published.bipartite import unmerge
+from tokprune.adapters.tower_kinds import block_order
 from tokprune.errors import OptionError
 from tokprune.ops.merge import bipartite_matching, merge_weighted
 from tokprune.runtime.encoder import apply_encoder
-from tokprune.runtime.encoder.units import block_order
 from tokprune.testing import TinyVLM, build, clip, picture
 
 close = torch.testing.assert_close

@@ -11,28 +11,35 @@ import inspect
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+Args: TypeAlias = tuple[Any, ...]
+"""Positional arguments of a hooked call."""
+Keywords: TypeAlias = dict[str, Any]
+"""Its keyword arguments."""
+Call: TypeAlias = tuple[Args, Keywords]
 
 
 class Ref:
     """A weak reference to an object that deepcopy and pickle follow; called, it gives the object, or None when that is gone."""
 
-    def __init__(self, target: Any = None) -> None:
+    def __init__(self, target: object = None) -> None:
         self._target = (lambda: None) if target is None else weakref.ref(target)
 
     def __call__(self) -> Any:
         return self._target()
 
-    def __deepcopy__(self, memo: Any) -> Ref:
+    def __deepcopy__(self, memo: dict[int, object]) -> Ref:
         target = self()
         return Ref(None if target is None else copy.deepcopy(target, memo))
 
-    def __getstate__(self) -> Any:
+    def __getstate__(self) -> dict[str, object]:
         return {"target": self()}
 
-    def __setstate__(self, state: Any) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         Ref.__init__(self, state["target"])
 
 
@@ -45,10 +52,10 @@ class PerThread(threading.local):
     def __init__(self, kind: Callable[[], Any]) -> None:  # Python calls it in each thread
         self.kind, self.now = kind, kind()
 
-    def __deepcopy__(self, memo: Any) -> PerThread:
+    def __deepcopy__(self, memo: dict[int, object]) -> PerThread:
         return PerThread(self.kind)
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[object, ...]:
         return PerThread, (self.kind,)
 
 
@@ -64,7 +71,7 @@ class Lock:
     def __exit__(self, *_: object) -> None:
         self._lock.release()
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[object, ...]:
         return Lock, ()
 
 
@@ -74,19 +81,19 @@ class Hook:
     A copy of the whole model is hooked to the copied pruning, a copy of a mere part of the model to nothing.
     """
 
-    def __init__(self, owner: Any, method: str, first: tuple[Any, ...]) -> None:
+    def __init__(self, owner: object, method: str, first: Args) -> None:
         """owner: has `method`, and `anchor()`, the model it belongs to. first: arguments before torch's own."""
         self.owner, self.method, self.first = Ref(owner), method, first
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         owner = self.owner()
         return None if owner is None else getattr(owner, self.method)(*self.first, *args, **kwargs)
 
-    def __deepcopy__(self, memo: Any) -> Hook:
+    def __deepcopy__(self, memo: dict[int, object]) -> Hook:
         return Hook(_copied(self.owner(), memo), self.method, self.first)
 
 
-def _copied(owner: Any, memo: Any) -> Any:
+def _copied(owner: Any, memo: dict[int, object]) -> Any:
     """The copy of a pruning whose model is being copied, else None."""
     anchor = None if owner is None else owner.anchor()
     return None if anchor is None or id(anchor) not in memo else copy.deepcopy(owner, memo)
@@ -99,7 +106,7 @@ class StandIn:
     inspects it.
     """
 
-    def __init__(self, owner: Any, method: str, first: tuple[Any, ...], target: Any, name: str) -> None:
+    def __init__(self, owner: object, method: str, first: Args, target: object, name: str) -> None:
         self.owner, self.method, self.first = Ref(owner), method, first
         self.target, self.name = Ref(target), name
         self.before = vars(target).get(name)
@@ -122,17 +129,17 @@ class StandIn:
         )  # a hook that torch asks for, returning the object
 
     @property
-    def __func__(self) -> Any:
+    def __func__(self) -> object:
         """The original's plain function: what caches of signatures may keep."""
         return getattr(self.original, "__func__", self.original)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         owner = self.owner() if self.active else None
         if owner is None:
             return self.original(*args, **kwargs)
         return getattr(owner, self.method)(*self.first, self.original, *args, **kwargs)
 
-    def __deepcopy__(self, memo: Any) -> StandIn:
+    def __deepcopy__(self, memo: dict[int, object]) -> StandIn:
         new = copy.copy(self)
         memo[id(self)] = new
         new.owner, new.target = Ref(_copied(self.owner(), memo)), copy.deepcopy(self.target, memo)
@@ -154,33 +161,33 @@ class StandIn:
 class Attachments:
     """Everything that one pruning has put on modules; `remove` takes all of it away."""
 
-    def __init__(self, owner: Any) -> None:
+    def __init__(self, owner: object) -> None:
         self._owner = Ref(owner)
-        self._handles: list[Any] = []
+        self._handles: list[RemovableHandle] = []
         self._stand_ins: list[StandIn] = []
 
     def __len__(self) -> int:
         return len(self._handles) + len(self._stand_ins)
 
-    def before(self, module: nn.Module, method: str, *first: Any, **how: Any) -> Any:
+    def before(self, module: nn.Module, method: str, *first: object, **how: bool) -> RemovableHandle:
         """Call the owner's `method` before `module` runs. how: options of register_forward_pre_hook. Returns torch's handle."""
         hook = Hook(self._owner(), method, first)
         self._handles.append(module.register_forward_pre_hook(hook, **how))
         return self._handles[-1]
 
-    def after(self, module: nn.Module, method: str, *first: Any, **how: Any) -> Any:
+    def after(self, module: nn.Module, method: str, *first: object, **how: bool) -> RemovableHandle:
         """Call the owner's `method` after `module` has run. how: options of register_forward_hook. Returns torch's handle."""
         hook = Hook(self._owner(), method, first)
         self._handles.append(module.register_forward_hook(hook, **how))
         return self._handles[-1]
 
-    def instead(self, target: Any, name: str, method: str, *first: Any) -> None:
+    def instead(self, target: object, name: str, method: str, *first: object) -> None:
         """Let the owner's `method` answer calls of `target.name`; it gets the original before the call's arguments."""
         stand_in = StandIn(self._owner(), method, first, target, name)
         target.__dict__[name] = stand_in
         self._stand_ins.append(stand_in)
 
-    def drop(self, handle: Any) -> None:
+    def drop(self, handle: RemovableHandle) -> None:
         """Take one hook away."""
         handle.remove()
         self._handles.remove(handle)

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from tokprune.errors import OptionError
 from tokprune.files import rgb
+from tokprune.types import JsonObject
 from tokprune.video.result import Video
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 TICKS = 1000
 """Frame numbers a second of the metadata: a clock fine enough for true timestamps of any frame rate."""
@@ -32,7 +36,7 @@ class Clip:
     def __len__(self) -> int:
         return len(self.frames)
 
-    def metadata(self) -> dict[str, Any]:
+    def metadata(self) -> JsonObject:
         """The fields of a Transformers `VideoMetadata` whose timestamps and sampled rate are true for these frames.
 
         Processors divide frame numbers by a constant rate and take the sampled rate to be that of the whole file; neither
@@ -53,7 +57,7 @@ class Clip:
         }
 
 
-def as_clip(video: Any) -> Clip:
+def as_clip(video: object) -> Clip:
     """A clip of a tokprune.video.Video, of frames (T, H, W, 3) uint8, or of the pair (frames, seconds).
 
     Frames may be an array, a tensor, or a list of PIL pictures or (H, W, 3) arrays of one size. Without times they are taken
@@ -83,16 +87,16 @@ def as_clip(video: Any) -> Clip:
     return Clip(frames, times, float(times[-1] + gap))
 
 
-def _times(value: Any) -> bool:
+def _times(value: object) -> bool:
     """Whether the second of a pair is a list of seconds, not a frame."""
-    return value is None or np.ndim(value) == 1
+    return value is None or np.ndim(value) == 1  # type: ignore[arg-type]
 
 
-def _frames(given: Any) -> npt.NDArray[np.uint8]:
+def _frames(given: object) -> npt.NDArray[np.uint8]:
     if hasattr(given, "detach"):  # a tensor
         given = given.detach().cpu().numpy()
     try:
-        frames = np.asarray(given) if isinstance(given, np.ndarray) else np.stack([np.asarray(f) for f in given])
+        frames = np.asarray(given) if isinstance(given, np.ndarray) else np.stack([np.asarray(f) for f in given])  # type: ignore[attr-defined]
     except (TypeError, ValueError) as error:
         what = type(given).__name__
         raise OptionError(f"a video is (T, H, W, 3) uint8 frames of one size, not this {what}: {error}") from error
@@ -103,7 +107,7 @@ def _frames(given: Any) -> npt.NDArray[np.uint8]:
     return frames
 
 
-def as_picture(image: Any) -> Any:
+def as_picture(image: object) -> Image:
     """A PIL picture in RGB, of a PIL picture or an (H, W, 3) uint8 array."""
     from PIL import Image
 

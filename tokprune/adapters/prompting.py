@@ -10,7 +10,7 @@ path and no decoding library ever reaches transformers.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,22 +20,24 @@ from tokprune.adapters.families import family_named
 from tokprune.adapters.media import Clip, as_clip, as_picture, check_lengths, stamp
 from tokprune.adapters.query import tokenizer_of
 from tokprune.errors import OptionError, UnsupportedModelError
+from tokprune.types import VLM, Fields, Inputs, JsonObject, Processor
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from transformers import BatchFeature
 
 SPLITTING = ("do_image_splitting", "crop_to_patches")
 """Options of image processors that cut a picture into tiles; off for frames that are given as pictures."""
 
 
-def takes_videos(processor: Any) -> bool:
+def takes_videos(processor: Processor) -> bool:
     """Whether a processor has a video processor and a mark for videos, so that a clip stays one clip."""
     return getattr(processor, "video_processor", None) is not None and _mark(processor, "video") is not None
 
 
 def build_inputs(
-    model: Any,
-    processor: Any,
+    model: VLM,
+    processor: Processor,
     question: str | Sequence[str],
     images: Sequence[Any] | None = None,
     videos: Sequence[Any] | None = None,
@@ -66,7 +68,7 @@ def build_inputs(
         raise OptionError(
             "history goes with one question, not with a batch of them; use inputs_of for a batch of chats."
         )
-    rows: list[list[dict[str, Any]]] = []
+    rows: list[list[JsonObject]] = []
     for i, asked in enumerate(question):
         content = []
         for kind, given in (("video", videos), ("image", images)):
@@ -79,7 +81,7 @@ def build_inputs(
     return inputs_of(model, processor, rows)
 
 
-def inputs_of(model: Any, processor: Any, chats: Sequence[Sequence[Mapping[str, Any]]]) -> BatchFeature:
+def inputs_of(model: VLM, processor: Processor, chats: Sequence[Sequence[Fields]]) -> BatchFeature:
     """The same for whole chats in the message format of Transformers, one per row of the batch.
 
     A message is {"role": ..., "content": text or parts}; parts are {"type": "text", "text": ...}, {"type": "image", "image":
@@ -96,7 +98,7 @@ def inputs_of(model: Any, processor: Any, chats: Sequence[Sequence[Mapping[str, 
             stacklevel=3,
         )
         native = False
-    more: dict[str, Any] = {}
+    more: JsonObject = {}
     if clips and not native:
         for row in rows:
             row.spread_clips(timed=family.times_frames)
@@ -121,7 +123,7 @@ def inputs_of(model: Any, processor: Any, chats: Sequence[Sequence[Mapping[str, 
     return _to(features, inner)
 
 
-def _to(features: BatchFeature, model: Any) -> BatchFeature:
+def _to(features: BatchFeature, model: VLM) -> BatchFeature:
     """Everything on the model's device, pixels in its dtype; seconds and grids keep their precision."""
     features = features.to(device=model.device)
     for name, value in list(features.items()):
@@ -132,14 +134,14 @@ def _to(features: BatchFeature, model: Any) -> BatchFeature:
 
 
 @torch.no_grad()
-def answer(model: Any, processor: Any, inputs: Any, max_new_tokens: int = 64, **options: Any) -> list[str]:
+def answer(model: VLM, processor: Processor, inputs: Inputs, max_new_tokens: int = 64, **options: object) -> list[str]:
     """The model's greedy answer to each prompt of `inputs`, without the prompt and without special tokens.
 
     options: of model.generate, such as num_beams=3.
     """
     if max_new_tokens < 1:
         raise OptionError(f"max_new_tokens={max_new_tokens}; ask for at least 1.")
-    greedy: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    greedy: JsonObject = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if options.get("do_sample"):
         greedy = {}
     out = model.generate(**inputs, max_new_tokens=max_new_tokens, **{**greedy, **options})
@@ -148,7 +150,7 @@ def answer(model: Any, processor: Any, inputs: Any, max_new_tokens: int = 64, **
     return [text.strip() for text in texts]
 
 
-def _several(given: Sequence[Any] | None, what: str) -> list[Any]:
+def _several(given: Sequence[object] | None, what: str) -> list[object]:
     if given is None:
         return []
     if not isinstance(given, list | tuple):
@@ -156,7 +158,7 @@ def _several(given: Sequence[Any] | None, what: str) -> list[Any]:
     return list(given)
 
 
-def _mark(processor: Any, kind: str) -> str | None:
+def _mark(processor: Processor, kind: str) -> str | None:
     """What stands for a picture or a clip in a prompt of this processor."""
     mark = getattr(processor, f"{kind}_token", None)
     return None if mark is None else str(mark)
@@ -165,9 +167,9 @@ def _mark(processor: Any, kind: str) -> str | None:
 class _Row:
     """One chat: its messages with media replaced by bare marks, and the media in order."""
 
-    def __init__(self, chat: Sequence[Mapping[str, Any]]) -> None:
-        self.messages: list[dict[str, Any]] = []
-        self.media: list[tuple[str, Any]] = []
+    def __init__(self, chat: Sequence[Fields]) -> None:
+        self.messages: list[JsonObject] = []
+        self.media: list[Clip | Image] = []
         for message in chat:
             given = message["content"]
             parts = [{"type": "text", "text": given}] if isinstance(given, str) else list(given)
@@ -177,10 +179,10 @@ class _Row:
                 if kind == "text":
                     content.append({"type": "text", "text": part["text"]})
                 elif kind == "video":
-                    self.media.append(("video", as_clip(part["video"])))
+                    self.media.append(as_clip(part["video"]))
                     content.append({"type": "video"})
                 elif kind == "image":
-                    self.media.append(("image", as_picture(part["image"])))
+                    self.media.append(as_picture(part["image"]))
                     content.append({"type": "image"})
                 else:
                     raise OptionError(f'a part of a message has the type "text", "image" or "video", not {kind!r}.')
@@ -189,38 +191,39 @@ class _Row:
     @property
     def clips(self) -> list[Clip]:
         """The clips that are still clips."""
-        return [item for kind, item in self.media if kind == "video"]
+        return [item for item in self.media if isinstance(item, Clip)]
 
     @property
-    def pictures(self) -> list[Any]:
+    def pictures(self) -> list[Image]:
         """The pictures, in order."""
-        return [item for kind, item in self.media if kind == "image"]
+        return [item for item in self.media if not isinstance(item, Clip)]
 
     def spread_clips(self, timed: bool) -> None:
         """Exchange every clip for its frames as pictures; timed: each with the words that SmolVLM writes before a frame."""
-        queue, media = iter(self.media), []
+        queue = iter(self.media)
+        media: list[Clip | Image] = []
         for message in self.messages:
-            content: list[dict[str, Any]] = []
+            content: list[JsonObject] = []
             for part in message["content"]:
                 if part["type"] == "text":
                     content.append(part)
                     continue
-                kind, item = next(queue)
-                if kind == "image":
+                item = next(queue)
+                if not isinstance(item, Clip):
                     content.append(part)
-                    media.append((kind, item))
+                    media.append(item)
                     continue
                 for frame, second in zip(item.frames, item.seconds, strict=True):
                     if timed:
                         content.append({"type": "text", "text": f"\nFrame from {stamp(second)}:"})
                     content.append({"type": "image"})
-                    media.append(("image", as_picture(frame)))
+                    media.append(as_picture(frame))
                 if timed:
                     content.append({"type": "text", "text": "\n\n"})
             message["content"] = content
         self.media = media
 
-    def text(self, processor: Any) -> str:
+    def text(self, processor: Processor) -> str:
         """The prompt as text, ready for the answer; refused when it does not show every picture and clip."""
         written = self._templated(processor)
         parts = [part for m in self.messages for part in (*m["content"], {"type": "text", "text": "\n"})]
@@ -234,16 +237,16 @@ class _Row:
             )
         return text
 
-    def missing(self, processor: Any, text: str) -> tuple[str, int, int] | None:
+    def missing(self, processor: Processor, text: str) -> tuple[str, int, int] | None:
         """The kind of media that a prompt does not show in full, how often it does and how often it should; None: all there."""
         for kind in ("image", "video"):
-            mark, wanted = _mark(processor, kind), sum(k == kind for k, _ in self.media)
+            mark, wanted = _mark(processor, kind), len(self.clips if kind == "video" else self.pictures)
             found = 0 if mark is None else text.count(mark)
             if wanted != found and wanted:
                 return kind, found, wanted
         return None
 
-    def _templated(self, processor: Any) -> list[str]:
+    def _templated(self, processor: Processor) -> list[str]:
         """What the chat templates at hand make of the messages: with parts, then with strings; none without a template."""
         strings = [{"role": m["role"], "content": _flat(processor, m["content"])} for m in self.messages]
         out, refusal, tokenizer = [], None, tokenizer_of(processor)
@@ -261,6 +264,6 @@ class _Row:
         return out
 
 
-def _flat(processor: Any, content: Sequence[Mapping[str, Any]]) -> str:
+def _flat(processor: Processor, content: Sequence[Fields]) -> str:
     """The parts of a message as one string with marks."""
     return "".join(part["text"] if part["type"] == "text" else _mark(processor, part["type"]) or "" for part in content)

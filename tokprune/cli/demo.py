@@ -293,9 +293,9 @@ def save_kept(
         page = kept_on_image(medium, records, asker.processor, title=title, subtitle=note, captions=captions)
         return [save_picture(page, path.with_name(f"{path.name}.png"))]
     paths = []
-    for a in answers:
+    for a in (a for a in answers if a.method in records):
         heading = f"{title}, answer: {a.text}"
-        for _, picture in kept_on_clip(medium, {a.method: [a.stream]}, asker.processor, title=heading):
+        for _, picture in kept_on_clip(medium, {a.method: [records[a.method]]}, asker.processor, title=heading):
             paths.append(save_picture(picture, path.with_name(f"{path.name}-{a.method}.png")))
     return paths
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from tokprune.testing.self_test import Check
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,7 +42,7 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _test(name: str, random_weights: bool, device: str) -> tuple[Any, ...]:
+def _test(name: str, random_weights: bool, device: str) -> tuple[Check, ...]:
     from tokprune.loading import LoadOptions, check_device, load
     from tokprune.testing.self_test import prompts, self_test
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -13,14 +13,16 @@ from rich.table import Table
 
 from tokprune.files import STDOUT, write_json
 from tokprune.registry import list_methods, method_class
+from tokprune.types import JsonObject
 
 
-def facts(name: str) -> dict[str, Any]:
+def facts(name: str) -> JsonObject:
     """Everything the registry knows of a method, as plain data."""
     cls = method_class(name)
     doc = inspect.getdoc(cls) or ""
     fields = [f for f in dataclasses.fields(cls) if f.init]
-    options = {f.name: None if f.default is dataclasses.MISSING else f.default for f in fields}
+    made = {f.name: f.default_factory() for f in fields if f.default_factory is not dataclasses.MISSING}
+    options = {f.name: None if f.default is dataclasses.MISSING else f.default for f in fields} | made
     required = any(f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING for f in fields)
     needs = () if required else getattr(cls(), "needs", ())
     return {
@@ -28,7 +30,7 @@ def facts(name: str) -> dict[str, Any]:
         "stage": cls.stage,
         "needs": list(needs),
         "options": {
-            k: v if isinstance(v, int | float | str | bool | list | tuple | type(None)) else str(v)
+            k: v if isinstance(v, int | float | str | bool | list | tuple | dict | type(None)) else str(v)
             for k, v in options.items()
         },
         "summary": doc.splitlines()[0] if doc else "",

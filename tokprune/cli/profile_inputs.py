@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tokprune.cli import options
 from tokprune.errors import OptionError, unknown
+from tokprune.types import VLM, Fields, Inputs, JsonObject, Processor
 
 if TYPE_CHECKING:
     from numpy import uint8
@@ -31,14 +32,14 @@ class Work:
     """One model and one prompt. resized: share of tokens -> inputs of a smaller picture. compare: report -> published rows.
     image, frames: what the model was shown, for pictures of what was kept; None for made-up pixels."""
 
-    model: Any
-    inputs: Mapping[str, Any]
+    model: VLM
+    inputs: Inputs
     name: str
-    processor: Any = None
-    options: dict[str, Any] = field(default_factory=dict)
-    resized: Callable[[float], Mapping[str, Any]] | None = None
+    processor: Processor | None = None
+    options: JsonObject = field(default_factory=dict)
+    resized: Callable[[float], Fields] | None = None
     notes: list[str] = field(default_factory=list)
-    compare: Callable[[ProfileReport], Sequence[dict[str, Any]]] = lambda report: ()
+    compare: Callable[[ProfileReport], Sequence[JsonObject]] = lambda report: ()
     image: Image.Image | None = None
     frames: NDArray[uint8] | None = None
 
@@ -143,12 +144,12 @@ def from_preset(request: ProfileRequest) -> Work:
             "take a smaller preset, or --flops-only."
         ) from error
 
-    def inputs(size: tuple[int, int]) -> dict[str, Any]:
+    def inputs(size: tuple[int, int]) -> JsonObject:
         return random_inputs(known, model, size, text=request.text, batch=request.batch, frames=case.frames)
 
     full = known.tokens(case.size, case.frames)
 
-    def resized(share: float) -> dict[str, Any]:
+    def resized(share: float) -> JsonObject:
         return inputs(preset_size(known, max(1, round(share * full)), case.frames)[0])
 
     clip = f", {case.frames} frames" if case.frames else ""
@@ -166,7 +167,7 @@ def from_preset(request: ProfileRequest) -> Work:
     )
 
 
-def _beside(known: Preset, report: ProfileReport) -> list[dict[str, Any]]:
+def _beside(known: Preset, report: ProfileReport) -> list[JsonObject]:
     from tokprune.profiling.published import comparison, measured_in
 
     plain = report.find("plain")
@@ -216,7 +217,7 @@ def _image_work(request: ProfileRequest, loaded: Loaded, picture: Image.Image | 
     shown_picture: Image.Image = picture
     words = [question or options.QUESTION] * request.batch
 
-    def at_scale(factor: float) -> Mapping[str, Any]:
+    def at_scale(factor: float) -> Fields:
         shown = shown_picture if factor == 1.0 else scaled_picture(shown_picture, factor)
         return dict(build_inputs(loaded.model, loaded.processor, words, images=[[shown]] * request.batch))
 
@@ -232,7 +233,7 @@ def _clip_work(request: ProfileRequest, loaded: Loaded, clip: Video) -> Work:
 
     words = [request.question or "what happens in this video ?"] * request.batch
 
-    def at_scale(factor: float) -> Mapping[str, Any]:
+    def at_scale(factor: float) -> Fields:
         frames = clip.frames if factor == 1.0 else scaled_frames(clip.frames, factor)
         return dict(
             build_inputs(loaded.model, loaded.processor, words, videos=[[(frames, clip.timestamps)]] * request.batch)
@@ -245,14 +246,12 @@ def _clip_work(request: ProfileRequest, loaded: Loaded, clip: Video) -> Work:
     return work
 
 
-def _scaled_work(
-    request: ProfileRequest, loaded: Loaded, at_scale: Callable[[float], Mapping[str, Any]], what: str
-) -> Work:
+def _scaled_work(request: ProfileRequest, loaded: Loaded, at_scale: Callable[[float], Fields], what: str) -> Work:
     """The prompt at its own size or at the wanted number of tokens, and its smaller rivals."""
     from tokprune.profiling.resize import at_count
     from tokprune.profiling.runs import visual_columns
 
-    def count(inputs: Mapping[str, Any]) -> int:
+    def count(inputs: Inputs) -> int:
         return visual_columns(loaded.model, inputs)
 
     inputs = at_scale(1.0)
@@ -263,7 +262,7 @@ def _scaled_work(
         exact = "" if got == request.tokens else f", the nearest to {request.tokens} that picture sizes give"
         notes.append(f"scaled to {got} visual tokens{exact}")
 
-    def resized(share: float) -> Mapping[str, Any]:
+    def resized(share: float) -> Fields:
         return at_count(at_scale, count, max(1.0, share * count(inputs)), full)[0]
 
     return Work(loaded.model, inputs, request.model, loaded.processor, resized=resized, notes=notes)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -27,6 +27,7 @@ from tokprune.cli.run_video import (
     read_frames,
 )
 from tokprune.errors import OptionError
+from tokprune.types import VLM, JsonObject, Processor
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -139,7 +140,7 @@ def run(  # the options of the command
     save_json(console, json_file, _data(request, answer, reads))
 
 
-def _stretched(model: Any, factor: float) -> contextlib.AbstractContextManager[None]:
+def _stretched(model: VLM, factor: float) -> contextlib.AbstractContextManager[None]:
     """The positions of the LLM scaled, if by more than 1."""
     if factor == 1:
         return contextlib.nullcontext()
@@ -177,7 +178,7 @@ def build_methods(text: str, settings: Sequence[str], scorer: str | None) -> lis
     from tokprune.loading import split_methods
     from tokprune.registry import get_method, method_class
 
-    fields: dict[str, dict[str, Any]] = {name: {} for name in split_methods(text)}
+    fields: dict[str, JsonObject] = {name: {} for name in split_methods(text)}
     for item in settings:
         key, sign, value = item.partition("=")
         owner, dot, field = key.strip().rpartition(".")
@@ -197,7 +198,7 @@ def build_methods(text: str, settings: Sequence[str], scorer: str | None) -> lis
     return [get_method(name, **values) for name, values in fields.items()]
 
 
-def _value(text: str) -> Any:
+def _value(text: str) -> object:
     """An option's value: JSON where it is some, else the words themselves."""
     try:
         value = json.loads(text)
@@ -206,7 +207,7 @@ def _value(text: str) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _scorer(request: RunRequest, loaded: Loaded) -> Any:
+def _scorer(request: RunRequest, loaded: Loaded) -> object:
     """The text-image scorer: as named, or the demo's own where the demo model needs one."""
     name, select = request.scorer, request.reading.select
     if name is None:
@@ -225,7 +226,7 @@ def _scorer(request: RunRequest, loaded: Loaded) -> Any:
 
 
 def ask(
-    request: RunRequest, loaded: Loaded, reads: Sequence[VideoRead], pictures: Sequence[Image], scorer: Any
+    request: RunRequest, loaded: Loaded, reads: Sequence[VideoRead], pictures: Sequence[Image], scorer: object
 ) -> RunAnswer:
     """The answer with the report and the times, and with `compare` the unpruned one."""
     import tokprune
@@ -267,7 +268,7 @@ def _draw(
     reads: Sequence[VideoRead],
     pictures: Sequence[Image],
     streams: Sequence[StreamRecord],
-    processor: Any,
+    processor: Processor,
     question: str,
 ) -> Path:
     """The first video as a strip, or the first picture as a sheet, with the kept patches bright."""

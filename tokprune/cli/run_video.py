@@ -6,9 +6,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tokprune.errors import OptionError, unknown
+from tokprune.types import JsonObject, Processor
 
 if TYPE_CHECKING:
     from tokprune.video import Video
@@ -105,12 +106,12 @@ def open_videos(paths: Sequence[Path]) -> list[Index]:
     return [scan(path) for path in paths]
 
 
-def read_frames(index: Index, reading: Reading, question: str, scorer: Any, processor: Any) -> VideoRead:
+def read_frames(index: Index, reading: Reading, question: str, scorer: object, processor: Processor) -> VideoRead:
     """The wanted frames of one file. index: of `open_videos`."""
     from tokprune.video import read_video
 
     began = time.perf_counter()
-    window: dict[str, Any] = {"start": reading.start, "end": reading.end, "backend": reading.backend, "index": index}
+    window: JsonObject = {"start": reading.start, "end": reading.end, "backend": reading.backend, "index": index}
     if reading.select is not None:
         return _selected(index, reading, question, scorer, processor, window)
     count = FRAMES if reading.frames is None and reading.fps is None else reading.frames
@@ -119,7 +120,7 @@ def read_frames(index: Index, reading: Reading, question: str, scorer: Any, proc
 
 
 def _selected(
-    index: Index, reading: Reading, question: str, scorer: Any, processor: Any, window: dict[str, Any]
+    index: Index, reading: Reading, question: str, scorer: object, processor: Processor, window: JsonObject
 ) -> VideoRead:
     """Candidates small, scored and chosen from; then the chosen frames in full."""
     from tokprune.runtime.frames.relevance import embed_frames, frame_relevance
@@ -146,7 +147,7 @@ def _selected(
     read_seconds = time.perf_counter() - began
     began = time.perf_counter()
     wanted = min(count, len(candidates))
-    facts: dict[str, Any] = {}
+    facts: JsonObject = {}
     if name in (*SCORED, *FEATURED):
         features = embed_frames(candidates.frames, scorer, processor)
         if name in SCORED:

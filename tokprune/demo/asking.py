@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,8 @@ from PIL import Image
 import tokprune
 from tokprune.adapters.prompting import answer, build_inputs
 from tokprune.errors import OptionError
+from tokprune.runtime.handle import Pruning
+from tokprune.types import VLM, Inputs, JsonObject, Processor
 
 from .clips import ClipExample
 from .scenes import Example
@@ -75,34 +77,34 @@ class Asker:
     scorer: for methods that compare the question with what is seen.
     """
 
-    model: Any = field(repr=False)
-    processor: Any = field(repr=False)
+    model: VLM = field(repr=False)
+    processor: Processor = field(repr=False)
     embedded: bool = True
-    scorer: Any = field(default=None, repr=False)
+    scorer: object = field(default=None, repr=False)
 
     @property
     def new_tokens(self) -> int:
         """The longest answer to a question that wants one word."""
         return ANSWER_TOKENS if self.embedded else FREE_ANSWER_TOKENS
 
-    def inputs(self, examples: Sequence[Example | ClipExample]) -> Any:
+    def inputs(self, examples: Sequence[Example | ClipExample]) -> Inputs:
         """Processor outputs of a batch of examples, all about pictures or all about clips."""
         questions = [e.question if self.embedded else e.question + ONE_WORD for e in examples]
         return self.prepare(questions, [shown(e) for e in examples])
 
-    def prepare(self, questions: Sequence[str], media: Sequence[Medium] | None) -> Any:
+    def prepare(self, questions: Sequence[str], media: Sequence[Medium] | None) -> Inputs:
         """Processor outputs of questions, each about its picture or clip (T, H, W, 3), or without any."""
         if media is None:
             return build_inputs(self.model, self.processor, list(questions))
         kind = "images" if isinstance(media[0], Image.Image) else "videos"
-        several: dict[str, Any] = {kind: [[medium] for medium in media]}
+        several: JsonObject = {kind: [[medium] for medium in media]}
         return build_inputs(self.model, self.processor, list(questions), **several)
 
-    def answers(self, inputs: Any, new_tokens: int | None = None) -> list[str]:
+    def answers(self, inputs: Inputs, new_tokens: int | None = None) -> list[str]:
         """Greedy answers to prepared inputs."""
         return answer(self.model, self.processor, inputs, new_tokens or self.new_tokens)
 
-    def pruned(self, method: str | Sequence[str], ratio: float) -> Any:
+    def pruned(self, method: str | Sequence[str], ratio: float) -> Pruning:
         """The model under a method, for a `with` block; it is given back as it was."""
         return tokprune.apply(self.model, method, ratio=ratio, processor=self.processor, scorer=self.scorer)
 

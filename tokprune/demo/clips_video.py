@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 _OPTIONS = {"preset": "veryfast", "crf": "20", "threads": "1"}
 
 
-def encode(frames: Iterable[NDArray[np.uint8]], file: Any, fps: int) -> None:
+def encode(frames: Iterable[NDArray[np.uint8]], file: str | IO[bytes], fps: int) -> None:
     """Write (H, W, 3) frames as H.264, yuv420p, in an mp4; file: a path or a binary file that can seek."""
     try:
         import av
     except ImportError as error:
         raise missing_extra("av", "video", "writing clips") from error
     with av.open(file, "w", format="mp4") as container:
-        stream: Any = container.add_stream("libx264", rate=fps, options=_OPTIONS)
+        stream = container.add_stream("libx264", rate=fps, options=_OPTIONS)
         stream.width = stream.height = SIZE
         stream.pix_fmt = "yuv420p"
         stream.codec_context.time_base = Fraction(1, fps)

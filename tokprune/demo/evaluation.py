@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 import numpy as np
 from PIL import Image
+
+from tokprune.types import VLM, Processor
 
 from .asking import Asker, Medium, batch_size, shown
 from .clips import ClipExample
 from .scenes import Example
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, ProcessorMixin
+    pass
 
 Seen = Literal["own", "none", "grey", "wrong"]
 SEEN: tuple[Seen, ...] = ("own", "none", "grey", "wrong")
@@ -23,8 +25,8 @@ AnyExample = TypeVar("AnyExample", Example, ClipExample)
 
 
 def answer(
-    model: PreTrainedModel,
-    processor: ProcessorMixin,
+    model: VLM,
+    processor: Processor,
     questions: Sequence[str],
     media: Sequence[Medium] | None = None,
 ) -> list[str]:
@@ -33,9 +35,7 @@ def answer(
     return asker.answers(asker.prepare(questions, media))
 
 
-def correct(
-    model: PreTrainedModel, processor: ProcessorMixin, examples: Sequence[AnyExample], seen: Seen = "own"
-) -> list[bool]:
+def correct(model: VLM, processor: Processor, examples: Sequence[AnyExample], seen: Seen = "own") -> list[bool]:
     """Whether each example is answered right: with its own picture or clip, without any, with grey, or with another one.
 
     Without any clip the prompt is of a kind that training never had, and the clip model may not even name a color; with
@@ -48,7 +48,7 @@ def correct(
     for start in range(0, len(examples), size):
         batch = examples[start : start + size]
         if seen == "wrong":
-            media: list[Any] | None = [shown(_other(examples, start + i)) for i in range(len(batch))]
+            media: list[Medium] | None = [shown(_other(examples, start + i)) for i in range(len(batch))]
         else:
             media = None if seen == "none" else [shown(example) for example in batch]
         if media is not None and seen == "grey":

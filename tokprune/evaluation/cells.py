@@ -8,12 +8,12 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from tokprune.budget import check_ratio
 from tokprune.errors import OptionError, unknown
 from tokprune.methods.base import Method
 from tokprune.registry import method_class
+from tokprune.types import Fields, JsonObject
 
 BASELINE = "none"
 POSITIONS = ("auto", "keep", "compact")
@@ -61,7 +61,7 @@ class Settings:
     frames: int | None = None
     positions: str = "auto"
     prompts: str | None = None
-    model_args: dict[str, Any] = field(default_factory=dict)
+    model_args: JsonObject = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, value in (("limit", self.limit), ("batch_size", self.batch_size), ("frames", self.frames)):
@@ -70,11 +70,11 @@ class Settings:
         if self.positions not in POSITIONS:
             raise unknown("positions", self.positions, POSITIONS)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """Plain data."""
         return dataclasses.asdict(self)
 
-    def options(self, method: str) -> dict[str, Any]:
+    def options(self, method: str) -> JsonObject:
         """The options of model_args that belong to the methods that `method` names, as "<method>.<field>"."""
         names = method.split("+")
         given = {k.removeprefix(OPTION): v for k, v in self.model_args.items() if k.startswith(OPTION)}
@@ -117,9 +117,9 @@ class CellResult:
     higher_is_better: bool = True
     costs: dict[str, float] = field(default_factory=dict)
     timing: dict[str, float] = field(default_factory=dict)
-    versions: dict[str, Any] = field(default_factory=dict)
+    versions: JsonObject = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """Plain data without samples and timing."""
         return {
             **dataclasses.asdict(self.cell),
@@ -132,9 +132,7 @@ class CellResult:
         }
 
     @staticmethod
-    def from_dict(
-        data: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], timing: Mapping[str, float] | None = None
-    ) -> CellResult:
+    def from_dict(data: Fields, samples: Sequence[Fields], timing: Mapping[str, float] | None = None) -> CellResult:
         """The result that `to_dict` wrote, with its samples and times."""
         return CellResult(
             Cell(data["task"], data["method"], data["ratio"]),

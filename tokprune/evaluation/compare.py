@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tokprune.errors import OptionError
 from tokprune.evaluation.cells import CellResult
 from tokprune.evaluation.export import framed
 from tokprune.evaluation.sweep import Sweep
 from tokprune.evaluation.table import Row, corrected, difference_text, p_text, pair, row_of, score_text
+from tokprune.types import JsonObject
 
 if TYPE_CHECKING:
     from tokprune.evaluation.export import Framed
@@ -80,8 +81,8 @@ def _partners(first: Sequence[CellResult], second: Sequence[CellResult]) -> list
 
 def changes(first: Sweep, second: Sweep) -> list[str]:
     """What else differs between two runs: settings, versions, machine."""
-    a: dict[str, Any] = {**first.environment, **first.settings.to_dict()}
-    b: dict[str, Any] = {**second.environment, **second.settings.to_dict()}
+    a: JsonObject = {**first.environment, **first.settings.to_dict()}
+    b: JsonObject = {**second.environment, **second.settings.to_dict()}
     return [f"{name}: {a.get(name)} then {b.get(name)}" for name in {**a, **b} if a.get(name) != b.get(name)]
 
 

@@ -7,13 +7,14 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from tokprune.evaluation.cells import BASELINE
 from tokprune.evaluation.sweep import Sweep
 from tokprune.evaluation.table import Row, difference_text, is_percent, p_text, scale, score_text, tokens_text
 from tokprune.files import write_text
 from tokprune.profiling.report import flops_text
+from tokprune.types import JsonObject
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, Group, RenderableType
@@ -188,7 +189,7 @@ def to_csv(rows: Sequence[Row], against: str = BASELINE) -> str:
     return out.getvalue()
 
 
-def _numbers(row: Row) -> dict[str, Any]:
+def _numbers(row: Row) -> JsonObject:
     p, by = row.paired, scale(row)
     return {
         "task": row.task,

@@ -6,12 +6,12 @@ import contextlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from tokprune.errors import OptionError, missing_extra
 from tokprune.evaluation.cells import OPTION, Cell, CellResult, Settings
 from tokprune.evaluation.harness_log import CellLog
 from tokprune.evaluation.team import Team
+from tokprune.types import Fields, JsonObject
 
 Tick = Callable[[int, int], None]
 
@@ -47,7 +47,7 @@ class Harness:
             self.model.tick = tick
         self.team = Team.running()
 
-    def model_args(self) -> dict[str, Any]:
+    def model_args(self) -> JsonObject:
         """The settings as arguments of TokpruneChat."""
         s = self.settings
         own = {k: v for k, v in s.model_args.items() if not k.startswith(OPTION)}
@@ -81,7 +81,7 @@ class Harness:
         from tokprune.evaluation.harness_results import cell_result
 
         if self.log_of is None or not self.team.leads:
-            logged: Any = self.log.quiet()
+            logged = self.log.quiet()
         else:
             logged = self.log.to(self.log_of(cell))
         with logged:
@@ -91,7 +91,7 @@ class Harness:
                 self._tidy()
         return None if found is None else cell_result(cell, found, self.model.records)
 
-    def _evaluate(self, cell: Cell) -> Any:
+    def _evaluate(self, cell: Cell) -> Fields | None:
         s = self.settings
         ratio = None if cell.baseline else cell.ratio
         self.model.set_pruning(cell.method, ratio=ratio, positions=s.positions, **s.options(cell.method))

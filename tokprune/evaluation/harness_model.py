@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tokprune.evaluation.lmms_model import TokpruneChat
 from tokprune.evaluation.lmms_requests import Prompt
 
 if TYPE_CHECKING:
-    from lmms_eval.api.instance import Instance
+    from lmms_eval.api.instance import GenerationResult, Instance
+
+    from tokprune.evaluation.lmms_parallel import Outcome
 
 
 class SweepModel(TokpruneChat):
@@ -18,7 +20,7 @@ class SweepModel(TokpruneChat):
     tick: Callable[[int, int], None] = staticmethod(lambda done, total: None)
 
     def _batches(
-        self, requests: Sequence[Instance], results: list[Any], outcome: Any
+        self, requests: Sequence[Instance], results: list[GenerationResult | None], outcome: Outcome
     ) -> Iterator[tuple[list[int], list[Prompt]]]:
         self.tick(0, len(requests))
         done = 0

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from tokprune.evaluation.cells import Cell, CellResult, Sample
 from tokprune.evaluation.errors import EvaluationError
+from tokprune.evaluation.lmms_meter import SampleRecord
 from tokprune.evaluation.table import FLOPS, KEPT, TOTAL, TTFT
+from tokprune.types import Fields
 
 #: Fields of a per-question dict that hold its score, and pairs whose equality is the score, as lmms-eval's tasks name them.
 SCORE_FIELDS = ("score", "correct", "is_correct", "accuracy", "acc", "exact_match")
@@ -31,7 +32,7 @@ TIMES = {
 }
 
 
-def score_of(value: Any) -> float | None:
+def score_of(value: object) -> float | None:
     """The score of one question from what a task's process_results gave for a metric; None where it is no number."""
     if isinstance(value, bool | int | float):
         return float(value)
@@ -45,7 +46,7 @@ def score_of(value: Any) -> float | None:
     return None
 
 
-def metrics_of(entry: Mapping[str, Any]) -> dict[str, float]:
+def metrics_of(entry: Fields) -> dict[str, float]:
     """The aggregated numbers of a task: "exact_match,none" becomes "exact_match"; standard errors are left out."""
     found: dict[str, float] = {}
     for name, value in entry.items():
@@ -55,7 +56,7 @@ def metrics_of(entry: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def main_metric(config: Mapping[str, Any], metrics: Mapping[str, float]) -> str:
+def main_metric(config: Fields, metrics: Mapping[str, float]) -> str:
     """The metric to show: the task's score_key, else the first of its metric_list that is a number."""
     listed = [m.get("metric") for m in config.get("metric_list") or [] if isinstance(m, Mapping)]
     for name in [config.get("score_key"), *listed, *metrics]:
@@ -68,7 +69,7 @@ def main_metric(config: Mapping[str, Any], metrics: Mapping[str, float]) -> str:
 
 
 def samples_of(
-    samples: Mapping[str, Sequence[Mapping[str, Any]]], metrics: Sequence[str], records: Sequence[Any]
+    samples: Mapping[str, Sequence[Fields]], metrics: Sequence[str], records: Sequence[SampleRecord]
 ) -> tuple[Sample, ...]:
     """The questions of a cell in the order of tasks and rows; with several answer filters, as the first one reads them."""
     costs = {(r.task, r.doc_id): r.to_dict() for r in records}
@@ -87,7 +88,7 @@ def samples_of(
     return tuple(out.values())
 
 
-def cell_result(cell: Cell, found: Mapping[str, Any], records: Sequence[Any]) -> CellResult:
+def cell_result(cell: Cell, found: Fields, records: Sequence[SampleRecord]) -> CellResult:
     """The result of a cell from lmms-eval's results and the model's records.
 
     A group without an aggregate of its own (such as mvbench) gets the mean over its tasks of their main metric.
@@ -124,7 +125,7 @@ def cell_result(cell: Cell, found: Mapping[str, Any], records: Sequence[Any]) ->
     )
 
 
-def _means(records: Sequence[Any], names: Mapping[str, str]) -> dict[str, float]:
+def _means(records: Sequence[SampleRecord], names: Mapping[str, str]) -> dict[str, float]:
     """Means over the records that have a value."""
     out = {}
     for old, new in names.items():
@@ -134,7 +135,7 @@ def _means(records: Sequence[Any], names: Mapping[str, str]) -> dict[str, float]
     return out
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     """An answer or target as text; a list of one is that one."""
     while isinstance(value, list | tuple) and len(value) == 1:
         value = value[0]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tokprune.errors import OptionError
 from tokprune.evaluation import task_folder
 from tokprune.loading import check_reachable
+from tokprune.types import JsonObject
 
 if TYPE_CHECKING:
     from lmms_eval.tasks import TaskManager
@@ -56,11 +57,11 @@ def data_sets(manager: TaskManager, task: str) -> list[str]:
     return found
 
 
-def _config(file: Path) -> dict[str, Any]:
+def _config(file: Path) -> JsonObject:
     """A task's YAML with what it includes, its functions left alone."""
     from lmms_eval.utils import load_yaml_config
 
-    config: dict[str, Any] = load_yaml_config(str(file), mode="simple")
+    config: JsonObject = load_yaml_config(str(file), mode="simple")
     included = config.get("include")
     return {**(_config(file.parent / included) if isinstance(included, str) else {}), **config}
 

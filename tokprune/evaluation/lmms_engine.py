@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +18,9 @@ from tokprune.evaluation.lmms_requests import Prompt
 from tokprune.loading import Loaded
 from tokprune.profiling.flops import stage_flops
 from tokprune.profiling.timing import StageClock
+from tokprune.runtime.handle import Pruning
+from tokprune.runtime.prefill import LastRun
+from tokprune.types import Fields, JsonObject
 
 NEW_TOKENS = 128  # where neither the task nor the user sets a number
 HARNESS_DEFAULT_STOP = ["\n\n"]  # lmms-eval adds it to tasks that name no stop
@@ -32,9 +34,7 @@ class Answer:
     record: SampleRecord
 
 
-def generation_options(
-    given: Mapping[str, Any], longest: int | None
-) -> tuple[dict[str, Any], tuple[str, ...], list[str]]:
+def generation_options(given: Fields, longest: int | None) -> tuple[JsonObject, tuple[str, ...], list[str]]:
     """A task's generation_kwargs as arguments of model.generate, its stop strings, and the names that mean nothing there.
 
     Greedy unless the task sets a temperature above 0. Stop strings are those that the task names: the blank line that
@@ -70,12 +70,12 @@ class Engine:
 
     def __init__(self, loaded: Loaded) -> None:
         self.loaded, self.model, self.processor = loaded, loaded.model, loaded.processor
-        self.pruning: Any = None
+        self.pruning: Pruning | None = None
         self.notes: list[str] = []
         self._stages = stages_of(self.model)
         self._countable = True
 
-    def prune(self, config: PruneConfig | None, scorer: Any = None) -> None:
+    def prune(self, config: PruneConfig | None, scorer: object = None) -> None:
         """Run on fewer tokens from now on; None gives the model back untouched."""
         tokprune.remove(self.model)
         self.pruning = None
@@ -90,10 +90,10 @@ class Engine:
             yield
 
     @property
-    def _last(self) -> Any:
+    def _last(self) -> LastRun | None:
         return None if self.pruning is None else self.pruning.last
 
-    def _kept(self, before: Any) -> Tensor | None:
+    def _kept(self, before: LastRun | None) -> Tensor | None:
         """Columns that the last prefill kept; None when nothing was pruned since `before`, as with a prompt of text."""
         last = self._last
         return None if last is None or last is before else last.keep

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -46,7 +46,7 @@ def frames_for(args: ModelArgs, kind: str) -> int:
     return DEMO_FRAMES if args.pretrained == DEMO_CLIPS or kind == "video" else 1
 
 
-def scorer_for(args: ModelArgs, loaded: Loaded, methods: tuple[Method, ...]) -> Any:
+def scorer_for(args: ModelArgs, loaded: Loaded, methods: tuple[Method, ...]) -> object:
     """The text-image scorer for these methods: the one asked for, the demo's own for the demo, else none."""
     if not needs_scorer(methods):
         return None

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokprune.profiling.stages import StageModules, find_stages
 from tokprune.profiling.timing import StageClock
+from tokprune.types import VLM, Inputs, JsonObject
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class SampleRecord:
     total_ms: float | None = None
     flops: int | None = None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """Plain data without what was not measured."""
         return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
 
@@ -53,7 +53,7 @@ _FROM_CLOCK = {
 }
 
 
-def stages_of(model: Any) -> StageModules | None:
+def stages_of(model: VLM) -> StageModules | None:
     """The stages to time, or None for a model whose parts are not known."""
     from tokprune.errors import UnsupportedModelError
 
@@ -63,7 +63,7 @@ def stages_of(model: Any) -> StageModules | None:
         return None
 
 
-def visual_columns(model: Any, inputs: Mapping[str, Any]) -> Tensor:
+def visual_columns(model: VLM, inputs: Inputs) -> Tensor:
     """Which prompt columns are placeholders of pictures or clips, (B, L) bool."""
     ids = inputs["input_ids"]
     found = torch.zeros_like(ids, dtype=torch.bool)
@@ -74,7 +74,7 @@ def visual_columns(model: Any, inputs: Mapping[str, Any]) -> Tensor:
     return found
 
 
-def token_counts(model: Any, inputs: Mapping[str, Any], keep: Tensor | None) -> list[tuple[int, int, int]]:
+def token_counts(model: VLM, inputs: Inputs, keep: Tensor | None) -> list[tuple[int, int, int]]:
     """Visual tokens in the prompt, visual tokens kept, and tokens that reach the LLM, for each row. keep: (B, L) or None."""
     visual = visual_columns(model, inputs)
     mask = inputs.get("attention_mask")
@@ -84,7 +84,7 @@ def token_counts(model: Any, inputs: Mapping[str, Any], keep: Tensor | None) -> 
     return [(int(a), int(b), int(c)) for a, b, c in rows.tolist()]
 
 
-def clock_times(clock: StageClock, share: int) -> dict[str, Any]:
+def clock_times(clock: StageClock, share: int) -> JsonObject:
     """The clock's times as fields of a record, divided among `share` prompts."""
     times = clock.times()
     return {field: times[name] / share for name, field in _FROM_CLOCK.items()}

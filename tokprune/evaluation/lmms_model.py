@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -34,8 +33,9 @@ from tokprune.evaluation.lmms_loading import frames_for, load_for, pick_device, 
 from tokprune.evaluation.lmms_meter import SampleRecord, means
 from tokprune.evaluation.lmms_options import ModelArgs, pruning_config
 from tokprune.evaluation.lmms_parallel import Outcome, gather
-from tokprune.evaluation.lmms_requests import MediaRules, Prompt, RequestReader, Row
+from tokprune.evaluation.lmms_requests import MediaRules, Messages, Prompt, RequestReader, Row
 from tokprune.loading import DEMO
+from tokprune.types import Fields, JsonObject, MethodLike
 
 
 class TokpruneChat(lmms):
@@ -47,7 +47,7 @@ class TokpruneChat(lmms):
 
     is_simple = False
 
-    def __init__(self, **model_args: Any) -> None:
+    def __init__(self, **model_args: object) -> None:
         super().__init__()
         self.args = ModelArgs.parse(model_args)
         self.accelerator = Accelerator()
@@ -69,7 +69,7 @@ class TokpruneChat(lmms):
         )
 
     @classmethod
-    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> TokpruneChat:
+    def create_from_arg_string(cls, arg_string: str, additional_config: JsonObject | None = None) -> TokpruneChat:
         """The model of a --model_args string. What stands in it goes before --batch_size and --device, which always have
         a value."""
         try:
@@ -84,11 +84,11 @@ class TokpruneChat(lmms):
 
     def set_pruning(
         self,
-        method: Any = "none",
+        method: MethodLike | PruneConfig = "none",
         ratio: float | None = None,
         budget: int | None = None,
         positions: str = "auto",
-        **options: Any,
+        **options: object,
     ) -> None:
         """Prune by this from now on, on the model that is loaded; "none" gives it back untouched.
 
@@ -218,7 +218,7 @@ class TokpruneChat(lmms):
             outcome.seconds += time.perf_counter() - started
         return [answer for prompt in prompts for answer in self._answers([prompt], outcome)]
 
-    def loglikelihood(self, requests: Sequence[Instance]) -> list[Any]:
+    def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
         """Refused: lmms-eval gives likelihood tasks to simple models only."""
         raise TokpruneError(
             "this task compares the likelihoods of its options, which lmms-eval gives to simple models only; add --force_simple "
@@ -234,7 +234,7 @@ class TokpruneChat(lmms):
 
     # -- requests to batches ----------------------------------------------------------------------------------------------
 
-    def _request(self, request: Instance) -> tuple[Row, Any, Mapping[str, Any], Any]:
+    def _request(self, request: Instance) -> tuple[Row, Messages, Fields, object]:
         """Row, doc -> messages, generation settings and target of a chat request."""
         _, messages_of, generation, doc_id, task, split = request.args
         return self._row(request, task, split, doc_id), messages_of, generation, None
@@ -287,7 +287,7 @@ class TokpruneChat(lmms):
         if whole.fatal is not None:
             raise whole.fatal
         made = sum(r.new_tokens for r in whole.records)
-        extra: dict[str, Any] = {**means(whole.records), "num_requests": len(whole.records)}
+        extra: JsonObject = {**means(whole.records), "num_requests": len(whole.records)}
         if whole.failures:
             extra["failed_rows"] = len(whole.failures)
         if self._device.type == "cuda":
@@ -300,10 +300,10 @@ class TokpruneSimple(TokpruneChat):
 
     is_simple = True
 
-    def _request(self, request: Instance) -> tuple[Row, Any, Mapping[str, Any], Any]:
+    def _request(self, request: Instance) -> tuple[Row, Messages, Fields, object]:
         """Row, doc -> messages, generation settings and target of a simple request: the context is one user turn."""
-        target: Any = None
-        generation: Mapping[str, Any] = {}
+        target: object = None
+        generation: Fields = {}
         if request.request_type == "loglikelihood":
             context, target, visual_of, doc_id, task, split = request.args
         else:
@@ -330,14 +330,14 @@ class TokpruneSimple(TokpruneChat):
                         self._failed_row(prompt.row, error, outcome)
                         loss, greedy = float("inf"), False
                     outcome.seconds += time.perf_counter() - started
-                    pair: Any = (loss, greedy)
+                    pair = (loss, greedy)
                     results[place] = GenerationResult(text=pair)
                     bar.update()
         except EvaluationError as error:
             outcome.fatal = error
         bar.close()
         self._finish(outcome)
-        lost: Any = (float("inf"), False)
+        lost = (float("inf"), False)
         return [r if r is not None and r.text else GenerationResult(text=lost) for r in results]
 
 
@@ -346,10 +346,10 @@ def _together(first: Prompt, second: Prompt) -> bool:
     return first.kind == second.kind and dict(first.generation) == dict(second.generation)
 
 
-def _as_turn(context: str, visual_of: Any) -> Any:
+def _as_turn(context: str, visual_of: Callable[[Fields], Sequence[object]] | None) -> Messages:
     """A function doc -> messages for the task's function doc -> pictures and paths."""
 
-    def messages(doc: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def messages(doc: Fields) -> list[JsonObject]:
         parts = [
             {"type": "video" if isinstance(v, str) else "image", "url": v}
             for v in (visual_of(doc) if visual_of else None) or []

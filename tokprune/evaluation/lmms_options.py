@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from tokprune.config import PruneConfig
 from tokprune.errors import OptionError, nearest, unknown
 from tokprune.methods.base import Method
 from tokprune.registry import get_method, method_class
+from tokprune.types import Fields, JsonObject, Options
 from tokprune.video.sampling import frames_by_length
 
 CONTROLS = ("", "no_image", "shuffled")
@@ -59,8 +59,8 @@ class ModelArgs:
     flops_samples: int = 2
     control: str = ""
     on_error: str = "raise"
-    options: Mapping[str, Any] = field(default_factory=dict)
-    processor: Mapping[str, Any] = field(default_factory=dict)
+    options: Options = field(default_factory=dict)
+    processor: Fields = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.pretrained:
@@ -86,12 +86,12 @@ class ModelArgs:
             raise OptionError("device and device_map are both given; device_map places the model alone.")
 
     @staticmethod
-    def parse(given: Mapping[str, Any]) -> ModelArgs:
+    def parse(given: Fields) -> ModelArgs:
         """The arguments as lmms-eval hands them over: strings are converted already, but "None" is still a word."""
         names = [f.name for f in dataclasses.fields(ModelArgs) if f.name not in ("options", "processor")]
-        values: dict[str, Any] = {}
-        options: dict[str, Any] = dict(given.get("options") or {})
-        processor: dict[str, Any] = dict(given.get("processor") or {})
+        values: JsonObject = {}
+        options: JsonObject = dict(given.get("options") or {})
+        processor: JsonObject = dict(given.get("processor") or {})
         for name, raw in given.items():
             value = None if isinstance(raw, str) and raw.lower() in ("none", "") and name != "method" else raw
             if name.startswith(OPTION):
@@ -125,7 +125,7 @@ def pruning_config(
     ratio: float | None = None,
     budget: int | None = None,
     positions: str = "auto",
-    options: Mapping[str, Any] | None = None,
+    options: Options | None = None,
     seed: int | None = None,
 ) -> PruneConfig | None:
     """The PruneConfig that the arguments describe, or None for the unpruned baseline (method "none").

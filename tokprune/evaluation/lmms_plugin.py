@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lmms_eval.models.registry_v2 import ModelManifest
 
 MODEL_ID = "tokprune"
 
 
-def manifests() -> list[Any]:
+def manifests() -> list[ModelManifest]:
     """The model `tokprune`: a chat class for generation, and its simple twin for tasks that compare likelihoods."""
     from lmms_eval.models.registry_v2 import ModelManifest
 

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tokprune.errors import OptionError, nearest
 from tokprune.evaluation.errors import EvaluationError, at_row
 from tokprune.evaluation.question import question_of
 from tokprune.files import rgb
+from tokprune.types import Fields, JsonObject
+from tokprune.video.result import Video
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+Messages = Callable[[Fields], Sequence[Fields]]
+"""A task's function: a document of its data set -> the messages of a chat."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +43,10 @@ class Prompt:
     """
 
     row: Row
-    chat: list[dict[str, Any]]
+    chat: list[JsonObject]
     query: str
     kind: str
-    generation: Mapping[str, Any] = field(default_factory=dict)
+    generation: Fields = field(default_factory=dict)
     target: str | None = None
 
 
@@ -59,7 +68,7 @@ class RequestReader:
 
     def __init__(
         self,
-        docs: Callable[[str, str, int], Mapping[str, Any]],
+        docs: Callable[[str, str, int], Fields],
         count: Callable[[str, str], int],
         rules: Callable[[str], MediaRules],
         system_prompt: str = "",
@@ -68,14 +77,14 @@ class RequestReader:
     ) -> None:
         self.docs, self.count, self.rules = docs, count, rules
         self.system_prompt, self.control, self.bare = system_prompt, control, bare
-        self._videos: dict[tuple[Any, ...], Any] = {}  # the last two: neighbouring rows often share one
+        self._videos: dict[tuple[object, ...], Video] = {}  # the last two: neighbouring rows often share one
 
     def read(
         self,
         row: Row,
-        messages_of: Callable[[Mapping[str, Any]], Any],
-        generation: Mapping[str, Any],
-        target: Any = None,
+        messages_of: Messages,
+        generation: Fields,
+        target: object = None,
     ) -> Prompt:
         """The prompt of one row. messages_of: the task's doc -> messages. target: a text, or a function of the doc."""
         doc = self.docs(row.task, row.split, row.doc_id)
@@ -95,7 +104,7 @@ class RequestReader:
             target = str(target(doc) if callable(target) else target)
         return Prompt(row, chat, query, kind, generation, target)
 
-    def _messages(self, row: Row, doc: Mapping[str, Any], messages_of: Callable[[Any], Any]) -> list[dict[str, Any]]:
+    def _messages(self, row: Row, doc: Fields, messages_of: Messages) -> list[JsonObject]:
         try:
             return [{"role": str(m["role"]), "content": _parts(m["content"])} for m in messages_of(doc)]
         except (Exception, SystemExit) as error:  # some tasks end the program when a file is missing
@@ -103,9 +112,7 @@ class RequestReader:
             hint = f" (empty fields of this row: {', '.join(empty)})" if empty else ""
             raise at_row(row.task, row.doc_id, f"the task cannot make a prompt of this row{hint}", error) from error
 
-    def _controlled(
-        self, row: Row, messages: list[dict[str, Any]], messages_of: Callable[[Any], Any]
-    ) -> list[dict[str, Any]]:
+    def _controlled(self, row: Row, messages: list[JsonObject], messages_of: Messages) -> list[JsonObject]:
         """The same messages without media, or with those of another row."""
         if self.control == "no_image":
             for m in messages:
@@ -132,12 +139,12 @@ class RequestReader:
             row.doc_id,
         )
 
-    def _decoded(self, messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], str]:
+    def _decoded(self, messages: Sequence[Fields]) -> tuple[list[JsonObject], str]:
         kinds = {p["type"] for m in messages for p in m["content"]}
         kind = "video" if "video" in kinds else "image" if "image" in kinds else "text"
         chat = []
         for m in messages:
-            content: list[dict[str, Any]] = []
+            content: list[JsonObject] = []
             for part in m["content"]:
                 if part["type"] == "text":
                     content.append({"type": "text", "text": part["text"]})
@@ -149,7 +156,7 @@ class RequestReader:
             chat.append({"role": m["role"], "content": content})
         return chat, kind
 
-    def _video(self, source: Any, start: float | None, end: float | None, rules: MediaRules) -> Any:
+    def _video(self, source: object, start: float | None, end: float | None, rules: MediaRules) -> Video:
         from tokprune.video import read_video
 
         if not isinstance(source, str | os.PathLike):
@@ -161,12 +168,12 @@ class RequestReader:
         return self._videos[key]
 
 
-def _last_text(chat: Sequence[Mapping[str, Any]]) -> str:
+def _last_text(chat: Sequence[Fields]) -> str:
     user = next((m for m in reversed(chat) if m["role"] == "user"), None)
     return "\n".join(p["text"] for p in user["content"] if p["type"] == "text") if user else ""
 
 
-def _ask_only(chat: Sequence[dict[str, Any]], question: str) -> None:
+def _ask_only(chat: Sequence[JsonObject], question: str) -> None:
     """Let the last user turn hold its media and the bare question."""
     for m in reversed(chat):
         if m["role"] == "user":
@@ -174,7 +181,7 @@ def _ask_only(chat: Sequence[dict[str, Any]], question: str) -> None:
             return
 
 
-def _parts(content: Any) -> list[dict[str, Any]]:
+def _parts(content: str | Iterable[Fields]) -> list[JsonObject]:
     """The parts of a message, each with its type; media under "url", as lmms-eval writes them."""
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
@@ -190,15 +197,15 @@ def _parts(content: Any) -> list[dict[str, Any]]:
     return parts
 
 
-def _turn(role: str, text: str) -> dict[str, Any]:
+def _turn(role: str, text: str) -> JsonObject:
     return {"role": role, "content": [{"type": "text", "text": text}]}
 
 
-def _media(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _media(messages: Sequence[Fields]) -> list[JsonObject]:
     return [p for m in messages for p in m["content"] if p["type"] in ("image", "video")]
 
 
-def _fingerprint(url: Any) -> str:
+def _fingerprint(url: object) -> str:
     """Equal for equal media: the path, or the pixels."""
     if isinstance(url, str | os.PathLike):
         return str(url)
@@ -206,7 +213,7 @@ def _fingerprint(url: Any) -> str:
     return hashlib.sha1(data, usedforsecurity=False).hexdigest()
 
 
-def open_image(source: Any) -> Any:
+def open_image(source: object) -> Image:
     """A picture as PIL.Image in RGB, from one or from a path."""
     from PIL import Image, ImageOps
 

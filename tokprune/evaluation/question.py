@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
+
+from tokprune.types import Fields
 
 QUESTION_FIELDS = ("question", "Question", "query", "problem")
 _OPTION_LINE = re.compile(r"^\s*(?:options?\s*:?\s*$|\(?[A-Z][.):]\s)", re.IGNORECASE)
 _FIRST_OPTION = re.compile(r"^\s*\(?A[.):]\s")
 
 
-def question_of(doc: Mapping[str, Any], text: str) -> str:
+def question_of(doc: Fields, text: str) -> str:
     """The question of a row, without its options and the task's instructions.
 
     The row's own field when the prompt contains it, else the prompt up to the first option.

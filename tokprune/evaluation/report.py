@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tokprune.environment import command_line
 from tokprune.evaluation.cells import BASELINE
@@ -114,7 +114,7 @@ def page(sweep: Sweep, rows: Sequence[Row], plots: Sequence[Plot], reference: bo
     return Page(f"What pruning loses: {sweep.settings.model}", command_line(), environment, sections)
 
 
-def _sortable(row: Row, heads: Sequence[str], line: Sequence[str]) -> list[Any]:
+def _sortable(row: Row, heads: Sequence[str], line: Sequence[str]) -> list[object]:
     """The texts of a row with the numbers to sort them by."""
     from tokprune.viz.html import Value
 
@@ -128,7 +128,7 @@ def _sortable(row: Row, heads: Sequence[str], line: Sequence[str]) -> list[Any]:
         "FLOPs": row.flops,
         "TTFT": row.ttft_ms,
     }
-    cells: list[Any] = []
+    cells: list[object] = []
     for head, text in zip(heads, line, strict=True):
         number = numbers.get(head)
         cells.append(Value(text, float(number)) if number is not None else text or None)

@@ -6,7 +6,6 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from tokprune.errors import OptionError
 from tokprune.evaluation.cells import BASELINE, Cell, CellResult, Settings, build_methods, key
@@ -15,6 +14,7 @@ from tokprune.evaluation.store import dump
 from tokprune.evaluation.sweep import Sweep
 from tokprune.evaluation.table import Row, rows_of
 from tokprune.files import read_json
+from tokprune.types import JsonObject
 
 TYPE, VERSION = "tokprune.eval", 1
 TIMING_TYPE = "tokprune.eval.timing"
@@ -53,7 +53,7 @@ def seeds(settings: Settings) -> dict[str, int]:
     return dict.fromkeys(names, settings.seed)
 
 
-def methods_of(sweep: Sweep) -> dict[str, Any]:
+def methods_of(sweep: Sweep) -> JsonObject:
     """The methods of a sweep with all their options, as `tokprune.PruneConfig` writes them."""
     from tokprune.config import method_to_dict
 
@@ -62,7 +62,7 @@ def methods_of(sweep: Sweep) -> dict[str, Any]:
     return {name: [method_to_dict(m) for m in methods] for name, methods in built.items()}
 
 
-def _comparison(row: Row) -> dict[str, Any]:
+def _comparison(row: Row) -> JsonObject:
     assert row.paired is not None
     return {
         "task": row.task,

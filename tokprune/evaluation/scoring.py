@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+
+from tokprune.types import JsonObject
 
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _WORD = re.compile(r"[a-z0-9]+")
@@ -35,13 +36,13 @@ def right(said: str, expected: str) -> bool:
     return bool(wanted) and words[: len(wanted)] == wanted
 
 
-def score(said: str, expected: str, kind: str) -> dict[str, Any]:
+def score(said: str, expected: str, kind: str) -> JsonObject:
     """The metrics of one row: accuracy, its share of the mean over types, and the row's own type."""
     hit = float(right(said, expected))
     return {"accuracy": hit, "macro": {"type": kind, "hit": hit}, kind: hit}
 
 
-def macro(rows: Sequence[dict[str, Any]]) -> float:
+def macro(rows: Sequence[JsonObject]) -> float:
     """Mean over question types of the share answered right."""
     hits: defaultdict[str, list[float]] = defaultdict(list)
     for row in rows:

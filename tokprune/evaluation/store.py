@@ -17,10 +17,11 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TextIO
 
 from tokprune.errors import OptionError, TokpruneError
 from tokprune.evaluation.cells import Cell, CellResult, Settings, key
+from tokprune.types import Fields, JsonObject
 
 CELL_TYPE, CELL_VERSION = "tokprune.eval.cell", 1
 #: Entries of the environment that must not change between the cells of one folder.
@@ -34,11 +35,11 @@ class StoreError(TokpruneError, OSError):
 class Store:
     """The results folder of a sweep. environment: what the cells are made with, see environment.environment."""
 
-    def __init__(self, folder: str | Path, settings: Settings, environment: Mapping[str, Any]) -> None:
+    def __init__(self, folder: str | Path, settings: Settings, environment: Fields) -> None:
         self.folder = Path(folder)
         self.settings = settings
         self.environment = dict(environment)
-        self._lock: Any = None
+        self._lock: TextIO | None = None
 
     def path(self, cell: Cell) -> Path:
         """The folder of a cell."""
@@ -92,7 +93,7 @@ class Store:
             self._check_versions(cell, data.get("made_with") or {})
         return result
 
-    def _check_versions(self, cell: Cell, made_with: Mapping[str, Any]) -> None:
+    def _check_versions(self, cell: Cell, made_with: Fields) -> None:
         now = {name: self.environment.get(name) for name in PINNED}
         other = [
             f"{name} {made_with.get(name)} then, {now[name]} now" for name in PINNED if made_with.get(name) != now[name]
@@ -155,11 +156,11 @@ class Store:
 _AGAIN = "Finished cells are safe: the same command goes on from there."
 
 
-def dump(data: Any) -> str:
+def dump(data: object) -> str:
     """JSON for people: two spaces, and lists of samples one per line."""
     samples: list[str] = []
 
-    def out(value: Any) -> Any:
+    def out(value: object) -> object:
         if isinstance(value, dict):
             return {k: _hold(v, samples) if k == "samples" else out(v) for k, v in value.items()}
         return [out(v) for v in value] if isinstance(value, list | tuple) else value
@@ -168,7 +169,7 @@ def dump(data: Any) -> str:
     return re.sub(r'"\\u0000(\d+)"', lambda mark: samples[int(mark[1])], text)
 
 
-def _hold(rows: Sequence[Any], held: list[str]) -> str:
+def _hold(rows: Sequence[object], held: list[str]) -> str:
     """Put a list aside as one line per row; return the mark that stands for it."""
     body = ",\n        ".join(json.dumps(r, ensure_ascii=False, sort_keys=True) for r in rows)
     held.append(f"[\n        {body}\n      ]" if rows else "[]")
@@ -190,7 +191,7 @@ def write_atomic(path: Path, text: str | bytes) -> None:
         raise
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path) -> JsonObject | None:
     """A JSON file, or None where there is none that can be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))

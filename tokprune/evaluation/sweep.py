@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from tokprune.evaluation.cells import Cell, CellResult, Settings
 from tokprune.evaluation.errors import EvaluationError
 from tokprune.evaluation.failures import Failure, failure
 from tokprune.evaluation.store import Store, StoreError
 from tokprune.evaluation.team import Team
+from tokprune.types import JsonObject
 
 #: Runs one cell. Under torchrun every rank calls it, and ranks other than 0 may return None.
 RunCell = Callable[[Cell], "CellResult | None"]
@@ -38,7 +38,7 @@ class Sweep:
     """What a sweep found: results and failures, in the order of the plan."""
 
     settings: Settings
-    environment: dict[str, Any]
+    environment: JsonObject
     results: list[CellResult] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,7 +18,11 @@ from tokprune.profiling.presets import Preset
 from tokprune.profiling.published import comparison
 from tokprune.profiling.report import flops_text
 from tokprune.profiling.resolution import Size
+from tokprune.types import JsonObject
 from tokprune.viz.html import Table, Value
+
+if TYPE_CHECKING:
+    from rich.console import Group, RenderableType
 
 TYPE, VERSION = "tokprune.Arithmetic", 1
 
@@ -59,10 +63,10 @@ class Arithmetic:
     parameters: int
     weight_bytes: int
     rows: tuple[ArithmeticRow, ...]
-    published: tuple[Any, ...] = ()
+    published: tuple[JsonObject, ...] = ()
     sources: tuple[str, ...] = ()
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """Plain data with type and version."""
         data = {name: getattr(self, name) for name in self.__dataclass_fields__}
         rows = [vars(row) | {"total": row.total(self.new_tokens)} for row in self.rows]
@@ -97,7 +101,7 @@ class Arithmetic:
             (first.split(" ")[0], "multiply-adds"),
         ]
         whole = self.rows[0].total(self.new_tokens)
-        rows: list[list[Any]] = []
+        rows: list[list[object]] = []
         for row in self.rows:
             total = row.total(self.new_tokens)
             counted = (row.vision + row.projector, row.prefill, row.decode, total)
@@ -119,7 +123,7 @@ class Arithmetic:
         ]
         return Table([c for c, _ in columns], rows, "\n".join(notes), [u for _, u in columns])
 
-    def table(self, width: int | None = None) -> Any:
+    def table(self, width: int | None = None) -> Group:
         """The rows for a terminal, with what others report below."""
         from rich.console import Group
         from rich.markup import escape
@@ -127,7 +131,7 @@ class Arithmetic:
         from tokprune.profiling.published import CAUTION, lines
         from tokprune.profiling.tables import to_rich
 
-        parts: list[Any] = [to_rich(self.plain_table(), self.heading)]
+        parts: list[RenderableType] = [to_rich(self.plain_table(), self.heading)]
         if self.published:
             parts += ["Published, and ours beside it:", *(escape(f"- {x}") for x in lines(list(self.published)))]
             parts.append(f"[dim]{escape(CAUTION)}[/]")

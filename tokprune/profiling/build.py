@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +15,10 @@ from tokprune.profiling import flops, formulas
 from tokprune.profiling.presets import Preset, smart_grid
 from tokprune.profiling.resolution import Size
 from tokprune.profiling.stages import find_stages
+from tokprune.types import VLM, JsonObject, ModelConfig
 
 
-def config_of(preset: Preset) -> Any:
+def config_of(preset: Preset) -> ModelConfig:
     """The transformers config object of a preset."""
     from transformers import AutoConfig
 
@@ -31,13 +32,13 @@ def _copy(data: Any) -> Any:
     return [_copy(value) for value in data] if isinstance(data, list) else data
 
 
-def _from_config(preset: Preset, dtype: torch.dtype, attn: str) -> Any:
+def _from_config(preset: Preset, dtype: torch.dtype, attn: str) -> VLM:
     from transformers import AutoModelForImageTextToText
 
     return AutoModelForImageTextToText.from_config(config_of(preset), dtype=dtype, attn_implementation=attn).eval()
 
 
-def build_meta(preset: Preset, dtype: torch.dtype = torch.bfloat16) -> Any:
+def build_meta(preset: Preset, dtype: torch.dtype = torch.bfloat16) -> VLM:
     """The model without weights (meta device): shapes, parameter counts and FLOPs, also of 78 billion parameters, in seconds."""
     with torch.device("meta"):
         return _from_config(preset, dtype, "sdpa")
@@ -49,7 +50,7 @@ def build_random(
     dtype: torch.dtype = torch.bfloat16,
     attn: str = "sdpa",
     seed: int = 0,
-) -> Any:
+) -> VLM:
     """The model with small random weights, made directly on `device`; its answers mean nothing, its times and bytes do.
 
     It never ends an answer by itself, so that every run generates the tokens that were asked for.
@@ -71,7 +72,13 @@ def build_random(
 class _ToMeta(TorchDispatchMode):
     """Moves host tensors (grids, positions) to the meta device where they meet meta tensors; alone they keep their values."""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: JsonObject | None = None,
+    ) -> object:
         kwargs = kwargs or {}
         places = {leaf.device.type for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         if places >= {"meta", "cpu"}:
@@ -79,11 +86,11 @@ class _ToMeta(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def _host_to_meta(value: Any) -> Any:
+def _host_to_meta(value: object) -> object:
     return value.to("meta") if isinstance(value, Tensor) and value.device.type == "cpu" and value.ndim else value
 
 
-def vision_calls(model: Any, preset: Preset, size: Size, frames: int | None = None) -> tuple[int, int]:
+def vision_calls(model: VLM, preset: Preset, size: Size, frames: int | None = None) -> tuple[int, int]:
     """FLOPs of vision tower and projector of a meta model for one picture of `size`, or a clip of `frames` such pictures."""
     stages = find_stages(model)
     base: Any = stages.base
@@ -147,7 +154,7 @@ def preset_flops(
     *,
     frames: int | None = None,
     text: int = 64,
-    model: Any = None,
+    model: VLM | None = None,
     per_layer: Sequence[int] | None = None,
 ) -> flops.StageFlops:
     """FLOPs by stage of one prompt: a picture (or clip) of `size`, `keep` of its visual tokens, `text` other tokens.

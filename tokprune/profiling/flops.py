@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from tokprune.adapters.dialect import as_cache, cache_of
 from tokprune.profiling.stages import StageModules, find_stages, watch
+from tokprune.types import Inputs, JsonObject, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class StageFlops:
         """
         return self.vision + self.projector + self.select + self.prefill + max(new_tokens - 1, 0) * self.decode
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """Plain data for a report."""
         parts = {name: getattr(self, name) for name in ("vision", "projector", "select", "prefill", "decode")}
         return {"unit": self.unit, **parts, "operators": dict(self.operators)}
@@ -57,7 +58,7 @@ def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[i
     return 2 * batch * heads * rows * key[-2] * (width + value[-1])
 
 
-def count(call: Callable[[], Any]) -> tuple[int, dict[str, int]]:
+def count(call: Callable[[], object]) -> tuple[int, dict[str, int]]:
     """FLOPs of `call()`, and their split by torch operator. Works on any device, the meta device included."""
     with torch.no_grad(), new_counter() as counter:
         call()
@@ -96,7 +97,7 @@ class _Booking:
         self.open.pop()
 
 
-def stage_flops(model: nn.Module, inputs: Mapping[str, Any], stages: StageModules | None = None) -> StageFlops:
+def stage_flops(model: nn.Module, inputs: Inputs, stages: StageModules | None = None) -> StageFlops:
     """FLOPs of `model.generate(**inputs)` by stage, the decode stage being the second token's step.
 
     The call is really made (greedy, two new tokens) with whatever pruning is applied to the model, so the count is of what
@@ -106,7 +107,7 @@ def stage_flops(model: nn.Module, inputs: Mapping[str, Any], stages: StageModule
     with torch.no_grad(), new_counter() as counter:
         booking = _Booking(counter)
         with watch(stages, booking.enter, booking.leave):
-            generate: Callable[..., Any] = model.generate  # type: ignore[assignment]
+            generate: Callable[..., object] = model.generate  # type: ignore[assignment]
             generate(**inputs, max_new_tokens=2, min_new_tokens=2, do_sample=False, num_beams=1)
         booking._settle()
     b = booking.booked
@@ -121,7 +122,7 @@ def stage_flops(model: nn.Module, inputs: Mapping[str, Any], stages: StageModule
 
 
 def language_flops(
-    language: nn.Module, head: nn.Module | None, tokens: int, batch: int = 1, **call: Any
+    language: nn.Module, head: nn.Module | None, tokens: int, batch: int = 1, **call: object
 ) -> tuple[int, int]:
     """FLOPs of the LLM's prefill over `tokens` embeddings and of one decode step after it; meta device allowed.
 
@@ -129,7 +130,7 @@ def language_flops(
     does). call: more arguments of its forward.
     """
     reference = next(language.parameters())
-    config: Any = language.config
+    config = cast("ModelConfig", language.config)
     width = int(getattr(config, "hidden_size", 0) or config.get_text_config().hidden_size)
 
     def embeddings(n: int) -> Tensor:
@@ -146,7 +147,7 @@ def language_flops(
         return prefill, counter.get_total_flops() - prefill
 
 
-def vision_flops(encode: Callable[[], Any], stages: StageModules) -> tuple[int, int]:
+def vision_flops(encode: Callable[[], object], stages: StageModules) -> tuple[int, int]:
     """FLOPs of the vision tower and of the projector while `encode()` runs, such as a call of `get_image_features`.
 
     Work outside both modules (pooling, pixel shuffle: no products) is booked under the projector.

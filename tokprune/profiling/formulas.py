@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+
+from tokprune.types import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class DecoderShape:
     ffn_matrices: int = 3
 
     @staticmethod
-    def of(config: Any) -> DecoderShape:
+    def of(config: ModelConfig) -> DecoderShape:
         """The shape that a transformers text config (or a config that holds one) describes."""
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         heads = int(text.num_attention_heads)

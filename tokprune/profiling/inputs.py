@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokprune.errors import OptionError
 from tokprune.profiling.presets import Preset, smart_grid
 from tokprune.profiling.resolution import Size
+from tokprune.types import VLM, JsonObject
 
 WORDS = 1000  # text token ids are drawn below this
 
 
 def random_inputs(
     preset: Preset,
-    model: nn.Module,
+    model: VLM,
     size: Size | None = None,
     *,
     text: int = 64,
     batch: int = 1,
     frames: int | None = None,
     seed: int = 0,
-) -> dict[str, Any]:
+) -> JsonObject:
     """What `model.generate(**inputs)` takes for prompts of `text` random tokens around one picture of `size`, or one clip.
 
     Half of the text stands before the picture. Clips are made for the families that take them as videos (Qwen-VL,
@@ -37,7 +37,7 @@ def random_inputs(
     parameter = next(model.parameters())
     place, dtype = parameter.device, parameter.dtype
     generator = torch.Generator().manual_seed(seed)
-    config: Any = model.config
+    config = model.config
     video = frames is not None and preset.image["kind"] in ("smart", "anyres")
     token = config.video_token_id if video else config.image_token_id
     before = torch.randint(3, WORDS, (batch, text // 2), generator=generator)
@@ -48,7 +48,7 @@ def random_inputs(
     def pixels(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(place, dtype)
 
-    inputs: dict[str, Any] = {"input_ids": ids.to(place), "attention_mask": torch.ones_like(ids).to(place)}
+    inputs: dict[str, Tensor] = {"input_ids": ids.to(place), "attention_mask": torch.ones_like(ids).to(place)}
     inputs |= _pixels(preset, pixels, size, frames, visual.views, batch, video)
     if preset.family == "gemma3":
         inputs["token_type_ids"] = types.to(place)
@@ -58,7 +58,7 @@ def random_inputs(
 
 
 def _pixels(
-    preset: Preset, pixels: Any, size: Size, frames: int | None, views: int, batch: int, video: bool
+    preset: Preset, pixels: Callable[..., Tensor], size: Size, frames: int | None, views: int, batch: int, video: bool
 ) -> Mapping[str, Tensor]:
     """The picture arguments of one family."""
     image = preset.image

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from tokprune.profiling.presets import Preset
 from tokprune.profiling.report import ProfileReport
 from tokprune.profiling.runs import visual_columns
 from tokprune.profiling.stages import find_stages
+from tokprune.types import VLM, Fields, Inputs
 
 Known = tuple[
     Preset, tuple[float, float]
@@ -24,7 +25,7 @@ Known = tuple[
 _ITEM = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 
 
-def _fixed(name: str, config: Mapping[str, Any], parameters: int, tokens: int, source: str) -> Preset:
+def _fixed(name: str, config: Fields, parameters: int, tokens: int, source: str) -> Preset:
     data = {key: value for key, value in config.items() if key not in ("model_type", "transformers_version")}
     image = {"kind": "fixed", "tokens": tokens}
     return Preset(name, name, str(config["model_type"]), parameters, image, data, (source,))
@@ -43,7 +44,7 @@ def preset_of_report(report: ProfileReport) -> Known:
     return known, (seen, report.vision_bytes / item)
 
 
-def preset_of_folder(name: str, folder: Any = None, size: tuple[int, int] = (768, 1024)) -> Known:
+def preset_of_folder(name: str, folder: str | Path | None = None, size: tuple[int, int] = (768, 1024)) -> Known:
     """A model on disk or on the hub, by its config and processor alone, asked about one picture of `size` (height, width).
 
     name: what to call it, and where it is unless `folder` says so. Raises OptionError where they cannot be read, or where the tower cannot be counted without weights.
@@ -55,7 +56,7 @@ def preset_of_folder(name: str, folder: Any = None, size: tuple[int, int] = (768
         config = AutoConfig.from_pretrained(folder)
         processor = AutoProcessor.from_pretrained(folder)
         with torch.device("meta"):
-            model: Any = AutoModelForImageTextToText.from_config(config)
+            model: VLM = AutoModelForImageTextToText.from_config(config)
     except (OSError, ValueError) as error:
         raise OptionError(f"cannot read --model {name}: {error}") from error
     from PIL import Image
@@ -63,19 +64,17 @@ def preset_of_folder(name: str, folder: Any = None, size: tuple[int, int] = (768
     from tokprune.adapters.prompting import build_inputs
 
     # The processor needs to know the family, the device of its tensors and their dtype; a meta device would lose the ids.
-    outside = SimpleNamespace(config=config, device=torch.device("cpu"), dtype=torch.float32)
+    outside = cast("VLM", SimpleNamespace(config=config, device=torch.device("cpu"), dtype=torch.float32))
     picture = Image.new("RGB", (size[1], size[0]), (128, 128, 128))
     inputs = build_inputs(outside, processor, "?", images=[picture])
     tokens = visual_columns(outside, inputs)
     seen = _vision(name, model, inputs)
     parameters = sum(p.numel() for p in model.parameters())
-    stages = find_stages(model)
-    own = {id(p): p.numel() for module in (stages.vision, *stages.projectors) for p in module.parameters()}
     known = _fixed(name, config.to_dict(), parameters, tokens, f"the config and processor of {name}")
-    return known, (float(seen), float(sum(own.values())))
+    return known, (float(seen), float(find_stages(model).vision_parameters))
 
 
-def _vision(name: str, model: Any, inputs: Mapping[str, Any]) -> int:
+def _vision(name: str, model: VLM, inputs: Inputs) -> int:
     """FLOPs of tower and projector on the meta device for the prompt's picture."""
     stages = find_stages(model)
     encode = getattr(stages.base, "get_image_features", None)

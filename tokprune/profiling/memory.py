@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from tokprune.profiling.timing import synchronize
+from tokprune.types import ModelConfig
 
 R = TypeVar("R")
 
 
-def kv_cache_bytes(cache: Any) -> int:
+def kv_cache_bytes(cache: Iterable[object] | None) -> int:
     """Bytes of all tensors that a transformers cache holds: keys and values of every layer, recurrent states of hybrid ones.
 
     cache: a Cache object, an encoder-decoder pair of caches, or the old tuple of (keys, values). None counts 0.
@@ -37,7 +38,7 @@ def kv_cache_bytes(cache: Any) -> int:
     return sum(seen.values())
 
 
-def cached_tokens(cache: Any) -> list[int]:
+def cached_tokens(cache: object) -> list[int]:
     """Tokens that each layer of a transformers cache holds keys of; layers without keys (linear attention) are left out."""
     out = []
     for layer in getattr(cache, "layers", None) or (cache if isinstance(cache, tuple | list) else ()):
@@ -47,12 +48,12 @@ def cached_tokens(cache: Any) -> list[int]:
     return out
 
 
-def kv_bytes_per_token(config: Any, dtype: torch.dtype = torch.bfloat16) -> int:
+def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> int:
     """Bytes that one cached token costs over all layers that cache everything: 2 (keys, values) x layers x heads x head size."""
     return kv_cache_bytes_of(config, 1, 1, dtype)
 
 
-def kv_cache_bytes_of(config: Any, tokens: int, batch: int = 1, dtype: torch.dtype = torch.bfloat16) -> int:
+def kv_cache_bytes_of(config: ModelConfig, tokens: int, batch: int = 1, dtype: torch.dtype = torch.bfloat16) -> int:
     """Bytes of a dynamic cache over `tokens` tokens, by arithmetic from a transformers config.
 
     Layers with a sliding window of W keep the last W - 1 tokens. Layers of linear attention keep no keys; their state,

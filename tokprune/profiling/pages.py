@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tokprune.errors import MissingExtraError
 from tokprune.profiling import tables
 from tokprune.profiling.memory import readable
 from tokprune.profiling.published import CAUTION
+from tokprune.types import JsonObject
 from tokprune.viz.html import Page, Picture, Section
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from tokprune.profiling.arithmetic import Arithmetic
     from tokprune.profiling.report import ProfileReport
 
 
-def png(figure: Any) -> bytes:
+def png(figure: Figure) -> bytes:
     """A matplotlib figure as the bytes of a PNG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
@@ -65,7 +68,7 @@ def profile_page(report: ProfileReport, pictures: Sequence[Picture] = ()) -> Pag
     return Page(f"Profile of {report.model}", report.command, report.environment, sections)
 
 
-def arithmetic_page(made: Arithmetic, command: str, environment: dict[str, Any]) -> Page:
+def arithmetic_page(made: Arithmetic, command: str, environment: JsonObject) -> Page:
     """The page of a preset's arithmetic."""
     sections = [Section("Cost by keep ratio", made.heading, [made.plain_table()])]
     if made.published:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -24,11 +24,12 @@ from tokprune.profiling.presets import Preset, preset
 from tokprune.profiling.report import ProfileReport
 from tokprune.profiling.resolution import Size
 from tokprune.profiling.stages import find_stages
+from tokprune.types import VLM, JsonObject
 
 Target = Literal["ttft", "total", "memory"]
 
 
-def preset_of(model: Any, report: ProfileReport) -> tuple[Preset, Mapping[str, tuple[float, float]]]:
+def preset_of(model: VLM, report: ProfileReport) -> tuple[Preset, Mapping[str, tuple[float, float]]]:
     """A loaded model as a preset, and the `vision` argument of `plan`: picture costs and token counts are the profile's own."""
     cell = report.plain
     if not cell.flops:
@@ -83,9 +84,7 @@ class Estimate:
 def _vision(known: Preset, size: Size, frames: int | None) -> tuple[float, float]:
     """FLOPs of tower and projector for one request, and their parameters."""
     model = build_meta(known)
-    stages = find_stages(model)
-    own = {id(p): p.numel() for module in (stages.vision, *stages.projectors) for p in module.parameters()}
-    return float(sum(vision_calls(model, known, size, frames))), float(sum(own.values()))
+    return float(sum(vision_calls(model, known, size, frames))), float(find_stages(model).vision_parameters)
 
 
 class CostModel:
@@ -207,10 +206,10 @@ class Plan:
     alternatives: tuple[Alternative, ...]
     advice: tuple[str, ...] = field(default=())
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """Plain data with type and version; times in seconds, memory in bytes."""
 
-        def estimate(e: Estimate | None) -> dict[str, Any] | None:
+        def estimate(e: Estimate | None) -> JsonObject | None:
             return None if e is None else vars(e) | {"ttft": e.ttft, "total": e.total, "bound": e.bound}
 
         return {

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
-from typing import Any
 
 from tokprune.errors import OptionError, unknown
 from tokprune.profiling import resolution as res
 from tokprune.profiling.formulas import DecoderShape
 from tokprune.profiling.published import Published
 from tokprune.profiling.resolution import Size
+from tokprune.types import Fields, JsonObject
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,8 @@ class Preset:
     title: str
     family: str
     parameters: int
-    image: Mapping[str, Any]
-    config: Mapping[str, Any]
+    image: Fields
+    config: Fields
     sources: tuple[str, ...]
     aliases: tuple[str, ...] = ()
     published: tuple[Published, ...] = ()
@@ -83,13 +82,13 @@ class Preset:
         return self.count(size, frames).tokens
 
 
-def _square(image: Mapping[str, Any], preset: Preset, size: Size, frames: int | None) -> VisualCount:
+def _square(image: Fields, preset: Preset, size: Size, frames: int | None) -> VisualCount:
     side = image["edge"] // image["patch"] // image.get("merge", 1)
     views = frames or 1
     return VisualCount(views * side * side, 0, views)
 
 
-def _anyres(image: Mapping[str, Any], preset: Preset, size: Size, frames: int | None) -> VisualCount:
+def _anyres(image: Fields, preset: Preset, size: Size, frames: int | None) -> VisualCount:
     side = image["tile"] // image["patch"]
     if frames is not None:
         pooled = math.ceil(side / image.get("frame_pool", 1))
@@ -119,16 +118,16 @@ def smart_grid(preset: Preset, size: Size, frames: int | None = None) -> tuple[i
     return groups, height // image["patch"], width // image["patch"]
 
 
-def _smart(image: Mapping[str, Any], preset: Preset, size: Size, frames: int | None) -> VisualCount:
+def _smart(image: Fields, preset: Preset, size: Size, frames: int | None) -> VisualCount:
     groups, rows, cols = smart_grid(preset, size, frames)
     return VisualCount(groups * rows * cols // image["merge"] ** 2, 0, groups)
 
 
-def _per_tile(image: Mapping[str, Any]) -> int:
+def _per_tile(image: Fields) -> int:
     return int((image["tile"] // image["patch"] // image["merge"]) ** 2)
 
 
-def _tiles(image: Mapping[str, Any], preset: Preset, size: Size, frames: int | None) -> VisualCount:
+def _tiles(image: Fields, preset: Preset, size: Size, frames: int | None) -> VisualCount:
     if frames is not None:
         return VisualCount(frames * _per_tile(image), 0, frames)
     down, across = res.tile_canvas(size, (image["tile"],) * 2, image["min_tiles"], image["max_tiles"])
@@ -136,7 +135,7 @@ def _tiles(image: Mapping[str, Any], preset: Preset, size: Size, frames: int | N
     return VisualCount(views * _per_tile(image), 0, views)
 
 
-def _split(image: Mapping[str, Any], preset: Preset, size: Size, frames: int | None) -> VisualCount:
+def _split(image: Fields, preset: Preset, size: Size, frames: int | None) -> VisualCount:
     if frames is not None:
         return VisualCount(frames * _per_tile(image), 0, frames)
     height, width = res.tile_multiple(res.longest_edge(size, image["longest"]), image["tile"])
@@ -145,11 +144,11 @@ def _split(image: Mapping[str, Any], preset: Preset, size: Size, frames: int | N
     return VisualCount(views * _per_tile(image), 0, views)
 
 
-def _fixed(image: Mapping[str, Any], preset: Preset, size: Size, frames: int | None) -> VisualCount:
+def _fixed(image: Fields, preset: Preset, size: Size, frames: int | None) -> VisualCount:
     return VisualCount(image["tokens"], 0, 1)  # a loaded model whose prompt was measured
 
 
-_COUNTS: dict[str, Any] = {
+_COUNTS: JsonObject = {
     "fixed": _fixed,
     "crop": _square,
     "pad": _square,

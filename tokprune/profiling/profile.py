@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,13 +17,15 @@ from tokprune.profiling import formulas, memory
 from tokprune.profiling.report import PLAIN, ProfileReport, RunResult
 from tokprune.profiling.runs import Profiler, ProfileRun, is_out_of_memory, name_of, stages_of, visual_columns
 from tokprune.profiling.timing import Measurement, interleave
+from tokprune.runtime.prefill import LastRun
+from tokprune.types import VLM, Fields, Inputs, JsonObject, MethodLike, Options, Processor
 
 __all__ = ["ProfileRun", "Profiler", "environment", "name_of", "profile", "visual_columns"]
 
 ADVICE = "try a smaller batch, fewer new tokens or a lower ratio"
 
 
-def environment(model: Any, device: torch.device, repeats: int, warmup: int) -> dict[str, Any]:
+def environment(model: VLM, device: torch.device, repeats: int, warmup: int) -> JsonObject:
     """What a reader needs to judge the numbers by."""
     import transformers
 
@@ -48,22 +50,22 @@ def environment(model: Any, device: torch.device, repeats: int, warmup: int) -> 
 
 
 def profile(
-    model: nn.Module,
-    inputs: Mapping[str, Any],
-    methods: Sequence[Any] = ("divprune",),
+    model: VLM,
+    inputs: Inputs,
+    methods: Sequence[MethodLike] = ("divprune",),
     ratios: Sequence[float] = (0.5, 0.1),
     *,  # the options of the public entry point
-    processor: Any = None,
+    processor: Processor | None = None,
     new_tokens: int = 16,
     repeats: int = 5,
     warmup: int = 2,
     ideal: bool = True,
-    resized: Callable[[float], Mapping[str, Any]] | None = None,
+    resized: Callable[[float], Fields] | None = None,
     name: str = "",
-    options: Mapping[str, Any] | None = None,
+    options: Options | None = None,
     progress: Callable[[str], None] | None = None,
     count_flops: bool = True,
-    on_pruned: Callable[[str, Any], None] | None = None,
+    on_pruned: Callable[[str, LastRun | None], None] | None = None,
 ) -> ProfileReport:
     """Measure one prompt plain and with every method at every ratio; the model is given back unpruned.
 
@@ -109,7 +111,7 @@ def profile(
 class _Bench:
     """The runs of one prompt that are compared, and what could not be run. full: visual tokens of the unpruned prompt."""
 
-    def __init__(self, profiler: Profiler, inputs: Mapping[str, Any], progress: Callable[[str], None]) -> None:
+    def __init__(self, profiler: Profiler, inputs: Inputs, progress: Callable[[str], None]) -> None:
         self.profiler, self.inputs, self.progress = profiler, inputs, progress
         self.full = visual_columns(profiler.model, inputs)
         length = int(inputs["input_ids"].shape[1])
@@ -117,7 +119,7 @@ class _Bench:
         self.failed: dict[str, str] = {}
         self.notes: list[str] = []
 
-    def add_pruned(self, methods: Sequence[Any], ratios: Sequence[float], options: Mapping[str, Any]) -> None:
+    def add_pruned(self, methods: Sequence[MethodLike], ratios: Sequence[float], options: Options) -> None:
         """Every method at every ratio; those that would print alike, such as one method with two sets of options, are numbered."""
         seen: dict[str, int] = {}
         for ratio in ratios:
@@ -152,7 +154,7 @@ class _Bench:
         else:
             self.runs.append(run)
 
-    def add_resized(self, ratio: float, inputs: Mapping[str, Any]) -> None:
+    def add_resized(self, ratio: float, inputs: Inputs) -> None:
         """The prompt with a smaller picture, unless its processor makes as many tokens of that."""
         visual, prompt = visual_columns(self.profiler.model, inputs), int(inputs["input_ids"].shape[1])
         if visual >= self.full:
@@ -174,7 +176,7 @@ class _Bench:
             torch.cuda.empty_cache()
         return True
 
-    def count(self, on_pruned: Callable[[str, Any], None] | None) -> None:
+    def count(self, on_pruned: Callable[[str, LastRun | None], None] | None) -> None:
         """FLOPs, tokens and bytes of every run, in runs of their own."""
         for run in self.runs:
             self.progress(f"counting FLOPs: {run.name}")
@@ -197,7 +199,7 @@ class _Bench:
         return call
 
 
-def _without_paths(config: Any) -> Any:
+def _without_paths(config: object) -> Any:
     """A config as plain data without the folder that it was read from."""
     if not isinstance(config, dict):
         return config

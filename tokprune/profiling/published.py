@@ -6,13 +6,14 @@ the sizes agree, not who is right. The rows lie in the presets' files with their
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tokprune.errors import OptionError, unknown
 from tokprune.profiling import formulas
 from tokprune.profiling.formulas import DecoderShape
+from tokprune.types import Fields, JsonObject
 
 if TYPE_CHECKING:
     from tokprune.profiling.report import ProfileReport
@@ -55,7 +56,7 @@ class Published:
     setting: str = ""
 
     @staticmethod
-    def from_dict(data: Mapping[str, Any]) -> Published:
+    def from_dict(data: Fields) -> Published:
         """The row that a preset's file holds; `share` follows from full and pruned where it is not given."""
         row = dict(data)
         if row.get("kind") not in KINDS:
@@ -105,7 +106,7 @@ class Published:
             return (vision + a) / (vision + b), f"FLOPs to the first token, {self.text + more} text tokens"
         return a / b, f"exact FLOPs of the prefill, {self.text + more} text tokens"
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """Plain data."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
@@ -115,7 +116,7 @@ Measured = Callable[[Published], "tuple[float, str] | None"]
 
 def comparison(
     rows: tuple[Published, ...], shape: DecoderShape, vision: int = 0, measured: Measured | None = None
-) -> list[dict[str, Any]]:
+) -> list[JsonObject]:
     """The rows with ours beside them, as plain data: "ours" is a share or None, "ours_is" says what it is.
 
     measured: row -> our measured share and what it is, before arithmetic is asked (`measured_in` makes one of a profile).
@@ -150,7 +151,7 @@ def measured_in(report: ProfileReport) -> Measured:
     return find
 
 
-def lines(compared: list[dict[str, Any]]) -> list[str]:
+def lines(compared: list[JsonObject]) -> list[str]:
     """The comparison in sentences."""
     out = []
     for row in compared:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tokprune.errors import OptionError
 from tokprune.profiling.stages import STAGES
 from tokprune.profiling.timing import Measurement
+from tokprune.types import Fields, JsonObject
+
+if TYPE_CHECKING:
+    from rich.console import Group
 
 TYPE, VERSION = "tokprune.ProfileReport", 1
 PLAIN = "plain"
@@ -38,13 +41,13 @@ class RunResult:
     prompt: int
     method: str | None = None
     ratio: float | None = None
-    flops: dict[str, Any] = field(default_factory=dict)
+    flops: JsonObject = field(default_factory=dict)
     formulas: dict[str, int] = field(default_factory=dict)
     cache_bytes: int | None = None
     cache_expected: int | None = None
     peak_bytes: int | None = None
     note: str = ""
-    tokens: dict[str, Any] = field(default_factory=dict)
+    tokens: JsonObject = field(default_factory=dict)
 
     def flops_total(self, new_tokens: int) -> int:
         """FLOPs from pixels to `new_tokens` tokens."""
@@ -61,13 +64,13 @@ class RunResult:
         sums = [sum(self.times[s].samples[i] for s in STAGES) for i in range(len(samples))]
         return float(statistics.median(1 - part / whole for part, whole in zip(sums, samples, strict=True)))
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """Plain data."""
         data = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return data | {"times": {name: m.to_dict() for name, m in self.times.items()}}
 
     @staticmethod
-    def from_dict(data: Mapping[str, Any]) -> RunResult:
+    def from_dict(data: Fields) -> RunResult:
         """The cell that `to_dict` wrote."""
         return RunResult(
             **{**data, "times": {name: Measurement.from_dict(name, m) for name, m in data["times"].items()}}
@@ -86,15 +89,15 @@ class ProfileReport:
     cells: tuple[RunResult, ...]
     new_tokens: int
     batch: int
-    environment: dict[str, Any]
+    environment: JsonObject
     parameters: int = 0
     weight_bytes: int = 0
     vision_bytes: int = 0
     failed: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    published: tuple[Any, ...] = ()
+    published: tuple[JsonObject, ...] = ()
     command: str = ""
-    config: dict[str, Any] = field(default_factory=dict)
+    config: JsonObject = field(default_factory=dict)
 
     def cell(self, name: str) -> RunResult:
         """The cell called `name`."""
@@ -175,7 +178,7 @@ class ProfileReport:
         worst = max((abs(c.remainder) for c in self.cells), default=0.0)
         return f"the stages add up to the total within {100 * worst:.2g} %"
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """Plain data with type and version."""
         data = {name: getattr(self, name) for name in self.__dataclass_fields__}
         data |= {
@@ -186,7 +189,7 @@ class ProfileReport:
         return {"type": TYPE, "version": VERSION, **data}
 
     @staticmethod
-    def from_dict(data: Any) -> ProfileReport:
+    def from_dict(data: object) -> ProfileReport:
         """The report that `to_dict` wrote; refuses other types and newer versions."""
         if not isinstance(data, dict) or data.get("type") != TYPE:
             raise OptionError(f'not a profile: expected an object with "type": "{TYPE}".')
@@ -213,7 +216,7 @@ class ProfileReport:
             raise OptionError(f"cannot read the profile {path}: {error}") from error
         return ProfileReport.from_dict(data)
 
-    def table(self, width: int | None = None) -> Any:
+    def table(self, width: int | None = None) -> Group:
         """The tables for a terminal: where the time goes, and what it costs in tokens, FLOPs and bytes.
 
         width: columns of the terminal; below 116, medians stand without their spread.

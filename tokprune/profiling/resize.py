@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from tokprune.errors import OptionError
 from tokprune.profiling.presets import Preset
 from tokprune.profiling.resolution import Size
+from tokprune.types import Fields
 
-Inputs = Mapping[str, Any]
+Inputs = Fields
 Prepare = Callable[[Image.Image], Inputs]
 AtScale = Callable[[float], Inputs]  # factor of height and width -> inputs
 LEAST = 16  # pixels of a side: below, processors no longer know which axis holds the channels
@@ -30,7 +31,7 @@ def _side(pixels: int, factor: float) -> int:
     return max(min(LEAST, pixels), round(pixels * factor))
 
 
-def scaled_frames(frames: Any, factor: float) -> Any:
+def scaled_frames(frames: NDArray[np.uint8], factor: float) -> NDArray[np.uint8]:
     """The frames (T, H, W, 3) uint8 of a clip, each scaled."""
     return np.stack([np.asarray(scaled_picture(Image.fromarray(frame), factor)) for frame in frames])
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from tokprune.profiling.live import live_peak
 from tokprune.profiling.stages import StageModules, find_stages
 from tokprune.profiling.timing import StageClock
 from tokprune.registry import method_class
+from tokprune.runtime.handle import Pruning
+from tokprune.runtime.prefill import LastRun
+from tokprune.types import VLM, Inputs, JsonObject, MethodLike, Processor
 
 ENCODERS = ("get_image_features", "get_video_features")
 
@@ -30,8 +33,8 @@ class ProfileRun:
 
     name: str
     kind: str
-    inputs: Mapping[str, Any]
-    method: Any = None
+    inputs: Inputs
+    method: MethodLike | None = None
     label: str | None = None
     ratio: float | None = None
     visual: int = 0
@@ -41,8 +44,8 @@ class ProfileRun:
     peak: int | None = None
     projected: int | None = None  # tokens into the projector, per prompt
     counted: flops.StageFlops | None = None
-    calls: list[tuple[str, dict[str, Any]]] = field(default_factory=list)  # encoder calls of the ideal cell
-    options: dict[str, Any] = field(default_factory=dict)
+    calls: list[tuple[str, JsonObject]] = field(default_factory=list)  # encoder calls of the ideal cell
+    options: JsonObject = field(default_factory=dict)
 
     @property
     def batch(self) -> int:
@@ -58,16 +61,18 @@ class ProfileRun:
 class Profiler:
     """Measures runs of one model and one prompt; `profile` is the usual way in."""
 
-    def __init__(self, model: nn.Module, new_tokens: int, device: torch.device, processor: Any = None) -> None:
+    def __init__(
+        self, model: nn.Module, new_tokens: int, device: torch.device, processor: Processor | None = None
+    ) -> None:
         if new_tokens < 2:
             raise OptionError(f"new_tokens={new_tokens}; at least 2, since the second token is the first decode step.")
-        self.model: Any = model
+        self.model = cast("VLM", model)
         self.stages: StageModules = find_stages(model)
-        self.base: Any = self.stages.base
+        self.base = self.stages.base
         self.new_tokens, self.device, self.processor = new_tokens, device, processor
 
-    def _pruned(self, run: ProfileRun) -> Any:
-        if run.kind != "pruned":
+    def _pruned(self, run: ProfileRun) -> AbstractContextManager[Pruning | None]:
+        if run.method is None:
             return nullcontext()
         return tokprune.apply(self.model, run.method, ratio=run.ratio, processor=self.processor, **run.options)
 
@@ -93,7 +98,7 @@ class Profiler:
             with clock.watch(self.stages):
                 out = self._generate(run)
             if pruning is not None:
-                run.visual, run.prompt = _kept(pruning), int(pruning.last.length)
+                run.visual, run.prompt = _kept(pruning.last), int(pruning.last.length)
         if self.device.type == "cuda":
             run.peak = int(torch.cuda.max_memory_allocated(self.device))
         cache = cache_of(out)
@@ -102,14 +107,14 @@ class Profiler:
         times["decode_tokens_per_s"] *= run.batch  # a step gives every prompt a token
         return times
 
-    def look(self, run: ProfileRun, on_pruned: Callable[[str, Any], None] | None = None) -> None:
+    def look(self, run: ProfileRun, on_pruned: Callable[[str, LastRun | None], None] | None = None) -> None:
         """Count a run's FLOPs and tokens, and its live bytes where the device keeps no count, in runs of their own.
 
         on_pruned: given the run's name and what the pruning did (`Pruning.last`).
         """
         rows: list[int] = []
 
-        def see(module: nn.Module, args: Any, kwargs: Any) -> None:
+        def see(module: nn.Module, args: tuple[object, ...], kwargs: JsonObject) -> None:
             given = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
             if given and not rows:
                 rows.append(given[0].shape[:-1].numel())
@@ -141,9 +146,9 @@ class Profiler:
 
     def ideal(self, source: ProfileRun, name: str) -> ProfileRun:
         """The run that feeds the LLM the embeddings which `source` left over, by hand."""
-        caught: dict[str, Any] = {}
+        caught: JsonObject = {}
 
-        def catch(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        def catch(module: nn.Module, args: tuple[object, ...], kwargs: JsonObject) -> None:
             if "embeds" not in caught and isinstance(kwargs.get("inputs_embeds"), Tensor):
                 caught["embeds"] = kwargs["inputs_embeds"].detach().clone()
 
@@ -161,14 +166,14 @@ class Profiler:
 
 
 @contextmanager
-def _recorded(base: Any) -> Iterator[list[tuple[str, dict[str, Any]]]]:
+def _recorded(base: nn.Module) -> Iterator[list[tuple[str, JsonObject]]]:
     """Notes the arguments of the outermost calls of the model's picture and video encoders."""
-    calls: list[tuple[str, dict[str, Any]]] = []
+    calls: list[tuple[str, JsonObject]] = []
     patched, depth = [], [0]
 
-    def wrap(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    def wrap(name: str, original: Callable[..., object]) -> Callable[..., object]:
         @functools.wraps(original)
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def call(*args: object, **kwargs: object) -> object:
             if not depth[0]:
                 names = list(_parameters(original))
                 calls.append((name, {**dict(zip(names, args, strict=False)), **kwargs}))
@@ -191,19 +196,19 @@ def _recorded(base: Any) -> Iterator[list[tuple[str, dict[str, Any]]]]:
             base.__dict__.pop(name, None)
 
 
-def _parameters(function: Callable[..., Any]) -> Iterator[str]:
+def _parameters(function: Callable[..., object]) -> Iterator[str]:
     return (name for name in inspect.signature(function).parameters if name not in ("self", "kwargs"))
 
 
-def _kept(pruning: Any) -> int:
+def _kept(last: LastRun) -> int:
     """Visual columns of the longest prompt that stay, separators included."""
     per_row: dict[int, int] = {}
-    for stream in pruning.last.streams:
+    for stream in last.streams:
         per_row[stream.row] = per_row.get(stream.row, 0) + stream.kept + stream.separators_kept
     return max(per_row.values(), default=0)
 
 
-def visual_columns(model: Any, inputs: Mapping[str, Any]) -> int:
+def visual_columns(model: VLM, inputs: Inputs) -> int:
     """Placeholder columns of the longest prompt."""
     ids = inputs.get("input_ids")
     if not isinstance(ids, Tensor):
@@ -217,7 +222,7 @@ def visual_columns(model: Any, inputs: Mapping[str, Any]) -> int:
     return int(visual.sum(1).max())
 
 
-def name_of(method: Any) -> str:
+def name_of(method: MethodLike) -> str:
     """The name to print for a method given by name, as an object or as several of different stages."""
     if isinstance(method, str):
         return method
@@ -226,7 +231,7 @@ def name_of(method: Any) -> str:
     return str(method.info.name)
 
 
-def stages_of(method: Any) -> set[str]:
+def stages_of(method: MethodLike) -> set[str]:
     """The stages that a method given in any of these ways works in."""
     if isinstance(method, str):
         return {method_class(method).stage}

@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
+from tokprune.adapters.base import TEXT_MODELS
+from tokprune.adapters.towers import TOWERS, first_child, projectors_of
 from tokprune.errors import UnsupportedModelError
-
-TOWERS = ("vision_tower", "vision_model", "visual", "vision_encoder", "image_tower")
-PROJECTORS = ("multi_modal_projector", "connector", "mm_projector", "aligner", "embed_vision")
-INNER_PROJECTORS = ("merger", "deepstack_merger_list")  # these sit inside the tower (Qwen-VL)
-LANGUAGE_MODELS = ("language_model", "text_model")
 
 #: The parts of one `generate` call, in order. `select` is what happens between projector and LLM: scoring and pruning, and
 #: (pruned or not) embedding the text and placing the image rows. `other` is the bookkeeping of the call itself.
@@ -31,38 +27,27 @@ class StageModules:
     language: nn.Module
     head: nn.Module | None
 
-
-def _first(module: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
-    for name in names:
-        part = getattr(module, name, None)
-        if isinstance(part, nn.Module):
-            return part
-    return None
+    @property
+    def vision_parameters(self) -> int:
+        """Numbers in the weights of tower and projectors, shared ones once."""
+        held = {id(p): p.numel() for module in (self.vision, *self.projectors) for p in module.parameters()}
+        return sum(held.values())
 
 
 def find_stages(model: nn.Module) -> StageModules:
     """The stages of `model`, through any wrapper (PEFT, compiled). Raises UnsupportedModelError when it has no vision tower."""
     for base in model.modules():
-        vision, language = _first(base, TOWERS), _first(base, LANGUAGE_MODELS)
+        vision, language = first_child(base, TOWERS), first_child(base, TEXT_MODELS)
         if vision is None or language is None:
             continue
-        outer = _first(base, PROJECTORS)
-        if outer is not None:
-            projectors: list[nn.Module] = [outer]
-        else:
-            projectors = []
-            for name in INNER_PROJECTORS:
-                part = getattr(vision, name, None)
-                if isinstance(part, nn.ModuleList):
-                    projectors += list(part)
-                elif isinstance(part, nn.Module):
-                    projectors.append(part)
-        get_head: Callable[[], Any] | None = getattr(model, "get_output_embeddings", None)
+        get_head: Callable[[], object] | None = getattr(model, "get_output_embeddings", None)
         head = get_head() if callable(get_head) else None
-        return StageModules(base, vision, tuple(projectors), language, head if isinstance(head, nn.Module) else None)
+        return StageModules(
+            base, vision, projectors_of(base, vision), language, head if isinstance(head, nn.Module) else None
+        )
     raise UnsupportedModelError(
         f"{type(model).__name__} has no module with both a vision tower ({', '.join(TOWERS)}) and a language model "
-        f"({', '.join(LANGUAGE_MODELS)}); give a vision-language model such as LlavaForConditionalGeneration."
+        f"({', '.join(TEXT_MODELS)}); give a vision-language model such as LlavaForConditionalGeneration."
     )
 
 

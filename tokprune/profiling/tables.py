@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tokprune.profiling.memory import readable
 from tokprune.profiling.published import KINDS
 from tokprune.profiling.report import ProfileReport, RunResult, flops_text
+from tokprune.types import Fields
 from tokprune.viz.html import Table, Value
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def time_table(report: ProfileReport, brief: bool = False) -> Table:
         ("total", "faster"),
         ("ideal", "faster"),
     ]
-    rows: list[list[Any]] = []
+    rows: list[list[object]] = []
     for cell in report.cells:
         ideal = report.find("ideal", cell.ratio) if cell.kind == "pruned" else None
         decode = cell.times["decode_tokens_per_s"]
@@ -125,7 +126,7 @@ def cost_table(report: ProfileReport, brief: bool = False) -> Table:
         cached = t.get("cached") or []
         mean = sum(cached) / len(cached) if cached else 0.0
         spread = f"{min(cached)} to {max(cached)}, mean {mean:.0f}" if cached and min(cached) < max(cached) else None
-        counted: list[Any] = (
+        counted: list[object] = (
             [_flops(f["vision"] + f["projector"]), *(_flops(f[k]) for k in ("select", "prefill", "decode"))]
             if f
             else [None] * 4
@@ -167,7 +168,7 @@ def formula_table(report: ProfileReport) -> Table:
     return Table(["run", *names], rows, caption, ["", *["T multiply-adds"] * len(names)])
 
 
-def published_table(rows: Sequence[Any]) -> Table:
+def published_table(rows: Sequence[Fields]) -> Table:
     """What others report, with ours beside it; rows as `published.comparison` makes them."""
     made = [
         [
@@ -212,6 +213,6 @@ def to_rich(table: Table, title: str | None = None, narrow: bool = False) -> Ric
     return out
 
 
-def _text(cell: Any, narrow: bool = False) -> str:
+def _text(cell: object, narrow: bool = False) -> str:
     text = "" if cell is None else cell.text if isinstance(cell, Value) else str(cell)
     return text.split(" ± ")[0] if narrow else text

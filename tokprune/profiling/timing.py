@@ -7,12 +7,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from tokprune.errors import OptionError
 from tokprune.profiling.stages import STAGES, StageModules, watch
+from tokprune.types import Fields, JsonObject
+
+Moment = torch.cuda.Event | float  # on the device's own clock, or seconds of the host's
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,12 @@ class Measurement:
     def __str__(self) -> str:
         return f"{self.median:.4g} ± {self.spread:.2g} {self.unit}".rstrip()
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """Plain data: unit, median, spread and the raw samples."""
         return {"unit": self.unit, "median": self.median, "spread": self.spread, "samples": list(self.samples)}
 
     @staticmethod
-    def from_dict(name: str, data: Mapping[str, Any]) -> Measurement:
+    def from_dict(name: str, data: Fields) -> Measurement:
         """The measurement that `to_dict` wrote."""
         return Measurement(name, str(data["unit"]), tuple(float(x) for x in data["samples"]))
 
@@ -67,7 +69,7 @@ class _Marks:
         self.device = torch.device(device)
         self.events = self.device.type == "cuda"
 
-    def now(self) -> Any:
+    def now(self) -> Moment:
         if self.events:
             event = torch.cuda.Event(enable_timing=True)
             event.record(torch.cuda.current_stream(self.device))
@@ -76,9 +78,13 @@ class _Marks:
             synchronize(self.device)
         return time.perf_counter()
 
-    def milliseconds(self, start: Any, end: Any) -> float:
+    def milliseconds(self, start: Moment, end: Moment) -> float:
         """Only after synchronize()."""
-        return float(start.elapsed_time(end)) if self.events else 1000.0 * (end - start)
+        return (
+            1000.0 * (end - start)
+            if isinstance(start, float) and isinstance(end, float)
+            else float(start.elapsed_time(end))  # type: ignore[union-attr, arg-type]
+        )
 
 
 class StageClock:
@@ -91,10 +97,10 @@ class StageClock:
     def __init__(self, device: torch.device | str) -> None:
         self.marks = _Marks(device)
         self.steps = 0
-        self._points: list[tuple[Any, str]] = []  # (moment, part that begins there)
+        self._points: list[tuple[Moment, str]] = []  # (moment, part that begins there)
         self._open: list[str] = []
         self._seen_vision = False
-        self._first_token: Any = None
+        self._first_token: Moment | None = None
         self._has_head = True
         self._wall = (0.0, 0.0)
 
@@ -105,7 +111,7 @@ class StageClock:
             return "prefill"  # between the LLM and its head
         return "select" if self._seen_vision else "other"
 
-    def _begin(self, part: str) -> Any:
+    def _begin(self, part: str) -> Moment:
         moment = self.marks.now()
         self._points.append((moment, part))
         return moment
@@ -208,7 +214,11 @@ def interleave(
 
 
 def measure(
-    call: Callable[[], Any], device: torch.device | str = "cpu", repeats: int = 5, warmup: int = 2, name: str = "time"
+    call: Callable[[], object],
+    device: torch.device | str = "cpu",
+    repeats: int = 5,
+    warmup: int = 2,
+    name: str = "time",
 ) -> Measurement:
     """Time `call()` alone: ms per run, the device synchronised before and after."""
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,69 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from tokprune.adapters.hooks import Attachments, Lock, PerThread, Ref
+from tokprune.adapters.tower_kinds import reader_of
+from tokprune.adapters.tower_parts import NORMS, AttentionReader
+from tokprune.adapters.towers import tower_blocks
 from tokprune.errors import MissingSignalError
 from tokprune.ops.numeric import wide
 
-_TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder")
-_BLOCKS = (
-    "encoder.layers",
-    "encoder.layer",
-    "blocks",
-    "transformer.layers",
-    "layers",
-    "vision_model.encoder.layers",
-    "transformer.encoder.layers",
-    "timm_model.blocks",
-)
-_ATTENTIONS = ("self_attn", "attention", "attn")
-
 # Attention entries held at once while scores are summed over queries: 64 MB of float32.
 _CHUNK = 2**24
-
-
-def tower_of(base: nn.Module) -> nn.Module:
-    """The vision tower of a multimodal base model."""
-    for name in _TOWERS:
-        tower = getattr(base, name, None)
-        if isinstance(tower, nn.Module):
-            return getattr(tower, "_orig_mod", tower)
-    raise MissingSignalError(
-        f"{type(base).__name__} has no vision tower under {', '.join(_TOWERS)}, so no signals can be read. Methods that look "
-        "at the features alone work: random, uniform, pool, divprune."
-    )
-
-
-def tower_blocks(tower: nn.Module) -> list[nn.Module]:
-    """The transformer blocks of a vision tower, or the error that says that it has none."""
-    for path in _BLOCKS:
-        found: Any = tower
-        for name in path.split("."):
-            found = getattr(found, name, None)
-        if isinstance(found, (nn.ModuleList, nn.Sequential)) and len(found) and _find_attention(found[0]) is not None:
-            return list(found)
-    raise MissingSignalError(
-        f"{type(tower).__name__} has no transformer blocks with queries and keys (a convolutional tower?), so attention "
-        "signals cannot be read. Methods that look at the features alone work: random, uniform, pool, divprune."
-    )
-
-
-def _find_attention(block: nn.Module) -> nn.Module | None:
-    """The attention module of a block, or None."""
-    for name in _ATTENTIONS:
-        module = getattr(block, name, None)
-        if isinstance(module, nn.Module) and (_linear(module, "qkv") or _linear(module, "q_proj")):
-            return module
-    return None
-
-
-def _linear(attention: nn.Module | None, name: str) -> nn.Module | None:
-    module = getattr(attention, name, None)
-    return module if isinstance(module, nn.Module) else None
-
-
-def _norm(attention: nn.Module | None, name: str) -> nn.Module | None:
-    module = _linear(attention, name)
-    return None if isinstance(module, nn.Identity) else module
 
 
 @dataclass(frozen=True)
@@ -250,10 +195,7 @@ class AttentionProbe:
         self.on.before(self.tower, "_begin")
         self.on.after(self.tower, "_end", always_call=True)
         for i in self.blocks:
-            attention = _find_attention(self._modules[i])
-            if attention is None:
-                raise MissingSignalError(f"block {i} of {type(self.tower).__name__} has no attention to read from.")
-            self.on.before(attention, "_keep_call", ("call", i), with_kwargs=True)
+            self.on.before(self._reader(i).attention, "_keep_call", ("call", i), with_kwargs=True)
         for i in self.outputs:
             self.on.after(self._modules[i], "_keep_output", ("output", i))
         self._hook_projections()
@@ -299,11 +241,7 @@ class AttentionProbe:
         """Listen to the projections that are in place now; they may have been wrapped since."""
         wanted: dict[tuple[str, int], nn.Module] = {}
         for i in self.blocks:
-            attention = _find_attention(self._modules[i])
-            for name in () if attention is None else ("qkv", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm"):
-                module = _norm(attention, name) if name.endswith("norm") else _linear(attention, name)
-                if module is not None:
-                    wanted[name, i] = module
+            wanted |= {(name, i): module for name, module in self._reader(i).watched().items()}
         hooked = self._hooked
         if len(hooked) == len(wanted) and all(key in hooked and hooked[key][0] is m for key, m in wanted.items()):
             return
@@ -349,44 +287,36 @@ class AttentionProbe:
 
     def projections(self, block: int) -> Projections:
         """Queries, keys and values of block `block`, as the last run of the tower made them."""
-        attention: Any = _find_attention(self._modules[block]) if block in self._modules else None
         args, kwargs = self._look("call", block)
-        call = _named(attention, args, kwargs)
-        config = getattr(attention, "config", None)
-        heads = getattr(attention, "num_heads", None) or getattr(config, "num_attention_heads", None)
-        head_dim = getattr(attention, "head_dim", None)
-        parts: dict[str, Tensor] = {}
-        if ("qkv", block) in self._store:
-            joint = self._store["qkv", block]
-            three = joint.unflatten(-1, (3, heads, -1))  # (..., N, 3, H, d)
-            parts = dict(zip("qkv", three.unbind(-3), strict=True))
-        else:
-            for name in "qkv":
-                flat = self._look(f"{name}_proj", block)
-                parts[name] = flat.unflatten(-1, (-1, head_dim) if head_dim else (heads, -1))
-        for name in "qk":
-            if (f"{name}_norm", block) in self._store:
-                parts[name] = self._store[f"{name}_norm", block]
-        n = parts["v"].shape[-3]
-        timm = type(attention).__module__.startswith("timm")  # its norms see (B, H, N, d)
-        shaped = {
-            name: _heads_first(x, parts["v"].shape[-1], timm and (f"{name}_norm", block) in self._store)
-            for name, x in parts.items()
-        }
-        scale = getattr(attention, "scaling", None) or getattr(attention, "scale", None)
-        scale = shaped["q"].shape[-1] ** -0.5 if scale is None else float(scale)
+        reader = self._reader(block)
+        call = _named(reader.attention, args, kwargs)
+        seen = {}
+        for name in reader.watched():
+            if name not in NORMS or (name, block) in self._store:
+                seen[name] = self._look(name, block)
+        q, k, v = reader.read(seen)
         bounds = call.get("cu_seqlens")
-        if bounds is None:
-            bounds = call.get("cu_seq_lens_q")
+        bounds = call.get("cu_seq_lens_q") if bounds is None else bounds
         segments = None if bounds is None else bounds.diff().tolist()
         mask = call.get("attention_mask", call.get("attn_mask"))
+        positions = reader.positions(call)
+        reader.check_positions(positions)
         return Projections(
-            **shaped,
-            scale=scale,
-            rotated=_rotation(attention, call),
+            q,
+            k,
+            v,
+            scale=reader.scale or q.shape[-1] ** -0.5,
+            rotated=functools.partial(reader.turn, positions=positions),
             segments=segments,
-            mask=_square(mask, n) if isinstance(mask, Tensor) and segments is None else None,
+            mask=_square(mask, v.shape[2]) if isinstance(mask, Tensor) and segments is None else None,
         )
+
+    def _reader(self, block: int) -> AttentionReader:
+        """What reads the attention of block `block`."""
+        reader = reader_of(self._modules[block])
+        if reader is None:
+            raise MissingSignalError(f"block {block} of {type(self.tower).__name__} has no attention to read from.")
+        return reader
 
 
 def _named(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -395,48 +325,8 @@ def _named(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> dict[str, An
     return {**bound, **bound.pop("kwargs", {})}
 
 
-def _heads_first(x: Tensor, head_dim: int, done: bool) -> Tensor:
-    """(N, H, d), (B, N, H, d), (B, N, H*d) or, when `done`, (B, H, N, d) already, as (B, H, N, d)."""
-    if done:
-        return x
-    if x.shape[-1] != head_dim:  # a norm over all heads at once
-        x = x.unflatten(-1, (-1, head_dim))
-    return (x[None] if x.dim() == 3 else x).transpose(1, 2)
-
-
 def _square(mask: Tensor, n: int) -> Tensor:
     """Any attention mask as (B, 1, N, N)."""
     if mask.dim() == 2 and mask.shape[1] == n:  # (B, N) of the keys, as flash attention takes it
         return mask.bool()[:, None, None].expand(-1, 1, n, -1)
     return mask[:, None] if mask.dim() == 3 else mask
-
-
-def _rotation(attention: nn.Module, call: dict[str, Any]) -> Callable[[Tensor], Tensor]:
-    """What the block's rotary embedding does to queries and keys (B, H, N, d)."""
-    rope = call.get("rope")
-    if isinstance(rope, Tensor):
-        from timm.layers import apply_rot_embed_cat
-
-        prefix, half = getattr(attention, "num_prefix_tokens", 0), getattr(attention, "rotate_half", False)
-
-        def timm_rotated(x: Tensor) -> Tensor:
-            return torch.cat([x[:, :, :prefix], apply_rot_embed_cat(x[:, :, prefix:], rope.to(x), half=half)], 2)
-
-        return timm_rotated
-    embeddings = call.get("position_embeddings")
-    if embeddings is None:
-        return lambda x: x
-    rotate = getattr(sys.modules[type(attention).__module__], "rotate_half", None)
-    if rotate is None or not isinstance(embeddings, (tuple, list)):
-        raise MissingSignalError(
-            f"{type(attention).__name__} turns its queries in a way tokprune does not know; methods that look at the features "
-            "alone work: random, uniform, pool, divprune."
-        )
-    cos, sin = embeddings
-
-    def rotated(x: Tensor) -> Tensor:
-        c, s = cos.to(x), sin.to(x)  # (N, d) or (B, N, d)
-        c, s = (c, s) if c.dim() == 2 else (c[:, None], s[:, None])
-        return x * c + rotate(x) * s
-
-    return rotated

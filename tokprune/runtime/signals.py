@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokprune.adapters.families import EncoderCall, UnknownGeometryError, arrange, family_of
+from tokprune.adapters.towers import FEATURES_ALONE, tower_blocks, tower_of
 from tokprune.errors import MissingSignalError, OptionError, unknown
 from tokprune.ops.numeric import wide
-from tokprune.runtime.probe import AttentionProbe, Projections, tower_blocks, tower_of
+from tokprune.runtime.probe import AttentionProbe, Projections
 
 __all__ = ["SignalSet", "block_index", "compute_signals", "required_blocks", "tower_blocks", "tower_of"]
 
@@ -33,8 +34,6 @@ NAMES = (
 
 ELSEWHERE = ("clip_text", "frame_scores")
 """Needs that do not come from the vision tower; they are passed over here."""
-
-_WITHOUT = "Methods that look at the features alone work: random, uniform, pool, divprune."
 
 
 def mean_value_norm(values: Tensor) -> Tensor:
@@ -193,7 +192,7 @@ def compute_signals(
             result.values[name], result.sources[name] = reader.read(kind, spec)
         except UnknownGeometryError as error:
             raise MissingSignalError(
-                f"{_name(base)} cannot give {name!r}: its patches cannot be matched with its tokens ({error}). {_WITHOUT}"
+                f"{_name(base)} cannot give {name!r}: its patches cannot be matched with its tokens ({error}). {FEATURES_ALONE}"
             ) from None
     return result
 

@@ -7,9 +7,13 @@ import platform
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tokprune.testing.self_test import Check
+from tokprune.types import JsonObject
+
+if TYPE_CHECKING:
+    from packaging.specifiers import SpecifierSet
 
 NOT_EXTRAS = ("dev", "test", "all")  # for working on tokprune, and the sum of the others
 
@@ -56,7 +60,7 @@ class Diagnosis:
         """Whether what must be there is there in a tested version, and no check failed."""
         return all(package.ok for package in self.packages) and all(check.ok is not False for check in self.checks)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """The same as plain values, for JSON."""
         extras = [{**asdict(extra), "ok": extra.ok} for extra in self.extras]
         return {"ok": self.ok, **asdict(self), "extras": extras}
@@ -119,7 +123,7 @@ def _requirements() -> tuple[list[Package], list[Extra], list[str]]:
     return core, [Extra(name, tuple(found), f"pip install 'tokprune[{name}]'") for name, found in extras.items()], []
 
 
-def _package(name: str, specifier: Any, optional: bool) -> Package:
+def _package(name: str, specifier: SpecifierSet, optional: bool) -> Package:
     """What is installed of a package. specifier: packaging's SpecifierSet."""
     try:
         version = importlib.metadata.version(name)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -16,7 +14,7 @@ def picture(width: int = 40, height: int = 40, seed: int = 0) -> Image.Image:
     )
 
 
-def clip(frames: int = 4, width: int = 40, height: int = 40, seed: int = 0) -> NDArray[Any]:
+def clip(frames: int = 4, width: int = 40, height: int = 40, seed: int = 0) -> NDArray[np.uint8]:
     """A video as (frames, height, width, 3) uint8; every frame differs, equal seeds give equal frames."""
     rng = np.random.default_rng([seed, 2])
     shots = [
@@ -25,5 +23,5 @@ def clip(frames: int = 4, width: int = 40, height: int = 40, seed: int = 0) -> N
     return np.stack([np.asarray(shot) for shot in shots])
 
 
-def _patches(rng: np.random.Generator, side: int) -> NDArray[Any]:
+def _patches(rng: np.random.Generator, side: int) -> NDArray[np.uint8]:
     return rng.integers(0, 256, (side, side, 3), dtype=np.uint8)

@@ -16,14 +16,16 @@ from torch import Tensor, nn
 
 import tokprune
 from tokprune.adapters.prompting import build_inputs
+from tokprune.runtime.handle import Pruning
 from tokprune.testing.media import picture
+from tokprune.types import VLM, Fields, Inputs, JsonObject, Processor
 
 QUESTIONS = ("what is this ?", "what is the colour of the thing in the middle of this picture ?")
 STEPS = 4  # tokens to generate
 NOISE = 8.0  # times the unpruned model's own difference between cached and uncached generation counts as equal …
 ROUNDING = 16.0  # … and so many rounding errors of the largest logit
 
-Prompts = Callable[[Sequence[int]], Mapping[str, Any]]
+Prompts = Callable[[Sequence[int]], Fields]
 """(0,), (1,) or (0, 1) -> what `model(**inputs)` takes for these prompts, in one batch."""
 
 
@@ -60,17 +62,17 @@ class Answer:
         return torch.equal(self.tokens, other.tokens) and torch.equal(self.logits, other.logits)
 
 
-def prompts(model: Any, processor: Any) -> Prompts:
+def prompts(model: VLM, processor: Processor) -> Prompts:
     """Two questions of different length about two pictures, written by the processor's own chat template."""
 
-    def make(rows: Sequence[int]) -> Mapping[str, Any]:
+    def make(rows: Sequence[int]) -> Fields:
         pictures = [[picture(96 + 32 * row, 96, seed=row + 1)] for row in rows]
         return dict(build_inputs(model, processor, [QUESTIONS[row] for row in rows], images=pictures))
 
     return make
 
 
-def self_test(model: Any, make: Prompts, *, ratio: float = 0.3, method: str = "divprune") -> list[Check]:
+def self_test(model: VLM, make: Prompts, *, ratio: float = 0.3, method: str = "divprune") -> list[Check]:
     """Test pruning on `model`; it comes back unpruned. An error inside a check is that check's failure.
 
     make: builds inputs, see `prompts`. ratio: share of visual tokens kept. method: any that needs no question.
@@ -85,7 +87,7 @@ def self_test(model: Any, make: Prompts, *, ratio: float = 0.3, method: str = "d
 
 
 @contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
+def _evaluating(model: VLM) -> Iterator[None]:
     """Dropout off, and back to how it was."""
     training = model.training
     model.eval()
@@ -99,7 +101,7 @@ def _evaluating(model: Any) -> Iterator[None]:
 class _Test:
     """The checks on one model, in order. plain: the unpruned answer. allowed: how far apart counts as equal."""
 
-    model: Any
+    model: VLM
     make: Prompts
     ratio: float
     method: str
@@ -112,7 +114,7 @@ class _Test:
         rounding = torch.finfo(self.model.dtype).eps * float(self.plain.logits.abs().max())
         self.allowed = max(NOISE * noise, ROUNDING * rounding)
 
-    def answer(self, inputs: Mapping[str, Any], **more: Any) -> Answer:
+    def answer(self, inputs: Inputs, **more: object) -> Answer:
         """Greedy tokens, none of them a placeholder, and the logits that they were taken from."""
         config = self.model.config
         names = ("image_token_id", "video_token_id", "image_token_index", "video_token_index")
@@ -129,7 +131,7 @@ class _Test:
         )
         return Answer(out.sequences[:, -STEPS:], torch.stack(out.logits, 1).float())
 
-    def pruned(self, **options: Any) -> Any:
+    def pruned(self, **options: Any) -> Pruning:
         """The model pruned inside a with block."""
         return tokprune.apply(self.model, method=self.method, **options)
 
@@ -173,7 +175,7 @@ class _Test:
             pruning.remove()
             self.by_hand(name, positions, keep, calls[0], cached)
 
-    def by_hand(self, name: str, positions: str, keep: Tensor, seen: Mapping[str, Any], got: Answer) -> None:
+    def by_hand(self, name: str, positions: str, keep: Tensor, seen: Fields, got: Answer) -> None:
         """Compare `got` with what the language model says about the kept embeddings. seen: its first pruned call."""
         with _watched(self.model) as calls:
             self.answer(self.inputs)
@@ -212,7 +214,7 @@ class _Test:
             self.add(name, apart <= allowed, apart, allowed)
 
 
-def _traces(model: nn.Module) -> dict[str, tuple[Any, ...]]:
+def _traces(model: nn.Module) -> dict[str, tuple[object, ...]]:
     """What a pruning could leave on a model: hooks, replaced methods, attributes, classes."""
     return {
         name: (type(m).__name__, len(m._forward_hooks), len(m._forward_pre_hooks), sorted(vars(m)))
@@ -223,7 +225,7 @@ def _traces(model: nn.Module) -> dict[str, tuple[Any, ...]]:
 # -- the language model, fed by hand ---------------------------------------------------------------------------------------
 
 
-def _language_model(model: Any) -> nn.Module:
+def _language_model(model: VLM) -> nn.Module:
     base = model.base_model
     for name in ("language_model", "text_model"):
         if isinstance(getattr(base, name, None), nn.Module):
@@ -234,9 +236,9 @@ def _language_model(model: Any) -> nn.Module:
 
 
 @contextmanager
-def _watched(model: Any) -> Iterator[list[dict[str, Any]]]:
+def _watched(model: VLM) -> Iterator[list[JsonObject]]:
     """The keyword arguments of every call of the language model inside the with block."""
-    calls: list[dict[str, Any]] = []
+    calls: list[JsonObject] = []
     hook = _language_model(model).register_forward_pre_hook(
         lambda module, args, kwargs: calls.append(dict(kwargs)), with_kwargs=True
     )
@@ -251,7 +253,7 @@ class _Prompt:
     """One prompt as the language model gets it. embeds: (1, L, D). positions: (1, L), or (3, L) for M-RoPE. masks: by name,
     (1, 1, L, L) or None for a causal one; under "" when there is only one. planes: DeepStack features, (visual tokens, D) each."""
 
-    model: Any
+    model: VLM
     embeds: Tensor
     positions: Tensor
     masks: dict[str, Tensor | None]
@@ -259,7 +261,7 @@ class _Prompt:
     planes: Sequence[Tensor]
 
     @classmethod
-    def of(cls, model: Any, call: Mapping[str, Any]) -> _Prompt:
+    def of(cls, model: VLM, call: Fields) -> _Prompt:
         embeds = call["inputs_embeds"]
         length, given = embeds.shape[1], call.get("position_ids")
         if given is None:
@@ -283,11 +285,11 @@ class _Prompt:
         steps = torch.arange(1, told.shape[1] + 1, device=where.device)
         positions = torch.cat([where, where[:, -1:].max() + steps.expand(where.shape[0], -1)], 1)
         if set(self.masks) == {""} and self.masks[""] is None:
-            mask: Any = embeds.new_ones(embeds.shape[:2], dtype=torch.long)
+            mask: object = embeds.new_ones(embeds.shape[:2], dtype=torch.long)
         else:
             cut = {name: self.grown(m, keep, embeds.shape[1]) for name, m in self.masks.items()}
             mask = cut[""] if set(cut) == {""} else cut
-        more: dict[str, Any] = {}
+        more: JsonObject = {}
         if self.visual is not None and len(self.planes):
             visual = self.visual[:1, keep]
             stays = keep[self.visual[0]]

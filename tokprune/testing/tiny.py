@@ -8,13 +8,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from tokprune.adapters.families import FAMILIES as REGISTERED
 from tokprune.adapters.families import tiny_families
 from tokprune.adapters.families.tiny import BOS, BYTES, PAD, TinyParts
 from tokprune.errors import OptionError, missing_extra, unknown
+from tokprune.types import VLM, JsonObject, Processor
 
 if TYPE_CHECKING:
     from transformers import BatchFeature
@@ -54,8 +57,8 @@ class TinyVLM:
     """A tiny model of one family, its processor, and how to feed it."""
 
     family: str
-    model: Any
-    processor: Any
+    model: VLM
+    processor: Processor
     spec: Spec
 
     def inputs(self, samples: Sequence[Sequence[Part]], padding_side: str = "left") -> BatchFeature:
@@ -74,7 +77,7 @@ class TinyVLM:
         ]
         return self._process(texts, samples, padding_side)
 
-    def messages(self, parts: Sequence[Part]) -> list[dict[str, Any]]:
+    def messages(self, parts: Sequence[Part]) -> list[JsonObject]:
         """One user turn in the message format of chat templates and pipelines."""
         content = [{"type": "text", "text": p} if isinstance(p, str) else {"type": p[0], p[0]: p[1]} for p in parts]
         return [{"role": "user", "content": content}]
@@ -87,7 +90,7 @@ class TinyVLM:
         videos = [content for row in visual for kind, content in row if kind == "video"]
         if images and videos and any(images) and not self.spec.mixes:
             raise OptionError(f"{self.family} takes images or clips in one batch, not both; write them as two calls.")
-        more: dict[str, Any] = {}
+        more: JsonObject = {}
         if any(images):
             more["images"] = images
         if videos:
@@ -121,7 +124,7 @@ def build(family: str, *, seed: int = 0, attn: str = "sdpa", dtype: torch.dtype 
     return TinyVLM(family, model, parts.processor, Spec(parts.image, parts.video, parts.mixes))
 
 
-def _metadata(frames: Any) -> dict[str, Any]:
+def _metadata(frames: NDArray[np.uint8]) -> JsonObject:
     """What a video reader would tell of a clip at two frames a second; some families write timestamps into the prompt."""
     count, height, width = frames.shape[:3]
     return {
@@ -150,7 +153,7 @@ def _randomise(model: nn.Module, seed: int) -> None:
             weight.copy_(torch.randn(weight.shape, generator=generator))
 
 
-def _quiet_generation(model: Any) -> None:
+def _quiet_generation(model: VLM) -> None:
     config = model.generation_config
     config.pad_token_id, config.bos_token_id, config.eos_token_id = PAD, BOS, None
     config.do_sample = False

@@ -16,11 +16,12 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 
 from tokprune.errors import missing_extra
+from tokprune.types import JsonObject
 from tokprune.video.backend_torchcodec import check_time
 from tokprune.video.errors import VideoError
 from tokprune.video.index import PacketIndex
@@ -96,7 +97,7 @@ def receive(index: PacketIndex, pipe: IO[bytes], job: Job) -> Iterator[tuple[int
     """Read the worker's answers: a line of JSON, then for a frame its pixels."""
     seconds = index.timestamps
     while line := pipe.readline():
-        head: dict[str, Any] = json.loads(line)
+        head: JsonObject = json.loads(line)
         if "total" in head:
             if head["total"] != index.total:
                 raise VideoError(

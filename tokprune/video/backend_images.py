@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -40,7 +39,7 @@ def is_picture(path: Path) -> bool:
     return head.startswith(MAGIC) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
 
 
-def natural(path: Path) -> tuple[Any, ...]:
+def natural(path: Path) -> tuple[object, ...]:
     """Sort key that reads runs of digits as numbers: frame9 before frame10, however many zeros lead."""
     parts = re.split(r"(\d+)", path.name.lower())
     return (*((int(p), "") if i % 2 else (-1, p) for i, p in enumerate(parts)), (-1, path.name))

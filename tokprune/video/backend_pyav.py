@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from tokprune.video.errors import VideoError
-from tokprune.video.index import PacketIndex, decode_all, import_av, open_container, packets
+from tokprune.video.index import Packet, PacketIndex, decode_all, import_av, open_container, packets, stream_of
 from tokprune.video.job import Job
 from tokprune.video.picture import Frame, Orientation
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
+    from av.video.frame import VideoFrame
 
 NEAR = 8  # packets: to decode on through a gap this short is cheaper than to empty and refill the decoder's threads
 # Codecs whose non-reference pictures are never referred to. (HEVC's may be, by a higher temporal layer.)
@@ -44,8 +48,7 @@ def counted(index: PacketIndex, wanted: Sequence[int], job: Job) -> Iterator[tup
     """The same for files without times: count frames as they come."""
     want = set(wanted)
     with open_container(index.path) as container:
-        stream = container.streams[index.stream]
-        stream.thread_type = "AUTO"
+        stream = stream_of(container, index.stream)
         for i, frame in enumerate(decode_all(container, stream)):
             job.check()
             if i in want:
@@ -93,7 +96,7 @@ def runs_of(index: PacketIndex, wanted: Sequence[int], skip: bool, job: Job) -> 
                 members, todo = [i for run in ((key, members), *todo) for i in run[1]], []
                 container.close()
                 container = open_container(index.path)
-                source = packets(container, threaded(container, index))
+                source = packets(container, stream_of(container, index.stream))
                 yield from stretch(container, index, None, source, members, skip, job)
     finally:
         container.close()
@@ -103,18 +106,10 @@ class NoEntry(Exception):
     """What the file marks as a key frame refers to earlier pictures: decoding cannot begin there."""
 
 
-def threaded(container: Any, index: PacketIndex) -> Any:
-    """The stream, set to decode in parallel."""
-    stream = container.streams[index.stream]
-    if not stream.codec_context.is_open:
-        stream.thread_type = "AUTO"
-    return stream
-
-
-def sought(container: Any, index: PacketIndex, key: int, job: Job) -> Iterator[Any] | None:
+def sought(container: InputContainer, index: PacketIndex, key: int, job: Job) -> Iterator[Packet] | None:
     """Packets from a key frame on, by seeking; None when the container's seek does not lead there."""
     av = import_av()
-    stream = threaded(container, index)
+    stream = stream_of(container, index.stream)
     target = int(index.key_pts[key])
     try:
         container.seek(target, stream=stream, backward=True, any_frame=False)
@@ -131,9 +126,9 @@ def sought(container: Any, index: PacketIndex, key: int, job: Job) -> Iterator[A
     return None
 
 
-def from_start(container: Any, index: PacketIndex, key: int, job: Job) -> Iterator[Any]:
+def from_start(container: InputContainer, index: PacketIndex, key: int, job: Job) -> Iterator[Packet]:
     """Packets from a key frame on, by reading past all before it; nothing is decoded on the way."""
-    source = packets(container, threaded(container, index))
+    source = packets(container, stream_of(container, index.stream))
     if not len(index.key_pts):
         return source
     for at, packet in enumerate(source):
@@ -144,19 +139,25 @@ def from_start(container: Any, index: PacketIndex, key: int, job: Job) -> Iterat
 
 
 def stretch(
-    container: Any, index: PacketIndex, key: int | None, source: Iterator[Any], members: list[int], skip: bool, job: Job
+    container: InputContainer,
+    index: PacketIndex,
+    key: int | None,
+    source: Iterator[Packet],
+    members: list[int],
+    skip: bool,
+    job: Job,
 ) -> Iterator[tuple[int, Frame]]:
     """Decode from key frame number `key` (None: from the file's start) until the last wanted frame is out.
 
     Raises NoEntry before anything is yielded when that key frame is not decoded as one.
     """
     av = import_av()
-    context = container.streams[index.stream].codec_context
+    context = stream_of(container, index.stream).codec_context
     wanted = {int(index.pts[i]): i for i in members}
     waiting = set(wanted)
     entry = None if key is None or not key or not len(index.key_pts) else int(index.key_pts[key])
 
-    def out(frames: Sequence[Any]) -> Iterator[tuple[int, Frame]]:
+    def out(frames: Sequence[VideoFrame]) -> Iterator[tuple[int, Frame]]:
         nonlocal entry
         for frame in frames:
             if frame.pts == entry:
@@ -189,12 +190,12 @@ def stretch(
     context.flush_buffers()
 
 
-def picture(frame: Any, i: int, job: Job) -> Frame:
+def picture(frame: VideoFrame, i: int, job: Job) -> Frame:
     """A decoded frame as upright RGB."""
     if frame.is_corrupt:
         job.damaged.append(i)
     try:
-        pixels = frame.to_ndarray(format="rgb24")
+        pixels = cast("Frame", frame.to_ndarray(format="rgb24"))
     except (ValueError, MemoryError) as error:
         raise VideoError(f"frame {i} cannot be turned into RGB: {error}") from error
     turned: Frame = Orientation.of(frame).apply(pixels)

@@ -11,15 +11,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from tokprune.errors import missing_extra
+from tokprune.types import JsonObject
 from tokprune.video.errors import VideoError
 from tokprune.video.picture import UPRIGHT, Orientation
 
+if TYPE_CHECKING:
+    from av.container import InputContainer
+    from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
+
+Packet: TypeAlias = Any  # PyAV's own type says that a packet may hold subtitles
 MOST_ERRORS = 32  # read errors in a row after which the rest of a file counts as lost
 TEXT_AND_STILLS = ("tty", "image2", "_pipe")  # FFmpeg reads text files and single pictures as videos, too
 
@@ -70,7 +78,7 @@ class PacketIndex(Index):
     orientation: Orientation = UPRIGHT
 
 
-def import_av() -> Any:
+def import_av() -> ModuleType:
     """PyAV, or the error that says how to install it."""
     try:
         import av
@@ -79,7 +87,7 @@ def import_av() -> Any:
     return av
 
 
-def open_container(path: Path) -> Any:
+def open_container(path: Path) -> InputContainer:
     """Open a local file. The protocol is pinned: a name such as `concat:…` or a playlist inside cannot reach elsewhere.
 
     By container_options: with `options` PyAV 15 crashes on files whose streams show up late (FLV), when it frees one
@@ -94,7 +102,7 @@ def open_container(path: Path) -> Any:
         ) from error
 
 
-def pick_stream(container: Any, path: Path) -> Any:
+def pick_stream(container: InputContainer, path: Path) -> VideoStream:
     """The main video stream; cover art of audio files is none."""
     name = container.format.name
     if any(name == kind or name.endswith(kind) for kind in TEXT_AND_STILLS):
@@ -110,12 +118,20 @@ def pick_stream(container: Any, path: Path) -> Any:
     return chosen
 
 
-def is_cover(stream: Any) -> bool:
+def stream_of(container: InputContainer, number: int) -> VideoStream:
+    """The stream that an index was made of, set to decode in parallel unless it decodes already."""
+    stream = cast("VideoStream", container.streams[number])
+    if not stream.codec_context.is_open:
+        stream.thread_type = "AUTO"
+    return stream
+
+
+def is_cover(stream: VideoStream) -> bool:
     """Whether a video stream is the picture of an album."""
     return bool(stream.disposition.value & 0x400)  # AV_DISPOSITION_ATTACHED_PIC; the name differs between PyAV versions
 
 
-def packets(container: Any, stream: Any, trouble: list[str] | None = None) -> Iterator[Any]:
+def packets(container: InputContainer, stream: VideoStream, trouble: list[str] | None = None) -> Iterator[Packet]:
     """Packets of a stream in file order. Read errors go to `trouble`; too many in a row end the file. Never endless."""
     av, failures = import_av(), 0
     while failures < MOST_ERRORS:
@@ -134,7 +150,7 @@ def packets(container: Any, stream: Any, trouble: list[str] | None = None) -> It
                 trouble.append(str(error))
 
 
-def shown(packet: Any, codec: str) -> bool:
+def shown(packet: Packet, codec: str) -> bool:
     """Whether a packet's frame is displayed: not cut by an edit list, and not one of VP8's invisible reference
     frames."""
     return not packet.is_discard and not (codec == "vp8" and packet.size > 0 and not memoryview(packet)[0] & 0x10)
@@ -158,7 +174,7 @@ class _Seen:
     timeless: int = 0
     last_duration: int = 0
 
-    def add(self, packet: Any, codec: str, error: type[Exception]) -> None:
+    def add(self, packet: Packet, codec: str, error: type[Exception]) -> None:
         """Take one packet in; only the first frame is decoded."""
         number, self.count = self.count, self.count + 1
         if self.first is None:
@@ -178,7 +194,7 @@ class _Seen:
         elif packet.is_discard:
             self.hidden += 1
 
-    def usable(self, warnings: list[str]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    def usable(self, warnings: list[str]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Times, ascending, and file positions of the frames that can be decoded."""
         times, where = np.unique(np.asarray(self.pts, np.int64), return_index=True)
         position = np.asarray(self.place, np.int64)[where]
@@ -205,7 +221,7 @@ def scan_packets(path: Path) -> PacketIndex:
     seen = _Seen()
     with open_container(path) as container:
         stream = pick_stream(container, path)
-        codec, time_base = stream.codec_context.name, stream.time_base
+        codec, time_base = stream.codec_context.name, stream.time_base or Fraction(1)
         # Read now: a closed container's streams are dangling.
         number, rate = stream.index, float(stream.average_rate or 25)
         promised, header = stream.frames, container.duration if len(container.streams) == 1 else None
@@ -216,7 +232,7 @@ def scan_packets(path: Path) -> PacketIndex:
                 seen.first = next(iter(stream.codec_context.decode(None)), None)
     _check_decodable(path, seen, trouble, warnings)
     orientation = Orientation.of(seen.first)
-    common: dict[str, Any] = {
+    common: JsonObject = {
         "path": path,
         "size": orientation.size(seen.first.height, seen.first.width),
         "stream": number,
@@ -264,11 +280,10 @@ def _check_decodable(path: Path, seen: _Seen, trouble: list[str], warnings: list
         warnings.append(f"{seen.broken} frames are stored incompletely and were left out")
 
 
-def count_frames(path: Path, rate: float, warnings: list[str], common: dict[str, Any]) -> PacketIndex:
+def count_frames(path: Path, rate: float, warnings: list[str], common: JsonObject) -> PacketIndex:
     """The index of a file whose packets carry no times (raw streams, some AVI files): decode all, keep none, count."""
     with open_container(path) as container:
-        stream = container.streams[common["stream"]]
-        stream.thread_type = "AUTO"
+        stream = stream_of(container, common["stream"])
         total = sum(1 for _ in decode_all(container, stream))
     warnings.append(f"the file carries no timestamps; frames are taken to be 1/{rate:g} s apart")
     return PacketIndex(
@@ -276,7 +291,7 @@ def count_frames(path: Path, rate: float, warnings: list[str], common: dict[str,
     )
 
 
-def decode_all(container: Any, stream: Any) -> Iterator[Any]:
+def decode_all(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
     """Every frame in the order of display; packets that cannot be decoded are passed over."""
     av = import_av()
     for packet in packets(container, stream):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from tokprune.types import JsonObject
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +39,7 @@ class Video:
     def __len__(self) -> int:
         return len(self.frames)
 
-    def metadata(self) -> dict[str, Any]:
+    def metadata(self) -> JsonObject:
         """The fields of a Transformers `VideoMetadata`: give them with the frames, and do_sample_frames=False.
 
         Processors turn indices into times with the constant `fps`; where the rate varies, `timestamps` has the true

@@ -11,7 +11,7 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,16 @@ import torch
 from tokprune.errors import OptionError, nearest, unknown
 from tokprune.ops.frames import frames_of_scenes, scenes
 from tokprune.ops.keyframes import WEIGHTS, aks, aks_published, best_first, check_count, middles, wfs_sb
+from tokprune.types import JsonObject
 from tokprune.video.sampling import at_times, rule
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    from tokprune.methods.base import Method
+
+Numbers = npt.ArrayLike | torch.Tensor
+T = TypeVar("T")
 
 
 def even_frames(total: int, count: int, by: str = "middles") -> list[int]:
@@ -43,13 +52,13 @@ def frames_by_time(timestamps: Sequence[float], fps: float) -> list[int]:
 
 
 def select_frames(
-    method: str | Any,
+    method: str | Method,
     count: int,
-    scores: npt.ArrayLike | torch.Tensor | None = None,
-    features: npt.ArrayLike | torch.Tensor | None = None,
+    scores: Numbers | None = None,
+    features: Numbers | None = None,
     timestamps: Sequence[float] | None = None,
     total: int | None = None,
-    **options: Any,
+    **options: object,
 ) -> list[int]:
     """Choose exactly `count` different frames of a video by a method of the frames stage. Returns them ascending.
 
@@ -86,7 +95,14 @@ def select_frames(
 class _Data:
     """What is known of the frames, checked."""
 
-    def __init__(self, name: str, scores: Any, features: Any, timestamps: Sequence[float] | None, total: int | None):
+    def __init__(
+        self,
+        name: str,
+        scores: Numbers | None,
+        features: Numbers | None,
+        timestamps: Sequence[float] | None,
+        total: int | None,
+    ):
         self.name = name
         self._scores = None if scores is None else torch.as_tensor(scores).detach().double().cpu().reshape(-1)
         self._features = None if features is None else torch.as_tensor(features).detach().cpu()
@@ -123,7 +139,7 @@ class _Data:
             raise OptionError("features hold NaN or infinity.")
         return found
 
-    def optional_features(self) -> Any:
+    def optional_features(self) -> npt.NDArray[np.float64] | None:
         """The features as an array, if there are any."""
         return None if self._features is None else self.features().double().numpy()
 
@@ -132,13 +148,13 @@ class _Data:
         found: Sequence[float] = self._need("timestamps", self._timestamps, "seconds of each frame")
         return found
 
-    def _need(self, what: str, value: Any, meaning: str) -> Any:
+    def _need(self, what: str, value: T | None, meaning: str) -> T:
         if value is None:
             raise OptionError(f"frame selection by {self.name!r} needs {what}=: {meaning}.")
         return value
 
 
-def _fields(method: Any) -> dict[str, Any]:
+def _fields(method: DataclassInstance) -> JsonObject:
     return {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
 
 

@@ -7,16 +7,18 @@ grid coarser and leaves the box as it is.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from tokprune.errors import OptionError
 from tokprune.tokens import Layout
+from tokprune.types import Inputs, Processor
 
 Size = tuple[int, int]  # (height, width)
 Box = tuple[
@@ -102,7 +104,9 @@ def of_layout(size: Size, layout: Layout) -> Geometry:
 SPLITTERS = ("crop_to_patches", "do_image_splitting", "do_pan_and_scan")  # options that cut a picture into tiles
 
 
-def of_processor(processor: Any, size: Size, patch_size: int | None = None, layout: Layout | None = None) -> Geometry:
+def of_processor(
+    processor: Processor, size: Size, patch_size: int | None = None, layout: Layout | None = None
+) -> Geometry:
     """The geometry that a transformers processor (or its image processor) gives a picture of `size` (height, width).
 
     A picture whose colours are its coordinates goes through the processor; what comes out says where each view was cut.
@@ -111,7 +115,7 @@ def of_processor(processor: Any, size: Size, patch_size: int | None = None, layo
     the layout of a video, size is that of a frame. Raises OptionError for a processor that cannot be traced when there is
     no layout to go by.
     """
-    image: Any = getattr(processor, "image_processor", None) or processor
+    image = getattr(processor, "image_processor", None) or processor
     if layout is not None and layout.kind == "video":
         image = getattr(processor, "video_processor", None) or image
     patch = patch_size or getattr(processor, "patch_size", None)
@@ -131,7 +135,7 @@ def of_processor(processor: Any, size: Size, patch_size: int | None = None, layo
     return Geometry(size, tuple(boxes), overview is not None)
 
 
-def _coordinates(size: Size) -> np.ndarray[Any, Any]:
+def _coordinates(size: Size) -> NDArray[np.uint8]:
     """(H, W, 3) uint8 picture: red grows from left to right, green from top to bottom, blue is full where there is a picture."""
     height, width = size
     out = np.full((height, width, 3), 255, np.uint8)
@@ -140,7 +144,7 @@ def _coordinates(size: Size) -> np.ndarray[Any, Any]:
     return out
 
 
-def _traced(image: Any, size: Size, layout: Layout | None, patch: int | None) -> list[Box] | None:
+def _traced(image: Callable[..., Inputs], size: Size, layout: Layout | None, patch: int | None) -> list[Box] | None:
     """What each view covers that an image or video processor makes of the picture of coordinates, in its own order.
 
     None when it cannot be called with a picture, or makes something else than pictures of it.
@@ -161,7 +165,7 @@ def _traced(image: Any, size: Size, layout: Layout | None, patch: int | None) ->
     return boxes
 
 
-def _views(image: Any, size: Size, patch: int | None, **call: Any) -> list[Box] | None:
+def _views(image: Callable[..., Inputs], size: Size, patch: int | None, **call: object) -> list[Box] | None:
     """The boxes of all views that a call of the processor returns; those of padding alone are left out."""
     try:
         out = image(**call, do_normalize=False, return_tensors="pt")

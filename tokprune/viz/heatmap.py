@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -12,6 +10,7 @@ from torch import Tensor
 
 from tokprune.errors import OptionError
 from tokprune.tokens import Layout
+from tokprune.types import ImageLike
 from tokprune.viz import style
 from tokprune.viz.geometry import Geometry, of_layout, rectangles
 from tokprune.viz.overlay import _unseen, _views, beside, cell_map
@@ -34,7 +33,7 @@ def scaled(values: Tensor, clip: float = 0.01) -> tuple[NDArray[np.float64], flo
 
 
 def draw_heatmap(
-    image: Any,
+    image: ImageLike,
     layout: Layout,
     values: Tensor,
     geometry: Geometry | None = None,

@@ -11,16 +11,17 @@ import hashlib
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 from PIL import Image
 
 from tokprune.errors import OptionError, missing_extra
 from tokprune.files import write_text
+from tokprune.types import Fields, JsonObject
 
 _NUMBER = re.compile(r"^([+-]?\d+(?:\.\d+)?(?:e[+-]?\d+)?)\s*(?:[%x×]|±\s*\S+)?$", re.IGNORECASE)
 _MAGIC = {
@@ -50,7 +51,7 @@ class Table:
     """
 
     columns: Sequence[str]
-    rows: Sequence[Sequence[Any]]
+    rows: Sequence[Sequence[object]]
     caption: str = ""
     units: Sequence[str] = ()
 
@@ -89,11 +90,11 @@ class Page:
 
     title: str
     command: str
-    environment: Mapping[str, Any]
+    environment: Fields
     sections: Sequence[Section] = field(default=())
 
 
-def require() -> Any:
+def require() -> ModuleType:
     """jinja2, or the error that says how to install it; commands ask before they measure for minutes."""
     try:
         import jinja2
@@ -136,7 +137,7 @@ def _hash(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def _section(section: Section) -> dict[str, Any]:
+def _section(section: Section) -> JsonObject:
     return {
         "title": section.title,
         "blocks": blocks(section.text),
@@ -165,7 +166,7 @@ def blocks(text: str) -> list[tuple[str, list[str]]]:
     return out
 
 
-def _table(table: Table) -> dict[str, Any]:
+def _table(table: Table) -> JsonObject:
     units = list(table.units) or [""] * len(table.columns)
     keys = [[_key(cell) for cell in row] for row in table.rows]
     numeric = []
@@ -186,7 +187,7 @@ def _table(table: Table) -> dict[str, Any]:
     return {"columns": columns, "rows": rows, "caption": table.caption}
 
 
-def _key(cell: Any) -> float | None:
+def _key(cell: object) -> float | None:
     """The number that a cell sorts by, None when it has none."""
     if isinstance(cell, Value):
         return float(cell.sort)
@@ -196,7 +197,7 @@ def _key(cell: Any) -> float | None:
     return float(found.group(1)) if found else None
 
 
-def _shown(cell: Any) -> str:
+def _shown(cell: object) -> str:
     """The text of a cell: whole numbers as they are, others with four significant digits."""
     if cell is None:
         return ""
@@ -220,7 +221,7 @@ def data_uri(image: Image.Image | bytes) -> str:
     return _uri(png, "image/png")
 
 
-def _encoded(picture: Image.Image, kind: str, **options: Any) -> bytes:
+def _encoded(picture: Image.Image, kind: str, **options: object) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, kind, **options)
     return buffer.getvalue()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from tokprune.errors import OptionError
+from tokprune.runtime.plan import StreamRecord
 from tokprune.tokens import Selection
+from tokprune.types import ImageLike, Processor
 from tokprune.viz import style
 from tokprune.viz.geometry import of_processor
 from tokprune.viz.merge_map import draw_merge_map
@@ -23,8 +25,8 @@ LONGEST = 420  # pixels of a panel's longer side
 
 def kept_on_image(
     image: Image.Image,
-    records: Mapping[str, Any],
-    processor: Any,
+    records: Mapping[str, StreamRecord],
+    processor: Processor,
     *,
     title: str = "",
     subtitle: str = "",
@@ -53,9 +55,9 @@ def kept_on_image(
 
 def joined_on_image(
     image: Image.Image,
-    records: Mapping[str, Any],
+    records: Mapping[str, StreamRecord],
     maps: Mapping[str, Sequence[Tensor]],
-    processor: Any,
+    processor: Processor,
     title: str = "",
     subtitle: str = "",
     captions: Mapping[str, str] | None = None,
@@ -83,9 +85,9 @@ def joined_on_image(
 
 
 def kept_on_clip(
-    frames: np.ndarray[Any, Any] | Sequence[Any],
-    records: Mapping[str, Sequence[Any]],
-    processor: Any,
+    frames: NDArray[np.uint8] | Sequence[ImageLike],
+    records: Mapping[str, Sequence[StreamRecord]],
+    processor: Processor,
     *,
     title: str = "",
 ) -> list[tuple[str, Image.Image]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -12,7 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from tokprune.errors import OptionError
+from tokprune.runtime.plan import StreamRecord
 from tokprune.tokens import Layout
+from tokprune.types import ImageLike
 from tokprune.viz import style
 from tokprune.viz.geometry import Geometry, rectangles, whole
 from tokprune.viz.overlay import _fade, _line, _unseen, _views, beside, cell_map, outline
@@ -44,7 +46,7 @@ def tower_order(layout: Layout, columns: Tensor, candidates: Tensor) -> list[int
     return [number[g] for g in range(groups)] if len(set(sizes)) == 1 else list(range(groups))
 
 
-def stream_maps(trace: MergeTrace, stream: Any = None) -> list[Tensor]:
+def stream_maps(trace: MergeTrace, stream: StreamRecord | None = None) -> list[Tensor]:
     """The merge maps of one picture, one per tile, in the order in which a `Geometry` lists its boxes.
 
     stream: the record of the picture in the LLM's prompt (`pruning.last.streams[0]`), for towers inside a VLM that saw this
@@ -75,7 +77,7 @@ def map_layout(maps: Sequence[Tensor], overview: bool = False) -> tuple[Layout, 
 
 
 def draw_merge_map(
-    image: Any, maps: Tensor | Sequence[Tensor], geometry: Geometry | None = None, *, longest: int = 640
+    image: ImageLike, maps: Tensor | Sequence[Tensor], geometry: Geometry | None = None, *, longest: int = 640
 ) -> Image.Image:
     """The picture in its groups' mean colours: what went into one token has one colour and one outline.
 

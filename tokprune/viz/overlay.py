@@ -5,8 +5,6 @@ Parts that the processor cropped away are pale: no token ever saw them.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -15,6 +13,7 @@ from torch import Tensor
 
 from tokprune.errors import OptionError
 from tokprune.tokens import Layout, Selection
+from tokprune.types import ImageLike
 from tokprune.viz import style
 from tokprune.viz.geometry import Geometry, of_layout, rectangles
 
@@ -36,7 +35,7 @@ def cell_map(boxes: Tensor, size: tuple[int, int], factor: float, members: Tenso
     return out
 
 
-def outline(labels: NDArray[Any], width: int) -> Mask:
+def outline(labels: NDArray[np.int64] | Mask, width: int) -> Mask:
     """Pixels within `width` of a border between different labels, on both sides."""
     edge = np.zeros(labels.shape, dtype=bool)
     down, across = labels[1:] != labels[:-1], labels[:, 1:] != labels[:, :-1]
@@ -96,7 +95,7 @@ def _views(layout: Layout, geometry: Geometry) -> list[Tensor]:
 
 
 def draw_overlay(
-    image: Any,
+    image: ImageLike,
     layout: Layout,
     kept: Selection | Tensor,
     geometry: Geometry | None = None,

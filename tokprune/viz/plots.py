@@ -6,13 +6,14 @@ Needs matplotlib (the `plot` extra); no display and no global state.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tokprune.errors import OptionError, missing_extra
 from tokprune.files import read_json, writing
+from tokprune.types import JsonObject
 from tokprune.viz import style
 from tokprune.viz.style import Colour
 
@@ -35,16 +36,17 @@ class Point:
     cost: float | None = None
 
     @staticmethod
-    def read(records: str | Path | Sequence[Mapping[str, Any]], cost: str = "cost") -> list[Point]:
+    def read(records: str | Path | Sequence[JsonObject], cost: str = "cost") -> list[Point]:
         """Points from records, or from a JSON file of them (a list, or an object with "results" or "cells").
 
         Each needs method, ratio and score (or accuracy); low, high and the number named `cost` are optional.
         """
         if isinstance(records, str | Path):
-            data: Any = read_json(records, "results")
-            records = data if isinstance(data, list) else data.get("results", data.get("cells", []))
+            data = read_json(records, "results")
+            nested = data.get("results", data.get("cells")) if isinstance(data, dict) else data
+            records = nested if isinstance(nested, list) else []
         out = []
-        for record in records:  # type: ignore[union-attr]
+        for record in records:
             score = record.get("score", record.get("accuracy"))
             if score is None or "method" not in record or record.get("ratio") is None:
                 raise OptionError(
@@ -218,7 +220,7 @@ def save(figure: Figure, path: str | Path) -> Path:
     kind = target.suffix.lower().lstrip(".")
     if kind not in ("png", "svg", "pdf"):
         raise OptionError(f"cannot write {target.name!r}: end the name in .png, .svg or .pdf.")
-    metadata: dict[str, Any] = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[kind]
+    metadata: JsonObject = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[kind]
     with writing(target):
         figure.savefig(target, format=kind, metadata=metadata)
     return target

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from PIL import Image, ImageDraw
 from torch import Tensor
 
 from tokprune.errors import OptionError
 from tokprune.tokens import Layout, Selection
+from tokprune.types import ImageLike
 from tokprune.viz import style
 from tokprune.viz.geometry import Geometry
 from tokprune.viz.overlay import draw_overlay
@@ -86,7 +86,7 @@ def _columns(panels: Sequence[Panel]) -> int:
 
 
 def method_sheet(
-    image: Any,
+    image: ImageLike,
     layout: Layout,
     selections: Mapping[str, Selection | Tensor],
     geometry: Geometry | None = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from tokprune.errors import OptionError
 from tokprune.methods.base import ConnectorMethod
 from tokprune.registry import MethodInfo
 from tokprune.tokens import Layout, Selection, VisualTokens
+from tokprune.types import VLM, Inputs, Processor
 
 VALUES = "values"
 
@@ -38,14 +39,14 @@ class SignalProbe(ConnectorMethod):
 
 
 def values_of(
-    model: Any,
-    inputs: Any,
+    model: VLM,
+    inputs: Inputs,
     *,
     signal: str | None = None,
     method: str | None = None,
     ratio: float = 0.1,
-    processor: Any = None,
-    scorer: Any = None,
+    processor: Processor | None = None,
+    scorer: object = None,
 ) -> tuple[Tensor, Layout, str]:
     """(N,) values of the first picture of `inputs`, its layout, and how they were obtained.
 
@@ -54,7 +55,7 @@ def values_of(
     """
     if (signal is None) == (method is None):
         raise OptionError(f"signal={signal!r}, method={method!r}; give one of them.")
-    chosen: Any = SignalProbe(signal) if signal is not None else method
+    chosen = SignalProbe(signal) if signal is not None else method or ""
     # Half of the tokens for a signal: with all of them nothing would be asked.
     share = 0.5 if signal is not None else ratio
     with tokprune.apply(model, chosen, ratio=share, processor=processor, scorer=scorer) as pruning, torch.no_grad():

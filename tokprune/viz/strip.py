@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from tokprune.errors import OptionError
 from tokprune.tokens import Layout, Selection
+from tokprune.types import ImageLike
 from tokprune.viz import style
 from tokprune.viz.geometry import Geometry, whole
 from tokprune.viz.overlay import draw_overlay
@@ -34,7 +34,7 @@ def frame_budgets(layout: Layout, kept: Selection | Tensor) -> list[int]:
 
 
 def frame_strip(
-    frames: Sequence[Any] | NDArray[np.uint8],
+    frames: Sequence[ImageLike] | NDArray[np.uint8],
     layout: Layout,
     kept: Selection | Tensor,
     geometry: Geometry | None = None,

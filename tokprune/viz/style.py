@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import colorsys
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from tokprune.files import rgb
+from tokprune.types import ImageLike
 
 Colour = tuple[int, int, int]
 
@@ -44,7 +44,7 @@ STAGES: dict[str, Colour] = {
 
 
 @lru_cache(maxsize=32)
-def font(size: int) -> Any:
+def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     """Pillow's built-in scalable font, or its fixed one where Pillow was built without FreeType."""
     try:
         return ImageFont.load_default(size=size)
@@ -114,7 +114,7 @@ def ramp(values: NDArray[np.float64]) -> NDArray[np.uint8]:
     return (stops[low] * (1 - part) + stops[low + 1] * part).round().astype(np.uint8)
 
 
-def to_rgb(image: Image.Image | NDArray[np.uint8]) -> Image.Image:
+def to_rgb(image: ImageLike) -> Image.Image:
     """A PIL image, or a (H, W, 3) uint8 array, as an RGB picture; transparency is laid on white."""
     return rgb(image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image, dtype=np.uint8)))
 

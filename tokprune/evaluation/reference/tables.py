@@ -7,9 +7,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
-from typing import Any
 
 from tokprune.errors import OptionError, nearest, unknown
+from tokprune.types import JsonObject
 
 TYPE, VERSION = "tokprune.reference", 1
 
@@ -149,13 +149,13 @@ def models() -> dict[str, Model]:
     return {m.name: m for m in found}
 
 
-def _read(file: str) -> Any:
+def _read(file: str) -> JsonObject:
     return json.loads(
         resources.files("tokprune.evaluation").joinpath("reference").joinpath(file).read_text(encoding="utf-8")
     )
 
 
-def _model(file: str, data: Any, names: Any) -> Model:
+def _model(file: str, data: JsonObject, names: JsonObject) -> Model:
     if data.get("type") != TYPE or data.get("version") != VERSION:
         raise OptionError(f"{file} is not a reference table of version {VERSION}.")
     tables = []
@@ -182,13 +182,13 @@ def _model(file: str, data: Any, names: Any) -> Model:
     )
 
 
-def _benchmark(name: str, about: Any) -> Benchmark:
+def _benchmark(name: str, about: JsonObject) -> Benchmark:
     return Benchmark(
         name, about.get("task"), tuple(about.get("metrics", ())), about.get("scale", 1.0), about.get("note", "")
     )
 
 
-def _entry(row: Any, methods: Any, full: int | None) -> Entry:
+def _entry(row: JsonObject, methods: JsonObject, full: int | None) -> Entry:
     tokens, keep = row.get("tokens"), row.get("keep")
     if keep is None and tokens is not None and full:
         keep = tokens / full

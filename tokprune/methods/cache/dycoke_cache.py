@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tokprune.methods.cache_base import CacheMethod, CacheStep, largest
 from tokprune.methods.options import Compat, option
-from tokprune.registry import register_method
+from tokprune.registry import Checked, register_method
 
 
 def attention_moved(attention: Tensor, before: Tensor, similarity: float) -> Tensor:
@@ -26,6 +26,11 @@ def attention_moved(attention: Tensor, before: Tensor, similarity: float) -> Ten
     video=True,
     url="https://arxiv.org/abs/2411.15024",
     complexity="O(VD + V log V) per new token for V visual keys",
+    checked=Checked(
+        "KD-TAO/DyCoke",
+        agrees="the keys read in each step with compat='published', 300 random answers of eight tokens",
+        differs="the default keeps the earlier set where it reads the whole cache; counts, which it rounds down",
+    ),
 )
 @dataclass(frozen=True)
 class DyCokeCache(CacheMethod):

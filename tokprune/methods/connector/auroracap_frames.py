@@ -13,7 +13,7 @@ from tokprune.methods.options import option
 from tokprune.ops.grid import stacks
 from tokprune.ops.merge import bipartite_matching, cap, merge_weighted, merged_selection
 from tokprune.ops.numeric import wide
-from tokprune.registry import register_method
+from tokprune.registry import Checked, register_method
 from tokprune.tokens import Selection, VisualTokens
 
 BLOCK = 64  # frames whose similarities are in memory together
@@ -47,6 +47,11 @@ def auroracap_frames(features: Tensor, keep: int, rounds: int = 24) -> tuple[Ten
     url="https://arxiv.org/abs/2410.03051",
     complexity="O(NnD) for n tokens per frame",
     merges=True,
+    checked=Checked(
+        "rese1f/aurora",
+        agrees="its rule: frames alone, the same number per round, means weighted by size (the rounds themselves are ToMe's)",
+        differs="it merges inside the tower, by keys; counts are exact here, truncated there; order of the tokens",
+    ),
 )
 @dataclass(frozen=True)
 class AuroraCapFrames(ConnectorMethod):

@@ -65,7 +65,7 @@ class EVS(ScoreMethod):
             return uniform(layout.to(scores.device), share(keep, sizes, sizes))
         if keep >= sizes[0] or self.compat == "published":
             return top(scores, max(keep, sizes[0]))
-        first = max(1, round(keep * sizes[0] / sum(sizes)))
+        first = max(1, (2 * keep * sizes[0] + sum(sizes)) // (2 * sum(sizes)))
         budgets = [first] + [0] * (len(sizes) - 1)
         chosen = uniform(layout.to(scores.device), budgets)
         later = top(scores[sizes[0] :], keep - first) + sizes[0]

@@ -55,7 +55,8 @@ def flowcut_scores(
     checked=Checked(
         "TungChintao/FlowCut",
         agrees="the accumulated score of an unpruned tower and its top tokens",
-        differs="tokens leave inside the tower there, so scores and features of later blocks change; no LLM stage",
+        differs="tokens leave inside the tower there, so scores and features of later blocks change; no LLM stage; its "
+        "Qwen2-VL form",
     ),
 )
 @dataclass(frozen=True)
@@ -71,8 +72,9 @@ class FlowCut(ConnectorMethod):
     are those of the unpruned tower, all tokens compete to the end, the features are untouched, the entropy schedule has no
     place, and encoder time is not saved. The score of given signals is the published one; published accuracy, which rests on
     the changed features, does not carry over. The stage that the authors add inside the LLM for LLaVA-NeXT is not part of
-    it. Their Qwen2-VL code scores by the attention of the mean query times the value norm, without value likeness; here such
-    towers, which have no [CLS], answer with received attention.
+    it. Their Qwen2-VL code scores by the attention of the mean query times the value norm, without value likeness, and drops
+    single patches, so that units of the merger mix what is left; here such towers, which have no [CLS], answer with received
+    attention, and whole units stay.
     """
 
     blocks: tuple[Block, ...] = option(BLOCKS, filled=True)

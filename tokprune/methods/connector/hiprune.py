@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokprune.budget import equal
+from tokprune.budget import equal, round_of
 from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
 from tokprune.methods.options import Block, Compat, option
 from tokprune.ops.grid import stacks
@@ -50,7 +50,8 @@ def hiprune(
     """
     batch, n = object_scores.shape
     order = torch.sort(object_scores, dim=-1, descending=True, stable=True).indices
-    anchors = order[:, : min(n, round(keep * alpha / 5))]
+    count = round(keep * alpha / 5) if compat == "published" else round_of(keep, alpha / 5)
+    anchors = order[:, : min(n, count)]
     centre = torch.zeros_like(object_scores, dtype=torch.bool).scatter_(1, anchors, True)
     if compat == "published":
         steps = torch.tensor([-1, 1, -grid[1], grid[1]], device=anchors.device)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tokprune.budget import equal, share_out
+from tokprune.budget import equal, floor_of, share_out
 from tokprune.errors import OptionError
 from tokprune.methods.base import ScoreMethod, check_finite
 from tokprune.methods.options import Block, Compat, option
@@ -29,7 +28,7 @@ def hired_budgets(early: Tensor, layout: Layout, keep: int, alpha: float = 0.5) 
     early: (N,) one value per token of the stream, read for the thumbnail only. Returns (1 + tiles,) counts.
     """
     sizes = layout.group_sizes
-    thumbnail = max(min(math.floor(keep * alpha), sizes[0]), keep - sum(sizes[1:]))
+    thumbnail = max(min(floor_of(keep, alpha), sizes[0]), keep - sum(sizes[1:]))
     mass = region_sums(early, layout)
     capacities = torch.tensor(sizes[1:], device=mass.device)
     tiles = share_out(keep - thumbnail, mass[None], capacities)[0]

@@ -64,9 +64,10 @@ def _places(scores: Tensor) -> Tensor:
 def _share(scores: Tensor, of: Tensor, neighbours: int, high_only: bool) -> Tensor:
     """floor(of * share of outliers among the scores), a 0-d tensor. high_only: outliers below the median do not count."""
     found = outliers(scores, neighbours)
-    if high_only:
-        found &= scores > scores.median()
-    return (of * (found.sum().double() / len(scores))).floor().long()
+    if not high_only:  # as published, in its float64, which makes 1/49 of 49 less than 1
+        return (of * (found.sum().double() / len(scores))).floor().long()
+    found &= scores > scores.median()
+    return torch.div(of * found.sum(), len(scores), rounding_mode="floor")
 
 
 @torch.no_grad()
@@ -140,9 +141,8 @@ class Recoverable(ConnectorMethod):
         score = question_relevance(tokens, self.relevance)
         visual, text = recoverable(attention, score, self.neighbours, self.compat == "corrected")
         # More outliers than slots: the same share of both kinds. Tensors throughout, so that the host need not wait.
-        counts = torch.stack([visual.sum(), text.sum()]).double()
-        fit = (keep / counts.sum().clamp_min(1)).clamp_max(1.0)
-        first = (counts[0] * fit + 0.5).floor()
+        own, both = visual.sum(), (visual.sum() + text.sum()).clamp_min(keep)
+        first = torch.div(2 * own * keep + both, 2 * both, rounding_mode="floor")
         visual &= _places(attention.masked_fill(~visual, -torch.inf)) < first
         text &= _places(score.masked_fill(~text, -torch.inf)) < keep - first
         main = visual | text

@@ -13,7 +13,7 @@ from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
 from tokprune.methods.options import option
 from tokprune.ops.frames import raster
 from tokprune.ops.grid import centres, even_cells
-from tokprune.registry import register_method
+from tokprune.registry import Checked, register_method
 from tokprune.tokens import Layout, Merge, Selection, VisualTokens
 
 
@@ -25,6 +25,9 @@ from tokprune.tokens import Layout, Merge, Selection, VisualTokens
     url="https://arxiv.org/abs/2503.04130",
     complexity="O(ND)",
     merges=True,
+    checked=Checked(
+        "", differs="written after the paper, whose Mamba layer between tower and LLM is trained and not ours"
+    ),
 )
 @dataclass(frozen=True)
 class Storm(ConnectorMethod):

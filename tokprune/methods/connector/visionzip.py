@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from tokprune.budget import equal
+from tokprune.budget import equal, round_of
 from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
 from tokprune.methods.options import Compat, option
 from tokprune.ops.grid import stacks
@@ -100,7 +99,7 @@ class VisionZip(ConnectorMethod):
         weight = torch.zeros_like(attention)
         slots = []
         for where, count, _ in stacks(sizes, equal(keep, sizes), attention.device):
-            contextual = min(count - 1, math.floor(self.contextual_share * count + 0.5))
+            contextual = min(count - 1, round_of(count, self.contextual_share))
             best, targets, local, part = visionzip_plan(
                 attention[where], keys[where], count - contextual, contextual, self.compat
             )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokprune.budget import geometric_counts
+from tokprune.budget import ceil_of, geometric_counts
 from tokprune.methods.encoder_base import BlockView, EncoderMethod, Reduction, at_depths
 from tokprune.methods.options import Block, Compat, option
 from tokprune.registry import Checked, register_method
@@ -73,7 +73,7 @@ class EViT(EncoderMethod):
 
     def reduce(self, block: BlockView) -> Reduction | None:
         blocks, n = at_depths(self.blocks, block.depth), block.patches
-        keep = math.ceil(self.keep * n)
+        keep = math.ceil(self.keep * n) if self.compat == "published" else ceil_of(n, self.keep)
         if block.target is not None:
             left = geometric_counts(block.start, block.target, len(blocks))[blocks.index(block.index)]
             keep = max(left - self.fuse, 1)

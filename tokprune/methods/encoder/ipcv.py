@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tokprune.budget import floor_of, round_of
 from tokprune.errors import OptionError
 from tokprune.methods.base import top
 from tokprune.methods.encoder_base import BlockView, Cut, EncoderMethod, Place, Reduction, at_depths
@@ -83,10 +84,11 @@ class IPCV(EncoderMethod):
     the authors' script for InternVL2 (behind block 6 of 24, three blocks), preset="qwen2_vl" those for Qwen2-VL. To thin
     what the LLM reads as well, add a connector method: [get_method("ipcv", keep=0.5), "divprune"].
 
-    What differs from the published code: it seeks the neighbours of a token in all pictures and tiles of the call, so that an
-    answer depends on what else is in the batch; here within its own picture or tile. It rounds the number of kept tokens down;
-    here to the nearest. compat="published" does both as there. Where patches are joined behind the tower (Qwen2-VL) it drops
-    single patches, over all pictures of the call at once; here whole units leave, picture by picture, with either compat.
+    What differs from the published code: it seeks the neighbours of a token in all pictures and tiles of the call, so that
+    an answer depends on what else is in the batch; here within its own picture or tile. It rounds the number of kept tokens
+    down; here to the nearest, halves up. compat="published" does both as there. Where patches are joined behind the tower
+    (Qwen2-VL) it drops single patches, over all pictures of the call at once; here whole units leave, picture by picture,
+    with either compat.
     """
 
     keep: float = option(0.35, above=0, high=1)
@@ -121,8 +123,7 @@ class IPCV(EncoderMethod):
         if block.cut is not None:
             return Reduction.kept(block, block.cut.reduction.rep)
         n, prefix = block.patches, block.prefix
-        # Down as there, where keep is 1 - 0.65 of floating point; up only by what such a difference may lack.
-        keep = max(1, int(self.keep * n * (1 + 1e-12)) if self.compat == "published" else round(self.keep * n))
+        keep = max(1, (floor_of if self.compat == "published" else round_of)(n, self.keep))
         if keep >= n or block.entering is None:
             return None
         kept = top(movement(block.x[:, prefix:], block.entering[:, prefix:]), keep) + prefix

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tokprune.budget import round_of
 from tokprune.errors import OptionError
 from tokprune.methods.base import top
 from tokprune.methods.encoder_base import BlockView, Cut, EncoderMethod, Place, Reduction, at_depths
@@ -68,7 +69,7 @@ class ToC3D(EncoderMethod):
 
     def reduce(self, block: BlockView) -> Reduction | None:
         n, prefix = block.patches, block.prefix
-        keep = max(1, round(self.keep * n))
+        keep = max(1, round_of(n, self.keep))
         if keep >= n - 1:  # the representative takes a place, too
             return None
         scores = block.cls_attention().mean(1)  # (B, n)

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokprune.budget import geometric_counts
+from tokprune.budget import floor_of, geometric_counts, kept
 from tokprune.methods.base import top
 from tokprune.methods.encoder_base import BlockView, EncoderMethod, Place, Reduction, at_depths
 from tokprune.methods.options import Block, option
@@ -119,7 +119,7 @@ class ZeroTPrune(EncoderMethod):
     def reduce(self, block: BlockView) -> Reduction | None:
         blocks, n, prefix = at_depths(self.blocks, block.depth), block.patches, block.prefix
         stage = blocks.index(block.index)
-        keep = max(1, round(self.keep * n))
+        keep = kept(n, self.keep)
         if block.target is not None:
             keep = geometric_counts(block.start, block.target, len(blocks))[stage]
         if keep >= n:
@@ -127,7 +127,7 @@ class ZeroTPrune(EncoderMethod):
         low, high = self.variance or (None, None)
         attention, cls = block.attention(), int(block.cls and prefix > 0)
         first = importance(attention, 1, cls, low, high)[:, prefix:]
-        drop = min(int(self.similar * (n - keep)), n // 2)
+        drop = min(floor_of(n - keep, self.similar), n // 2)
         left = similar_half(first, block.metric()[:, prefix:], drop)  # (B, n - drop)
         head = torch.arange(prefix, device=left.device).expand(len(left), -1)
         rows = torch.cat([head, left + prefix], 1)

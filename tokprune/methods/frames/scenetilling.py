@@ -24,7 +24,7 @@ from tokprune.tokens import VisualTokens
     complexity="O(ND)",
     video=True,
     checked=Checked(
-        "",
+        "bigai-nlco/VideoLLaMB",
         "similarities, depths and boundaries of VideoLLaMB's function on the golden vectors",
         "frames are compared by their mean token; budgets are ours",
     ),

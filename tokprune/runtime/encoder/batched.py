@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from tokprune.adapters.hooks import Args, Call, Keywords
+from tokprune.adapters.tower_parts import Heads
 from tokprune.errors import OptionError, UnsupportedModelError
 from tokprune.methods.encoder_base import BlockView, Cut, Entrance
 from tokprune.runtime.encoder.engine import Splice
 from tokprune.runtime.encoder.run import EncoderTrace, Run, State
-from tokprune.runtime.encoder.tower import Heads
 
 
-class BatchedSplice(Splice):
+class BatchedSplice(Splice[Run]):
     """timm, open_clip, CLIP, SigLIP, InternVL: all images of a batch have the same number of tokens.
 
     With fold > 1 the rows of the states are units of the connector, without the prefix, and after the first reduction
     the sequence is prefix, then unit after unit.
     """
 
-    def start(self, x: Tensor, kwargs: Mapping[str, Any]) -> Run:
+    def start(self, x: Tensor, kwargs: Keywords) -> Run:
         tokens, prefix, fold = x.shape[1], self.tower.prefix, self.tower.fold
         if fold > 1 and (tokens - prefix) % fold:
             raise UnsupportedModelError(
@@ -32,15 +31,15 @@ class BatchedSplice(Splice):
         rows = tokens if fold == 1 else (tokens - prefix) // fold
         return Run(rows, tokens, x.shape[0])
 
-    def block_arguments(self, run: Run, index: int, args: Any, kwargs: dict[str, Any]) -> Any:
+    def block_arguments(self, run: Run, index: int, args: Args, kwargs: Keywords) -> Call | None:
         """The rotary table of the rows that are left, where the blocks take one."""
-        if self.tower.rope is None or kwargs.get("rope") is None:
+        if not self.tower.rope or kwargs.get("rope") is None:
             return None
         table, state = kwargs["rope"], run.states[index]
         if table.dim() != 2:
             raise UnsupportedModelError(
-                f"{self.tower.family} gave a rotary table of shape {tuple(table.shape)} (patch dropout in training?); an encoder-stage method "
-                "can follow one table for all images, (patches, channels)."
+                f"{self.tower.family} gave a rotary table of shape {tuple(table.shape)} (patch dropout in training?); an "
+                "encoder-stage method can follow one table for all images, (patches, channels)."
             )
         if state.rep is None:
             run.ropes[index] = table
@@ -76,8 +75,9 @@ class BatchedSplice(Splice):
         mean, std = known[0] or mean, known[1] or std
         if mean is None or std is None:
             raise OptionError(
-                f"{self.method.info.name!r} measures the picture's grey levels, and this model does not say how its pixels were normalised: "
-                "give apply its processor, or write mean=(...), std=(...) (image_mean and image_std of the image processor)."
+                f"{self.method.info.name!r} measures the picture's grey levels, and this model does not say how its pixels "
+                "were normalised: give apply its processor, or write mean=(...), std=(...) (image_mean and image_std of the "
+                "image processor)."
             )
         shift, factor = (torch.tensor(v, device=pixels.device).view(1, -1, 1, 1) for v in (mean, std))
         height, width = pixels.shape[2] // side, pixels.shape[3] // side
@@ -97,19 +97,14 @@ class BatchedSplice(Splice):
         fold, prefix = tower.fold, tower.prefix
         order = self.order(run, x.device) if fold > 1 and state.assign is None else None
         rows, head = self.rows(x, order), x[:, : prefix if fold > 1 else 0]
-        before = run.inputs.get(index)
+        reader, rope, before = tower.blocks[index].reader, run.ropes.pop(index, None), run.inputs.get(index)
 
         def heads() -> Heads:
-            q, k, v = tower.blocks[index].heads(run.seen[index])
+            q, k, v = reader.read(run.seen[index])
             return (q, k, v) if order is None else (q[:, :, order], k[:, :, order], v[:, :, order])
 
-        rope, turn = run.ropes.pop(index, None), tower.rope
-
         def rotate(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-            if rope is None or turn is None:
-                return q, k
-            attention = tower.blocks[index].attention
-            return turn(attention, prefix, rope, q), turn(attention, prefix, rope, k)
+            return reader.turn(q, rope), reader.turn(k, rope)
 
         start = run.rows - prefix if fold == 1 else run.rows
         view = BlockView(
@@ -157,18 +152,16 @@ class BatchedSplice(Splice):
             size = torch.cat([size.new_ones(size.shape[0], self.tower.prefix), size], 1)
         return size.log()[:, None, None, :]
 
-    def attend(self, run: Run, index: int, args: Any, kwargs: dict[str, Any]) -> Any:
+    def attend(self, run: Run, index: int, args: Args, kwargs: Keywords) -> Call | None:
         if run.states[index].assign is None:
             return None
         bias, mask = self.bias(run, index), kwargs.get(self.tower.mask)
-        if (
-            mask is not None and not run.unmasked
-        ):  # a mask that hides nothing is dropped; reduced rows could not follow another
+        if mask is not None and not run.unmasked:  # reduced rows could not follow a mask; one that hides nothing goes
             visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
             if not bool(visible.all()):
                 raise UnsupportedModelError(
-                    f"{self.tower.family}: the batch pads images to one length with an attention mask, which an encoder-stage method cannot "
-                    "follow; run images of equal size together, or one by one."
+                    f"{self.tower.family}: the batch pads images to one length with an attention mask, which an encoder-stage "
+                    "method cannot follow; run images of equal size together, or one by one."
                 )
             run.unmasked = True
         if bias is None:

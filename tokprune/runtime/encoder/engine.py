@@ -8,72 +8,62 @@ and hand the attention a bias.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, Generic, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from tokprune.adapters.hooks import Attachments, Lock, PerThread
+from tokprune.adapters.hooks import Args, Attachments, Call, Keywords, PerThread
+from tokprune.adapters.tower_parts import Moments, Tower
 from tokprune.budget import keep_count
 from tokprune.errors import TokpruneError, UnsupportedModelError
 from tokprune.methods.encoder_base import EncoderMethod
 from tokprune.runtime.encoder.intermediates import NAME, forward_intermediates
-from tokprune.runtime.encoder.run import EncoderTrace, Run, State
-from tokprune.runtime.encoder.tower import Tower
+from tokprune.runtime.encoder.recompute import PastRuns, recomputing
+from tokprune.runtime.encoder.run import EncoderTrace, InFlight, R, State
 
 REENTRANT = (
-    "gradient checkpointing in the reentrant way cannot be recomputed with an encoder-stage method: the tower would get no gradients. "
-    'Use gradient_checkpointing_kwargs={"use_reentrant": False} (set_grad_checkpointing of timm and open_clip does so by itself).'
+    "gradient checkpointing in the reentrant way cannot be recomputed with an encoder-stage method: the tower would get no "
+    'gradients. Use gradient_checkpointing_kwargs={"use_reentrant": False} (set_grad_checkpointing of timm and open_clip '
+    "does so by itself)."
 )
 NO_SCRIPT = (
-    "torch.jit.script cannot compile {} with an encoder-stage method on it (TorchScript knows no hooks of this kind); script the model "
-    "before apply, or after remove. torch.compile works."
+    "torch.jit.script cannot compile {} with an encoder-stage method on it (TorchScript knows no hooks of this kind); script "
+    "the model before apply, or after remove. torch.compile works."
 )
 UNKNOWN_CALL = (
-    "the blocks of {} were called with {} where hidden states were expected: tracing with stand-ins for tensors (torch.fx) cannot follow "
-    "an encoder-stage method, whose steps depend on the number of tokens. Trace the model before apply, or after remove."
+    "the blocks of {} were called with {} where hidden states were expected: tracing with stand-ins for tensors (torch.fx) "
+    "cannot follow an encoder-stage method, whose steps depend on the number of tokens. Trace the model before apply, or "
+    "after remove."
 )
 NO_CHECKPOINTS = (
-    "{} leaves the sequence and restores it, which gradient checkpointing cannot recompute block by block; switch checkpointing off, or "
-    "take a method that merges (tome, pitome, tofu)."
+    "{} leaves the sequence and restores it, which gradient checkpointing cannot recompute block by block; switch "
+    "checkpointing off, or take a method that merges (tome, pitome, tofu)."
+)
+NO_PATCH_SIZES = (
+    "{!r} chooses patch sizes, which {} here does not allow: it needs absolute positions, one token per patch at the connector "
+    "and images of one size (ViTs of timm and open_clip, CLIP, SigLIP, LLaVA)."
+)
+OUT_OF_ORDER = (
+    "block {} of the {} tower was called out of order; an encoder-stage method needs the blocks to run from the first on, one "
+    "after the other (non-reentrant gradient checkpointing is fine, reentrant is not)."
 )
 
 
-def recomputing() -> bool:
-    """Whether this forward is a recomputation inside a backward pass."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-@dataclass
-class InFlight:
-    """What one thread's call of the tower knows.
-
-    own: inside a call of the model that is pruned. run: the tower's run now. last: the one that whoever looks at the tower
-    afterwards is told about. again: the block that a backward pass computes again, with its hooks (its own ones included when
-    `whole`). grid, pixels: of the picture that the run began with, in patches and as it is; frames: packed towers' sizes of
-    frames in units, and their order.
-    """
-
-    own: bool = False
-    run: Run | None = None
-    last: Run | None = None
-    again: int = -2
-    whole: bool = False
-    grid: tuple[int, int] | None = None
-    pixels: Tensor | None = None
-    frames: tuple[list[tuple[int, int]], Tensor | None] | None = None
-
-
-class Splice:
+class Splice(ABC, Generic[R]):
     """An encoder method, spliced into one tower. Subclasses know how its sequence is laid out.
 
-    The tower may be part of several models. Where it was found inside a model, only that model's calls are reduced: those that
-    go through one of `doors`, methods of that model by name; other calls of the tower, in whatever thread, run plain. A tower
-    that was given itself is reduced whoever calls it.
+    The tower may be part of several models. Where it was found inside a model, only that model's calls are reduced: those
+    that go through `Tower.owner_methods`; other calls of the tower, in whatever thread, run plain. A tower that was given
+    itself is reduced whoever calls it.
     """
+
+    normalisation: Moments | None = None
+    """Of the pixels, where it is known."""
+    trace: EncoderTrace | None = None
+    """Of the last run, in whichever thread."""
 
     def __init__(
         self, tower: Tower, method: EncoderMethod, ratio: float | None, budget: int | None, expand: bool
@@ -81,48 +71,44 @@ class Splice:
         self.tower, self.method = tower, method
         self.ratio, self.budget, self.expand = ratio, budget, expand
         self.on = Attachments(self)
-        self.doors = tower.doors()
+        self.owner_methods = tower.owner_methods()
         self.threads = PerThread(InFlight)
-        self.past: list[Run] = []  # whose backward may still compute blocks again
-        self.lock = Lock()
-        self.trace: EncoderTrace | None = None  # of the last run, in whichever thread
-        self.normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None = None  # of the pixels, if known
+        self.past: PastRuns[R] = PastRuns()
 
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy does not go through the backward passes of the original."""
-        return {**vars(self), "past": []}
-
-    def anchor(self) -> Any:
+    def anchor(self) -> object:
         """The model that is pruned."""
         return self.tower.owner
 
-    # -- to be told by the layout -----------------------------------------------------------------------------------------
+    # -- what depends on the layout -----------------------------------------------------------------------------------
 
-    def start(self, x: Tensor, kwargs: Mapping[str, Any]) -> Run:
+    @abstractmethod
+    def start(self, x: Tensor, kwargs: Keywords) -> R:
         """A run that begins with hidden states `x`."""
-        raise TokpruneError(f"{type(self).__name__} does not implement start.")
 
-    def shrink(self, run: Run, index: int, x: Tensor) -> Tensor | None:
-        """The rows that the method leaves of `x` in block `index`, with run.states[index + 1] set; None: all of
-        them.
+    @abstractmethod
+    def shrink(self, run: R, index: int, x: Tensor) -> Tensor | None:
+        """The rows that the method leaves of `x` in block `index`, with run.states[index + 1] set; None: all of them."""
+
+    @abstractmethod
+    def widen(self, run: R, state: State, x: Tensor, rebuild: bool = True) -> Tensor:
+        """`x` at full length: each original token gets its row, dropped ones get zeros.
+
+        rebuild: `x` are hidden states, which a method that restores the sequence fills in instead.
         """
-        raise TokpruneError(f"{type(self).__name__} does not implement shrink.")
 
-    def widen(self, run: Run, state: State, x: Tensor, rebuild: bool = True) -> Tensor:
-        """`x` at full length: each original token gets its row, dropped ones get zeros. rebuild: `x` are hidden states,
-        which a method that restores the sequence fills in instead.
-        """
-        raise TokpruneError(f"{type(self).__name__} does not implement widen.")
+    @abstractmethod
+    def attend(self, run: R, index: int, args: Args, kwargs: Keywords) -> Call | None:
+        """The attention module's arguments, with the bias of sizes and padding; None: as they are."""
 
-    def attend(self, run: Run, index: int, args: Any, kwargs: dict[str, Any]) -> Any:
-        """The attention module's arguments, with the bias of sizes and padding."""
-        raise TokpruneError(f"{type(self).__name__} does not implement attend.")
-
-    def record(self, run: Run, state: State) -> EncoderTrace:
+    @abstractmethod
+    def record(self, run: R, state: State) -> EncoderTrace:
         """What the report and the pictures want to know."""
-        raise TokpruneError(f"{type(self).__name__} does not implement record.")
 
-    def restored(self, run: Run, index: int) -> None:
+    def block_arguments(self, run: R, index: int, args: Args, kwargs: Keywords) -> Call | None:
+        """The block's arguments, some of them replaced; None: as they are."""
+        return None
+
+    def restored(self, run: R, index: int) -> None:
         """Block `index` gets the full sequence again: note it."""
         run.states[index] = State()
 
@@ -142,14 +128,17 @@ class Splice:
         run = self._seen()
         return self.widen(run, run.states[index], x, rebuild=False)
 
-    def _seen(self) -> Run:
+    def _seen(self) -> R:
         """This thread's last run of the tower."""
-        run = self.threads.now.last
+        run: R | None = self.threads.now.last
         if run is None:
             raise TokpruneError(f"the {self.tower.family} tower has not been run by this thread since it was reduced.")
         return run
 
-    channels = 0
+    @property
+    def channels(self) -> int:
+        """Packed towers: channels of queries and keys that carry sizes."""
+        return 0
 
     def places(self, index: int) -> Tensor | None:
         """Packed towers: original token of each row that enters block `index`, None when all are there."""
@@ -160,8 +149,8 @@ class Splice:
     def check(self) -> None:
         """Refuse what cannot be right, before anything is hooked."""
         self.method.check(self.tower.depth, self.ratio is not None or self.budget is not None)
-        if self.method.place == "entrance":
-            self._check_entrance()
+        if self.method.place == "entrance" and (self.tower.patch is None or self.tower.embed is None):
+            raise UnsupportedModelError(NO_PATCH_SIZES.format(self.method.info.name, self.tower.family))
 
     @property
     def active(self) -> set[int]:
@@ -180,8 +169,8 @@ class Splice:
 
     def _install(self) -> None:
         tower, method, on, active = self.tower, self.method, self.on, self.active
-        for target, name in self.doors:
-            on.instead(target(), name, "_own_call")
+        for target, name in self.owner_methods:
+            on.instead(target(), name, "_owner_call")
         if tower.patch is not None:
             on.before(tower.patch, "_picture")
         for i, parts in enumerate(tower.blocks):
@@ -190,7 +179,7 @@ class Splice:
             on.before(parts.attention, "_attention", i, with_kwargs=True)
             if i in active:
                 middle = method.place_at(i, tower.depth) == "middle"
-                for name, module in parts.seen.items():
+                for name, module in parts.reader.watched().items():
                     on.after(module, "_see", i, name, middle)
                 if middle:
                     on.before(parts.middle, "_middle", i)
@@ -206,49 +195,40 @@ class Splice:
             on.instead(tower.root, NAME, "_intermediates")
         on.instead(tower.root, "__prepare_scriptable__", "_refuse_scripting")
 
-    def _refuse_scripting(self, original: Any) -> Any:
+    def _refuse_scripting(self, original: object) -> NoReturn:
         raise UnsupportedModelError(NO_SCRIPT.format(self.tower.family))
 
     def remove(self) -> None:
         """Take every hook away."""
         self.on.remove()
         self.threads = PerThread(InFlight)
-        self.past = []
+        self.past = PastRuns()
 
-    def _own_call(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+    def _owner_call(self, original: Callable[..., object], *args: object, **kwargs: object) -> object:
         """A call of the pruned model that may run its tower."""
         now = self.threads.now
-        if now.own:
+        if now.of_owner:
             return original(*args, **kwargs)
-        now.own, now.run = True, None
+        now.of_owner, now.run = True, None
         try:
             return original(*args, **kwargs)
         finally:
-            now.own, now.run, now.pixels = False, None, None
+            now.of_owner, now.run, now.pixels = False, None, None
 
     @property
     def _foreign(self) -> bool:
         """Whether this call of the tower is another model's (or nobody's)."""
-        return bool(self.doors) and not self.threads.now.own
+        return bool(self.owner_methods) and not self.threads.now.of_owner
 
-    def _intermediates(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+    def _intermediates(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> object:
         return original(*args, **kwargs) if self._foreign else forward_intermediates(original, self, *args, **kwargs)
 
-    def _begin(self, module: nn.Module, args: Any) -> None:
+    def _begin(self, module: nn.Module, args: Args) -> None:
         """A run of the tower begins: nothing is left of the last one."""
         if not recomputing():
             self.threads.now.run = None
 
-    def _check_entrance(self) -> None:
-        """Refuse towers whose patches cannot be made larger."""
-        tower = self.tower
-        if tower.patch is None or tower.embed is None:
-            raise UnsupportedModelError(
-                f"{self.method.info.name!r} chooses patch sizes, which {tower.family} here does not allow: it needs absolute positions, one "
-                "token per patch at the connector and images of one size (ViTs of timm and open_clip, CLIP, SigLIP, LLaVA)."
-            )
-
-    def _picture(self, module: Any, args: Any) -> None:
+    def _picture(self, module: nn.Conv2d, args: Args) -> None:
         """The picture at the patch embedding: its grid, and for cuts before the first block its pixels."""
         if self._foreign:
             return
@@ -258,11 +238,11 @@ class Splice:
         if self.method.place == "entrance":
             now.pixels = args[0]
 
-    def _enter_block(self, index: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _enter_block(self, index: int, module: nn.Module, args: Args, kwargs: Keywords) -> Call | None:
         now = self.threads.now
         x: Any = args[0] if args else kwargs.get("hidden_states", kwargs.get("x"))
         if recomputing():
-            now.whole = True
+            now.whole_block = True
             run = self._again(index, x)
         elif self._foreign:
             now.run = None
@@ -282,7 +262,7 @@ class Splice:
             run.inputs[index] = x
         return self.block_arguments(run, index, args, kwargs)
 
-    def _start(self, x: Any, kwargs: Mapping[str, Any]) -> Run:
+    def _start(self, x: object, kwargs: Keywords) -> R:
         if not isinstance(x, Tensor):
             raise UnsupportedModelError(UNKNOWN_CALL.format(self.tower.family, type(x).__name__))
         run = self.start(x, kwargs)
@@ -291,41 +271,33 @@ class Splice:
         run.graph = torch.is_grad_enabled()
         return run
 
-    def _again(self, index: int, x: Any) -> Run | None:
-        """The run whose block `index` a backward pass computes again: the one whose input to it is still alive and lies there."""
+    def _again(self, index: int, x: Tensor) -> R | None:
+        """The run whose block `index` a backward pass computes again, told by where the block's input lies in memory."""
         now = self.threads.now
-        place = x.data_ptr()
-        run = next((r for r in reversed(self.past) if r.entered(index) == place), None)
-        if run is None and now.run is not None and now.again == index - 1:
+        run: R | None = self.past.entered_by(index, x)
+        if run is None and now.run is not None and now.recomputed == index - 1:
             run = now.run  # several blocks under one checkpoint: only the first one's input was kept
         if run is None and not self._foreign:
             raise UnsupportedModelError(REENTRANT)
-        if run is not None and now.whole and self.method.restores:
+        if run is not None and now.whole_block and self.method.restores:
             raise UnsupportedModelError(NO_CHECKPOINTS.format(self.method.info.name))
-        now.run, now.again = run, index
+        now.run, now.recomputed = run, index
         return run
 
-    def block_arguments(self, run: Run, index: int, args: Any, kwargs: dict[str, Any]) -> Any:
-        """The block's arguments; a layout may replace some."""
-        return None
-
-    def _run(self, index: int) -> Run | None:
+    def _run(self, index: int) -> R | None:
         """The run that block `index` belongs to; None when the call is another model's."""
-        run = self.threads.now.run
-        if run is None and self.doors:
+        run: R | None = self.threads.now.run
+        if run is None and self.owner_methods:
             return None
         if run is None or index not in run.states:
-            raise TokpruneError(
-                f"block {index} of the {self.tower.family} tower was called out of order; an encoder-stage method needs the blocks to run "
-                "from the first on, one after the other (non-reentrant gradient checkpointing is fine, reentrant is not)."
-            )
+            raise TokpruneError(OUT_OF_ORDER.format(index, self.tower.family))
         return run
 
-    def _enter(self, index: int, module: nn.Module, args: Any) -> None:
-        (x,) = args
+    def _enter(self, index: int, module: nn.Module, args: tuple[Tensor]) -> None:
+        (x,), now = args, self.threads.now
         if recomputing():
-            if self.threads.now.again != index or not self.threads.now.whole:
-                self.threads.now.whole = False
+            if now.recomputed != index or not now.whole_block:
+                now.whole_block = False
                 self._again(index, x)
             return
         run = self._run(index)
@@ -334,23 +306,19 @@ class Splice:
         if run.graph and not torch.is_grad_enabled():  # inside a reentrant checkpoint, whose gradients would get lost
             raise UnsupportedModelError(REENTRANT)
         if run.graph:
-            run.entries[index] = weakref.ref(x)
-            with self.lock:
-                self.past = [*(r for r in self.past if r is not run and r.held()), run]
+            self.past.add(run, index, x)
 
-    def _attention(self, index: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _attention(self, index: int, module: nn.Module, args: Args, kwargs: Keywords) -> Call | None:
         run = self._run(index)
         return None if run is None else self.attend(run, index, args, kwargs)
 
-    def _see(self, index: int, name: str, middle: bool, module: nn.Module, args: Any, output: Any) -> None:
+    def _see(self, index: int, name: str, middle: bool, module: nn.Module, args: Args, output: Tensor) -> None:
         run = self._run(index)
-        if run is None or (
-            not middle and recomputing() and not self.threads.now.whole
-        ):  # the block's end does not come again
-            return
-        run.seen.setdefault(index, {})[name] = output
+        comes_to_the_cut = middle or not recomputing() or self.threads.now.whole_block
+        if run is not None and comes_to_the_cut:
+            run.seen.setdefault(index, {})[name] = output
 
-    def _middle(self, index: int, module: nn.Module, args: Any) -> Any:
+    def _middle(self, index: int, module: nn.Module, args: Args) -> Args | None:
         run = self._run(index)
         if run is None:
             return None
@@ -361,17 +329,19 @@ class Splice:
         run.merged[index] = rows
         return (rows, *args[1:])
 
-    def _tail(self, index: int, module: nn.Module, args: Any, output: Tensor) -> Any:
+    def _tail(self, index: int, module: nn.Module, args: Args, output: Tensor) -> Tensor | None:
         run = self._run(index)
         if run is None or index not in run.merged:
             return None
-        if recomputing() and not self.threads.now.whole:
+        if recomputing() and not self.threads.now.whole_block:
             del run.merged[index]
         else:
             run.branch[index] = output
         return output.new_zeros(1)
 
-    def _leave(self, index: int, ends: bool, module: nn.Module, args: Any, output: Any) -> Any:
+    def _leave(
+        self, index: int, ends: bool, module: nn.Module, args: Args, output: Tensor | Args
+    ) -> Tensor | Args | None:
         run = self._run(index)
         if run is None:
             return None
@@ -393,7 +363,7 @@ class Splice:
             return None
         return (x, *output[1:]) if isinstance(output, tuple) else x
 
-    def _wide_again(self, run: Run, index: int, x: Tensor) -> Tensor:
+    def _wide_again(self, run: R, index: int, x: Tensor) -> Tensor:
         """What block `index` gave, at full length where the method restores it or the tower ends."""
         method, depth, state = self.method, self.tower.depth, run.states[index + 1]
         if method.restores and state.detour and index + 1 < depth and method.whole(index + 1, depth):
@@ -406,15 +376,15 @@ class Splice:
                 x = self.widen(run, run.states[index + 1], x)
         return x
 
-    def _tap(self, index: int, module: nn.Module, args: Any) -> Any:
+    def _tap(self, index: int, module: nn.Module, args: Args) -> Args | None:
         run = self._run(index)
         return None if run is None else (self.widen(run, run.states[index + 1], args[0]), *args[1:])
 
-    def _root(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _root(self, module: nn.Module, args: Args, output: Any) -> None:
         """Bring the listed hidden states to full length."""
         if not self.expand or not hasattr(output, "keys") or output.get("hidden_states") is None:
             return
-        run = self.threads.now.run
+        run: R | None = self.threads.now.run
         states = output["hidden_states"]
         if run is None or self._foreign or len(states) != len(self.tower.blocks) + 1:
             return

@@ -4,71 +4,64 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from tokprune.adapters.hooks import Args, Call, Keywords
+from tokprune.adapters.tower_parts import Heads
 from tokprune.errors import UnsupportedModelError
 from tokprune.methods.encoder_base import BlockView, Cut, Reduction
 from tokprune.runtime.encoder.engine import Splice
 from tokprune.runtime.encoder.run import EncoderTrace, Run, State
-from tokprune.runtime.encoder.tower import Heads
 
 PAD = 8  # channels added to each head for the size bias: flash kernels want multiples of eight
 
 
-@dataclass
+@dataclass(eq=False, kw_only=True)
 class PackedRun(Run):
-    """segment: per border tensor of the model, (U,) segment of each unit. kinds[i]: border tensor of block i.
+    """One call of a packed tower."""
 
-    position: cos and sin of all tokens at the entrance. order: (U,) raster number of each unit of the sequence; None:
-    raster order. cells: height and width of each frame in units. lengths[i]: units of each frame that enter block i,
-    known to the host so that a reduction need not ask the device.
-    """
-
+    position: tuple[Tensor, Tensor]
+    """Cosine and sine of all tokens at the entrance, (S, d) each."""
+    order: Tensor | None
+    """(U,) raster number of each unit of the sequence; None: raster order."""
+    cells: list[tuple[int, int]]
+    """Height and width of each frame in units."""
+    lengths: dict[int, list[int]]
+    """Units of each frame that enter each block, known to the host so that a reduction need not ask the device."""
     segment: dict[int, Tensor] = field(default_factory=dict)
+    """Per border tensor of the model, (U,) segment of each unit."""
     borders: dict[int, Tensor] = field(default_factory=dict)
     kinds: dict[int, int] = field(default_factory=dict)
-    position: tuple[Tensor, Tensor] | None = None
-    order: Tensor | None = None
-    cells: list[tuple[int, int]] = field(default_factory=list)
-    lengths: dict[int, list[int]] = field(default_factory=dict)
+    """Border tensor of each block."""
 
 
-def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of both halves. x: (..., S, hd), cos, sin: (..., S, hd)."""
-    low, high = x.chunk(2, -1)
-    return x * cos + torch.cat([-high, low], -1) * sin
-
-
-def still(table: Tensor, value: float) -> Tensor:
-    """cos (1) or sin (0) for the added channels, at the end of either half. table: (S, hd)."""
+def pad_rotary(table: Tensor, value: float) -> Tensor:
+    """Cosine (value 1) or sine (0) with the added channels, at the end of either half. table: (S, d)."""
     return torch.nn.functional.pad(table.unflatten(-1, (2, -1)), (0, PAD // 2), value=value).flatten(-2)
 
 
-class PackedSplice(Splice):
-    """Qwen2-VL, Qwen2.5-VL, Qwen3-VL: frames of all images behind one another, window by window where there are
-    windows.
+class PackedSplice(Splice[PackedRun]):
+    """Qwen2-VL, Qwen2.5-VL, Qwen3-VL: frames of all images in one sequence, window by window where there are windows.
 
     The rows of the states are units of `fold` tokens, which the model's merger joins. Frames of equal size are matched
     together, never across frames, and survivors keep their order, so that frames and windows stay contiguous.
     """
 
-    def start(self, x: Tensor, kwargs: Mapping[str, Any]) -> PackedRun:
+    def start(self, x: Tensor, kwargs: Keywords) -> PackedRun:
         fold, tokens = self.tower.fold, x.shape[0]
         if tokens % fold or kwargs.get("position_embeddings") is None or kwargs.get("cu_seqlens") is None:
             raise UnsupportedModelError(f"the blocks of {self.tower.family} were called without borders or positions.")
-        run = PackedRun(tokens // fold, tokens, 1)
-        run.position = kwargs["position_embeddings"]
         frames = self.threads.now.frames
         if frames is None:
             raise UnsupportedModelError(f"the blocks of {self.tower.family} were called without the tower around them.")
-        run.cells, run.order = frames
-        run.lengths[0] = [height * width for height, width in run.cells]
-        return run
+        cells, order = frames
+        lengths = {0: [height * width for height, width in cells]}
+        position = kwargs["position_embeddings"]
+        return PackedRun(tokens // fold, tokens, 1, position=position, order=order, cells=cells, lengths=lengths)
 
     def _install(self) -> None:
         """Also watch the tower's entrance: there, and only there, the sizes of images and frames are known."""
@@ -76,10 +69,10 @@ class PackedSplice(Splice):
         self.on.before(self.tower.root, "_grids", with_kwargs=True)
         if self.method.size_bias:
             for i, parts in enumerate(self.tower.blocks):
-                self.on.after(parts.seen["qkv"], "_add_channel", i)
+                self.on.after(parts.reader.watched()["qkv"], "_add_channel", i)
                 self.on.before(parts.attention.proj, "_strip_channel", i)
 
-    def _grids(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    def _grids(self, module: nn.Module, args: Args, kwargs: Keywords) -> None:
         if self._foreign:
             return
         grid = args[1] if len(args) > 1 else kwargs["grid_thw"]
@@ -88,31 +81,28 @@ class PackedSplice(Splice):
         cells = [(height // side, width // side) for count, height, width in grid.tolist() for _ in range(count)]
         self.threads.now.frames = (cells, order)
 
-    def _add_channel(self, index: int, module: Any, args: Any, output: Tensor) -> Any:
-        """The logarithm of each key's size as one more channel of q (1) and k; attention itself stays as it is,
-        flash included.
-        """
+    def _add_channel(self, index: int, module: nn.Module, args: Args, output: Tensor) -> Tensor | None:
+        """The logarithm of each key's size as one more channel of q (1) and k; attention itself stays as it is."""
         run = self._run(index)
         size = None if run is None else run.states[index].size
         if size is None:
             return None
         parts = self.tower.blocks[index]
-        heads = output.view(
-            output.shape[0], 3, parts.attention.num_heads, 2, -1
-        )  # halves, as the rotary embedding pairs them
+        shape = (3, parts.attention.num_heads, 2, -1)  # two halves, as the rotary embedding pairs them
+        heads = output.unflatten(1, shape)  # (S, 3, H, 2, d / 2)
         more = heads.new_zeros(*heads.shape[:-1], PAD // 2)
         more[:, 0, :, 0, 0] = 1
         more[:, 1, :, 0, 0] = (size.log() / parts.scale).repeat_interleave(self.tower.fold, 0).to(output.dtype)
         return torch.cat([heads, more], -1).flatten(1)
 
-    def _strip_channel(self, index: int, module: Any, args: Any) -> Any:
+    def _strip_channel(self, index: int, module: nn.Module, args: Args) -> Args | None:
         run = self._run(index)
         if run is None or run.states[index].size is None:
             return None
-        heads = args[0].view(args[0].shape[0], self.tower.blocks[index].attention.num_heads, 2, -1)
+        heads = args[0].unflatten(1, (self.tower.blocks[index].attention.num_heads, 2, -1))  # (S, H, 2, d / 2)
         return (heads[..., : -(PAD // 2)].flatten(1), *args[1:])
 
-    def block_arguments(self, run: Any, index: int, args: Any, kwargs: dict[str, Any]) -> Any:
+    def block_arguments(self, run: PackedRun, index: int, args: Args, kwargs: Keywords) -> Call | None:
         """Borders and positions of the rows that are left."""
         state = run.states[index]
         borders = kwargs["cu_seqlens"]
@@ -135,19 +125,19 @@ class PackedSplice(Splice):
             new["max_seqlen"] = int(counts.max())
         cos, sin = (p[self.tokens(state.rep)] for p in run.position)
         if self.method.size_bias:
-            cos, sin = still(cos, 1.0), still(sin, 0.0)
+            cos, sin = pad_rotary(cos, 1.0), pad_rotary(sin, 0.0)
         new["position_embeddings"] = (cos, sin)
         return args, new
 
     @property
-    def channels(self) -> int:  # type: ignore[override]
+    def channels(self) -> int:
         return PAD if self.method.size_bias else 0
 
     def places(self, index: int) -> Tensor | None:
         rep = self._seen().states[index].rep
         return None if rep is None else self.tokens(rep)
 
-    def restored(self, run: Any, index: int) -> None:
+    def restored(self, run: PackedRun, index: int) -> None:
         super().restored(run, index)
         run.lengths[index] = run.lengths[0]
 
@@ -156,96 +146,100 @@ class PackedSplice(Splice):
         fold = self.tower.fold
         return (units[:, None] * fold + torch.arange(fold, device=units.device)).flatten()
 
-    def attend(self, run: Run, index: int, args: Any, kwargs: dict[str, Any]) -> Any:
+    def attend(self, run: PackedRun, index: int, args: Args, kwargs: Keywords) -> Call | None:
         return None  # the size bias travels as a channel of q and k
 
-    def shrink(self, run: Any, index: int, x: Tensor) -> Tensor | None:
+    def shrink(self, run: PackedRun, index: int, x: Tensor) -> Tensor | None:
         state, units = run.states[index], x.shape[0] // self.tower.fold
-        place = torch.arange(units, device=x.device) if state.rep is None else state.rep
+        place = torch.arange(units, device=x.device) if state.rep is None else state.rep  # (U,)
         size = x.new_ones(units, 1, dtype=torch.float32) if state.size is None else state.size
-        rows = x.view(units, -1)
-        started, counts = run.lengths[0], run.lengths[index]
-        first = list(itertools.accumulate(counts, initial=0))
-        groups: dict[tuple[int, int], list[int]] = {}
-        for f, pair in enumerate(zip(started, counts, strict=True)):
-            if pair[1] > 0:
-                groups.setdefault(pair, []).append(f)
-        parts: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = []
-        left = list(counts)
-        changed = False
-        before = run.inputs.get(index)
-        entering = None if before is None else before.view(units, -1)
-        again = bool(run.cuts)
-        for number, ((start, count), members) in enumerate(groups.items()):
-            at = torch.tensor([first[f] for f in members], device=x.device)[:, None]
-            at = at + torch.arange(count, device=x.device)  # (F, n) rows of each frame
+        rows = x.view(units, -1)  # (U, C of a unit)
+        was_cut, changed, left = bool(run.cuts), False, list(run.lengths[index])
+        if was_cut and self.method.info.adaptive:  # frames of one size may differ by now: their cuts would be mixed up
+            raise UnsupportedModelError(
+                f"{self.method.info.name} can leave the sequence of a {self.tower.family} tower once, at one block."
+            )
+        parts: list[tuple[Tensor, Reduction]] = []
+        for number, (start, frames, at) in enumerate(self.equal_frames(run, index, x.device)):
             view = self.view(run, index, rows[at], size[at], at, place[at], start)
-            view.entering = None if entering is None else entering[at]
-            view.cut = run.cuts[number][1] if again else None
-            out = self.method.reduce(view)
-            if self.method.restores and not again:
-                all_of_it = Reduction.kept(view, torch.arange(count, device=x.device).expand_as(at))
-                run.cuts.append((at, Cut(view.x, all_of_it if out is None else out)))
-            if out is None:
-                same = torch.arange(count, device=x.device).expand_as(at)
-                parts.append((at, rows[at], same, same, size[at]))
-                continue
-            changed = True
-            parts.append((at, out.x, out.rep, out.assign, out.size))
-            width = out.rep.shape[1]
-            kept = (out.rep >= 0).sum(1).tolist() if self.method.info.adaptive else [width] * len(members)
-            for f, n in zip(members, kept, strict=True):
-                left[f] = n
+            if index in run.inputs:
+                view.entering = run.inputs[index].view(units, -1)[at]
+            view.cut = run.cuts[number][1] if was_cut else None
+            reduction = self.method.reduce(view)
+            if reduction is None:
+                reduction = Reduction.kept(view, torch.arange(at.shape[1], device=x.device).expand_as(at))
+            else:
+                changed, width = True, reduction.rep.shape[1]
+                counts = (reduction.rep >= 0).sum(1).tolist() if self.method.info.adaptive else [width] * len(frames)
+                for frame, count in zip(frames, counts, strict=True):
+                    left[frame] = count
+            if self.method.restores and not was_cut:
+                run.cuts.append((at, Cut(view.x, reduction)))
+            parts.append((at, reduction))
         if not changed:
             return None
         run.lengths[index + 1] = left
-        return self.gather(run, index, state, parts, units)
+        return self.gather(run, index, parts, units)
 
-    def gather(self, run: Run, index: int, state: State, parts: Any, units: int) -> Tensor:
-        """Put the frames' rows behind one another again, in the order of their places."""
-        rows, reps, sizes = [], [], []
-        assign = torch.full((units,), -1, dtype=torch.long, device=parts[0][0].device)
+    def equal_frames(self, run: PackedRun, index: int, device: torch.device) -> Iterator[tuple[int, list[int], Tensor]]:
+        """Frames of one size at the entrance of the tower and of one size now: that first size, their numbers, and
+        their rows in front of block `index`, (F, n).
+        """
+        counts = run.lengths[index]
+        first = list(itertools.accumulate(counts, initial=0))
+        groups: dict[tuple[int, int], list[int]] = {}
+        for frame, sizes in enumerate(zip(run.lengths[0], counts, strict=True)):
+            if sizes[1] > 0:
+                groups.setdefault(sizes, []).append(frame)
+        for (start, count), frames in groups.items():
+            begin = torch.tensor([first[frame] for frame in frames], device=device)[:, None]
+            yield start, frames, begin + torch.arange(count, device=device)
+
+    def gather(self, run: PackedRun, index: int, parts: list[tuple[Tensor, Reduction]], units: int) -> Tensor:
+        """Put the frames' rows behind one another again, in the order of their places. parts: rows (F, n) that were
+        reduced together, and to what.
+        """
+        made: list[list[Tensor]] = []  # rows, places, sizes of each part
         offset = 0
-        for at, x, rep, local, size in parts:
-            if not self.method.info.adaptive:  # no padding: nothing to ask the device
-                number = torch.arange(rep.numel(), device=rep.device).view_as(rep) + offset
-                offset += rep.numel()
-                assign[at.flatten()] = torch.where(local >= 0, number.gather(1, local.clamp(min=0)), -1).flatten()
-                rows.append(x.flatten(0, 1))
-                reps.append(at.gather(1, rep).flatten())
-                sizes.append(size.flatten(0, 1))
-                continue
-            real = rep >= 0
-            number = torch.where(real, real.flatten().cumsum(0).view_as(rep) - 1 + offset, -1)  # before sorting
-            offset += int(real.sum())
-            row = torch.where(local >= 0, number.gather(1, local.clamp(min=0)), -1)
+        assign = torch.full((units,), -1, dtype=torch.long, device=parts[0][0].device)
+        for at, out in parts:
+            number = torch.arange(out.rep.numel(), device=at.device).view_as(out.rep) + offset  # (F, K) before sorting
+            real = out.rep >= 0 if self.method.info.adaptive else None  # no padding: nothing to ask the device
+            if real is not None:
+                number = torch.where(real, real.flatten().cumsum(0).view_as(number) - 1 + offset, -1)
+            offset += out.rep.numel() if real is None else int(real.sum())
+            row = torch.where(out.assign >= 0, number.gather(1, out.assign.clamp(min=0)), -1)  # (F, n)
             assign[at.flatten()] = row.flatten()
-            rows.append(x[real])
-            reps.append(at.gather(1, rep.clamp(min=0))[real])
-            sizes.append(size[real])
-        rep, x, size = torch.cat(reps), torch.cat(rows), torch.cat(sizes)
+            place = at.gather(1, out.rep.clamp(min=0))
+            made.append([new.flatten(0, 1) if real is None else new[real] for new in (out.x, place, out.size)])
+        x, rep, size = (torch.cat(pieces) for pieces in zip(*made, strict=True))
         order = torch.sort(rep, stable=True).indices
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         assign = torch.where(assign >= 0, back[assign.clamp(min=0)], -1)
-        run.states[index + 1] = state.then(rep[order], assign, size[order], False, self.method.restores)
+        detour = self.method.restores
+        run.states[index + 1] = run.states[index].then(rep[order], assign, size[order], False, detour)
         return x[order].view(-1, x.shape[1] // self.tower.fold)
 
-    def view(self, run: Any, index: int, x: Tensor, size: Tensor, at: Tensor, place: Tensor, start: int) -> BlockView:
-        """What the method sees of frames of one size. x: (F, n, C of a unit), at: (F, n) rows now, place: (F, n)
-        rows at the entrance.
+    def view(
+        self, run: PackedRun, index: int, x: Tensor, size: Tensor, at: Tensor, place: Tensor, start: int
+    ) -> BlockView:
+        """What the method sees of frames of one size.
+
+        x: (F, n, C of a unit). at, place: (F, n) rows now and at the entrance. start: units of a frame at the entrance.
         """
         tower, fold = self.tower, self.tower.fold
         offsets = torch.arange(fold, device=x.device)
         token = (at[..., None] * fold + offsets).flatten(1)  # (F, S)
         origin = (place[..., None] * fold + offsets).flatten(1)
+        reader = tower.blocks[index].reader
 
         def heads() -> Heads:
-            q, k, v = tower.blocks[index].heads(run.seen[index])
-            return q[token].transpose(1, 2), k[token].transpose(1, 2), v[token].transpose(1, 2)
+            q, k, v = (x[0].transpose(0, 1)[token].transpose(1, 2) for x in reader.read(run.seen[index]))
+            return q, k, v
 
         def rotate(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-            cos, sin = (p[origin][:, None].to(q.dtype) for p in run.position)
-            return rotated(q, cos, sin), rotated(k, cos, sin)
+            positions = [p[origin] for p in run.position]  # (F, S, d)
+            return reader.turn(q, positions), reader.turn(k, positions)
 
         segment = run.segment[run.kinds[index]][place].repeat_interleave(fold, 1)
         bias = x.new_zeros(segment.shape[0], 1, 1, segment.shape[1], dtype=torch.float32)
@@ -268,7 +262,7 @@ class PackedSplice(Splice):
             bias=bias,
         )
 
-    def widen(self, run: Run, state: State, x: Tensor, rebuild: bool = True) -> Tensor:
+    def widen(self, run: PackedRun, state: State, x: Tensor, rebuild: bool = True) -> Tensor:
         if state.assign is None:
             return x
         rows = x.reshape(-1, x.shape[1] * self.tower.fold)
@@ -277,29 +271,25 @@ class PackedSplice(Splice):
             for at, cut in run.cuts:
                 if at is None:
                     continue
-                now = rows[
-                    state.assign[at.gather(1, cut.reduction.rep.clamp(min=0))].clamp(min=0)
-                ]  # (F, K, C) in the cut's order
+                place = at.gather(1, cut.reduction.rep.clamp(min=0))
+                now = rows[state.assign[place].clamp(min=0)]  # (F, K, C) in the cut's order
                 full[at.flatten()] = self.method.rebuild(cut, now).flatten(0, 1)
             return full.view(-1, x.shape[1])
         wide = rows[state.assign.clamp(min=0)].masked_fill((state.assign < 0)[:, None], 0)
         return wide.view(-1, x.shape[1])
 
-    def record(self, run: Any, state: State) -> EncoderTrace:
+    def record(self, run: PackedRun, state: State) -> EncoderTrace:
         """In raster order, frame after frame, whatever windows the tower makes."""
-        units = run.rows
-        counts = tuple(n // self.tower.fold for n in run.counts)
+        units, fold, cells = run.rows, self.tower.fold, tuple(run.cells)
+        counts = tuple(n // fold for n in run.counts)
         if state.assign is None or state.rep is None or state.size is None or state.detour:
-            everything = torch.arange(units)
-            there = torch.ones(units, dtype=torch.bool)
-            return EncoderTrace(everything, there, there.float(), self.tower.fold, 0, counts, tuple(run.cells))
+            everything, size = torch.arange(units), torch.ones(units)
+            return EncoderTrace(everything, size.bool(), size, fold, 0, counts, cells)
         survivor = torch.zeros(units, dtype=torch.bool, device=state.rep.device)
         survivor[state.rep] = True
         assign = state.assign
         if run.order is not None:
             order = run.order.to(assign.device)
-            assign, survivor = (
-                torch.empty_like(assign).scatter_(0, order, assign),
-                survivor.new_empty(units).scatter_(0, order, survivor),
-            )
-        return EncoderTrace(assign, survivor, state.size[:, 0], self.tower.fold, 0, counts, tuple(run.cells))
+            assign = torch.empty_like(assign).scatter_(0, order, assign)
+            survivor = torch.empty_like(survivor).scatter_(0, order, survivor)
+        return EncoderTrace(assign, survivor, state.size[:, 0], fold, 0, counts, cells)

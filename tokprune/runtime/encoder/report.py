@@ -6,9 +6,9 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from tokprune.adapters.tower_parts import Tower
 from tokprune.methods.encoder_base import EncoderMethod
 from tokprune.runtime.encoder.run import EncoderTrace
-from tokprune.runtime.encoder.tower import Tower
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,10 @@
-"""What is known while a tower runs: how many original tokens each row stands for, and which row each original token
-is in.
-"""
+"""What is known while a tower runs: original tokens that each row stands for, and the row of each original token."""
 
 from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,18 +15,18 @@ from tokprune.methods.encoder_base import Cut
 
 @dataclass(frozen=True)
 class State:
-    """The rows between two blocks. All None before the first reduction.
-
-    Batched towers: size (B, K, 1), assign (B, N0) row of each original row or -1, rep (B, K) original row at which each
-    row sits or -1 (padding). Packed towers: the same without B. ragged: some rows are padding (size 0). detour: the
-    method brings the full sequence back.
-    """
+    """The rows between two blocks; all None before the first reduction. Packed towers have no dimension B."""
 
     size: Tensor | None = None
+    """(B, K, 1) original rows that each row stands for."""
     assign: Tensor | None = None
+    """(B, N0) row of each original row, or -1."""
     rep: Tensor | None = None
+    """(B, K) original row at which each row sits, or -1 (padding)."""
     ragged: bool = False
+    """Some rows are padding (size 0)."""
     detour: bool = False
+    """The method brings the full sequence back."""
 
     def then(self, rep: Tensor, assign: Tensor, size: Tensor, ragged: bool, detour: bool = False) -> State:
         """The state after a reduction of these rows. rep: (..., K), assign: (..., N), size: (..., K, 1)."""
@@ -40,29 +39,39 @@ class State:
 
 @dataclass(eq=False)
 class Run:
-    """One call of the tower. states[i]: rows that enter block i. The dictionaries are per block number and emptied
-    as it goes. inputs: what entered the blocks that are cut at their end. ropes: rotary tables of the rows that enter
-    each block. entries: what entered the blocks, while it is alive. graph: the run is to be differentiated. cuts: where a method that restores the full sequence left it (packed towers: one per size of frames, with
-    the places of the frames' units). trace: known when the last block has run. unmasked: an attention mask was looked at and hides
-    nothing. grid: height and width of a picture in patches, where the tower shows it.
-    """
+    """One call of the tower. Dictionaries are by block number and emptied as the run goes."""
 
     rows: int
+    """Rows at the entrance: tokens, or units of the connector."""
     tokens: int
     batch: int
     states: dict[int, State] = field(default_factory=dict)
+    """Rows that enter each block."""
     seen: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    """Outputs of the modules that the block's reader watches."""
     merged: dict[int, Tensor] = field(default_factory=dict)
+    """Reduced rows in front of the MLP."""
     branch: dict[int, Tensor] = field(default_factory=dict)
+    """What the MLP gave for them."""
     entries: dict[int, weakref.ref[Tensor]] = field(default_factory=dict)
+    """What entered the blocks, while it is alive."""
     inputs: dict[int, Tensor] = field(default_factory=dict)
+    """What entered the blocks that are cut at their end, for methods that restore the sequence."""
     ropes: dict[int, Tensor] = field(default_factory=dict)
+    """Rotary tables of the rows."""
     cuts: list[tuple[Tensor | None, Cut]] = field(default_factory=list)
+    """Where a method that restores the full sequence left it. Packed towers: one per size of frames, with the (F, n)
+    places of the frames' units."""
     counts: list[int] = field(default_factory=list)
+    """Rows behind each block."""
     graph: bool = False
+    """The run is to be differentiated."""
     trace: EncoderTrace | None = None
+    """Known when the last block has run."""
     unmasked: bool = False
+    """An attention mask was looked at and hides nothing."""
     grid: tuple[int, int] | None = None
+    """Height and width of a picture in patches, where the tower shows it."""
 
     def entered(self, index: int) -> int | None:
         """Where the input of block `index` lies in memory, while somebody keeps it."""
@@ -74,29 +83,51 @@ class Run:
         return any(x() is not None for x in list(self.entries.values()))
 
 
+R = TypeVar("R", bound=Run)
+
+
+@dataclass
+class InFlight:
+    """What one thread's call of the tower knows."""
+
+    of_owner: bool = False
+    """Inside a call of the model that is pruned."""
+    run: Run | None = None
+    """The tower's run now."""
+    last: Run | None = None
+    """The last one, for whoever looks at the tower afterwards."""
+    recomputed: int = -2
+    """Block that a backward pass computes again, with its hooks."""
+    whole_block: bool = False
+    """The block's own hooks included."""
+    grid: tuple[int, int] | None = None
+    """Of the picture that the run began with, in patches."""
+    pixels: Tensor | None = None
+    """That picture."""
+    frames: tuple[list[tuple[int, int]], Tensor | None] | None = None
+    """Packed towers: height and width of each frame in units, and the units' order."""
+
+
 @dataclass(frozen=True)
 class EncoderTrace:
-    """The last run of a tower.
-
-    assign: (images, patches) group number of each patch, in the tower's patch order, -1 when it was dropped: what a
-    merge map draws. survivor: (images, patches) True at the one patch of each group where the group's token sits. size:
-    (images, groups) patches in each group, 0 for padding. Packed towers: one dimension over all images. fold: patches
-    that share a place in all of these (units of the connector). counts: tokens (or units) that left each block, prefix
-    included. cells: height and width of each image or frame in places.
-    """
+    """What the last run of a tower left. Packed towers: one dimension over all images."""
 
     assign: Tensor
+    """(images, patches) group of each patch in the tower's patch order, -1 when it was dropped: what a merge map draws."""
     survivor: Tensor
+    """(images, patches) True at the one patch of each group where the group's token sits."""
     size: Tensor
+    """(images, groups) patches in each group, 0 for padding."""
     fold: int
+    """Patches that share a place in all of these (units of the connector)."""
     prefix: int
     counts: tuple[int, ...]
+    """Tokens (or units) that left each block, prefix included."""
     cells: tuple[tuple[int, int], ...] = ()
+    """Height and width of each image or frame in places."""
 
     def merge_map(self, image: int = 0) -> Tensor:
-        """Group of each place of one image (packed towers: of one frame) on its grid, (height, width); -1 where it
-        was dropped.
-        """
+        """Group of each place of one image (packed: frame) on its grid, (height, width); -1 where it was dropped."""
         if not 0 <= image < len(self.cells):
             raise OptionError(
                 f"image {image} is not among the {len(self.cells)} of the last run (0 to {len(self.cells) - 1})."

@@ -8,12 +8,12 @@ from typing import Any
 from torch import Tensor
 
 from tokprune.adapters.hooks import Hook
+from tokprune.adapters.towers import find_tower
 from tokprune.budget import check_budget, check_ratio
 from tokprune.errors import BudgetError, OptionError, UnsupportedModelError
 from tokprune.methods.encoder_base import EncoderMethod
 from tokprune.runtime.encoder.batched import BatchedSplice
 from tokprune.runtime.encoder.engine import Splice
-from tokprune.runtime.encoder.find import find_tower
 from tokprune.runtime.encoder.packed import PackedSplice
 from tokprune.runtime.encoder.report import EncoderReport
 from tokprune.runtime.encoder.run import EncoderTrace

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from tokprune.evaluation.scoring import macro, score
+from tokprune.types import JsonObject
 
 __all__ = ["doc_to_text", "doc_to_visual", "macro", "process_results"]
 
 CLIPS = Path(__file__).resolve().parent / "clips"
 
 
-def doc_to_visual(doc: dict[str, Any]) -> list[str]:
+def doc_to_visual(doc: JsonObject) -> list[str]:
     """The mp4 file of a row."""
     if not doc["video"]:
         raise ValueError(f"question_id {doc['question_id']} has no video")
     return [str(CLIPS / doc["video"])]
 
 
-def doc_to_text(doc: dict[str, Any], lmms_eval_specific_kwargs: dict[str, Any] | None = None) -> str:
+def doc_to_text(doc: JsonObject, lmms_eval_specific_kwargs: JsonObject | None = None) -> str:
     """The question between what is said before and after every question."""
     words = lmms_eval_specific_kwargs or {}
     return f"{words.get('pre_prompt', '')}{doc['question']}{words.get('post_prompt', '')}"
 
 
-def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, Any]:
+def process_results(doc: JsonObject, results: list[str]) -> JsonObject:
     """1 or 0 for the whole and for the row's type."""
     return score(results[0], doc["answer"], doc["type"])

@@ -1,0 +1,108 @@
+"""Finds the vision tower of a model, its blocks and its projectors: for signals, the encoder stage and the profiler."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from tokprune.adapters.base import TEXT_MODELS, unwrap
+from tokprune.adapters.families import family_named
+from tokprune.adapters.tower_kinds import BARE, KNOWN, kind_of, reader_of
+from tokprune.adapters.tower_parts import Tower, child
+from tokprune.errors import MissingSignalError, UnsupportedModelError
+
+TOWERS = ("vision_tower", "visual", "vision_model", "vision_encoder", "image_tower")
+PROJECTORS = ("multi_modal_projector", "connector", "mm_projector", "aligner", "embed_vision")
+INNER_PROJECTORS = ("merger", "deepstack_merger_list")  # these sit inside the tower (Qwen-VL)
+BLOCKS = (
+    "encoder.layers",
+    "encoder.layer",
+    "blocks",
+    "transformer.layers",
+    "layers",
+    "vision_model.encoder.layers",
+    "transformer.encoder.layers",
+    "timm_model.blocks",
+)
+FEATURES_ALONE = "Methods that look at the features alone work: random, uniform, pool, divprune."
+
+
+def first_child(module: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
+    """The first module under one of these names, or None."""
+    return next((part for part in (child(module, name) for name in names) if part is not None), None)
+
+
+def tower_of(base: nn.Module) -> nn.Module:
+    """The vision tower of a multimodal base model, without the wrapper of torch.compile."""
+    tower = first_child(base, TOWERS)
+    if tower is None:
+        raise MissingSignalError(
+            f"{type(base).__name__} has no vision tower under {', '.join(TOWERS)}, so no signals can be read. {FEATURES_ALONE}"
+        )
+    return child(tower, "_orig_mod") or tower
+
+
+def tower_blocks(tower: nn.Module) -> list[nn.Module]:
+    """The transformer blocks of a vision tower, or the error that says that it has none."""
+    for path in BLOCKS:
+        blocks = child(tower, path)
+        if isinstance(blocks, (nn.ModuleList, nn.Sequential)) and len(blocks) and reader_of(blocks[0]) is not None:
+            return list(blocks)
+    raise MissingSignalError(
+        f"{type(tower).__name__} has no transformer blocks with queries and keys (a convolutional tower?), so attention "
+        f"signals cannot be read. {FEATURES_ALONE}"
+    )
+
+
+def projectors_of(base: nn.Module, tower: nn.Module) -> tuple[nn.Module, ...]:
+    """The modules between tower and LLM: one behind the tower, or those inside it (several with DeepStack)."""
+    outer = first_child(base, PROJECTORS)
+    if outer is not None:
+        return (outer,)
+    inner = [part for part in (child(tower, name) for name in INNER_PROJECTORS) if part is not None]
+    return tuple(m for part in inner for m in (part if isinstance(part, nn.ModuleList) else (part,)))
+
+
+def used_depth(config: object, blocks: int) -> int:
+    """How many blocks feed the features that a VLM selects (`vision_feature_layer`, one or a list of hidden states)."""
+    layer = getattr(config, "vision_feature_layer", None)
+    if layer is None:
+        return blocks
+    chosen = [layer] if isinstance(layer, int) else list(layer)
+    depth = max(n if n >= 0 else blocks + 1 + n for n in chosen)
+    if not 1 <= depth <= blocks:
+        raise UnsupportedModelError(f"vision_feature_layer={layer!r} does not fit a tower of {blocks} blocks.")
+    return depth
+
+
+def find_tower(model: nn.Module) -> Tower:
+    """The tower of a timm, open_clip or Hugging Face model, or an error that says why none can be reduced inside."""
+    inner: Any = unwrap(model)
+    kind = kind_of(inner)
+    if kind is not None:
+        return kind.tower(inner, inner)
+    visual = child(inner, "visual")
+    for part in (visual, child(inner, "trunk"), child(visual, "trunk")):  # open_clip, with a tower of timm or its own
+        kind = kind_of(part, BARE)
+        if kind is not None:
+            return kind.tower(part, inner)
+    base = getattr(inner, "base_model", inner)
+    tower = first_child(base, TOWERS)
+    if tower is None:
+        raise UnsupportedModelError(
+            f"{type(inner).__name__} has no vision tower that can be reduced inside; known are {KNOWN}."
+        )
+    kind = kind_of(tower)
+    if kind is None:
+        raise UnsupportedModelError(
+            f"the vision tower {type(tower).__name__} of {type(inner).__name__} cannot be reduced inside; known are {KNOWN}. "
+            "Methods of the connector stage work on its output."
+        )
+    two_towers = hasattr(base, "visual_projection")  # CLIP compares pictures with texts
+    if two_towers or not any(hasattr(base, name) for name in TEXT_MODELS):
+        return kind.tower(tower, inner)
+    family = family_named(str(inner.config.model_type))
+    found = kind.tower(tower, inner, family.joined_side(base, inner.config))
+    return replace(found, depth=used_depth(inner.config, found.depth), vlm=True)
