@@ -309,7 +309,7 @@ def test_checkpointing_leaves_nothing_after_its_second_pass() -> None:
     assert not values.requires_grad
     probe.clear()
     sum(f.sum() for f in output.pooler_output).backward()
-    assert not probe._store
+    assert not probe._threads.now.outputs
     probe.remove()
 
 
@@ -362,9 +362,9 @@ def test_a_copied_model_has_a_probe_of_its_own() -> None:
     base, kwargs = call("llava", build("llava"))
     probe = required_blocks(base, ["cls_attention"])
     run(copy.deepcopy(base), kwargs)
-    assert not probe._store
+    assert not probe._threads.now.outputs
     run(base, kwargs)
-    assert probe._store
+    assert probe._threads.now.outputs
 
 
 def test_block_numbers() -> None:

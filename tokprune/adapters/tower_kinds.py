@@ -1,4 +1,7 @@
-"""Kinds of vision towers in which tokens can be reduced: how each is recognised and what is particular to it."""
+"""Kinds of vision towers in which tokens can be reduced: how each is recognised and what is particular to it.
+
+A new kind is a class here and its place in KINDS; signals, encoder stage and profiler then know it.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,14 @@ import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from tokprune.adapters.hooks import Ref
+from tokprune.adapters.hooks import Keywords, Ref
 from tokprune.adapters.patch_sizes import embedder
 from tokprune.adapters.tower_parts import NORMS, AttentionReader, BlockParts, Heads, Tower, attention_of, child
 from tokprune.errors import UnsupportedModelError
@@ -21,6 +24,9 @@ from tokprune.errors import UnsupportedModelError
 
 class TowerKind(ABC):
     """One kind of vision tower."""
+
+    part_of_open_clip: ClassVar[bool] = False
+    """open_clip models hold such towers as `visual`, `trunk` or `visual.trunk`."""
 
     @abstractmethod
     def matches(self, module: nn.Module) -> bool:
@@ -31,18 +37,17 @@ class TowerKind(ABC):
         return None
 
     @abstractmethod
-    def parts(self, block: nn.Module) -> BlockParts:
+    def parts(self, block: Any) -> BlockParts:
         """The parts of one block, or an error that says why its sequence cannot be shortened."""
 
     @abstractmethod
     def tower(self, root: Any, owner: nn.Module, side: int = 1) -> Tower:
         """The tower `root` of the model `owner`, whose connector joins side x side patches to a token."""
 
-    def build(self, root: nn.Module, owner: nn.Module, blocks: Iterable[nn.Module], **facts: Any) -> Tower:
-        """A tower of these blocks. facts: fields of Tower that are not the default."""
+    def plain(self, root: nn.Module, owner: nn.Module, blocks: Iterable[nn.Module]) -> Tower:
+        """A tower of these blocks of which nothing else is known."""
         parts = tuple(self.parts(block) for block in blocks)
-        facts = {"family": type(root).__name__, **facts}
-        return Tower(root_ref=Ref(root), owner_ref=Ref(owner), blocks=parts, depth=len(parts), **facts)
+        return Tower(type(root).__name__, Ref(root), Ref(owner), blocks=parts, depth=len(parts))
 
 
 def is_a(module: object, package: str, name: str) -> bool:
@@ -50,7 +55,7 @@ def is_a(module: object, package: str, name: str) -> bool:
     return any(c.__module__.startswith(package + ".") and c.__name__ == name for c in type(module).__mro__)
 
 
-# -- transformers: CLIP, SigLIP, SigLIP 2, Idefics 3, InternVL ------------------------------------------------------------
+# -- transformers: CLIP, SigLIP, SigLIP 2, Idefics 3, InternVL ------------------------------------------------
 
 
 def block_order(side: int, n: int) -> Tensor:
@@ -70,9 +75,9 @@ def _rows_behind(table: nn.Embedding, prefix: int) -> Tensor:
 class ClipLike(TowerKind):
     """Towers of transformers with a batch of equal pictures and an `encoder` of pre-norm blocks."""
 
-    EMBEDS_ALIKE = ("CLIPEncoderLayer", "SiglipEncoderLayer")
+    ONE_TABLE = ("CLIPEncoderLayer", "SiglipEncoderLayer")
     """Blocks of towers whose positions are one table, so that patches may be made larger."""
-    CLIP = (*EMBEDS_ALIKE, "Siglip2EncoderLayer", "Idefics3EncoderLayer", "SmolVLMEncoderLayer")
+    CLIP = (*ONE_TABLE, "Siglip2EncoderLayer", "Idefics3EncoderLayer", "SmolVLMEncoderLayer")
     INTERNVL = ("InternVLVisionLayer",)
 
     @staticmethod
@@ -96,22 +101,27 @@ class ClipLike(TowerKind):
     def tower(self, root: Any, owner: nn.Module, side: int = 1) -> Tower:
         layers, embeddings = self.layers(root), root.embeddings
         cls = hasattr(embeddings, "class_embedding") or getattr(embeddings, "cls_token", None) is not None
-        facts: dict[str, Any] = {"prefix": int(cls), "cls": cls, "fold": side * side}
-        if side > 1:
-            facts["unit_order"] = functools.partial(block_order, side)
-        patch, table = (getattr(embeddings, name, None) for name in ("patch_embedding", "position_embedding"))
-        plain = type(layers[0]).__name__ in self.EMBEDS_ALIKE and side == 1
-        if plain and isinstance(patch, nn.Conv2d) and isinstance(table, nn.Embedding):
-            after = getattr(root, "pre_layrnorm", None) or nn.Identity()
-            facts |= {"patch": patch, "embed": embedder(patch, functools.partial(_rows_behind, table, int(cls)), after)}
-        pools = getattr(root, "head", None) is not None or bool(getattr(root.config, "use_mean_pooling", False))
-        return self.build(root, owner, layers, pools=pools, **facts)
+        tower = replace(
+            self.plain(root, owner, layers),
+            prefix=int(cls),
+            cls=cls,
+            fold=side * side,
+            unit_order=functools.partial(block_order, side) if side > 1 else None,
+            pools=getattr(root, "head", None) is not None or bool(getattr(root.config, "use_mean_pooling", False)),
+        )
+        patch, table = child(embeddings, "patch_embedding"), child(embeddings, "position_embedding")
+        known = type(layers[0]).__name__ in self.ONE_TABLE and side == 1
+        if not known or not isinstance(table, nn.Embedding) or not isinstance(patch, nn.Conv2d):
+            return tower
+        after = child(root, "pre_layrnorm") or nn.Identity()
+        embed = embedder(patch, functools.partial(_rows_behind, table, int(cls)), after)
+        return replace(tower, patch=patch, embed=embed)
 
 
-# -- transformers: packed towers ----------------------------------------------------------------------------------------
+# -- transformers: packed towers ------------------------------------------------------------------------------
 
 
-def _window_order(root_ref: Ref, grid: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+def _window_order(root_ref: Ref, grid: Tensor, kwargs: Keywords) -> Tensor:
     from transformers.vision_utils import get_vision_window_index
 
     root = root_ref()
@@ -140,10 +150,8 @@ class QwenLike(TowerKind):
 
     def tower(self, root: Any, owner: nn.Module, side: int = 1) -> Tower:
         mergers, indexes = getattr(root, "deepstack_merger_list", ()), getattr(root, "deepstack_visual_indexes", ())
-        return self.build(
-            root,
-            owner,
-            root.blocks,
+        return replace(
+            self.plain(root, owner, root.blocks),
             fold=int(root.spatial_merge_size) ** 2,
             packed=True,
             taps=tuple((module, int(index)) for module, index in zip(mergers, indexes, strict=False)),
@@ -152,11 +160,11 @@ class QwenLike(TowerKind):
         )
 
 
-# -- timm -----------------------------------------------------------------------------------------------------------------
+# -- timm -----------------------------------------------------------------------------------------------------
 
 
 class TimmReader(AttentionReader):
-    """timm: the norms see (B, H, N, d) and are always called; rotary positions are one table that spares the prefix."""
+    """timm: norms see (B, H, N, d) and are always called; rotary positions are one table that spares the prefix."""
 
     def watched(self) -> dict[str, nn.Module]:
         norms = {name: self.attention.get_submodule(name) for name in NORMS if child(self.attention, name)}
@@ -166,7 +174,7 @@ class TimmReader(AttentionReader):
         q, k, v = super().read({name: x for name, x in seen.items() if name not in NORMS})
         return seen.get("q_norm", q), seen.get("k_norm", k), v
 
-    def positions(self, call: Mapping[str, Any]) -> object:
+    def positions(self, call: Keywords) -> object:
         return call.get("rope")
 
     def check_positions(self, positions: object) -> None:
@@ -192,13 +200,14 @@ def _positions(model_ref: Ref) -> Tensor | None:
 
 
 class TimmViT(TowerKind):
-    """timm's plain vision transformers, and with other words its EVA models."""
+    """timm's plain vision transformers."""
 
+    part_of_open_clip = True
     NAME, BLOCK = "VisionTransformer", "Block"
     NEEDED: tuple[str, ...] = ("norm1", "attn.qkv", "attn.q_norm", "attn.k_norm", "norm2", "mlp", "drop_path2")
     REFUSED = (
-        "timm blocks of the kind {} with {} cannot be spliced; the plain pre-norm Block of timm.models.vision_transformer can "
-        "(ViT, DeiT, DINOv2, SigLIP, CLIP and MAE towers)."
+        "timm blocks of the kind {} with {} cannot be spliced; the plain pre-norm Block of "
+        "timm.models.vision_transformer can (ViT, DeiT, DINOv2, SigLIP, CLIP and MAE towers)."
     )
 
     def matches(self, module: nn.Module) -> bool:
@@ -225,31 +234,30 @@ class TimmViT(TowerKind):
     def tower(self, root: Any, owner: nn.Module, side: int = 1) -> Tower:
         cls = getattr(root, "cls_token", None) is not None
         pooled = getattr(root, "attn_pool", None) is not None
-        return self.build(
-            root,
-            owner,
-            root.blocks,
+        tower = replace(
+            self.plain(root, owner, root.blocks),
             family=f"timm {type(root).__name__}",
             prefix=int(getattr(root, "num_prefix_tokens", int(cls))),
             cls=cls,
             mask="attn_mask",
             pools=pooled or getattr(root, "global_pool", "token") not in ("token", ""),
             intermediates=hasattr(root, "forward_intermediates"),
-            **self.facts(root),
         )
+        return self.with_positions(tower)
 
-    def facts(self, model: Any) -> dict[str, Any]:
-        """Patch embedding of models that embed patches of pixels by one convolution and then add their positions."""
+    def with_positions(self, tower: Tower) -> Tower:
+        """With what embeds patches, where one convolution of pixels does and their positions come next."""
+        model = tower.root
         embed = model.patch_embed
         patch = embed.proj if type(embed).__name__ == "PatchEmbed" else None  # hybrids: sees a network's features
         if not isinstance(patch, nn.Conv2d) or patch.kernel_size != patch.stride:
-            return {}
+            return tower
         if not isinstance(embed.norm, nn.Identity):  # it stands before the positions are added
-            return {}
+            return tower
         config = getattr(model, "pretrained_cfg", None) or {}
         normal = (tuple(config["mean"]), tuple(config["std"])) if "mean" in config and "std" in config else None
-        grown = embedder(patch, functools.partial(_positions, Ref(model)), model.norm_pre)
-        return {"patch": patch, "embed": grown, "normal": normal}
+        grown = embedder(patch, functools.partial(_positions, tower.root_ref), model.norm_pre)
+        return replace(tower, patch=patch, embed=grown, normal=normal)
 
 
 @dataclass(frozen=True)
@@ -292,21 +300,21 @@ class TimmEva(TimmViT):
         known = type(block).__name__ == "EvaBlock" and type(attention).__name__ == "EvaAttention"
         return EvaReader(attention, block.get_submodule("norm1")) if known and attention is not None else None
 
-    def facts(self, model: Any) -> dict[str, Any]:
-        if getattr(model, "rope_mixed", False):
+    def with_positions(self, tower: Tower) -> Tower:
+        if getattr(tower.root, "rope_mixed", False):
             raise UnsupportedModelError(
-                f"timm {type(model).__name__} has rotary positions of its own in every block (rope_type='mixed'), which "
-                "cannot follow merged tokens."
+                f"{tower.family} has rotary positions of its own in every block (rope_type='mixed'), which cannot "
+                "follow merged tokens."
             )
-        return {"rope": True}
+        return replace(tower, rope=True)
 
 
-# -- open_clip ------------------------------------------------------------------------------------------------------------
+# -- open_clip ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class PackedProjectionReader(AttentionReader):
-    """torch's MultiheadAttention keeps its packed projection to itself: it is applied again to the attention's input."""
+    """torch's MultiheadAttention does not show what it projects: its input is projected again."""
 
     entry: nn.Module
     """Norm before the attention."""
@@ -328,6 +336,8 @@ def _patch_positions(root_ref: Ref) -> Tensor:
 class OpenClip(TowerKind):
     """open_clip's own vision transformers."""
 
+    part_of_open_clip = True
+
     def matches(self, module: nn.Module) -> bool:
         return is_a(module, "open_clip", "VisionTransformer")
 
@@ -344,10 +354,8 @@ class OpenClip(TowerKind):
 
     def tower(self, root: Any, owner: nn.Module, side: int = 1) -> Tower:
         mean, std = getattr(root, "image_mean", None), getattr(root, "image_std", None)
-        return self.build(
-            root,
-            owner,
-            root.transformer.resblocks,
+        return replace(
+            self.plain(root, owner, root.transformer.resblocks),
             family="open_clip VisionTransformer",
             prefix=1,
             cls=True,
@@ -360,15 +368,16 @@ class OpenClip(TowerKind):
         )
 
 
-BARE: tuple[TowerKind, ...] = (TimmEva(), TimmViT(), OpenClip())
-"""Kinds of other libraries, which stand alone or in models of open_clip."""
-KINDS: tuple[TowerKind, ...] = (*BARE, ClipLike(), QwenLike())
-KNOWN = "timm (EVA included) and open_clip ViTs, and CLIP, SigLIP, SigLIP 2, InternVL and Qwen-VL towers of transformers, alone or in a VLM"
+KINDS: tuple[TowerKind, ...] = (TimmEva(), TimmViT(), OpenClip(), ClipLike(), QwenLike())
+KNOWN = (
+    "timm (EVA included) and open_clip ViTs, and CLIP, SigLIP, SigLIP 2, InternVL and Qwen-VL towers of transformers, "
+    "alone or in a VLM"
+)
 
 
-def kind_of(module: object, kinds: tuple[TowerKind, ...] = KINDS) -> TowerKind | None:
+def kind_of(module: object) -> TowerKind | None:
     """The kind of tower that a module is, or None."""
-    return next((kind for kind in kinds if isinstance(module, nn.Module) and kind.matches(module)), None)
+    return next((kind for kind in KINDS if isinstance(module, nn.Module) and kind.matches(module)), None)
 
 
 def reader_of(block: nn.Module) -> AttentionReader | None:

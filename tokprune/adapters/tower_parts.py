@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from tokprune.adapters.hooks import Ref
+from tokprune.adapters.hooks import Keywords, Ref
 from tokprune.adapters.patch_sizes import Embed
 from tokprune.errors import MissingSignalError
 
@@ -41,8 +41,8 @@ def attention_of(block: nn.Module) -> nn.Module | None:
 class AttentionReader:
     """Reads queries, keys and values of an attention module from what its projections put out.
 
-    This one knows a fused `qkv` and separate `q_proj`, `k_proj`, `v_proj`, norms of queries and keys, grouped heads, and
-    rotary positions as transformers passes them; kinds of towers with another attention derive from it.
+    This one knows a fused `qkv` and separate `q_proj`, `k_proj`, `v_proj`, norms of queries and keys, grouped heads,
+    and rotary positions as transformers passes them; kinds of towers with another attention derive from it.
     """
 
     attention: nn.Module
@@ -54,7 +54,10 @@ class AttentionReader:
         return {k: m for k, m in found.items() if m is not None and not isinstance(m, nn.Identity)}
 
     def read(self, seen: Mapping[str, Tensor]) -> Heads:
-        """Queries, keys and values before rotary positions. seen: outputs of the `watched` modules; norms may be missing."""
+        """Queries, keys and values before rotary positions.
+
+        seen: outputs of the `watched` modules; norms may be missing.
+        """
         heads = getattr(self.attention, "num_heads", None)
         heads = heads or getattr(getattr(self.attention, "config", None), "num_attention_heads", None)
         size = getattr(self.attention, "head_dim", None)
@@ -74,7 +77,7 @@ class AttentionReader:
         scale = getattr(self.attention, "scaling", None) or getattr(self.attention, "scale", None)
         return None if scale is None else float(scale)
 
-    def positions(self, call: Mapping[str, Any]) -> object:
+    def positions(self, call: Keywords) -> object:
         """The rotary table among the arguments of a call of the attention; None: it has none."""
         return call.get("position_embeddings")
 
@@ -88,11 +91,15 @@ class AttentionReader:
             )
 
     def turn(self, x: Tensor, positions: Any) -> Tensor:
-        """Queries or keys (B, H, N, d) as the attention turns them. positions: cosine and sine, (N, d), (B, N, d) or (B, 1, N, d)."""
+        """Queries or keys (B, H, N, d) as the attention turns them.
+
+        positions: cosine and sine, each (N, d), (B, N, d) or (B, 1, N, d).
+        """
         if positions is None:
             return x
         cos, sin = (p.to(x)[:, None] if p.dim() == 3 else p.to(x) for p in positions)
-        return x * cos + sys.modules[type(self.attention).__module__].rotate_half(x) * sin  # type: ignore[no-any-return]
+        turned: Tensor = sys.modules[type(self.attention).__module__].rotate_half(x)
+        return x * cos + turned * sin
 
 
 @dataclass(frozen=True)
@@ -157,7 +164,7 @@ class Tower:
     """It feeds a language model."""
     intermediates: bool = False
     """It has timm's forward_intermediates."""
-    grids: Callable[[Tensor, Mapping[str, Any]], Tensor] | None = None
+    grids: Callable[[Tensor, Keywords], Tensor] | None = None
     """Packed towers that reorder units: raster numbers of the sequence's units, from grid and keywords."""
     patch: nn.Conv2d | None = None
     """The convolution that embeds patches, where patches may be made larger."""

@@ -9,7 +9,7 @@ from torch import nn
 
 from tokprune.adapters.base import TEXT_MODELS, unwrap
 from tokprune.adapters.families import family_named
-from tokprune.adapters.tower_kinds import BARE, KNOWN, kind_of, reader_of
+from tokprune.adapters.tower_kinds import KNOWN, kind_of, reader_of
 from tokprune.adapters.tower_parts import Tower, child
 from tokprune.errors import MissingSignalError, UnsupportedModelError
 
@@ -39,7 +39,8 @@ def tower_of(base: nn.Module) -> nn.Module:
     tower = first_child(base, TOWERS)
     if tower is None:
         raise MissingSignalError(
-            f"{type(base).__name__} has no vision tower under {', '.join(TOWERS)}, so no signals can be read. {FEATURES_ALONE}"
+            f"{type(base).__name__} has no vision tower under {', '.join(TOWERS)}, so no signals can be read. "
+            f"{FEATURES_ALONE}"
         )
     return child(tower, "_orig_mod") or tower
 
@@ -51,8 +52,8 @@ def tower_blocks(tower: nn.Module) -> list[nn.Module]:
         if isinstance(blocks, (nn.ModuleList, nn.Sequential)) and len(blocks) and reader_of(blocks[0]) is not None:
             return list(blocks)
     raise MissingSignalError(
-        f"{type(tower).__name__} has no transformer blocks with queries and keys (a convolutional tower?), so attention "
-        f"signals cannot be read. {FEATURES_ALONE}"
+        f"{type(tower).__name__} has no transformer blocks with queries and keys (a convolutional tower?), so "
+        f"attention signals cannot be read. {FEATURES_ALONE}"
     )
 
 
@@ -84,9 +85,9 @@ def find_tower(model: nn.Module) -> Tower:
     if kind is not None:
         return kind.tower(inner, inner)
     visual = child(inner, "visual")
-    for part in (visual, child(inner, "trunk"), child(visual, "trunk")):  # open_clip, with a tower of timm or its own
-        kind = kind_of(part, BARE)
-        if kind is not None:
+    for part in (visual, child(inner, "trunk"), child(visual, "trunk")):
+        kind = kind_of(part)
+        if kind is not None and kind.part_of_open_clip:
             return kind.tower(part, inner)
     base = getattr(inner, "base_model", inner)
     tower = first_child(base, TOWERS)
@@ -97,8 +98,8 @@ def find_tower(model: nn.Module) -> Tower:
     kind = kind_of(tower)
     if kind is None:
         raise UnsupportedModelError(
-            f"the vision tower {type(tower).__name__} of {type(inner).__name__} cannot be reduced inside; known are {KNOWN}. "
-            "Methods of the connector stage work on its output."
+            f"the vision tower {type(tower).__name__} of {type(inner).__name__} cannot be reduced inside; known are "
+            f"{KNOWN}. Methods of the connector stage work on its output."
         )
     two_towers = hasattr(base, "visual_projection")  # CLIP compares pictures with texts
     if two_towers or not any(hasattr(base, name) for name in TEXT_MODELS):

@@ -6,13 +6,14 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from tokprune.adapters.hooks import Attachments, Lock, PerThread, Ref
+from tokprune.adapters.hooks import Args, Attachments, Call, Keywords, Lock, PerThread, Ref
 from tokprune.adapters.tower_kinds import reader_of
 from tokprune.adapters.tower_parts import NORMS, AttentionReader
 from tokprune.adapters.towers import tower_blocks
@@ -25,20 +26,22 @@ _CHUNK = 2**24
 
 @dataclass(frozen=True)
 class Projections:
-    """Queries, keys and values of one block, ready for scores, and who may attend to whom.
-
-    q: (B, H, N, d). k, v: (B, H', N, d), without rotary; `rotated` adds it and repeats grouped heads. segments: lengths
-    of the parts of a packed sequence (B = 1) that attend only to themselves, else None. mask: (B or 1, 1, N, N),
-    true or 0 where a query may attend, or None.
-    """
+    """Queries, keys and values of one block, ready for scores, and who may attend to whom."""
 
     q: Tensor
+    """(B, H, N, d), without rotary positions."""
     k: Tensor
+    """(B, H', N, d), without rotary positions."""
     v: Tensor
+    """(B, H', N, d)"""
     scale: float
+    """Of the logits."""
     rotated: Callable[[Tensor], Tensor]
+    """Queries or keys with their rotary positions."""
     segments: list[int] | None = None
+    """Lengths of the parts of a packed sequence (B = 1) that attend only to themselves."""
     mask: Tensor | None = None
+    """(B or 1, 1, N, N) true or 0 where a query may attend."""
 
     def _pairs(self) -> tuple[Tensor, Tensor]:
         """Queries and keys as they meet. -> (B, H, N, d) each, in float32."""
@@ -54,7 +57,7 @@ class Projections:
         return mask & real.transpose(-1, -2)
 
     def _bias(self) -> Tensor | None:
-        """(B, 1, 1, N) what a float mask of keys alone adds to their logits, where it does not hide them; None: nothing."""
+        """(B, 1, 1, N) what a float mask of keys adds to their logits, where it does not hide them; None: nothing."""
         if self.mask is None or not self.mask.is_floating_point() or self.mask.shape[-2] != 1:
             return None
         return wide(self.mask).masked_fill(self.mask <= torch.finfo(self.mask.dtype).min / 2, 0)
@@ -80,8 +83,8 @@ class Projections:
         """Mean over heads and queries of the attention that each token receives. -> (B, N).
 
         The queries are those that may attend to the token. logits: mean before the softmax. one_head: queries and keys
-        as one head. values: values take the place of queries and keys, unscaled. frame: (N,) number of queries to divide
-        by, where segments are windows of a larger whole.
+        as one head. values: values take the place of queries and keys, unscaled. frame: (N,) number of queries to
+        divide by, where segments are windows of a larger whole.
         """
         scale = self.scale
         if values:
@@ -120,7 +123,10 @@ def _one_head(x: Tensor) -> Tensor:
 def _column_mean(
     q: Tensor, k: Tensor, scale: float, visible: Tensor | None, logits: bool, bias: Tensor | None = None
 ) -> Tensor:
-    """Mean over heads and queries of the attention each key receives, in query chunks. q, k: (B, H, N, d) -> (B, N)."""
+    """Mean over heads and queries of the attention that each key receives, a chunk of queries at a time.
+
+    q, k: (B, H, N, d) -> (B, N).
+    """
     b, h, n, _ = q.shape
     if logits:
         return ((q * scale).mean(2, keepdim=True) @ k.transpose(-1, -2)).mean(1)[:, 0]
@@ -142,22 +148,34 @@ def _column_mean(
     return total / visible[:, 0].sum(-2).clamp(min=1)
 
 
+Key = tuple[str, int]
+"""A name and a block number."""
+
+
 @dataclass
 class _Seen:
-    """What a thread's last run of the tower showed. open: inside a call of the probe's own model. store: by (name, block)."""
+    """What a thread's last run of the tower showed."""
 
     open: bool = False
+    """Inside a call of the probe's own model."""
     running: bool = False
-    store: dict[tuple[str, int], Any] | None = None
+    """The tower runs, and this probe listens."""
+    outputs: dict[Key, Tensor] = field(default_factory=dict)
+    calls: dict[int, Call] = field(default_factory=dict)
+    """Arguments of each block's attention."""
+
+    def clear(self) -> None:
+        """Let go of everything."""
+        self.outputs, self.calls = {}, {}
 
 
 class AttentionProbe:
     """Keeps references to what chosen blocks of a vision tower compute; scores are made from them on demand.
 
-    Nothing is copied and no attention map is kept: for one block of CLIP-L that is 5 MB instead of 500. Hooks sit on the
-    instances alone and only listen while the tower itself runs, so gradient checkpointing's second pass leaves nothing
-    behind. The projections are looked up again at every run: adapters (LoRA) put on later are seen. Each thread sees its own
-    runs alone.
+    Nothing is copied and no attention map is kept: for one block of CLIP-L that is 5 MB instead of 500. Hooks sit on
+    the instances alone and only listen while the tower itself runs, so gradient checkpointing's second pass leaves
+    nothing behind. The projections are looked up again at every run: adapters (LoRA) put on later are seen. Each thread
+    sees its own runs alone.
     """
 
     def __init__(self, tower: nn.Module, blocks: Iterable[int] = (), outputs: Iterable[int] = ()) -> None:
@@ -168,19 +186,19 @@ class AttentionProbe:
         self._threads = PerThread(_Seen)
         self.own_calls = False
         self._lock = Lock()
-        self._hooked: dict[tuple[str, int], tuple[nn.Module, Any]] = {}
+        self._hooked: dict[Key, tuple[nn.Module, RemovableHandle]] = {}
         # A tower without blocks is only an error when something is to be read from them.
         modules = tower_blocks(tower) if self.blocks or self.outputs else []
         self._modules = {i: modules[i] for i in {*self.blocks, *self.outputs}}
 
     @property
     def tower(self) -> Any:
-        """The vision tower."""
+        """The vision tower; None when it is gone."""
         return self._tower()
 
-    def anchor(self) -> Any:
+    def anchor(self) -> object:
         """The vision tower."""
-        return self._tower()
+        return self.tower
 
     @property
     def listens(self) -> bool:
@@ -188,14 +206,14 @@ class AttentionProbe:
         return bool(self._modules)
 
     def install(self, own_calls: bool = False) -> AttentionProbe:
-        """Start listening to the tower. own_calls: to runs inside `listening()` alone, for towers that other models hold, too."""
+        """Start listening to the tower. own_calls: only to runs inside `listening()`, for towers that others hold, too."""
         if len(self.on) or not self.listens:
             return self
         self.own_calls = own_calls
         self.on.before(self.tower, "_begin")
         self.on.after(self.tower, "_end", always_call=True)
         for i in self.blocks:
-            self.on.before(self._reader(i).attention, "_keep_call", ("call", i), with_kwargs=True)
+            self.on.before(self._reader(i).attention, "_keep_call", i, with_kwargs=True)
         for i in self.outputs:
             self.on.after(self._modules[i], "_keep_output", ("output", i))
         self._hook_projections()
@@ -209,7 +227,7 @@ class AttentionProbe:
 
     def clear(self) -> None:
         """Let go of everything that this thread saw."""
-        self._threads.now.store = None
+        self._threads.now.clear()
 
     def __enter__(self) -> AttentionProbe:
         return self.install()
@@ -220,26 +238,27 @@ class AttentionProbe:
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """Runs of the tower in this thread belong to the probe's own model meanwhile."""
-        seen = self._threads.now
-        seen.open, seen.store = True, None
+        seen: _Seen = self._threads.now
+        seen.open = True
+        seen.clear()
         try:
             yield
         finally:
             seen.open = seen.running = False
 
-    def _begin(self, module: nn.Module, args: Any) -> None:
-        seen = self._threads.now
+    def _begin(self, module: nn.Module, args: Args) -> None:
+        seen: _Seen = self._threads.now
         seen.running = seen.open or not self.own_calls
         if seen.running:
-            seen.store = {}
+            seen.clear()
             self._hook_projections()
 
-    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _end(self, module: nn.Module, args: Args, output: object) -> None:
         self._threads.now.running = False
 
     def _hook_projections(self) -> None:
         """Listen to the projections that are in place now; they may have been wrapped since."""
-        wanted: dict[tuple[str, int], nn.Module] = {}
+        wanted: dict[Key, nn.Module] = {}
         for i in self.blocks:
             wanted |= {(name, i): module for name, module in self._reader(i).watched().items()}
         hooked = self._hooked
@@ -254,47 +273,44 @@ class AttentionProbe:
                 if key not in self._hooked:
                     self._hooked[key] = (module, self.on.after(module, "_keep_output", key))
 
-    def _keep_output(self, key: tuple[str, int], module: nn.Module, args: Any, output: Any) -> None:
-        seen = self._threads.now
-        if seen.running and seen.store is not None:
-            seen.store[key] = (output[0] if isinstance(output, (tuple, list)) else output).detach()
+    def _keep_output(self, key: Key, module: nn.Module, args: Args, output: Tensor | Args) -> None:
+        seen: _Seen = self._threads.now
+        if seen.running:
+            seen.outputs[key] = (output[0] if isinstance(output, (tuple, list)) else output).detach()
 
-    def _keep_call(self, key: tuple[str, int], module: nn.Module, args: Any, kwargs: Any) -> None:
-        seen = self._threads.now
-        if seen.running and seen.store is not None:
-            seen.store[key] = (args, dict(kwargs))
-
-    @property
-    def _store(self) -> dict[tuple[str, int], Any]:
-        """What this thread saw last."""
-        return self._threads.now.store or {}
+    def _keep_call(self, block: int, module: nn.Module, args: Args, kwargs: Keywords) -> None:
+        seen: _Seen = self._threads.now
+        if seen.running:
+            seen.calls[block] = (args, dict(kwargs))
 
     def output(self, block: int) -> Tensor:
         """The hidden state that block `block` gave, (B, N, C)."""
-        found = self._look("output", block)
-        return found if found.dim() == 3 else found[None]
+        seen: _Seen = self._threads.now
+        x = seen.outputs.get(("output", block))
+        if x is None:
+            raise self._missing(block, self.outputs)
+        return x if x.dim() == 3 else x[None]
 
-    def _look(self, name: str, block: int) -> Any:
-        if (name, block) not in self._store:
-            wanted = self.outputs if name == "output" else self.blocks
-            why = (
-                "the tower has not run since (or ran inside a graph compiled before tokprune was applied: apply first)"
-                if block in wanted
-                else f"the probe listens to blocks {wanted}"
-            )
-            raise MissingSignalError(f"nothing was seen of block {block} of {type(self.tower).__name__}: {why}.")
-        return self._store[name, block]
+    def _missing(self, block: int, wanted: list[int]) -> MissingSignalError:
+        """The error that says why nothing was seen of a block. wanted: blocks to which the probe listens for it."""
+        why = (
+            "the tower has not run since (or ran inside a graph compiled before tokprune was applied: apply first)"
+            if block in wanted
+            else f"the probe listens to blocks {wanted}"
+        )
+        return MissingSignalError(f"nothing was seen of block {block} of {type(self.tower).__name__}: {why}.")
 
     def projections(self, block: int) -> Projections:
         """Queries, keys and values of block `block`, as the last run of the tower made them."""
-        args, kwargs = self._look("call", block)
+        seen: _Seen = self._threads.now
+        if block not in seen.calls:
+            raise self._missing(block, self.blocks)
         reader = self._reader(block)
-        call = _named(reader.attention, args, kwargs)
-        seen = {}
-        for name in reader.watched():
-            if name not in NORMS or (name, block) in self._store:
-                seen[name] = self._look(name, block)
-        q, k, v = reader.read(seen)
+        call = _named(reader.attention, *seen.calls[block])
+        outputs = {name: seen.outputs[name, block] for name in reader.watched() if (name, block) in seen.outputs}
+        if reader.watched().keys() - outputs.keys() - set(NORMS):
+            raise self._missing(block, self.blocks)
+        q, k, v = reader.read(outputs)
         bounds = call.get("cu_seqlens")
         bounds = call.get("cu_seq_lens_q") if bounds is None else bounds
         segments = None if bounds is None else bounds.diff().tolist()
@@ -319,7 +335,7 @@ class AttentionProbe:
         return reader
 
 
-def _named(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _named(module: nn.Module, args: Args, kwargs: Keywords) -> Keywords:
     """Arguments of a forward call by name."""
     bound = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
     return {**bound, **bound.pop("kwargs", {})}

@@ -1,11 +1,11 @@
-"""What the vision tower tells about each visual token, computed only when a method asks and lined up with its features."""
+"""Signals: what the vision tower tells about each visual token, computed when a method needs it, in the rows' order."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,10 @@ from tokprune.adapters.towers import FEATURES_ALONE, tower_blocks, tower_of
 from tokprune.errors import MissingSignalError, OptionError, unknown
 from tokprune.ops.numeric import wide
 from tokprune.runtime.probe import AttentionProbe, Projections
+from tokprune.types import Inputs
+
+if TYPE_CHECKING:
+    from tokprune.runtime.encoder.stage import EncoderStage
 
 __all__ = ["SignalSet", "block_index", "compute_signals", "required_blocks", "tower_blocks", "tower_of"]
 
@@ -47,21 +51,26 @@ def mean_value_norm(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class SignalSet:
-    """The signals of one encoder call.
-
-    values: name -> (R, ...) over all flattened rows in placeholder order, separators 0. sources: name -> how it was
-    obtained, for the report.
-    """
+    """The signals of one encoder call, by name."""
 
     values: dict[str, Tensor] = field(default_factory=dict)
+    """(R, ...) over all flattened rows in placeholder order, separators 0."""
     sources: dict[str, str] = field(default_factory=dict)
+    """How each was obtained, for the report."""
+
+
+class PatchScorer(Protocol):
+    """A model that gives the signal `clip_image`."""
+
+    def embed_image(self, pixel_values: Tensor) -> Tensor:
+        """Pictures (U, 3, H, W) as the processor normalised them -> (U, N, E), one per patch in raster order."""
 
 
 def block_index(spec: str | int | float, count: int) -> int:
     """The 0-based block that `spec` means in a tower of `count` blocks.
 
-    "8" is block 8, "-1" the last one; a fraction in (0, 1) is a relative depth: "0.348" is block round(0.348 * (count - 1)),
-    so that block 8 of a 24-block tower carries over to towers of any depth.
+    "8" is block 8, "-1" the last one; a fraction in (0, 1) is a relative depth: "0.348" is block
+    round(0.348 * (count - 1)), so that block 8 of a 24-block tower carries over to towers of any depth.
     """
     text = str(spec).strip()
     try:
@@ -73,8 +82,8 @@ def block_index(spec: str | int | float, count: int) -> int:
             depth = math.nan
         if not 0.0 < depth < 1.0:
             raise OptionError(
-                f"{text!r} does not name a block; write its 0-based number (0 to {count - 1}), a negative one that counts from "
-                "the end (-1 is the last), or a relative depth between 0 and 1 such as 0.348."
+                f"{text!r} does not name a block; write its 0-based number (0 to {count - 1}), a negative one that counts "
+                "from the end (-1 is the last), or a relative depth between 0 and 1 such as 0.348."
             ) from None
         return round(depth * (count - 1))
     if not -count <= index < count:
@@ -85,8 +94,8 @@ def block_index(spec: str | int | float, count: int) -> int:
     return index % count
 
 
-def selected_block(base: nn.Module, count: int, kwargs: Mapping[str, Any] | None = None) -> int:
-    """The block whose output the model hands to its projector; with windowed attention, the last block that sees everything."""
+def selected_block(base: nn.Module, count: int, kwargs: Inputs | None = None) -> int:
+    """The block whose output goes to the projector; with windowed attention, the last block that sees everything."""
     full = getattr(tower_of(base), "fullatt_block_indexes", None)
     if full:
         return block_index(int(max(full)), count)
@@ -94,7 +103,7 @@ def selected_block(base: nn.Module, count: int, kwargs: Mapping[str, Any] | None
     return count - 1 if layers is None else max(_block_of_layer(layers[0], count), 0)
 
 
-def _feature_layers(base: nn.Module, kwargs: Mapping[str, Any] | None) -> list[int] | None:
+def _feature_layers(base: nn.Module, kwargs: Inputs | None) -> list[int] | None:
     """The hidden states the model selects, or None when it takes the tower's last output."""
     call = EncoderCall(base, "image", kwargs or {}, None)
     return family_of(base, kwargs).feature_layers(call)
@@ -108,8 +117,8 @@ def _block_of_layer(layer: int, count: int) -> int:
 
 
 def _parse(needs: Iterable[str]) -> list[tuple[str, str, str | None]]:
-    """(name, kind, block or None) of each signal asked for, those of other modules left out."""
-    found = []
+    """(name, kind, block or None) of each signal, those of other modules left out."""
+    parsed = []
     for name in dict.fromkeys(needs):
         kind, colon, block = name.partition(":")
         if kind in ELSEWHERE:
@@ -118,11 +127,11 @@ def _parse(needs: Iterable[str]) -> list[tuple[str, str, str | None]]:
             raise unknown("signal", kind, (*NAMES, *ELSEWHERE))
         if colon and kind in ("encoder_features", "clip_image"):
             raise OptionError(f"signal {name!r}: {kind} takes no block; write {kind!r}.")
-        found.append((name, kind, block if colon else None))
-    return found
+        parsed.append((name, kind, block if colon else None))
+    return parsed
 
 
-def _block(base: nn.Module, spec: str | None, count: int, kwargs: Mapping[str, Any] | None = None) -> int:
+def _block(base: nn.Module, spec: str | None, count: int, kwargs: Inputs | None = None) -> int:
     return selected_block(base, count, kwargs) if spec is None else block_index(spec, count)
 
 
@@ -167,32 +176,32 @@ def _name(base: nn.Module) -> str:
 def compute_signals(
     base: nn.Module,
     modality: str,
-    kwargs: Mapping[str, Any],
-    output: Any,
+    kwargs: Inputs,
+    output: object,
     probe: AttentionProbe | None,
     needs: Sequence[str],
-    scorer: Any = None,
-    encoder: Any = None,
+    scorer: PatchScorer | None = None,
+    encoder: EncoderStage | None = None,
 ) -> SignalSet:
     """The signals `needs` of one get_image_features or get_video_features call that `probe` listened to.
 
-    kwargs, output: of that call. scorer: gives `clip_image` through embed_image(pixels (U, 3, H, W)) -> (U, N, E), one
-    embedding per patch in raster order; it gets the pixels as the processor normalised them. encoder: the EncoderStage of a
-    tower that is reduced inside; signals of a block with fewer rows are what that block computed, each group's value at the
-    places of its members, 0 for dropped tokens.
+    The first four are that call, as its hook hands it on. scorer: gives `clip_image`. encoder: of a tower that is
+    reduced inside; signals of a block with fewer rows are what that block computed, each group's value at the places of
+    its members, 0 for dropped tokens.
     """
-    asked = _parse(needs)
-    if not asked:
+    parsed = _parse(needs)
+    if not parsed:
         return SignalSet()
     call = EncoderCall(base, modality, kwargs, output)
     reader = _Reader(call, probe, scorer, encoder)
     result = SignalSet()
-    for name, kind, spec in asked:
+    for name, kind, spec in parsed:
         try:
             result.values[name], result.sources[name] = reader.read(kind, spec)
         except UnknownGeometryError as error:
             raise MissingSignalError(
-                f"{_name(base)} cannot give {name!r}: its patches cannot be matched with its tokens ({error}). {FEATURES_ALONE}"
+                f"{_name(base)} cannot give {name!r}: its patches cannot be matched with its tokens ({error}). "
+                f"{FEATURES_ALONE}"
             ) from None
     return result
 
@@ -200,7 +209,13 @@ def compute_signals(
 class _Reader:
     """Reads the signals of one call; projections of a block are put in order once."""
 
-    def __init__(self, call: EncoderCall, probe: AttentionProbe | None, scorer: Any, encoder: Any = None) -> None:
+    def __init__(
+        self,
+        call: EncoderCall,
+        probe: AttentionProbe | None,
+        scorer: PatchScorer | None,
+        encoder: EncoderStage | None,
+    ) -> None:
         self.call, self.scorer, self.encoder = call, scorer, encoder
         self.family = family_of(call.base, call.kwargs)
         self._probe = probe
@@ -229,43 +244,40 @@ class _Reader:
             prefix = self.prefix(seen.q.shape[2])
             values, source = self.score(kind, seen, prefix > 0, block)
         else:
-            values, source = self.reduced(kind, seen, block)
+            values, source = self.reduced(kind, seen, block, self.encoder)
             prefix = self.prefix(values.shape[1])
         return self.rows(values[:, prefix:]), source
 
-    def reduced(self, kind: str, seen: Projections, block: int) -> tuple[Tensor, str]:
+    def reduced(self, kind: str, seen: Projections, block: int, encoder: EncoderStage) -> tuple[Tensor, str]:
         """(B, N, ...) values of a block whose rows the encoder stage may have reduced, for all original tokens."""
-        if (
-            self.encoder.channels
-            and kind in ("cls_logits", "cls_attention_1head")
-            and self.encoder.places(block) is not None
-        ):
+        sizes_inside = encoder.channels > 0 and encoder.places(block) is not None
+        if sizes_inside and kind in ("cls_logits", "cls_attention_1head"):
             raise MissingSignalError(
-                f"{kind!r} of block {block} has no meaning behind {self.encoder.method.info.name!r}: this tower carries the sizes of merged "
-                "tokens inside queries and keys, so logits and heads taken as one are not the model's own. Take a method that reads "
-                "attention (cls_attention, received_attention) or features, or switch the size weighting off (proportional=False)."
+                f"{kind!r} of block {block} has no meaning behind {encoder.method.info.name!r}: this tower carries the sizes "
+                "of merged tokens inside queries and keys, so logits and heads taken as one are not the model's own. Take a "
+                "method that reads attention (cls_attention, received_attention) or features, or switch the size weighting "
+                "off (proportional=False)."
             )
-        values, source = self.score(kind, seen, self.encoder.tower.cls, block)
-        if kind == "keys" and self.encoder.channels and self.encoder.places(block) is not None:
-            half = self.encoder.channels // 2  # at the end of either half of a head, as rotary embedding pairs them
+        values, source = self.score(kind, seen, encoder.tower.cls, block)
+        if kind == "keys" and sizes_inside:
+            half = encoder.channels // 2  # at the end of either half of a head, as rotary embedding pairs them
             values = values.unflatten(-1, (2, -1))[..., :-half].flatten(-2)
         packed = seen.segments is not None
         flat = values.flatten(2) if values.dim() > 2 else values[..., None]
-        wide_rows = self.encoder.widen(block, flat[0] if packed else flat)
+        wide_rows = encoder.widen(block, flat[0] if packed else flat)
         full = wide_rows[None] if packed else wide_rows
         return full.reshape(*full.shape[:2], *values.shape[2:]), source
 
     def frame_sizes(self, block: int) -> Tensor | None:
-        """(K,) queries of the frame that each row of a packed block belongs to, where windows are parts of it; else
-        None.
-        """
+        """(K,) queries of the frame of each row of a packed block, where windows are parts of it; else None."""
         frame = self.family.frame_sizes(self.call)
         places = None if self.encoder is None or frame is None else self.encoder.places(block)
         if frame is None or places is None:
             return frame
-        number = ((1 / frame.double()).cumsum(0) - 0.5 / frame.double()).floor().long()  # frames are runs of their size
-        mine = number.to(places.device)[places]
-        return torch.bincount(mine)[mine].to(frame)
+        # Frames are runs of their size: number[i] is the frame of token i at the entrance.
+        number = ((1 / frame.double()).cumsum(0) - 0.5 / frame.double()).floor().long()
+        frame_of_row = number.to(places.device)[places]
+        return torch.bincount(frame_of_row)[frame_of_row].to(frame)
 
     def score(self, kind: str, seen: Projections, cls: bool, block: int) -> tuple[Tensor, str]:
         """(B, N, ...) values of a block's tokens, special ones included."""
@@ -324,12 +336,11 @@ class _Reader:
         if kept is not None and -len(kept) <= layer < len(kept) and isinstance(kept[layer], Tensor):
             return kept[layer]
         block = _block_of_layer(layer, len(tower_blocks(self.probe.tower)))
-        seen = self.probe.output(block)
+        seen = self.probe.output(block)  # (B, K, C)
         if self.encoder is None:
             return seen
-        return (
-            self.encoder.output(block, seen[0])[None] if self.encoder.tower.packed else self.encoder.output(block, seen)
-        )
+        packed = self.encoder.tower.packed
+        return self.encoder.output(block, seen[0])[None] if packed else self.encoder.output(block, seen)
 
     def clip(self) -> tuple[Tensor, str]:
         """Patch embeddings of a scorer, lined up with the rows."""
@@ -343,7 +354,8 @@ class _Reader:
         name, patches = type(self.scorer).__name__, self.family.patches(self.call)
         if embedded.dim() != 3 or embedded.shape[0] != units.shape[0]:
             raise MissingSignalError(
-                f"{name}.embed_image gave {tuple(embedded.shape)} for {units.shape[0]} pictures; expected (pictures, patches, E)."
+                f"{name}.embed_image gave {tuple(embedded.shape)} for {units.shape[0]} pictures; expected (pictures, "
+                "patches, E)."
             )
         source = f"patch embeddings of {name}"
         if patches is not None and embedded.shape[1] != patches:

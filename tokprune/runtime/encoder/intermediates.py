@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,29 +10,31 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from tokprune.runtime.encoder.engine import Splice
+    from tokprune.runtime.encoder.run import R
 
 NAME = "forward_intermediates"
 
 
 def forward_intermediates(
-    original: Any,
-    splice: Splice,
+    original: Callable[..., Any],
+    splice: Splice[R],
     x: Tensor,
-    indices: Any = None,
+    indices: int | list[int] | None = None,
     return_prefix_tokens: bool = False,
     norm: bool = False,
     stop_early: bool = False,
     output_fmt: str = "NCHW",
     intermediates_only: bool = False,
     output_dict: bool = False,
-    **more: Any,
-) -> Any:
-    """What `original`, the method of a timm vision transformer, returns; it would reshape shortened sequences to a
-    grid itself.
+    **more: object,
+) -> object:
+    """What `original`, the method of a timm vision transformer, returns; it would reshape shortened sequences itself.
+
+    The arguments behind `splice` are timm's, by its names and in its order.
     """
     from timm.models._features import feature_take_indices
 
-    prefix, model = splice.tower.prefix, original.__self__
+    prefix, model = splice.tower.prefix, splice.tower.root
     taken, _ = feature_take_indices(len(splice.tower.blocks), indices)
     final, maps = original(
         x, indices, return_prefix_tokens=prefix > 0, norm=norm, stop_early=stop_early, output_fmt="NLC", **more
@@ -47,9 +50,9 @@ def forward_intermediates(
         bodies.append(body)
     with_prefix = prefix > 0 and return_prefix_tokens
     if output_dict:
-        named: dict[str, Any] = {"image_intermediates": bodies}
+        named: dict[str, object] = {"image_intermediates": bodies}
         if with_prefix:
             named["image_intermediates_prefix"] = heads
         return named if intermediates_only else {**named, "image_features": final}
-    listed: list[Any] = list(zip(bodies, heads, strict=True)) if with_prefix else bodies
+    listed = list(zip(bodies, heads, strict=True)) if with_prefix else bodies
     return listed if intermediates_only else (final, listed)

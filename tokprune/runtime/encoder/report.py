@@ -4,31 +4,32 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from tokprune.adapters.tower_parts import Tower
 from tokprune.methods.encoder_base import EncoderMethod
 from tokprune.runtime.encoder.run import EncoderTrace
+from tokprune.types import JsonObject
 
 
 @dataclass(frozen=True)
 class EncoderReport:
-    """The last run of a reduced tower.
-
-    start: patches per image (packed towers: of all images together, in units of the connector), left: how many places
-    are left, one number per image. counts: rows behind each block, prefix included. work: rows that the blocks' MLPs
-    saw, as a share of the unreduced tower's. expanded: the tower's output has full length.
-    """
+    """The last run of a reduced tower."""
 
     model: str
     tower: str
     method: str
     asked: str
+    """The ratio or budget that was given, as text."""
     start: int = 0
+    """Patches per image (packed towers: of all images together, in units of the connector)."""
     left: tuple[int, ...] = ()
+    """Places that are left, one number per image."""
     counts: tuple[int, ...] = ()
+    """Rows behind each block, prefix included."""
     work: float = 1.0
+    """Rows that the blocks' MLPs saw, as a share of the unreduced tower's."""
     expanded: bool = True
+    """The tower's output has full length."""
     notes: tuple[str, ...] = ()
 
     @staticmethod
@@ -76,7 +77,7 @@ class EncoderReport:
         """Places that are left of them."""
         return sum(self.left)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """Plain data."""
         return {"total": self.total, "kept": self.kept, **asdict(self)}
 

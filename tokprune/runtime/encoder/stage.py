@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokprune.adapters.hooks import Hook
+from tokprune.adapters.tower_parts import Moments
 from tokprune.adapters.towers import find_tower
 from tokprune.budget import check_budget, check_ratio
 from tokprune.errors import BudgetError, OptionError, UnsupportedModelError
@@ -16,18 +17,18 @@ from tokprune.runtime.encoder.batched import BatchedSplice
 from tokprune.runtime.encoder.engine import Splice
 from tokprune.runtime.encoder.packed import PackedSplice
 from tokprune.runtime.encoder.report import EncoderReport
-from tokprune.runtime.encoder.run import EncoderTrace
+from tokprune.runtime.encoder.run import EncoderTrace, Run
 from tokprune.runtime.probe import AttentionProbe
 
 
-def _normal(processor: Any) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+def _normal(processor: object) -> Moments | None:
     """Mean and standard deviation by which a processor normalises pixels, if it says so."""
-    image: Any = getattr(processor, "image_processor", processor)
+    image = getattr(processor, "image_processor", processor)
     mean, std = getattr(image, "image_mean", None), getattr(image, "image_std", None)
     return None if mean is None or std is None else (tuple(mean), tuple(std))
 
 
-def refuse_two_reductions(root: Any, owner: Any, reduces: bool) -> None:
+def refuse_two_reductions(root: nn.Module, owner: object, reduces: bool) -> None:
     """Raise where a pruning of a model and a pruning of its bare tower would meet in one call.
 
     root: the tower. owner: the model to be pruned. reduces: inside the tower; else its blocks are only looked at.
@@ -36,15 +37,16 @@ def refuse_two_reductions(root: Any, owner: Any, reduces: bool) -> None:
         other = hook.owner() if isinstance(hook, Hook) else None
         if isinstance(other, Splice) and other.anchor() is root is not owner:
             raise UnsupportedModelError(
-                f"the vision tower of {type(owner).__name__} is already reduced by a pruning of the tower itself; take that off first, "
-                f"tokprune.remove(tower), and give its method with this one: method=[{other.method.info.name!r}, ...]."
+                f"the vision tower of {type(owner).__name__} is already reduced by a pruning of the tower itself; take that "
+                f"off first, tokprune.remove(tower), and give its method with this one: method=[{other.method.info.name!r}, "
+                "...]."
             )
         looks = isinstance(other, Splice) and other.anchor() is not root
         looks |= isinstance(other, AttentionProbe) and other.own_calls
         if looks and reduces and owner is root:
             raise UnsupportedModelError(
-                f"this {type(root).__name__} is the vision tower of a model that is pruned and looks into it; apply the encoder method to "
-                "that model, or take its pruning off first."
+                f"this {type(root).__name__} is the vision tower of a model that is pruned and looks into it; apply the "
+                "encoder method to that model, or take its pruning off first."
             )
 
 
@@ -56,31 +58,26 @@ class EncoderStage:
 
     def __init__(
         self,
-        model: Any,
+        model: nn.Module,
         method: EncoderMethod,
         ratio: float | None = None,
         budget: int | None = None,
         expand: bool | None = None,
-        processor: Any = None,
+        processor: object = None,
     ) -> None:
         self.tower = find_tower(model)
         self.method, self.name = method, type(self.tower.owner).__name__
-        pools = self.tower.pools
         if expand is None:
             expand = self.tower.vlm or method.info.merges or method.restores
         if method.restores and not expand:
             raise OptionError(
                 f"{method.info.name!r} restores the full sequence at the tower's end; expand=False has no meaning."
             )
-        if (
-            method.info.adaptive
-            and pools
-            and not self.tower.vlm
-            and not (method.restores or (expand and method.info.merges))
-        ):
+        full_length = method.restores or (expand and method.info.merges)
+        if method.info.adaptive and self.tower.pools and not self.tower.vlm and not full_length:
             raise UnsupportedModelError(
-                f"{method.info.name!r} keeps another count in each image, and {self.tower.family} pools over all patches, padding "
-                "included; it needs a tower that reads its output from [CLS]."
+                f"{method.info.name!r} keeps another count in each image, and {self.tower.family} pools over all patches, "
+                "padding included; it needs a tower that reads its output from [CLS]."
             )
         self.expand = expand
         self.ratio = None if ratio is None else check_ratio(ratio)
@@ -88,9 +85,8 @@ class EncoderStage:
         if ratio is not None and budget is not None:
             raise BudgetError(f"both ratio={ratio!r} and budget={budget!r} given; choose one.")
         splice = PackedSplice if self.tower.packed else BatchedSplice
-        self._splice = splice(self.tower, method, self.ratio, self.budget, expand)
+        self._splice: PackedSplice | BatchedSplice = splice(self.tower, method, self.ratio, self.budget, expand)
         self._splice.normalisation = _normal(processor) or self.tower.normal
-
         self._splice.check()
         refuse_two_reductions(self.tower.root, self.tower.owner, reduces=True)
 
@@ -101,8 +97,8 @@ class EncoderStage:
 
     @property
     def trace(self) -> EncoderTrace | None:
-        """Which patch is in which group, where each group sits: of this thread's last run, or the last of any; None before."""
-        run = self._splice.threads.now.last
+        """Groups and places of this thread's last run, or of the last run of any thread; None before."""
+        run: Run | None = self._splice.threads.now.last
         return self._splice.trace if run is None or run.trace is None else run.trace
 
     def install(self) -> None:
@@ -119,11 +115,10 @@ class EncoderStage:
         self._splice.tower = self.tower
 
     def widen(self, block: int, x: Tensor) -> Tensor:
-        """Rows that entered block `block` in this thread's last run, at full length. x: (B, K, C), packed towers (K,
-        C).
+        """Rows that entered block `block` in this thread's last run, at full length.
 
         For whoever looks at a reduced block from outside (its queries and keys, say) and wants one row per original
-        token: members of a group get the group's row, dropped tokens zeros.
+        token: members of a group get the group's row, dropped tokens zeros. x: (B, K, C), packed towers (K, C).
         """
         return self._splice.entering(block, x)
 
@@ -132,9 +127,7 @@ class EncoderStage:
         return self._splice.full_length(block, x)
 
     def places(self, block: int) -> Tensor | None:
-        """Packed towers: (K,) original token at which each row that entered `block` sits; None when it was not
-        reduced.
-        """
+        """Packed towers: (K,) original token of each row that entered `block`; None when it was not reduced."""
         return self._splice.places(block)
 
     @property
@@ -144,6 +137,6 @@ class EncoderStage:
 
     def report(self) -> EncoderReport:
         """What the last run left, block by block; prints as text."""
-        asked = f"ratio {self.ratio:g}" if self.ratio is not None else "its own schedule"
-        asked = f"budget {self.budget}" if self.budget is not None else asked
-        return EncoderReport.build(self.name, self.tower, self.method, asked, self.expand, self.trace)
+        amount = f"ratio {self.ratio:g}" if self.ratio is not None else "its own schedule"
+        amount = f"budget {self.budget}" if self.budget is not None else amount
+        return EncoderReport.build(self.name, self.tower, self.method, amount, self.expand, self.trace)
