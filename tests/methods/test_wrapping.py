@@ -41,6 +41,10 @@ class Probe(ScoreMethod):
         return self.flag
 
     @property
+    def reads_examples(self) -> bool:
+        return self.flag
+
+    @property
     def exact(self) -> bool:
         return self.flag
 
@@ -83,7 +87,7 @@ OVERRIDDEN = {
     (Relevance, "select_batch"): "as select",
 }
 HOOKS = {name for name in vars(ConnectorMethod) if not name.startswith("_")} - {"stage", "narrows"} | {"needs"}
-FLAGS = {"query_aware", "exact", "drops_at_full_budget"}
+FLAGS = {"query_aware", "reads_examples", "exact", "drops_at_full_budget"}
 
 
 def wrappers(base: type = Wrapper) -> set[type]:

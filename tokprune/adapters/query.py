@@ -124,11 +124,25 @@ def find_question(processor: Any, ids: Tensor, visual_ids: Sequence[int]) -> tup
     if not found:
         text, sure = plain_question(text)
         source = "found in a prompt that follows no known chat template" if sure else WHOLE
+    return _without_special(tokenizer, text), source
+
+
+def words_between(processor: Any, ids: Tensor) -> str:
+    """The words of a stretch of a prompt, ids (L,), without what the chat template writes around turns."""
+    tokenizer = tokenizer_of(processor)
+    text = _one_line(tokenizer.decode(ids.tolist(), skip_special_tokens=False))
+    for mark in reversed(_template_parts(processor) or ()):
+        if mark:
+            text = re.sub(re.escape(mark), " ", text, flags=re.IGNORECASE)
+    return _without_special(tokenizer, text)
+
+
+def _without_special(tokenizer: Any, text: str) -> str:
     special = {str(t) for t in getattr(tokenizer, "all_special_tokens", ())}
     special |= {str(t) for t in getattr(tokenizer, "added_tokens_encoder", ())}
     for word in sorted(special, key=len, reverse=True):
         text = text.replace(word, " ")
-    return _one_line(text), source
+    return _one_line(text)
 
 
 def _tokens(tokenizer: Any, text: str) -> tuple[list[int], tuple[str, ...] | None]:
@@ -170,14 +184,20 @@ def build_queries(
         else:
             out.append(None)
             continue
-        embeddings, pieces = None, None
-        if processor is not None:
-            words, pieces = _tokens(tokenizer_of(processor), text)
-            device = next((p.device for p in table.parameters() if p.device.type != "meta"), torch.device("cpu"))
-            with torch.no_grad():
-                embeddings = table(
-                    torch.tensor(words, dtype=torch.long, device=ids.device if ids is not None else device)
-                )
-        clip = scorer.embed_text([text]) if hasattr(scorer, "embed_text") else None
-        out.append(Query(text, embeddings, clip, source, pieces))
+        out.append(read(processor, table, text, source, scorer, None if ids is None else ids.device))
     return out
+
+
+def read(
+    processor: Any, table: Any, text: str, source: str, scorer: Any = None, device: torch.device | None = None
+) -> Query:
+    """A text as a Query: with its rows of the LLM's embedding module `table`, where a processor can tell its tokens."""
+    embeddings, pieces = None, None
+    if processor is not None:
+        words, pieces = _tokens(tokenizer_of(processor), text)
+        if device is None:
+            device = next((p.device for p in table.parameters() if p.device.type != "meta"), torch.device("cpu"))
+        with torch.no_grad():
+            embeddings = table(torch.tensor(words, dtype=torch.long, device=device))
+    clip = scorer.embed_text([text]) if hasattr(scorer, "embed_text") else None
+    return Query(text, embeddings, clip, source, pieces)

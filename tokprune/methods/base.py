@@ -57,6 +57,11 @@ class ConnectorMethod(Method):
         return self.info.query_aware
 
     @property
+    def reads_examples(self) -> bool:
+        """Whether each picture of a prompt comes with the words written behind it, instead of the prompt's question."""
+        return False
+
+    @property
     def exact(self) -> bool:
         """Whether `select` keeps exactly what it is asked to; published code that under-fills its budget may not."""
         return getattr(self, "compat", "corrected") == "corrected" and not self.info.adaptive
@@ -135,6 +140,11 @@ class Wrapper(ConnectorMethod):
     def query_aware(self) -> bool:
         """Whether the wrapped method reads the question."""
         return self.method.query_aware
+
+    @property
+    def reads_examples(self) -> bool:
+        """Whether the wrapped method reads the words behind each picture."""
+        return self.method.reads_examples
 
     @property
     def exact(self) -> bool:

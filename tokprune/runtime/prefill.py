@@ -42,7 +42,7 @@ from tokprune.runtime.execute import PrunedForward, clear_raw, execute
 from tokprune.runtime.frames.scores import FrameScorer
 from tokprune.runtime.outputs import wide_path, widen_output
 from tokprune.runtime.plan import Columns, Plan, make_plan, tokens_of
-from tokprune.runtime.questions import questions_of
+from tokprune.runtime.questions import give_examples, questions_of
 from tokprune.runtime.records import EncoderRecord, LastRun, StreamRecord, encoder_record
 from tokprune.runtime.reuse import sources_of
 from tokprune.runtime.streams import Encoded, Prompts, build_streams
@@ -309,6 +309,8 @@ class Prefill:
                 streams += build_streams(self.adapter, one, prompts, self.options.method.needs)
             if not streams:
                 return None
+            if self.options.method.reads_examples:
+                give_examples(self.adapter, call, columns, streams, (processor, self.options.scorer))
             score_ms = self._score_frames(streams, encoded)
             choose(self.options.method, streams, self.options.count)
         select_ms = (time.perf_counter() - start) * 1e3 - score_ms

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from tokprune.adapters.base import Adapter, flatten
-from tokprune.adapters.query import build_queries
+from tokprune.adapters.query import build_queries, read, words_between
 from tokprune.adapters.types import EncoderOutput, ModelCall, Processor, Scorer
 from tokprune.errors import MissingQueryError
 from tokprune.runtime.plan import Columns, tokens_of
+from tokprune.runtime.records import StreamRecord
 from tokprune.runtime.reuse import are_copies
 from tokprune.tokens import Query
 
@@ -60,3 +62,41 @@ def _repeated(call: ModelCall, columns: Columns, encoded: Mapping[str, EncoderOu
         if sum(counts) == len(features) and not are_copies(x, counts, features, [None] * len(counts), copies):
             return False
     return True
+
+
+def give_examples(
+    adapter: Adapter,
+    call: ModelCall,
+    columns: Columns,
+    streams: Sequence[StreamRecord],
+    helpers: tuple[Processor, Scorer],
+) -> None:
+    """Give each picture the words between it and the next one of its prompt, its in-context example, as its question.
+
+    Pictures with no words between them share those behind the last of them. The last of a prompt keeps the prompt's question.
+    """
+    ids, (processor, scorer) = call.get("input_ids"), helpers
+    if processor is None or ids is None or columns.segments is not None:
+        raise MissingQueryError(
+            "text='example' reads the words behind each picture off the prompt: pass input_ids, one sample per row, and "
+            "apply(..., processor=processor); or take text='question'."
+        )
+    spans: list[tuple[int, int, int, StreamRecord]] = []  # row, first and last column
+    for modality, where in columns.placeholders.items():
+        rows, places = (t.tolist() for t in where.nonzero(as_tuple=True))
+        for stream in (s for s in streams if s.modality == modality):
+            first, last = stream.offset, stream.offset + stream.geometry.total - 1
+            spans.append((rows[first], places[first], places[last], stream))
+    spans.sort(key=lambda span: span[:2])
+    query, table = None, adapter.base.get_input_embeddings()
+    for (row, _, last, stream), after in reversed(list(zip(spans, [*spans[1:], None], strict=True))):
+        if after is None or after[0] != row:
+            query = stream.tokens.query
+        else:
+            shown = columns.visible[row, last + 1 : after[1]].to(ids.device)
+            words = words_between(processor, ids[row, last + 1 : after[1]][shown])
+            if words:
+                query = read(processor, table, words, "the words behind the picture", scorer, ids.device)
+        stream.visual = dataclasses.replace(stream.tokens, query=query)
+        stream.question = None if query is None else query.text
+        stream.question_source = None if query is None else query.source

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -45,8 +46,9 @@ def catp(features: Tensor, text: Tensor, keep: int, relevance: float = 0.7) -> t
 class CATP(ConnectorMethod):
     """CATP (AAAI 2026), stage 1: diverse tokens that fit the text, and budgets over the images of one prompt.
 
-    Within an image the choice is the paper's (relevance = lambda_1 = 0.7); the text is the prompt's question for every image,
-    where the paper has one text per in-context example. Stage 2 of the paper works inside the LLM (layers 6 and 7) and
+    Within an image the choice is the paper's (relevance = lambda_1 = 0.7). text: "question" compares every image with the
+    prompt's question; "example", as in the paper, with the words of its own in-context example, those between it and the
+    next image (images in a row share them, the last one has the question). Stage 2 of the paper works inside the LLM (layers 6 and 7) and
     belongs to the decoder stage; here the whole budget is spent in front of it.
 
     Budgets between images: the paper gives each image the same ratio in stage 1 and lets the share of an image vary in
@@ -58,6 +60,12 @@ class CATP(ConnectorMethod):
 
     relevance: float = option(0.7, low=0, hint="0 is diversity alone.")
     stretch: float = option(2.0, low=1, hint="1 is the same ratio for all images.")
+    text: Literal["question", "example"] = "question"
+
+    @property
+    def reads_examples(self) -> bool:
+        """Whether `text` asks for the words of each image's own example."""
+        return self.text == "example"
 
     def budgets(self, batch: Sequence[VisualTokens], keeps: Sequence[int]) -> list[int]:
         """Share the prompt's tokens between its images by the gain of each further token."""
