@@ -1,7 +1,8 @@
-"""Hooks and stand-in methods on a model's modules, tied so that nothing keeps the model alive and nothing is left behind.
+"""Hooks and stand-in methods on a model's modules, which keep no model alive and leave nothing behind.
 
-A model owns its pruning, the pruning looks at the model through weak references, and a hook on a module looks at the pruning
-through one: no cycles, so that `del model` frees the weights at once. Copies and pickles of a model follow the references.
+A model owns its pruning, the pruning looks at the model through weak references, and a hook on a module looks at the
+pruning through one: no cycles, so that `del model` frees the weights at once. Copies and pickles of a model follow the
+references.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ Call: TypeAlias = tuple[Args, Keywords]
 
 
 class Ref:
-    """A weak reference to an object that deepcopy and pickle follow; called, it gives the object, or None when that is gone."""
+    """A weak reference that deepcopy and pickle follow; called, it gives the object, or None when that is gone."""
 
     def __init__(self, target: object = None) -> None:
         self._target = (lambda: None) if target is None else weakref.ref(target)
@@ -44,7 +45,7 @@ class Ref:
 
 
 class PerThread(threading.local):
-    """`now`: the state of this thread's call in flight, made by `kind()`. Copies of a model start afresh, as new threads do.
+    """`now`: the state of this thread's call in flight, by `kind()`. Copies of a model start afresh, as threads do.
 
     There is deliberately no default of the class: torch.compile would read it instead of the thread's own value.
     """
@@ -102,8 +103,8 @@ def _copied(owner: Any, memo: dict[int, object]) -> Any:
 class StandIn:
     """Takes the place of a method of one object: `method(*first, original, ...)` of a pruning answers instead.
 
-    Whatever stood in the object's own __dict__ before comes back in the end. The signature is the original's: generate()
-    inspects it.
+    Whatever stood in the object's own __dict__ before comes back in the end. The signature is the original's:
+    generate() inspects it.
     """
 
     def __init__(self, owner: object, method: str, first: Args, target: object, name: str) -> None:
@@ -170,13 +171,13 @@ class Attachments:
         return len(self._handles) + len(self._stand_ins)
 
     def before(self, module: nn.Module, method: str, *first: object, **how: bool) -> RemovableHandle:
-        """Call the owner's `method` before `module` runs. how: options of register_forward_pre_hook. Returns torch's handle."""
+        """Call the owner's `method` before `module` runs. how: options of register_forward_pre_hook."""
         hook = Hook(self._owner(), method, first)
         self._handles.append(module.register_forward_pre_hook(hook, **how))
         return self._handles[-1]
 
     def after(self, module: nn.Module, method: str, *first: object, **how: bool) -> RemovableHandle:
-        """Call the owner's `method` after `module` has run. how: options of register_forward_hook. Returns torch's handle."""
+        """Call the owner's `method` after `module` has run. how: options of register_forward_hook."""
         hook = Hook(self._owner(), method, first)
         self._handles.append(module.register_forward_hook(hook, **how))
         return self._handles[-1]

@@ -12,8 +12,8 @@ from tokprune.adapters.base import TEXT_MODELS
 from tokprune.adapters.towers import TOWERS, first_child, projectors_of
 from tokprune.errors import UnsupportedModelError
 
-#: The parts of one `generate` call, in order. `select` is what happens between projector and LLM: scoring and pruning, and
-#: (pruned or not) embedding the text and placing the image rows. `other` is the bookkeeping of the call itself.
+#: The parts of one `generate` call, in order. `select` is what happens between projector and LLM: scoring and pruning,
+#: and (pruned or not) embedding the text and placing the image rows. `other` is the bookkeeping of the call itself.
 STAGES = ("vision", "projector", "select", "prefill", "decode", "other")
 
 
@@ -35,7 +35,10 @@ class StageModules:
 
 
 def find_stages(model: nn.Module) -> StageModules:
-    """The stages of `model`, through any wrapper (PEFT, compiled). Raises UnsupportedModelError when it has no vision tower."""
+    """The stages of `model`, through any wrapper (PEFT, compiled).
+
+    Raises UnsupportedModelError when it has no vision tower.
+    """
     for base in model.modules():
         vision, language = first_child(base, TOWERS), first_child(base, TEXT_MODELS)
         if vision is None or language is None:
@@ -61,7 +64,7 @@ def watch(stages: StageModules, on_enter: Callable[[str], None], on_leave: Calla
     handles = []
 
     def add(module: nn.Module, part: str) -> None:
-        # First to enter and last to leave: other hooks on the same module (pruning's) are booked under the module's part.
+        # First to enter and last to leave: other hooks on the same module (pruning's) are booked under its part.
         handles.append(module.register_forward_pre_hook(lambda m, a, k: on_enter(part), with_kwargs=True, prepend=True))
         handles.append(module.register_forward_hook(lambda m, a, o: on_leave(part)))
 

@@ -110,7 +110,7 @@ class Projections:
         return out
 
     def cls_value_row(self) -> Tensor:
-        """Head-mean softmax of the first token's value with all values, unscaled. -> (B, N), the first token included."""
+        """Head-mean softmax of the first token's value with all values, unscaled. -> (B, N), that token included."""
         v = wide(self.v)
         return (v[:, :, :1] @ v.transpose(-1, -2)).softmax(-1).mean(1)[:, 0]
 
@@ -206,7 +206,7 @@ class AttentionProbe:
         return bool(self._modules)
 
     def install(self, own_calls: bool = False) -> AttentionProbe:
-        """Start listening to the tower. own_calls: only to runs inside `listening()`, for towers that others hold, too."""
+        """Start listening. own_calls: only to runs inside `listening()`, for towers that other models hold, too."""
         if len(self.on) or not self.listens:
             return self
         self.own_calls = own_calls

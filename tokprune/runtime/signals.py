@@ -41,7 +41,7 @@ ELSEWHERE = ("clip_text", "frame_scores")
 
 
 def mean_value_norm(values: Tensor) -> Tensor:
-    """L1 norm of each token's value vector after its heads were averaged. values: (..., H, S, d) -> (..., S) in float32.
+    """L1 norm of each token's value vector after its heads were averaged. (..., H, S, d) -> (..., S) in float32.
 
     Averaged first, so heads that disagree cancel; the sum of the heads' norms ranks tokens differently.
     """
@@ -82,8 +82,8 @@ def block_index(spec: str | int | float, count: int) -> int:
             depth = math.nan
         if not 0.0 < depth < 1.0:
             raise OptionError(
-                f"{text!r} does not name a block; write its 0-based number (0 to {count - 1}), a negative one that counts "
-                "from the end (-1 is the last), or a relative depth between 0 and 1 such as 0.348."
+                f"{text!r} does not name a block; write its 0-based number (0 to {count - 1}), a negative one that "
+                "counts from the end (-1 is the last), or a relative depth between 0 and 1 such as 0.348."
             ) from None
         return round(depth * (count - 1))
     if not -count <= index < count:
@@ -253,10 +253,10 @@ class _Reader:
         sizes_inside = encoder.channels > 0 and encoder.places(block) is not None
         if sizes_inside and kind in ("cls_logits", "cls_attention_1head"):
             raise MissingSignalError(
-                f"{kind!r} of block {block} has no meaning behind {encoder.method.info.name!r}: this tower carries the sizes "
-                "of merged tokens inside queries and keys, so logits and heads taken as one are not the model's own. Take a "
-                "method that reads attention (cls_attention, received_attention) or features, or switch the size weighting "
-                "off (proportional=False)."
+                f"{kind!r} of block {block} has no meaning behind {encoder.method.info.name!r}: this tower carries "
+                "the sizes of merged tokens inside queries and keys, so logits and heads taken as one are not the "
+                "model's own. Take a method that reads attention (cls_attention, received_attention) or features, or "
+                "switch the size weighting off (proportional=False)."
             )
         values, source = self.score(kind, seen, encoder.tower.cls, block)
         if kind == "keys" and sizes_inside:

@@ -38,8 +38,8 @@ class BatchedSplice(Splice[Run]):
         table, state = kwargs["rope"], run.states[index]
         if table.dim() != 2:
             raise UnsupportedModelError(
-                f"{self.tower.family} gave a rotary table of shape {tuple(table.shape)} (patch dropout in training?); an "
-                "encoder-stage method can follow one table for all images, (patches, channels)."
+                f"{self.tower.family} gave a rotary table of shape {tuple(table.shape)} (patch dropout in training?); "
+                "an encoder-stage method can follow one table for all images, (patches, channels)."
             )
         if state.rep is None:
             run.ropes[index] = table
@@ -75,9 +75,9 @@ class BatchedSplice(Splice[Run]):
         mean, std = known[0] or mean, known[1] or std
         if mean is None or std is None:
             raise OptionError(
-                f"{self.method.info.name!r} measures the picture's grey levels, and this model does not say how its pixels "
-                "were normalised: give apply its processor, or write mean=(...), std=(...) (image_mean and image_std of the "
-                "image processor)."
+                f"{self.method.info.name!r} measures the picture's grey levels, and this model does not say how its "
+                "pixels were normalised: give apply its processor, or write mean=(...), std=(...) (image_mean and "
+                "image_std of the image processor)."
             )
         shift, factor = (torch.tensor(v, device=pixels.device).view(1, -1, 1, 1) for v in (mean, std))
         height, width = pixels.shape[2] // side, pixels.shape[3] // side
@@ -160,8 +160,8 @@ class BatchedSplice(Splice[Run]):
             visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
             if not bool(visible.all()):
                 raise UnsupportedModelError(
-                    f"{self.tower.family}: the batch pads images to one length with an attention mask, which an encoder-stage "
-                    "method cannot follow; run images of equal size together, or one by one."
+                    f"{self.tower.family}: the batch pads images to one length with an attention mask, which an "
+                    "encoder-stage method cannot follow; run images of equal size together, or one by one."
                 )
             run.unmasked = True
         if bias is None:

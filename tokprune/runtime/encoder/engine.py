@@ -25,39 +25,39 @@ from tokprune.runtime.encoder.recompute import PastRuns, recomputing
 from tokprune.runtime.encoder.run import EncoderTrace, InFlight, R, State
 
 REENTRANT = (
-    "gradient checkpointing in the reentrant way cannot be recomputed with an encoder-stage method: the tower would get no "
-    'gradients. Use gradient_checkpointing_kwargs={"use_reentrant": False} (set_grad_checkpointing of timm and open_clip '
-    "does so by itself)."
+    "gradient checkpointing in the reentrant way cannot be recomputed with an encoder-stage method: the tower would "
+    'get no gradients. Use gradient_checkpointing_kwargs={"use_reentrant": False} (set_grad_checkpointing of timm '
+    "and open_clip does so by itself)."
 )
 NO_SCRIPT = (
-    "torch.jit.script cannot compile {} with an encoder-stage method on it (TorchScript knows no hooks of this kind); script "
-    "the model before apply, or after remove. torch.compile works."
+    "torch.jit.script cannot compile {} with an encoder-stage method on it (TorchScript knows no hooks of this "
+    "kind); script the model before apply, or after remove. torch.compile works."
 )
 UNKNOWN_CALL = (
-    "the blocks of {} were called with {} where hidden states were expected: tracing with stand-ins for tensors (torch.fx) "
-    "cannot follow an encoder-stage method, whose steps depend on the number of tokens. Trace the model before apply, or "
-    "after remove."
+    "the blocks of {} were called with {} where hidden states were expected: tracing with stand-ins for tensors "
+    "(torch.fx) cannot follow an encoder-stage method, whose steps depend on the number of tokens. Trace the model "
+    "before apply, or after remove."
 )
 NO_CHECKPOINTS = (
     "{} leaves the sequence and restores it, which gradient checkpointing cannot recompute block by block; switch "
     "checkpointing off, or take a method that merges (tome, pitome, tofu)."
 )
 NO_PATCH_SIZES = (
-    "{!r} chooses patch sizes, which {} here does not allow: it needs absolute positions, one token per patch at the connector "
-    "and images of one size (ViTs of timm and open_clip, CLIP, SigLIP, LLaVA)."
+    "{!r} chooses patch sizes, which {} here does not allow: it needs absolute positions, one token per patch at the "
+    "connector and images of one size (ViTs of timm and open_clip, CLIP, SigLIP, LLaVA)."
 )
 OUT_OF_ORDER = (
-    "block {} of the {} tower was called out of order; an encoder-stage method needs the blocks to run from the first on, one "
-    "after the other (non-reentrant gradient checkpointing is fine, reentrant is not)."
+    "block {} of the {} tower was called out of order; an encoder-stage method needs the blocks to run from the "
+    "first on, one after the other (non-reentrant gradient checkpointing is fine, reentrant is not)."
 )
 
 
 class Splice(ABC, Generic[R]):
     """An encoder method, spliced into one tower. Subclasses know how its sequence is laid out.
 
-    The tower may be part of several models. Where it was found inside a model, only that model's calls are reduced: those
-    that go through `Tower.owner_methods`; other calls of the tower, in whatever thread, run plain. A tower that was given
-    itself is reduced whoever calls it.
+    The tower may be part of several models. Where it was found inside a model, only that model's calls are reduced:
+    those that go through `Tower.owner_methods`; other calls of the tower, in whatever thread, run plain. A tower that
+    was given itself is reduced whoever calls it.
     """
 
     normalisation: Moments | None = None
@@ -87,7 +87,7 @@ class Splice(ABC, Generic[R]):
 
     @abstractmethod
     def shrink(self, run: R, index: int, x: Tensor) -> Tensor | None:
-        """The rows that the method leaves of `x` in block `index`, with run.states[index + 1] set; None: all of them."""
+        """The rows that the method leaves of `x` in block `index`; sets run.states[index + 1]. None: all of them."""
 
     @abstractmethod
     def widen(self, run: R, state: State, x: Tensor, rebuild: bool = True) -> Tensor:
@@ -144,7 +144,7 @@ class Splice(ABC, Generic[R]):
         """Packed towers: original token of each row that enters block `index`, None when all are there."""
         return None
 
-    # -- hooks ----------------------------------------------------------------------------------------------------------------
+    # -- hooks --------------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
         """Refuse what cannot be right, before anything is hooked."""
@@ -272,7 +272,7 @@ class Splice(ABC, Generic[R]):
         return run
 
     def _again(self, index: int, x: Tensor) -> R | None:
-        """The run whose block `index` a backward pass computes again, told by where the block's input lies in memory."""
+        """The run whose block `index` a backward pass computes again, known by where the block's input lies."""
         now = self.threads.now
         run: R | None = self.past.entered_by(index, x)
         if run is None and now.run is not None and now.recomputed == index - 1:

@@ -1,6 +1,4 @@
-"""From the encoder stage to the connector stage: which of the LLM's tokens are groups' own places, and choosing
-among these.
-"""
+"""From the encoder stage to the connector stage: a connector method sees only the tokens that the encoder left."""
 
 from __future__ import annotations
 
@@ -22,8 +20,7 @@ SIGNAL = "encoder_survivor"
 
 
 def survivor_rows(encoder: EncoderStage, call: EncoderCall) -> Tensor:
-    """1 for each row of an encoder call that is the place of a group, 0 for its copies and dropped tokens. (R,) in
-    float32.
+    """(R,) in float32: 1 for each row of an encoder call that is the place of a group, 0 for copies and dropped tokens.
 
     call: the get_image_features or get_video_features call that `encoder` has just seen. Where the connector pools
     patches of several groups to a token, the token counts as a place when one of them has its place there.
@@ -45,8 +42,8 @@ def survivor_rows(encoder: EncoderStage, call: EncoderCall) -> Tensor:
 class AmongSurvivors(Wrapper):
     """A connector method that sees only the tokens which the encoder stage left; by default it keeps all of these.
 
-    Not registered: the encoder stage wraps with it. The budget is the whole stream's: `keep` of N tokens, less where fewer
-    survived.
+    Not registered: the encoder stage wraps with it. The budget is the whole stream's: `keep` of N tokens, less where
+    fewer survived.
     """
 
     method: ConnectorMethod = option(factory=NoPruning)

@@ -95,6 +95,7 @@ class EncoderReport:
             )
             lines.append(f"  rows behind each block: {', '.join(map(str, self.counts))}")
             lines.append(
-                f"  MLP work {self.work:.1%} of the whole tower; output {'at full length' if self.expanded else 'reduced'}"
+                f"  MLP work {self.work:.1%} of the whole tower; output "
+                f"{'at full length' if self.expanded else 'reduced'}"
             )
         return "\n".join([*lines, *(f"  note: {n}" for n in self.notes)])

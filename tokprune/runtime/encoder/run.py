@@ -113,7 +113,7 @@ class EncoderTrace:
     """What the last run of a tower left. Packed towers: one dimension over all images."""
 
     assign: Tensor
-    """(images, patches) group of each patch in the tower's patch order, -1 when it was dropped: what a merge map draws."""
+    """(images, patches) group of each patch in the tower's order, -1 when it was dropped: what a merge map draws."""
     survivor: Tensor
     """(images, patches) True at the one patch of each group where the group's token sits."""
     size: Tensor

@@ -37,16 +37,16 @@ def refuse_two_reductions(root: nn.Module, owner: object, reduces: bool) -> None
         other = hook.owner() if isinstance(hook, Hook) else None
         if isinstance(other, Splice) and other.anchor() is root is not owner:
             raise UnsupportedModelError(
-                f"the vision tower of {type(owner).__name__} is already reduced by a pruning of the tower itself; take that "
-                f"off first, tokprune.remove(tower), and give its method with this one: method=[{other.method.info.name!r}, "
-                "...]."
+                f"the vision tower of {type(owner).__name__} is already reduced by a pruning of the tower itself; "
+                "take that off first, tokprune.remove(tower), and give its method with this one: "
+                f"method=[{other.method.info.name!r}, ...]."
             )
         looks = isinstance(other, Splice) and other.anchor() is not root
         looks |= isinstance(other, AttentionProbe) and other.own_calls
         if looks and reduces and owner is root:
             raise UnsupportedModelError(
-                f"this {type(root).__name__} is the vision tower of a model that is pruned and looks into it; apply the "
-                "encoder method to that model, or take its pruning off first."
+                f"this {type(root).__name__} is the vision tower of a model that is pruned and looks into it; apply "
+                "the encoder method to that model, or take its pruning off first."
             )
 
 
@@ -76,8 +76,8 @@ class EncoderStage:
         full_length = method.restores or (expand and method.info.merges)
         if method.info.adaptive and self.tower.pools and not self.tower.vlm and not full_length:
             raise UnsupportedModelError(
-                f"{method.info.name!r} keeps another count in each image, and {self.tower.family} pools over all patches, "
-                "padding included; it needs a tower that reads its output from [CLS]."
+                f"{method.info.name!r} keeps another count in each image, and {self.tower.family} pools over all "
+                "patches, padding included; it needs a tower that reads its output from [CLS]."
             )
         self.expand = expand
         self.ratio = None if ratio is None else check_ratio(ratio)
