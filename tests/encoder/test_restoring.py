@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from tests.encoder.test_towers import TOWERS, output, parts, pixels, timm_vit
 from tests.encoder.test_vlm_towers import PACKED, encode, rows, two_images
+from tokprune import apply
 from tokprune.errors import OptionError, UnsupportedModelError
 from tokprune.methods.encoder.dtop import DToP, undecided
 from tokprune.methods.encoder.ipcv import IPCV, neighbours
@@ -234,6 +236,96 @@ def test_ipcv_in_a_packed_tower_equals_a_written_out_forward() -> None:
     ):
         expected = module(torch.cat(planes[index]))
         close(rows(plane) if isinstance(plane, (list, tuple)) else plane, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+@torch.no_grad()
+def test_ipcv_as_published_drops_single_patches_out_of_all_pictures(family: str) -> None:
+    """Behind block 0; block 1 attends with all patches, rebuilt, and thinks with the kept ones."""
+    tiny = build(family)
+    inputs = two_images(tiny)
+    tower = tiny.model.base_model.visual
+    calls: list[dict[str, Any]] = []
+    watch = [
+        b.register_forward_pre_hook(
+            lambda m, a, kw: calls.append({**kw, "x": a[0] if a else kw["hidden_states"]}), with_kwargs=True
+        )
+        for b in tower.blocks
+    ]
+    ends: list[Tensor] = []
+    watch.append(tower.blocks[-1].register_forward_hook(lambda m, a, out: ends.append(out)))
+    encode(tiny, inputs)
+    assert [h.remove() for h in watch]
+    before, then = calls[0]["x"], calls[1]["x"]
+    n = len(before)
+    kept = sorted((then - before).norm(dim=-1).argsort(descending=True)[: int(0.35 * n)].tolist())
+    others = [i for i in range(n) if i not in kept]
+    assert any(any((4 * u + i in kept) != (4 * u in kept) for i in range(4)) for u in range(n // 4))
+
+    def restore(now: Tensor) -> Tensor:
+        full = then.clone()
+        for i in others:
+            near = (then[kept] - then[i]).norm(dim=-1).argsort(stable=True)[:10]
+            full[i] += (now - then[kept])[near].mean(0)
+        full[kept] = now
+        return full
+
+    x = then[kept]
+    for index, block in enumerate(tower.blocks):
+        if index == 0:
+            continue
+        given = calls[index]
+        rows = list(range(n)) if index == 1 else kept
+        full = restore(x) if index == 1 else x
+        cos, sin = (t[rows] for t in given["position_embeddings"])
+        borders = given["cu_seqlens"].tolist()
+        segment = torch.tensor([sum(i >= e for e in borders) for i in rows])
+        a = block.attn
+        q, k, v = a.qkv(block.norm1(full)).unflatten(1, (3, a.num_heads, -1)).unbind(1)
+
+        def rotated(t: Tensor, cos: Tensor = cos, sin: Tensor = sin) -> Tensor:
+            low, high = t.chunk(2, -1)
+            return t * cos[:, None] + torch.cat([-high, low], -1) * sin[:, None]
+
+        logits = torch.einsum("qhd,khd->hqk", rotated(q), rotated(k)) * a.scaling
+        weight = logits.masked_fill(segment[:, None] != segment, -torch.inf).softmax(-1)
+        full = full + a.proj(torch.einsum("hqk,khd->qhd", weight, v).flatten(1))
+        x = full[kept] if index == 1 else full
+        x = x + block.mlp(block.norm2(x))
+    ends.clear()
+    watch = [tower.blocks[-1].register_forward_hook(lambda m, a, out: ends.append(out))]
+    with apply_encoder(tiny.model, IPCV(first=0, steady=1, compat="published")) as pruning:
+        encode(tiny, inputs)
+        assert pruning.report().counts[-1] == -(-len(kept) // 4)
+    watch[0].remove()
+    close(ends[-1], restore(x), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "internvl"])
+@torch.no_grad()
+def test_a_connector_method_follows_single_patches(family: str) -> None:
+    tiny = build(family)
+    method = IPCV(keep=0.5, first=0, steady=1, compat="published")
+    with apply(tiny.model, [method, "divprune"], ratio=0.5) as pruning:
+        tiny.model(**two_images(tiny))
+        streams = pruning.report().streams
+    assert all(s.kept == (s.total + 1) // 2 > 0 for s in streams)
+    assert len(streams) == 2
+
+
+def test_the_published_count_is_that_of_a_reduction() -> None:
+    """1 - 0.9 is less than 0.1, so that one tenth of ten is none; one is kept."""
+    counts = {}
+    for keep, n in ((0.35, 340), (0.35, 341), (0.1, 20), (0.222, 500)):
+        block = SimpleNamespace(x=torch.rand(1, n, 4), entering=torch.zeros(1, n, 4), patches=n, prefix=0, cut=None)
+        block.sizes = lambda n=n: torch.ones(1, n, 1)
+        reduction = IPCV(keep=keep, compat="published").reduce(block)  # type: ignore[arg-type]
+        counts[keep, n] = reduction.rep.shape[1]  # type: ignore[union-attr]
+    assert counts == {
+        (k, n): max(1, int(n * (1 - r))) for (k, n), r in zip(counts, (0.65, 0.65, 0.9, 0.778), strict=True)
+    }
+    assert counts[0.35, 340] == 118
+    assert counts[0.1, 20] == 1
 
 
 @pytest.mark.parametrize("method", ["ipcv", "toc3d"])

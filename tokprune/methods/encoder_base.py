@@ -208,6 +208,13 @@ class EncoderMethod(Method):
         """Whether its own options say how much it removes, so that it needs no ratio of its own."""
         return True
 
+    @property
+    def single_patches(self) -> bool:
+        """For methods that restore the sequence: patches leave one by one where the connector joins several to a unit, and
+        where all pictures of a call are one sequence, their patches compete.
+        """
+        return False
+
     def check(self, depth: int, target: bool) -> None:
         """Refuse settings that do not fit a tower of `depth` blocks. target: a ratio or budget was given."""
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokprune.budget import floor_of, round_of
+from tokprune.budget import round_of
 from tokprune.errors import OptionError
 from tokprune.methods.base import top
 from tokprune.methods.encoder_base import BlockView, Cut, EncoderMethod, Place, Reduction, at_depths
@@ -67,9 +67,9 @@ def rebuilt(old: Tensor, then: Tensor, now: Tensor, nearest: Tensor, across: boo
     complexity="O(N²C)",
     checked=Checked(
         "Perkzi/IPCV",
-        agrees="InternVL2's tower on one picture, and on several with compat='published'",
-        differs="neighbours across pictures and counts rounded down (compat); single patches of Qwen2-VL instead of units; the "
-        "stage in the LLM, which is DART's or FastV's",
+        agrees="InternVL2's tower on one picture, and on several with compat='published'; Qwen2-VL's on one with compat",
+        differs="neighbours across pictures, counts rounded down and single patches of units (compat); borders of several "
+        "pictures in Qwen2-VL; the stage in the LLM, which is DART's or FastV's",
     ),
     presets={"qwen2_vl": {"first": 2, "steady": 7}},
 )
@@ -86,9 +86,9 @@ class IPCV(EncoderMethod):
 
     What differs from the published code: it seeks the neighbours of a token in all pictures and tiles of the call, so that
     an answer depends on what else is in the batch; here within its own picture or tile. It rounds the number of kept tokens
-    down; here to the nearest, halves up. compat="published" does both as there. Where patches are joined behind the tower
-    (Qwen2-VL) it drops single patches, over all pictures of the call at once; here whole units leave, picture by picture,
-    with either compat.
+    down; here to the nearest, halves up. Where patches are joined behind the tower it drops single ones, for Qwen2-VL out of
+    all pictures of the call at once; here whole units leave, picture by picture. compat="published" does all of this as
+    there, but for the borders of several pictures in one call of Qwen2-VL, which are one patch off there.
     """
 
     keep: float = option(0.35, above=0, high=1)
@@ -105,6 +105,11 @@ class IPCV(EncoderMethod):
             raise OptionError(
                 "ipcv gives all tokens back at the tower's end; say keep=0.5 (the share that goes on inside), not a ratio or budget."
             )
+
+    @property
+    def single_patches(self) -> bool:
+        """Whether patches leave one by one, out of all pictures of a call where they are one sequence."""
+        return self.compat == "published"
 
     def cut_at(self, depth: int) -> int:
         """The block behind which tokens leave."""
@@ -123,7 +128,10 @@ class IPCV(EncoderMethod):
         if block.cut is not None:
             return Reduction.kept(block, block.cut.reduction.rep)
         n, prefix = block.patches, block.prefix
-        keep = max(1, (floor_of if self.compat == "published" else round_of)(n, self.keep))
+        if self.compat == "published":  # down, and with the rounding errors of a reduction that is taken from 1
+            keep = max(1, int(n * (1 - round(1 - self.keep, 9))))
+        else:
+            keep = max(1, round_of(n, self.keep))
         if keep >= n or block.entering is None:
             return None
         kept = top(movement(block.x[:, prefix:], block.entering[:, prefix:]), keep) + prefix

@@ -23,7 +23,7 @@ class BatchedSplice(Splice[Run]):
     """
 
     def start(self, x: Tensor, kwargs: Keywords) -> Run:
-        tokens, prefix, fold = x.shape[1], self.tower.prefix, self.tower.fold
+        tokens, prefix, fold = x.shape[1], self.tower.prefix, self.fold
         if fold > 1 and (tokens - prefix) % fold:
             raise UnsupportedModelError(
                 f"{tokens - prefix} patches are no whole units of {fold} in {self.tower.family}."
@@ -58,10 +58,10 @@ class BatchedSplice(Splice[Run]):
 
     def rows(self, x: Tensor, order: Tensor | None) -> Tensor:
         """Rows of the states: tokens, or units without the prefix. order: of tokens that lie in raster order."""
-        if self.tower.fold == 1:
+        if self.fold == 1:
             return x
         x = x if order is None else x[:, order]
-        return x[:, self.tower.prefix :].unflatten(1, (-1, self.tower.fold)).flatten(2)
+        return x[:, self.tower.prefix :].unflatten(1, (-1, self.fold)).flatten(2)
 
     def entrance(self) -> Entrance | None:
         """The picture of this run and what larger patches of it would be."""
@@ -94,7 +94,7 @@ class BatchedSplice(Splice[Run]):
 
     def shrink(self, run: Run, index: int, x: Tensor) -> Tensor | None:
         tower, state = self.tower, run.states[index]
-        fold, prefix = tower.fold, tower.prefix
+        fold, prefix = self.fold, tower.prefix
         order = self.order(run, x.device) if fold > 1 and state.assign is None else None
         rows, head = self.rows(x, order), x[:, : prefix if fold > 1 else 0]
         reader, rope, before = tower.blocks[index].reader, run.ropes.pop(index, None), run.inputs.get(index)
@@ -147,8 +147,8 @@ class BatchedSplice(Splice[Run]):
         size = state.size[..., 0]
         if not self.method.size_bias:
             size = (size > 0).to(size.dtype)
-        if self.tower.fold > 1:
-            size = size.repeat_interleave(self.tower.fold, dim=1)
+        if self.fold > 1:
+            size = size.repeat_interleave(self.fold, dim=1)
             size = torch.cat([size.new_ones(size.shape[0], self.tower.prefix), size], 1)
         return size.log()[:, None, None, :]
 
@@ -175,7 +175,7 @@ class BatchedSplice(Splice[Run]):
     def widen(self, run: Run, state: State, x: Tensor, rebuild: bool = True) -> Tensor:
         if state.assign is None:
             return x
-        fold, prefix = self.tower.fold, self.tower.prefix
+        fold, prefix = self.fold, self.tower.prefix
         rows = self.rows(x, None)
         if state.detour and rebuild:
             wide = self.method.rebuild(run.cuts[0][1], rows)
@@ -188,7 +188,7 @@ class BatchedSplice(Splice[Run]):
         return wide[:, self.order(run, x.device).argsort()]
 
     def record(self, run: Run, state: State) -> EncoderTrace:
-        places = run.rows - (self.tower.prefix if self.tower.fold == 1 else 0)
+        places = (run.tokens - self.tower.prefix) // self.tower.fold
         side = math.isqrt(self.tower.fold)
         height, width = (n // side for n in run.grid or (0, 0))
         if height * width != places:  # the tower does not show its pictures: square, or else one line
@@ -197,7 +197,7 @@ class BatchedSplice(Splice[Run]):
         cells = ((height, width),) * run.batch
         prefix = self.tower.prefix if self.tower.fold == 1 else 0
         if state.assign is None or state.rep is None or state.size is None or state.detour:
-            assign = torch.arange(run.rows - prefix).expand(run.batch, -1)
+            assign = torch.arange(places).expand(run.batch, -1)
             there = torch.ones_like(assign, dtype=torch.bool)
             return EncoderTrace(assign, there, there.float(), self.tower.fold, prefix, tuple(run.counts), cells)
         real = state.rep >= 0

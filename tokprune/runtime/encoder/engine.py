@@ -79,6 +79,11 @@ class Splice(ABC, Generic[R]):
         """The model that is pruned."""
         return self.tower.owner
 
+    @property
+    def fold(self) -> int:
+        """Tokens in a row of the states: a unit of the connector, or one where the method drops single patches."""
+        return 1 if self.method.single_patches else self.tower.fold
+
     # -- what depends on the layout -----------------------------------------------------------------------------------
 
     @abstractmethod

@@ -52,14 +52,14 @@ class PackedSplice(Splice[PackedRun]):
     """
 
     def start(self, x: Tensor, kwargs: Keywords) -> PackedRun:
-        fold, tokens = self.tower.fold, x.shape[0]
+        fold, tokens = self.fold, x.shape[0]
         if tokens % fold or kwargs.get("position_embeddings") is None or kwargs.get("cu_seqlens") is None:
             raise UnsupportedModelError(f"the blocks of {self.tower.family} were called without borders or positions.")
         frames = self.threads.now.frames
         if frames is None:
             raise UnsupportedModelError(f"the blocks of {self.tower.family} were called without the tower around them.")
         cells, order = frames
-        lengths = {0: [height * width for height, width in cells]}
+        lengths = {0: [tokens] if self.method.single_patches else [height * width for height, width in cells]}
         position = kwargs["position_embeddings"]
         return PackedRun(tokens // fold, tokens, 1, position=position, order=order, cells=cells, lengths=lengths)
 
@@ -92,7 +92,7 @@ class PackedSplice(Splice[PackedRun]):
         heads = output.unflatten(1, shape)  # (S, 3, H, 2, d / 2)
         more = heads.new_zeros(*heads.shape[:-1], PAD // 2)
         more[:, 0, :, 0, 0] = 1
-        more[:, 1, :, 0, 0] = (size.log() / parts.scale).repeat_interleave(self.tower.fold, 0).to(output.dtype)
+        more[:, 1, :, 0, 0] = (size.log() / parts.scale).repeat_interleave(self.fold, 0).to(output.dtype)
         return torch.cat([heads, more], -1).flatten(1)
 
     def _strip_channel(self, index: int, module: nn.Module, args: Args) -> Args | None:
@@ -111,14 +111,14 @@ class PackedSplice(Splice[PackedRun]):
             key = len(run.borders)
             run.borders[key] = borders
             x = args[0] if args else kwargs["hidden_states"]
-            units = (borders[1:] - borders[:-1]).to(x.device, torch.long) // self.tower.fold
+            units = (borders[1:] - borders[:-1]).to(x.device, torch.long) // self.fold
             run.segment[key] = torch.repeat_interleave(torch.arange(len(units), device=units.device), units)
         run.kinds[index] = key
         run.lengths.setdefault(index, run.lengths.get(index - 1, []))
         if state.rep is None:
             return None
         counts = torch.bincount(run.segment[key][state.rep])
-        counts = counts[counts > 0] * self.tower.fold
+        counts = counts[counts > 0] * self.fold
         new = dict(kwargs)
         new["cu_seqlens"] = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(borders)
         if kwargs.get("max_seqlen") is not None:
@@ -143,14 +143,14 @@ class PackedSplice(Splice[PackedRun]):
 
     def tokens(self, units: Tensor) -> Tensor:
         """Token rows of these units."""
-        fold = self.tower.fold
+        fold = self.fold
         return (units[:, None] * fold + torch.arange(fold, device=units.device)).flatten()
 
     def attend(self, run: PackedRun, index: int, args: Args, kwargs: Keywords) -> Call | None:
         return None  # the size bias travels as a channel of q and k
 
     def shrink(self, run: PackedRun, index: int, x: Tensor) -> Tensor | None:
-        state, units = run.states[index], x.shape[0] // self.tower.fold
+        state, units = run.states[index], x.shape[0] // self.fold
         place = torch.arange(units, device=x.device) if state.rep is None else state.rep  # (U,)
         size = x.new_ones(units, 1, dtype=torch.float32) if state.size is None else state.size
         rows = x.view(units, -1)  # (U, C of a unit)
@@ -218,7 +218,7 @@ class PackedSplice(Splice[PackedRun]):
         assign = torch.where(assign >= 0, back[assign.clamp(min=0)], -1)
         detour = self.method.restores
         run.states[index + 1] = run.states[index].then(rep[order], assign, size[order], False, detour)
-        return x[order].view(-1, x.shape[1] // self.tower.fold)
+        return x[order].view(-1, x.shape[1] // self.fold)
 
     def view(
         self, run: PackedRun, index: int, x: Tensor, size: Tensor, at: Tensor, place: Tensor, start: int
@@ -227,7 +227,7 @@ class PackedSplice(Splice[PackedRun]):
 
         x: (F, n, C of a unit). at, place: (F, n) rows now and at the entrance. start: units of a frame at the entrance.
         """
-        tower, fold = self.tower, self.tower.fold
+        tower, fold = self.tower, self.fold
         offsets = torch.arange(fold, device=x.device)
         token = (at[..., None] * fold + offsets).flatten(1)  # (F, S)
         origin = (place[..., None] * fold + offsets).flatten(1)
@@ -241,11 +241,13 @@ class PackedSplice(Splice[PackedRun]):
             positions = [p[origin] for p in run.position]  # (F, S, d)
             return reader.turn(q, positions), reader.turn(k, positions)
 
-        segment = run.segment[run.kinds[index]][place].repeat_interleave(fold, 1)
-        bias = x.new_zeros(segment.shape[0], 1, 1, segment.shape[1], dtype=torch.float32)
-        if self.method.size_bias:
-            bias = size.repeat_interleave(fold, 1)[:, None, None, :, 0].log()
-        bias = bias.masked_fill((segment[:, :, None] != segment[:, None, :])[:, None], -torch.inf)
+        bias: Tensor | None = None
+        if not self.method.single_patches:  # else the square of all pictures' patches
+            segment = run.segment[run.kinds[index]][place].repeat_interleave(fold, 1)
+            bias = x.new_zeros(segment.shape[0], 1, 1, segment.shape[1], dtype=torch.float32)
+            if self.method.size_bias:
+                bias = size.repeat_interleave(fold, 1)[:, None, None, :, 0].log()
+            bias = bias.masked_fill((segment[:, :, None] != segment[:, None, :])[:, None], -torch.inf)
         return BlockView(
             x=x,
             index=index,
@@ -265,7 +267,7 @@ class PackedSplice(Splice[PackedRun]):
     def widen(self, run: PackedRun, state: State, x: Tensor, rebuild: bool = True) -> Tensor:
         if state.assign is None:
             return x
-        rows = x.reshape(-1, x.shape[1] * self.tower.fold)
+        rows = x.reshape(-1, x.shape[1] * self.fold)
         if state.detour and rebuild:
             full = rows.new_empty(run.rows, rows.shape[1])
             for at, cut in run.cuts:
@@ -280,8 +282,8 @@ class PackedSplice(Splice[PackedRun]):
 
     def record(self, run: PackedRun, state: State) -> EncoderTrace:
         """In raster order, frame after frame, whatever windows the tower makes."""
-        units, fold, cells = run.rows, self.tower.fold, tuple(run.cells)
-        counts = tuple(n // fold for n in run.counts)
+        fold, cells = self.tower.fold, tuple(run.cells)
+        units, counts = run.tokens // fold, tuple(-(-n // fold) for n in run.counts)
         if state.assign is None or state.rep is None or state.size is None or state.detour:
             everything, size = torch.arange(units), torch.ones(units)
             return EncoderTrace(everything, size.bool(), size, fold, 0, counts, cells)

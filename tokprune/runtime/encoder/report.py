@@ -40,7 +40,7 @@ class EncoderReport:
         notes = []
         if not tower.cls and method.info.name in ("evit", "ats", "toc3d"):
             notes.append("the tower has no [CLS]; patches are ranked by the attention they receive")
-        if tower.fold > 1:
+        if tower.fold > 1 and not method.single_patches:
             notes.append(f"{tower.fold} patches are one token of the connector and stay together")
         if method.restores:
             notes.append("tokens that were left out come back, rebuilt, at the tower's end: all of them are handed on")
