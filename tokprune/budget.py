@@ -227,9 +227,11 @@ def share_out(total: int, weights: Tensor, capacities: Tensor) -> Tensor:
 
 
 def share_on_device(total: int, weights: Tensor, capacities: Tensor) -> Tensor:
-    """`share_out` by P rounds of element-wise work, without host synchronisation."""
+    """`share_out` by P rounds of element-wise work, without host synchronisation; in float64, as on the host, but on MPS."""
+    weights = weights.float() if weights.device.type == "mps" else weights.double()
     usable = (torch.isfinite(weights) & (weights >= 0)).all(-1, keepdim=True) & (weights.sum(-1, keepdim=True) > 0)
     weights = torch.where(usable, weights, 1.0)
+    weights = weights / weights.amax(-1, keepdim=True)  # so that sums and products of huge or tiny weights stay finite
     out = torch.zeros_like(weights, dtype=torch.long)
     caps = capacities.to(weights.device).expand_as(out)
     for _ in range(weights.shape[-1]):  # each round fills at least one member, or none is full any more

@@ -25,6 +25,17 @@ def test_equals_the_rule_on_the_host(split) -> None:  # type: ignore[no-untyped-
 
 
 @BOTH
+def test_float32_weights_are_shared_as_on_the_host(split) -> None:  # type: ignore[no-untyped-def]
+    """Products that float32 cannot hold: 2800 * 0.3 / (0.3 + 0.7 + ...) and weights near the ends of its range."""
+    g = torch.Generator().manual_seed(3)
+    for scale in (1.0, 1e38, 1e-38):
+        weights = torch.randint(1, 40, (60, 5), generator=g) * scale / 40
+        for total in (2800, 577, 119):
+            expected = [share(total, row, [2880] * 5) for row in weights.tolist()]
+            assert split(total, weights, torch.tensor([2880] * 5)).tolist() == expected
+
+
+@BOTH
 def test_float32_sums_stay_exact(split) -> None:  # type: ignore[no-untyped-def]
     g = torch.Generator().manual_seed(1)
     weights = torch.rand(50, 16, generator=g) ** 6
