@@ -195,9 +195,13 @@ def check_reachable(name: str, revision: str | None = None, kind: str = "model")
         prepared = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets")
         cached = cached or (prepared / name.replace("/", "___")).is_dir()
     if kind == "model" and not cached and (name.count("/") != 1 or name[0] in "./~"):
+        if "/" in name or name[0] in ".~":
+            raise OptionError(
+                f"there is no folder {name!r}; give a folder that exists, or a {kind} of the hub: owner/name."
+            )
         raise OptionError(
             f"there is no folder {name!r}, and no {kind} of the hub is called that; write its owner, too: "
-            f"llava-hf/{name.rpartition('/')[2] or 'llava-1.5-7b-hf'}, for example."
+            f"llava-hf/{name}, for example."
         )
     ask = HfApi().model_info if kind == "model" else HfApi().dataset_info
     try:
