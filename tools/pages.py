@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.core.layers import layers_table
+from tokprune.adapters.foreign import FOREIGN
 from tokprune.cli.methods import facts, families_of
 from tokprune.evaluation.reference import models
 from tokprune.registry import STAGES, list_methods, method_class
@@ -144,6 +145,17 @@ def methods_block() -> str:
     return "\n".join([*lines, *(f"| {where} | {', '.join(f'`{n}`' for n in sorted(some))} |" for where, some in rows)])
 
 
+def foreign_table() -> str:
+    """FOREIGN as a table of Markdown, rows that differ in their names alone as one."""
+    rows: dict[tuple[str, str, str, str], list[str]] = {}
+    for one in FOREIGN:
+        rows.setdefault((one.kind, one.on, one.purpose, one.until), []).append(f"`{one.name}`" if one.name else "")
+    lines = ["| on | what | for | until |", "|---|---|---|---|"]
+    for (kind, on, purpose, until), names in rows.items():
+        lines.append(f"| {on} | {' '.join([kind, ', '.join(names)]).strip()} | {purpose} | {until} |")
+    return "\n".join(lines)
+
+
 def replace_block(text: str, name: str, content: str) -> str:
     """`text` with what stands between the markers of block `name` exchanged."""
     pattern = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
@@ -167,6 +179,8 @@ def pages() -> dict[Path, str]:
     out[readme] = text
     contributing = ROOT / "CONTRIBUTING.md"
     out[contributing] = replace_block(contributing.read_text(encoding="utf-8"), "layers", layers_table().rstrip("\n"))
+    architecture = ROOT / "docs" / "architecture.md"
+    out[architecture] = replace_block(architecture.read_text(encoding="utf-8"), "foreign", foreign_table())
     zoo = RESULTS / "zoo.json"
     if zoo.exists():
         data = json.loads(zoo.read_text(encoding="utf-8"))

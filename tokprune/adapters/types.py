@@ -25,6 +25,9 @@ Original: TypeAlias = Callable[..., Any]
 KVCache: TypeAlias = Any
 """A `transformers.Cache`, or None; pruned ones are of a class made on the fly (`runtime.cache_record`)."""
 
+CacheClass: TypeAlias = Any
+"""A class of these."""
+
 ModelOutput: TypeAlias = Any
 """A `transformers.utils.ModelOutput`, a tuple, or None where the forward failed."""
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokprune.adapters.dialect import CACHE, cache_name, tested_versions
+from tokprune.adapters.types import Model
 from tokprune.errors import UnsupportedModelError
 
 
-def check_attention(attention: Any) -> None:
+def check_attention(attention: Model) -> None:
     """Refuse an attention module whose queries cannot be made again from its projections."""
     if not hasattr(attention, "q_proj") or not hasattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb"):
         raise UnsupportedModelError(
@@ -25,7 +25,7 @@ def check_attention(attention: Any) -> None:
         )
 
 
-def newest_query(attention: Any, hidden: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
+def newest_query(attention: Model, hidden: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
     """The query of the last token as it meets the keys: (B, H, 1, d). hidden: (B, N, D) that the module was given.
 
     positions: cosine and sine of the rotary embedding, (B or 1, N, d).
@@ -49,7 +49,7 @@ def newest_query(attention: Any, hidden: Tensor, positions: tuple[Tensor, Tensor
     return rotated
 
 
-def check_tensor_mask(mask: Any) -> None:
+def check_tensor_mask(mask: object) -> None:
     """Refuse the mask object of a kernel that takes no tensors, such as flex attention's."""
     if mask is not None and not isinstance(mask, Tensor):
         raise UnsupportedModelError(

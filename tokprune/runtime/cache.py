@@ -10,14 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokprune.adapters.base import Adapter
 from tokprune.adapters.dialect import cache_in, swap_cache
+from tokprune.adapters.foreign import CACHE_VIEW, CANDIDATES
 from tokprune.adapters.hooks import Attachments, PerThread
+from tokprune.adapters.types import KVCache, Model, ModelCall, ModelOutput, Positional, Replaced
 from tokprune.errors import OptionError, UnsupportedModelError
 from tokprune.methods.cache_base import CacheMethod
 from tokprune.runtime.attention_row import attention_row, check_attention, newest_query
@@ -30,13 +31,13 @@ KERNELS = ("eager", "sdpa", "flash")  # attention implementations whose masks ca
 class _View:
     """A cache as one attention module sees it: what `update` returns goes through `then`."""
 
-    def __init__(self, cache: Any, then: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, cache: KVCache, then: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
         self._cache, self._then = cache, then
 
-    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(self, keys: Tensor, values: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
         return self._then(*self._cache.update(keys, values, *args, **kwargs))
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self._cache, name)
 
 
@@ -51,11 +52,11 @@ class _Reading:
 class CacheStage:
     """A cache method on one model; `remove` leaves it as it was.
 
-    keep_of: visual keys that a prompt with n of them uses in a step.
+    count: visual keys that a prompt with n of them uses in a step.
     """
 
-    def __init__(self, adapter: Adapter, method: CacheMethod, keep_of: Callable[[int], int]) -> None:
-        self.adapter, self.method, self.keep_of = adapter, method, keep_of
+    def __init__(self, adapter: Adapter, method: CacheMethod, count: Callable[[int], int]) -> None:
+        self.adapter, self.method, self.count = adapter, method, count
         self.on = Attachments(self)
         self.threads = PerThread(_Reading)
         self.steps, self.used, self.visual = 0, 0, 0
@@ -84,8 +85,8 @@ class CacheStage:
             self.on.after(self.source, "_after", with_kwargs=True, always_call=True)
             for attention in self.above:
                 self.on.before(attention, "_narrow", with_kwargs=True)
-            if hasattr(model, "_get_candidate_generator"):
-                self.on.instead(model, "_get_candidate_generator", "_refuse_assistance")
+            if hasattr(model, CANDIDATES):
+                self.on.instead(model, CANDIDATES, "_refuse_assistance")
         except BaseException:
             self.remove()
             raise
@@ -98,7 +99,7 @@ class CacheStage:
         """Let go of the model's layers: it is gone."""
         self.source, self.above = None, []
 
-    def anchor(self) -> Any:
+    def anchor(self) -> Model:
         """The model that this stage belongs to."""
         return self.adapter.model
 
@@ -122,10 +123,10 @@ class CacheStage:
                 'attn_implementation="sdpa", "eager" or "flash_attention_2" for methods of the cache stage.'
             )
 
-    # -- the layer that tells -------------------------------------------------------------------------------------------
+    # -- the layer whose attention is read -------------------------------------------------------------------------------------------
 
     @torch.compiler.disable
-    def _before(self, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _before(self, module: Model, args: Positional, kwargs: ModelCall) -> Replaced:
         self.threads.now.keys = self.threads.now.state = None  # an interrupt may have left something behind
         cache = cache_in(kwargs)
         if getattr(cache, "is_compileable", False):
@@ -137,11 +138,11 @@ class CacheStage:
         if state is None or state.visual is None:
             return None
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        if hidden.shape[1] != 1 or getattr(cache, "_tokprune_view", "logical") == "physical":
+        if hidden.shape[1] != 1 or getattr(cache, CACHE_VIEW, "logical") == "physical":
             state.chosen = None  # a prompt: the answer to it starts anew, with all keys
             return None
         if state.chosen is None:
-            state.chosen = Chosen.build(state.visual, self.keep_of)
+            state.chosen = Chosen.build(state.visual, self.count)
         if not state.chosen.width:
             state.chosen = None
             return None
@@ -154,7 +155,7 @@ class CacheStage:
         return args, swap_cache(kwargs, _View(cache, note))
 
     @torch.compiler.disable
-    def _after(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+    def _after(self, module: Model, args: Positional, kwargs: ModelCall, output: ModelOutput) -> None:
         keys, state = self.threads.now.keys, self.threads.now.state
         self.threads.now.keys = self.threads.now.state = None
         if keys is None or state is None or output is None:
@@ -173,7 +174,7 @@ class CacheStage:
     # -- the layers that read less --------------------------------------------------------------------------------------
 
     @torch.compiler.disable
-    def _narrow(self, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _narrow(self, module: Model, args: Positional, kwargs: ModelCall) -> Replaced:
         cache = cache_in(kwargs)
         state = get_state(cache)
         if cache is None or state is None or state.chosen is None or state.chosen.keys is None:
@@ -200,12 +201,14 @@ class CacheStage:
 
         return args, {**swap_cache(kwargs, _View(cache, gather)), "attention_mask": mask}
 
-    def _mask(self, chosen: Chosen, mask: Any, index: Tensor, filled: bool, kwargs: dict[str, Any]) -> Any:
+    def _mask(
+        self, chosen: Chosen, mask: Tensor | None, index: Tensor, filled: bool, kwargs: ModelCall
+    ) -> Tensor | None:
         """The layer's mask at the chosen keys; all layers that share a mask share the result."""
         if mask is None and not filled:
             return None
         known = chosen.masks.get(id(mask))
-        if known is not None and known[0] is mask and known[1].shape[-1] == index.shape[1]:
+        if known is not None and known[0] is mask and known[1] is not None and known[1].shape[-1] == index.shape[1]:
             return known[1]
         kernel = str(self.adapter.config.get_text_config()._attn_implementation)
         hidden = kwargs.get("hidden_states")
@@ -215,7 +218,7 @@ class CacheStage:
         return cut
 
     @staticmethod
-    def _refuse_assistance(*args: Any, **kwargs: Any) -> Any:
+    def _refuse_assistance(*args: object, **kwargs: object) -> object:
         raise UnsupportedModelError(
             "assisted decoding and prompt lookup check several drafted tokens at once, while a method of the cache stage chooses for one "
             "new token at a time: the answers would differ. Generate without assistant_model and prompt_lookup_num_tokens."

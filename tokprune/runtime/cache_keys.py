@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,14 +32,14 @@ class Chosen:
     keys: Tensor | None = None
     total: int = 0
     filled: bool = False
-    masks: dict[int, tuple[Any, Any]] = field(default_factory=dict)
+    masks: dict[int, tuple[Tensor | None, Tensor | None]] = field(default_factory=dict)
 
     @staticmethod
-    def build(visual: Tensor, keep_of: Callable[[int], int]) -> Chosen:
+    def build(visual: Tensor, count: Callable[[int], int]) -> Chosen:
         """From (B, P) bool, the visual keys; counts are read from the device, once per prefill."""
         counts = visual.sum(1)
         sizes = counts.tolist()
-        keeps = [min(keep_of(n), n) if n else 0 for n in sizes]
+        keeps = [min(count(n), n) if n else 0 for n in sizes]
 
         def positions(where: Tensor) -> Tensor:
             order = torch.argsort((~where).int(), dim=1, stable=True)

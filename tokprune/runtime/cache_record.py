@@ -10,13 +10,18 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from tokprune.adapters.foreign import CACHE_RECORD, CACHE_VIEW
+from tokprune.adapters.types import CacheClass, KVCache, Mask
 from tokprune.errors import TokpruneError, UnsupportedModelError
 from tokprune.runtime.masks import causal_mask, gather_mask
+
+if TYPE_CHECKING:
+    from tokprune.runtime.cache_keys import Chosen
 
 
 class Reader:
@@ -25,10 +30,10 @@ class Reader:
     def __init__(self, active: bool = True) -> None:
         self.active = active
 
-    def __deepcopy__(self, memo: Any) -> Reader:
+    def __deepcopy__(self, memo: dict[int, Reader]) -> Reader:
         return memo.setdefault(id(self), Reader(self.active))
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[type[Reader], tuple[bool]]:
         return Reader, (False,)  # an unpickled cache waits for a pruning that reads it
 
 
@@ -50,10 +55,10 @@ class PruneState:
     has_fill: bool
     reader: Reader = field(default_factory=Reader)
     visual: Tensor | None = None
-    chosen: Any = None
+    chosen: Chosen | None = None
     next_position: Tensor | None = None
 
-    def __deepcopy__(self, memo: Any) -> PruneState:
+    def __deepcopy__(self, memo: dict[int, object]) -> PruneState:
         """A copied cache is read by the same pruning; a copied model has one of its own."""
         return self.index(torch.clone)
 
@@ -112,7 +117,7 @@ class PruneState:
         tail = torch.arange(self.n_logical, self.n_logical + length - known, device=self.kept.device)
         return torch.cat([self.kept, tail.expand(self.kept.shape[0], -1)], 1)
 
-    def key_mask(self, logical_mask: Any, length: int, queries: int = 1, dtype: torch.dtype = torch.float32) -> Any:
+    def key_mask(self, logical_mask: Mask, length: int, queries: int = 1, dtype: torch.dtype = torch.float32) -> Mask:
         """The mask over `length` physical keys, the last `queries` of which are new, or None when every key is visible.
 
         logical_mask: over prompt columns: None, (B, keys) 0/1, (B or 1, H or 1, queries, keys), or a dict of these. dtype: of
@@ -144,20 +149,21 @@ class PrunedCacheMixin:
         length: int = super().get_seq_length(layer_idx)  # type: ignore[misc]
         return length
 
-    def get_mask_sizes(self, *args: Any, **kwargs: Any) -> Any:
+    def get_mask_sizes(self, *args: object, **kwargs: object) -> tuple[int, int]:
         """Asked for by every forward; the place to refuse a model that is no longer pruned."""
         if not self._tokprune.reader.active:
             raise TokpruneError(
                 "this cache was filled by a pruned model, whose pruning has been removed since: prompt columns and keys no longer "
                 "match. Apply a pruning again (any can read it), or start with a new cache."
             )
-        return super().get_mask_sizes(*args, **kwargs)  # type: ignore[misc]
+        sizes: tuple[int, int] = super().get_mask_sizes(*args, **kwargs)  # type: ignore[misc]
+        return sizes
 
     def physical_length(self, layer_idx: int = 0) -> int:
         """Keys that are really held."""
         return self.get_query_offset(layer_idx)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
         """Pickle by the class that the cache had before: this one is made on the fly."""
         return _unpickled, (type(self)._tokprune_base,), self.__dict__
 
@@ -166,7 +172,7 @@ class PrunedCacheMixin:
         super().reset()  # type: ignore[misc]
         detach_state(self)
 
-    def crop(self, *args: Any, **kwargs: Any) -> None:
+    def crop(self, *args: int, **kwargs: int) -> None:
         """Drop the last n tokens, given as -n: of the prompt and answer as written, pruned ones included."""
         count = int(args[0] if args else next(iter(kwargs.values())))
         if count >= 0:  # nothing, or refused
@@ -201,38 +207,43 @@ class PrunedCacheMixin:
 
 
 @functools.lru_cache(None)
-def _pruned_class(cls: Any) -> Any:
+def _pruned_class(cls: CacheClass) -> CacheClass:
     return type(cls.__name__, (PrunedCacheMixin, cls), {"__module__": cls.__module__, "_tokprune_base": cls})
 
 
-def _unpickled(cls: Any) -> Any:
+def _unpickled(cls: CacheClass) -> KVCache:
     """An empty cache of the pruned kind of `cls`, for pickle to fill."""
     pruned = _pruned_class(cls)
     return pruned.__new__(pruned)
 
 
-def get_state(cache: Any) -> PruneState | None:
+def get_state(cache: KVCache) -> PruneState | None:
     """The pruning record of a cache, if it has one."""
-    return getattr(cache, "_tokprune", None) if cache is not None else None
+    return getattr(cache, CACHE_RECORD, None) if cache is not None else None
 
 
-def attach_state(cache: Any, state: PruneState) -> None:
+def attach_state(cache: KVCache, state: PruneState) -> None:
     """Let `cache` carry `state`. The class of this one object is exchanged; deepcopy keeps both."""
     if not isinstance(cache, PrunedCacheMixin):
-        kind: Any = type(cache)
-        cache.__class__ = _pruned_class(kind)
-    cache._tokprune = state
+        before: CacheClass = type(cache)
+        cache.__class__ = _pruned_class(before)
+    setattr(cache, CACHE_RECORD, state)
 
 
-def detach_state(cache: Any) -> None:
+def detach_state(cache: KVCache) -> None:
     """Make `cache` an ordinary cache again."""
     if isinstance(cache, PrunedCacheMixin):
-        cache.__class__ = type(cache)._tokprune_base
-        del cache._tokprune
-        cache.__dict__.pop("_tokprune_view", None)
+        cache.__class__ = class_before(cache)
+        delattr(cache, CACHE_RECORD)
+        cache.__dict__.pop(CACHE_VIEW, None)
 
 
-def physical_length(cache: Any) -> int:
+def class_before(cache: PrunedCacheMixin) -> CacheClass:
+    """The class that a pruned cache had before."""
+    return type(cache)._tokprune_base
+
+
+def physical_length(cache: KVCache) -> int:
     """Keys that the cache holds."""
     if cache is None:
         return 0

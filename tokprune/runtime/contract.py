@@ -9,12 +9,14 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from tokprune.adapters.base import Adapter
 from tokprune.adapters.dialect import CACHE, TESTED, cache_name, library_cache_name, parameters, tested_versions
+from tokprune.adapters.types import Model, ModelCall
+from tokprune.adapters.types import Original as Function
 from tokprune.errors import UnsupportedModelError
 from tokprune.runtime.cache_record import PruneState, attach_state
 
@@ -27,15 +29,15 @@ CACHE_METHODS = (
 class Functions(NamedTuple):
     """What the conventions are about. Those of generation are None for a model that cannot generate."""
 
-    model: Any
-    base: Any
-    text: Any
-    prepare: Any
-    own_prepare: Any
-    prefill: Any
-    positions: Any
-    masks: tuple[Any, ...]
-    cache: tuple[Any, ...]
+    model: Function
+    base: Function
+    text: Function
+    prepare: Function | None
+    own_prepare: Function | None
+    prefill: Function | None
+    positions: Function | None
+    masks: tuple[Function | None, ...]
+    cache: tuple[Function | None, ...]
 
     @staticmethod
     def of(adapter: Adapter) -> Functions:
@@ -58,12 +60,12 @@ class Functions(NamedTuple):
         )
 
 
-def _named(function: Any, *names: str, cache: bool = False) -> bool:
+def _named(function: Function, *names: str, cache: bool = False) -> bool:
     """Whether a function names these arguments, and a KV cache where asked."""
     return set(names) <= set(parameters(function)) and not (cache and cache_name(function) is None)
 
 
-def _takes_more(function: Any) -> bool:
+def _takes_more(function: Function) -> bool:
     """Whether a function passes on keywords that it does not name."""
     return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
 
@@ -81,12 +83,12 @@ def _masks(f: Functions) -> bool:
     from transformers import DynamicCache, PretrainedConfig
 
     cache = DynamicCache()
-    cpu: dict[str, Any] = {"device": "cpu"}  # whatever the default is
+    cpu: ModelCall = {"device": "cpu"}  # whatever the default is
     cache.update(torch.zeros(1, 1, 3, 2, **cpu), torch.zeros(1, 1, 3, 2, **cpu), 0)
     attach_state(
         cache, PruneState(torch.arange(3, **cpu)[None], torch.zeros(1, 104, dtype=torch.long, **cpu), 103, True)
     )
-    config: Any = PretrainedConfig()
+    config: Model = PretrainedConfig()
     config._attn_implementation, config.sliding_window = "eager", 2
     call = {
         "config": config,
@@ -96,6 +98,8 @@ def _masks(f: Functions) -> bool:
     }
     wanted = ([False, True, True, True], [False, False, True, True])
     for build, visible in zip(f.masks[:2], wanted, strict=True):
+        if build is None:
+            return False
         mask = build(**call, **{cache_name(build) or library_cache_name(): cache})
         if mask.shape != (1, 1, 1, 4) or (mask[0, 0, 0] == 0).tolist() != visible:
             return False
@@ -124,6 +128,7 @@ CONVENTIONS: tuple[tuple[str, Callable[[Functions], bool]], ...] = (
             f.prepare is None
             or (
                 _named(f.prepare, "input_ids", "is_first_iteration", "next_sequence_length", cache=True)
+                and f.own_prepare is not None
                 and parameters(f.own_prepare)[:1] == ("input_ids",)
             )
         ),
@@ -172,16 +177,16 @@ def broken(functions: Functions) -> str | None:
 
 def check_contract(adapter: Adapter) -> None:
     """Raise UnsupportedModelError where this transformers does not keep a convention that pruning this model rests on."""
-    found = broken(Functions.of(adapter))
-    if found is None and "flash" in str(adapter.config.get_text_config()._attn_implementation):
+    problem = broken(Functions.of(adapter))
+    if problem is None and "flash" in str(adapter.config.get_text_config()._attn_implementation):
         rotary = [m for m in adapter.text_model.modules() if type(m).__name__.endswith("RotaryEmbedding")]
         if not any("position_ids" in parameters(type(m).forward) for m in rotary):
-            found = "under flash attention, the language model has a RotaryEmbedding that takes position_ids"
-    if found is None:
+            problem = "under flash attention, the language model has a RotaryEmbedding that takes position_ids"
+    if problem is None:
         return
     first, last = TESTED[0], TESTED[-1].split(".")
     bound = f"{last[0]}.{int(last[1]) + 1}"
     raise UnsupportedModelError(
-        f"{type(adapter.model).__name__} cannot be pruned here, because this does not hold: {found}. Known to work: "
+        f"{type(adapter.model).__name__} cannot be pruned here, because this does not hold: {problem}. Known to work: "
         f"{tested_versions()}. Run: pip install 'transformers>={first},<{bound}'"
     )

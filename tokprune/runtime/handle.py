@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
@@ -20,6 +20,7 @@ from tokprune.adapters.foreign import HANDLE
 from tokprune.adapters.hooks import Hook, Ref
 from tokprune.adapters.local_processor import local_processor
 from tokprune.adapters.query import asking
+from tokprune.adapters.types import Model, Processor, Scorer
 from tokprune.budget import kept
 from tokprune.config import PruneConfig
 from tokprune.errors import OptionError, TokpruneError, UnsupportedModelError
@@ -34,6 +35,10 @@ from tokprune.runtime.encoder.run import EncoderTrace
 from tokprune.runtime.generate import ConnectorStage
 from tokprune.runtime.prefill import Options
 
+if TYPE_CHECKING:
+    from tokprune.runtime.cache import CacheStage
+    from tokprune.runtime.encoder.stage import EncoderStage
+
 OF_THE_STAGE = ("tower", "method", "expand", "ratio", "budget", "widen", "output", "places", "channels")
 
 
@@ -43,24 +48,24 @@ class Installed:
     The model owns this object, which looks at the model through a weak reference: no cycle keeps a deleted model's weights.
     """
 
-    def __init__(self, model: Any, config: PruneConfig, processor: Any = None) -> None:
+    def __init__(self, model: Model, config: PruneConfig, processor: Processor = None) -> None:
         self.config, self.processor = config, processor
         self.name = type(model).__name__
         self.kind = getattr(getattr(model, "config", None), "model_type", "?")
-        self.encoder: Any = None  # an EncoderStage
+        self.encoder: EncoderStage | None = None
         self.connector: ConnectorStage | None = None
-        self.cache: Any = None  # a CacheStage
+        self.cache: CacheStage | None = None
         self._model = Ref(model)
         self.handle = Ref()
-        self._gone: Any = None  # tells when the model is
+        self._gone: weakref.ref[nn.Module] | None = None  # tells when the model is
 
     @property
-    def model(self) -> Any:
+    def model(self) -> Model:
         """The pruned model; None when it is gone."""
         return self._model()
 
     @property
-    def parts(self) -> list[Any]:
+    def parts(self) -> list[EncoderStage | ConnectorStage | CacheStage]:
         """What has hooks, in the order of putting them on."""
         return [part for part in (self.encoder, self.connector, self.cache) if part is not None]
 
@@ -101,13 +106,13 @@ class Installed:
             self._gone = None if self.model is None else weakref.ref(self.model, release)
             self.handle().hold(None)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**vars(self), "_gone": None}
 
 
-def _release(installed: Any, _: Any) -> None:
+def _release(removed: weakref.ref[Installed], _: object) -> None:
     """A removed pruning whose model is gone lets go of the model's parts."""
-    installed = installed()
+    installed = removed()
     for part in [] if installed is None else installed.parts:
         part.release()
 
@@ -124,10 +129,10 @@ class Pruning:
 
     def __init__(self, installed: Installed) -> None:
         self._installed = installed
-        self._kept: Any = None
+        self._kept: Model = None
         installed.handle = Ref(self)
 
-    def hold(self, model: Any) -> None:
+    def hold(self, model: Model) -> None:
         """Keep `model` alive, or nothing."""
         self._kept = model
 
@@ -137,22 +142,22 @@ class Pruning:
         return self._installed.config
 
     @property
-    def processor(self) -> Any:
+    def processor(self) -> Processor:
         """The processor that was given."""
         return self._installed.processor
 
     @property
-    def model(self) -> Any:
+    def model(self) -> Model:
         """The model; None when the pruning was removed and the model is gone."""
         return self._installed.model
 
     @property
-    def encoder(self) -> Any:
+    def encoder(self) -> EncoderStage | None:
         """The stage inside the vision tower (an EncoderStage), or None."""
         return self._installed.encoder
 
     @property
-    def cache(self) -> Any:
+    def cache(self) -> CacheStage | None:
         """The stage that reads a part of the visual keys while decoding (a CacheStage), or None."""
         return self._installed.cache
 
@@ -201,8 +206,8 @@ class Pruning:
     def report(self) -> Report | EncoderReport:
         """What the last run kept, how, and what it cost; prints as a table."""
         installed = self._installed
-        if installed.connector is None:
-            return self.encoder.report()  # type: ignore[no-any-return]
+        if installed.connector is None and installed.encoder is not None:
+            return installed.encoder.report()
         known = installed.kind in tiny_families()
         notes = [] if known else [f"{installed.kind} runs through the generic adapter; it is not in the verified list"]
         if self.encoder is not None and self.last is not None:
@@ -242,7 +247,7 @@ class Stages:
     @staticmethod
     def of(config: PruneConfig) -> Stages:
         """The methods of a config by their stage; other stages are refused."""
-        found: dict[str, Any] = {}
+        by_stage: dict[str, Any] = {}
         for method in config.methods:
             base = BASES.get(method.stage)
             if base is None:
@@ -254,8 +259,8 @@ class Stages:
                 raise OptionError(
                     f"{type(method).__name__} is of the stage {method.stage!r}, so it must derive from {base.__module__}.{base.__name__}."
                 )
-            found[method.stage] = method
-        return Stages(**found)
+            by_stage[method.stage] = method
+        return Stages(**by_stage)
 
 
 BASES: dict[str, type[Method]] = {
@@ -271,7 +276,7 @@ def _everything(n: int) -> int:
     return n
 
 
-def vlm_pruning(model: Any, config: PruneConfig, processor: Any = None, scorer: Any = None) -> Pruning:
+def vlm_pruning(model: Model, config: PruneConfig, processor: Processor = None, scorer: Scorer = None) -> Pruning:
     """The pruning of a VLM, made but not put on yet: whatever cannot work is refused here."""
     adapter: Adapter = get_adapter(model)
     if processor is None and any(getattr(m, "query_aware", m.info.query_aware) for m in config.methods):
@@ -279,7 +284,7 @@ def vlm_pruning(model: Any, config: PruneConfig, processor: Any = None, scorer: 
     installed = Installed(adapter.model, config, processor)
     stages = Stages.of(config)
     connector = stages.chooser
-    method: Any = connector
+    method: ConnectorMethod | None = connector
     if stages.encoder is not None:
         from tokprune.runtime.encoder.handoff import AmongSurvivors
         from tokprune.runtime.encoder.stage import EncoderStage
@@ -298,7 +303,8 @@ def vlm_pruning(model: Any, config: PruneConfig, processor: Any = None, scorer: 
         alone = method is None and (config.ratio is not None or config.budget is not None)
         keys = config.count if alone else functools.partial(kept, ratio=stages.cache.share)
         installed.cache = CacheStage(adapter, stages.cache, keys)
-        method = get_method("uniform") if method is None else method  # asked to keep all
+    if method is None:
+        method = cast(ConnectorMethod, get_method("uniform"))  # it is told to keep all
     count = _everything if connector is None else config.count
     frames = connector if isinstance(connector, PerFrame) else None
     options = Options(method, count, config.positions, config.query, processor, scorer, installed.encoder, frames)
@@ -308,14 +314,14 @@ def vlm_pruning(model: Any, config: PruneConfig, processor: Any = None, scorer: 
 
 
 def apply_encoder(
-    model: Any,
+    model: Model,
     method: str | Method = "tome",
     *,
     ratio: float | None = None,
     budget: int | None = None,
     expand: bool | None = None,
-    processor: Any = None,
-    **options: Any,
+    processor: Processor = None,
+    **options: object,
 ) -> Pruning:
     """Let the vision tower of `model` run on fewer tokens, in place; of a VLM, nothing but the tower.
 
@@ -360,7 +366,7 @@ def install(pruning: Pruning) -> Pruning:
     return pruning
 
 
-def remove(model: Any) -> None:
+def remove(model: Model) -> None:
     """Take the pruning off `model`, whoever applied it, and off all models inside it; a model without one stays as it is.
 
     Raises UnsupportedModelError for what is no model, and for a mere part of a pruned model.

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from tokprune.adapters.types import Mask
 from tokprune.errors import UnsupportedModelError
 
 
-def check_mask(mask: Any) -> None:
+def check_mask(mask: object) -> None:
     """Refuse a mask that cannot be cut: anything but None, a tensor of two or four dimensions, or a dict of these."""
     if isinstance(mask, Mapping):
         for one in mask.values():
@@ -24,14 +24,14 @@ def check_mask(mask: Any) -> None:
         )
 
 
-def is_full(mask: Any) -> bool:
+def is_full(mask: Mask) -> bool:
     """Whether a mask says for every query what it sees, instead of which tokens are padding."""
     if isinstance(mask, Mapping):
         return any(m is not None for m in mask.values())
     return isinstance(mask, Tensor) and mask.ndim == 4
 
 
-def gather_mask(mask: Any, columns: Tensor, queries: Tensor | None = None, causal: Tensor | None = None) -> Any:
+def gather_mask(mask: Mask, columns: Tensor, queries: Tensor | None = None, causal: Tensor | None = None) -> Mask:
     """A mask over prompt columns as one over kept keys, with kept queries where they are cut, too.
 
     mask: (B, keys), (B or 1, H or 1, queries, keys) boolean or additive, None, or a dict of these. columns: (B, P) prompt column
@@ -45,8 +45,8 @@ def gather_mask(mask: Any, columns: Tensor, queries: Tensor | None = None, causa
         return causal
     filler = columns < 0
     if mask.ndim == 2:
-        found = mask.to(columns.device).gather(1, columns.clamp(min=0)).masked_fill(filler, 0)
-        return found if found.dtype == torch.bool else found.long()
+        keys = mask.to(columns.device).gather(1, columns.clamp(min=0)).masked_fill(filler, 0)  # (B, P)
+        return keys if keys.dtype == torch.bool else keys.long()
     batch = columns.shape[0]
     mask = mask.to(columns.device).expand(batch, -1, -1, -1)
     if queries is not None:

@@ -8,10 +8,11 @@ were kept, `pruning.last.keep` says which.
 from __future__ import annotations
 
 import threading
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from tokprune.adapters.types import Model, ModelCall, ModelOutput, Positional, Replaced
 
 
 def widen(hidden: Tensor, expand: Tensor) -> Tensor:
@@ -41,8 +42,8 @@ class WidePath:
 
     def of(self, state: Tensor) -> Tensor:
         """The widened form of a captured state."""
-        found = self.wide.get(id(state))
-        return widen(state, self.expand) if found is None else found[1]
+        known = self.wide.get(id(state))
+        return widen(state, self.expand) if known is None else known[1]
 
     def _pass(self, state: Tensor) -> Tensor:
         wide = widen(state, self.expand)
@@ -52,31 +53,31 @@ class WidePath:
             self.wide[id(captured)] = (captured, wide)
         return narrow
 
-    def _enter(self, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _enter(self, module: nn.Module, args: Positional, kwargs: ModelCall) -> Replaced:
         if threading.get_ident() != self.thread:
             return None
         if args:
             return (self._pass(args[0]), *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": self._pass(kwargs["hidden_states"])}
 
-    def _leave(self, module: Any, args: Any, output: Any) -> Any:
+    def _leave(self, module: nn.Module, args: Positional, output: ModelOutput) -> ModelOutput:
         if threading.get_ident() != self.thread:
             return None
         return (self._pass(output[0]), *output[1:]) if isinstance(output, tuple) else self._pass(output)
 
 
-def wide_path(text_model: Any, call: Any, expand: Tensor, index: Tensor) -> WidePath | None:
+def wide_path(text_model: Model, call: ModelCall, expand: Tensor, index: Tensor) -> WidePath | None:
     """The path for a forward whose caller may ask gradients of hidden states; None where nobody can."""
     config, layers = text_model.config, getattr(text_model, "layers", None)
-    asked = call.get("output_hidden_states")
-    asked = getattr(config, "output_hidden_states", False) if asked is None else asked
+    wanted = call.get("output_hidden_states")
+    wanted = getattr(config, "output_hidden_states", False) if wanted is None else wanted
     again = text_model.training and getattr(text_model, "is_gradient_checkpointing", False)  # layers run twice
-    if asked is False or asked is None or not torch.is_grad_enabled() or again or not layers:
+    if wanted is False or wanted is None or not torch.is_grad_enabled() or again or not layers:
         return None
     return WidePath(layers, expand, index)
 
 
-def widen_output(output: Any, expand: Tensor, last: bool, path: WidePath | None = None) -> None:
+def widen_output(output: ModelOutput, expand: Tensor, last: bool, path: WidePath | None = None) -> None:
     """Widen the hidden states of a base model's output in place. last: the last one, too, which generate() does not need.
 
     path: has those widened already that gradients go through.

@@ -49,8 +49,8 @@ from tokprune.runtime.streams import Encoded, Prompts, build_streams
 from tokprune.runtime.tripwires import (
     Passage,
     check_attached,
+    check_callers_mask,
     check_entry,
-    check_given_mask,
     check_record,
     check_table,
     mark_unfinished,
@@ -228,7 +228,7 @@ class Prefill:
         """A call without pictures behind a pruned prompt: a hand-written decode loop, or a turn of words on a kept cache."""
         x, mask = tokens_of(call), call.get("attention_mask")
         check_record(cache, state, x.shape[0])
-        check_given_mask(mask, logical_length(cache) + x.shape[1], cache)
+        check_callers_mask(mask, logical_length(cache) + x.shape[1], cache)
         positions = self.adapter.positions(call, x)
         keys = physical_length(cache) + x.shape[1]
         call["attention_mask"] = state.key_mask(mask, keys, x.shape[1], self.adapter.model.dtype)

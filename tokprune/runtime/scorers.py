@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tokprune.adapters.types import Model, Processor, Scorer
 from tokprune.errors import MissingSignalError, OptionError, missing_extra
 
 # How a tower's pixels are normalised when its processor does not say (the values of OpenAI's CLIP).
@@ -25,8 +25,8 @@ class OpenClipScorer:
 
     def __init__(
         self,
-        model: Any,
-        tokenizer: Any,
+        model: Model,
+        tokenizer: Processor,
         mean: Sequence[float] = CLIP_MEAN,
         std: Sequence[float] = CLIP_STD,
         block: int = -2,
@@ -93,7 +93,7 @@ class OpenClipScorer:
         return pixels.to(weight.dtype)
 
 
-def load_scorer(name: str, processor: Any = None) -> Any:
+def load_scorer(name: str, processor: Processor = None) -> Scorer:
     """The scorer that a string names: "open_clip:<model>/<weights>", weights being a tag of open_clip or a file; "demo"; or
     "vlm:<hub id or folder>".
 

@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokprune.adapters.dialect import cache_in, cache_of, tested_versions
 from tokprune.adapters.foreign import GENERATE_STEP, UNFINISHED
+from tokprune.adapters.types import KVCache, Mask, ModelCall, ModelOutput, Positional
 from tokprune.errors import TranslationError
-from tokprune.runtime.cache_record import PrunedCacheMixin, PruneState, get_state, physical_length
+from tokprune.runtime.cache_record import PrunedCacheMixin, PruneState, Reader, class_before, get_state, physical_length
 
 
 def fail(what: str) -> TranslationError:
@@ -41,18 +41,18 @@ class Passage:
 
     def __init__(self) -> None:
         self.prefill = self.chunked = False
-        self._prepared: Any = None
+        self._prepared: weakref.ref[KVCache] | None = None
         self.begin(None)
 
     def begin(self, width: int | None, step: bool = False, table_due: bool = False) -> None:
         """Note the forward that begins now."""
         self.width, self.step, self.table_due = width, step, table_due
 
-    def prepare(self, cache: Any) -> None:
+    def prepare(self, cache: KVCache) -> None:
         """Note that prepare_inputs_for_generation has seen a call with `cache`, which is due to arrive with its keyword."""
         self._prepared = None if cache is None else weakref.ref(cache)
 
-    def arrive(self, cache: Any, translated: bool) -> None:
+    def arrive(self, cache: KVCache, translated: bool) -> None:
         """A forward of the base model begins. translated: with the keyword, or there is nothing to translate in it.
 
         Raises where generate() took another way than through prepare_inputs_for_generation, or lost what that returned.
@@ -66,22 +66,22 @@ class Passage:
             raise fail("prepare_inputs_for_generation saw a call, but what it returned did not come along whole.")
 
 
-def width_of(args: tuple[Any, ...], call: Mapping[str, Any]) -> int | None:
+def width_of(args: Positional, call: ModelCall) -> int | None:
     """Columns of a call: of its embeddings, else of its token ids."""
     x = call.get("inputs_embeds")
     x = call.get("input_ids", args[0] if args else None) if x is None else x
     return None if x is None else int(x.shape[1])
 
 
-def held_keys(cache: Any) -> int | None:
+def held_keys(cache: KVCache) -> int | None:
     """Keys in a cache by its own class, without the record; None where only the device knows."""
-    length = type(cache)._tokprune_base.get_seq_length(cache)
+    length = class_before(cache).get_seq_length(cache)
     if isinstance(length, Tensor):
         return int(length) if length.device.type == "cpu" else None
     return int(length)
 
 
-def check_record(cache: Any, state: PruneState, rows: int | None = None) -> int | None:
+def check_record(cache: KVCache, state: PruneState, rows: int | None = None) -> int | None:
     """Raise unless cache and record agree. rows: batch size of the call. Returns the keys held, None if only the device knows."""
     if not isinstance(cache, PrunedCacheMixin):
         raise fail("a cache has a record of a pruned prompt, but answers with its own lengths.")
@@ -102,7 +102,7 @@ def check_record(cache: Any, state: PruneState, rows: int | None = None) -> int 
     return held
 
 
-def check_attached(cache: Any, state: PruneState) -> None:
+def check_attached(cache: KVCache, state: PruneState) -> None:
     """Raise unless `cache` carries `state` after a pruned prefill; the prefill is finished then."""
     if cache is None or get_state(cache) is not state:
         raise fail("a pruned prompt filled a cache, but the cache has no record of it.")
@@ -112,7 +112,7 @@ def check_attached(cache: Any, state: PruneState) -> None:
     cache.__dict__.pop(UNFINISHED, None)
 
 
-def check_mask(mask: Any, keys: int | None, width: int, cache: Any, has_fill: bool = False) -> None:
+def check_mask(mask: Mask, keys: int | None, width: int, cache: KVCache, has_fill: bool = False) -> None:
     """Raise unless `mask` is over `keys` keys, the last `width` of which are new; keys None: not known on the host.
 
     mask: None, 2-D, 4-D, or a dict of these. has_fill: some keys must stay hidden.
@@ -142,7 +142,7 @@ def check_mask(mask: Any, keys: int | None, width: int, cache: Any, has_fill: bo
         )
 
 
-def check_given_mask(mask: Any, keys: int, cache: Any) -> None:
+def check_callers_mask(mask: Mask, keys: int, cache: KVCache) -> None:
     """Raise unless a mask with a row per query, which a caller gave, is over the `keys` tokens of the conversation as prompted."""
     for one in mask.values() if isinstance(mask, Mapping) else (mask,):
         if one is None or one.ndim == 2:
@@ -154,7 +154,7 @@ def check_given_mask(mask: Any, keys: int, cache: Any) -> None:
             )
 
 
-def check_entry(passage: Passage, reader: Any, args: tuple[Any, ...], call: Mapping[str, Any]) -> None:
+def check_entry(passage: Passage, reader: Reader, args: Positional, call: ModelCall) -> None:
     """Raise unless a call of the language model is the one that the prefill made.
 
     reader: of the pruning that watches; what other prunings translate is theirs to check.
@@ -208,7 +208,7 @@ def check_table(passage: Passage) -> None:
         raise fail("no rotary embedding of the language model asked for the positions of the kept tokens.")
 
 
-def mark_unfinished(call: Mapping[str, Any], output: Any) -> None:
+def mark_unfinished(call: ModelCall, output: ModelOutput) -> None:
     """Mark the cache that a pruned prefill fills, until its record is attached."""
     cache = cache_of(output)
     cache = cache_in(call) if cache is None else cache

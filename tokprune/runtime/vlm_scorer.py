@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokprune.adapters.base import get_adapter
+from tokprune.adapters.types import Model, Processor
 from tokprune.errors import OptionError
 from tokprune.runtime.frames.asking import NO, YES, Asking
 
@@ -16,7 +16,7 @@ from tokprune.runtime.frames.asking import NO, YES, Asking
 class VlmScorer:
     """Asks a VLM about single frames in their full size, one prompt each: how likely is "yes" the answer?"""
 
-    def __init__(self, model: Any, processor: Any) -> None:
+    def __init__(self, model: Model, processor: Processor) -> None:
         if processor is None or not hasattr(processor, "apply_chat_template"):
             raise OptionError(
                 f"scorer=(model, processor) needs the scorer's processor, not {processor!r}; write "
@@ -25,7 +25,7 @@ class VlmScorer:
         self.model, self.processor = get_adapter(model).model, processor
 
     @torch.no_grad()
-    def scores(self, pictures: Sequence[Any], prompt: str, normalize: str) -> Tensor:
+    def scores(self, pictures: Sequence[object], prompt: str, normalize: str) -> Tensor:
         """P(yes) for each picture (PIL), (T,) in float32. normalize: "pair" or "vocab", as in ScoreOptions."""
         from tokprune.adapters.prompting import build_inputs
 
@@ -47,7 +47,7 @@ def load_vlm_scorer(name: str) -> VlmScorer:
     """The scorer "vlm:<hub id or folder>"."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    auto: Any = AutoModelForImageTextToText
+    auto: Model = AutoModelForImageTextToText
     try:
         return VlmScorer(auto.from_pretrained(name, dtype="auto").eval(), AutoProcessor.from_pretrained(name))
     except (OSError, ValueError, ImportError) as error:

@@ -23,7 +23,10 @@ from tokprune.viz.overlay import _fade, _line, _unseen, _views, beside, cell_map
 class MergeTrace(Protocol):
     """What the last run of a tower left behind: `Pruning.trace` is one."""
 
-    cells: tuple[tuple[int, int], ...]
+    @property
+    def cells(self) -> tuple[tuple[int, int], ...]:
+        """Height and width of each tower picture in places."""
+        ...
 
     def merge_map(self, image: int = 0) -> Tensor:
         """(height, width) group of each place of one tower picture, -1 where it was dropped."""

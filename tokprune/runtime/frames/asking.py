@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from tokprune.adapters.base import Adapter, flatten
 from tokprune.adapters.query import tokenizer_of
+from tokprune.adapters.types import EncoderOutput, ModelCall, Processor
 from tokprune.errors import MissingSignalError
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ class Asking:
     The language model runs alone: without the multimodal model around it, without a cache, with no gradient.
     """
 
-    def __init__(self, adapter: Adapter, processor: Any, name: str, normalize: str = "pair") -> None:
+    def __init__(self, adapter: Adapter, processor: Processor, name: str, normalize: str = "pair") -> None:
         if processor is None:
             raise MissingSignalError(
                 f"{name!r} asks the model itself about each frame and needs its processor for the prompt: apply(..., "
@@ -44,7 +45,7 @@ class Asking:
         )
 
     @torch.no_grad()
-    def scores(self, stream: StreamRecord, prompt: str, encoded: Mapping[str, Any]) -> Tensor:
+    def scores(self, stream: StreamRecord, prompt: str, encoded: Mapping[str, EncoderOutput]) -> Tensor:
         """P(yes) for each frame of a video, (T,) in float32. A frame of which the model itself left no token gets its predecessor's."""
         before, after = self.prompt(prompt)
         yes, no = self.letters(YES), self.letters(NO)
@@ -103,7 +104,7 @@ class Asking:
         number = torch.arange(down * across, device=cell.device)
         return present, torch.stack([number // across, number % across], -1), (down, across)
 
-    def planes(self, stream: StreamRecord, encoded: Mapping[str, Any]) -> list[Tensor]:
+    def planes(self, stream: StreamRecord, encoded: Mapping[str, EncoderOutput]) -> list[Tensor]:
         """DeepStack planes of the stream's tokens, (N, D) each."""
         found = getattr(encoded[stream.modality], "deepstack_features", None) or ()
         rows = stream.offset + stream.geometry.rows
@@ -119,7 +120,7 @@ class Asking:
         from tokprune.adapters.prompting import inputs_of
         from tokprune.errors import TokpruneError
 
-        blank: list[tuple[str, Any]] = [
+        blank: list[tuple[str, object]] = [
             ("image", Image.new("RGB", (64, 64))),
             ("video", np.zeros((1, 64, 64, 3), np.uint8)),  # for templates that know clips only
         ]
@@ -192,7 +193,7 @@ class Asking:
         positions = self.positions(head, tail, place.to(embeds.device), grid, real)
         order = torch.argsort(real.int(), dim=1, stable=True)  # filler first
         embeds = embeds.gather(1, order[..., None].expand_as(embeds)).masked_fill(~real.gather(1, order)[..., None], 0)
-        call: dict[str, Any] = {
+        call: ModelCall = {
             "inputs_embeds": embeds,
             "attention_mask": real.gather(1, order).long(),
             "position_ids": positions.gather(-1, order.expand(*positions.shape[:-1], -1)),

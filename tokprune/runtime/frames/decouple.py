@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from tokprune.adapters.base import Adapter
+from tokprune.adapters.types import Processor
 from tokprune.errors import MissingSignalError
 from tokprune.runtime.frames.text_answer import text_answer
 
 MOST_TOKENS = 128
 
 
-def decoupled(adapter: Adapter, processor: Any, question: str) -> tuple[tuple[str, ...], str]:
+def decoupled(adapter: Adapter, processor: Processor, question: str) -> tuple[tuple[str, ...], str]:
     """The entities that answer a question by being seen, and how they were found; none where the question itself serves.
 
     One greedy answer of at most 128 tokens, without pictures. What cannot be read as a list counts as none.

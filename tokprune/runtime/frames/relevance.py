@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tokprune.adapters.types import Processor, Scorer
 from tokprune.errors import MissingSignalError, OptionError
 from tokprune.runtime.frames.scores import question_sentence
 
@@ -17,7 +18,7 @@ AT_ONCE = 64  # frames that a scorer embeds in one call
 SIDE = 224  # pixels of the frames where the scorer scales them by itself
 
 
-def embed_frames(frames: npt.NDArray[np.uint8], scorer: Any, processor: Any = None) -> Tensor:
+def embed_frames(frames: npt.NDArray[np.uint8], scorer: Scorer, processor: Processor = None) -> Tensor:
     """One normalised embedding per frame, (T, E). frames: (T, H, W, 3) uint8.
 
     processor: of the VLM whose pixels the scorer expects, for scorers that do not say how theirs are normalised (`mean`, `std`).
@@ -39,7 +40,7 @@ def embed_frames(frames: npt.NDArray[np.uint8], scorer: Any, processor: Any = No
     return torch.cat(parts)
 
 
-def frame_relevance(features: Tensor, question: str | Sequence[str], scorer: Any) -> Tensor:
+def frame_relevance(features: Tensor, question: str | Sequence[str], scorer: Scorer) -> Tensor:
     """Cosine of each frame with a question, or with the nearest of several texts, (T,). features: of `embed_frames`."""
     texts = [question_sentence(question)] if isinstance(question, str) else list(question)
     if not texts or not all(texts):
@@ -47,7 +48,7 @@ def frame_relevance(features: Tensor, question: str | Sequence[str], scorer: Any
     return (features @ scorer.embed_text(texts).float().cpu().T).amax(1)
 
 
-def _expected(scorer: Any, processor: Any) -> tuple[Tensor, Tensor, tuple[int, int] | None]:
+def _expected(scorer: Scorer, processor: Processor) -> tuple[Tensor, Tensor, tuple[int, int] | None]:
     """Mean, deviation and, where the scorer does not scale by itself, size of the pixels that it takes."""
     mean, std = getattr(scorer, "mean", None), getattr(scorer, "std", None)
     size: tuple[int, int] | None = None

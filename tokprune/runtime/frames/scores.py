@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from tokprune.adapters.base import Adapter
 from tokprune.adapters.families import EncoderCall, UnknownGeometryError
+from tokprune.adapters.types import EncoderOutput, Processor, Scorer
 from tokprune.errors import MissingQueryError, MissingSignalError, OptionError
 from tokprune.methods.frames_base import PerFrame, ScoreOptions
 from tokprune.runtime.frames.pictures import frame_pictures
@@ -59,12 +60,14 @@ def question_sentence(text: str) -> str:
 class FrameScorer:
     """Fills `frame_scores` (T,) of every video of a prefill, as a frames method's `score_options` say."""
 
-    def __init__(self, adapter: Adapter, options: ScoreOptions, name: str, processor: Any, scorer: Any) -> None:
+    def __init__(
+        self, adapter: Adapter, options: ScoreOptions, name: str, processor: Processor, scorer: Scorer
+    ) -> None:
         self.adapter, self.options, self.name = adapter, options, name
         self.processor, self.scorer = processor, scorer
 
     @staticmethod
-    def of(adapter: Adapter, frames: PerFrame | None, processor: Any, scorer: Any) -> FrameScorer | None:
+    def of(adapter: Adapter, frames: PerFrame | None, processor: Processor, scorer: Scorer) -> FrameScorer | None:
         """The scorer that a frames method needs, or None when it needs none."""
         if frames is None or NAME not in frames.frames.needs:
             return None
@@ -73,7 +76,7 @@ class FrameScorer:
             raise OptionError(f"the frames method {name!r} needs {NAME!r} but its score_options do not say how.")
         return FrameScorer(adapter, options, name, processor, scorer)
 
-    def fill(self, streams: Sequence[StreamRecord], encoded: Mapping[str, Any]) -> None:
+    def fill(self, streams: Sequence[StreamRecord], encoded: Mapping[str, EncoderOutput]) -> None:
         """Give the videos among `streams` their scores. encoded: encoder outputs by modality, for DeepStack planes."""
         wanted: dict[str, Wanted] = {}
         for stream in streams:
@@ -172,7 +175,7 @@ class FrameScorer:
 
     # -- the VLM itself -----------------------------------------------------------------------------------------------------
 
-    def _self(self, stream: StreamRecord, wanted: Wanted, encoded: Mapping[str, Any]) -> tuple[Tensor, str]:
+    def _self(self, stream: StreamRecord, wanted: Wanted, encoded: Mapping[str, EncoderOutput]) -> tuple[Tensor, str]:
         from tokprune.runtime.frames.asking import Asking
         from tokprune.runtime.vlm_scorer import VlmScorer
 
@@ -195,15 +198,15 @@ class FrameScorer:
 
         batch = self._pictures(stream)
         video, image = (getattr(self.processor, f"{kind}_processor", None) for kind in ("video", "image"))
-        mean, std = _normal(video) or _normal(image) or (CLIP_MEAN, CLIP_STD)
-        mean, std = (torch.as_tensor(m, device=batch.device).float().view(-1, 1, 1) for m in (mean, std))
+        normal = _normal(video) or _normal(image) or (CLIP_MEAN, CLIP_STD)
+        mean, std = (torch.as_tensor(m, device=batch.device).float().view(-1, 1, 1) for m in normal)  # (3, 1, 1)
         bright = ((batch.float() * std + mean).clamp(0, 1) * 255).round().byte().flatten(0, 1)
         pictures = [Image.fromarray(p.permute(1, 2, 0).cpu().numpy()) for p in bright]
         scores = scorer.scores(pictures, prompt, self.options.normalize)
         return scores.unflatten(0, (-1, batch.shape[1])).amax(1)  # the better frame of a pair
 
 
-def _normal(processor: Any) -> tuple[Any, Any] | None:
+def _normal(processor: Processor) -> tuple[Sequence[float], Sequence[float]] | None:
     """Mean and deviation of a processor that normalises."""
     if processor is None or not getattr(processor, "do_normalize", True):
         return None

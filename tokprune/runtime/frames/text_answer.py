@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from tokprune.adapters.base import Adapter
 from tokprune.adapters.dialect import as_cache
 from tokprune.adapters.query import tokenizer_of
+from tokprune.adapters.types import Model, Processor
 
 
 @torch.no_grad()
-def text_answer(adapter: Adapter, processor: Any, words: str, max_new_tokens: int = 128) -> str:
+def text_answer(adapter: Adapter, processor: Processor, words: str, max_new_tokens: int = 128) -> str:
     """The greedy answer to a user turn that says `words`, at most `max_new_tokens` long.
 
     `generate` is not used: it may run inside a forward of the same model, whose own position record (rope_deltas) it would
@@ -52,7 +51,7 @@ def text_answer(adapter: Adapter, processor: Any, words: str, max_new_tokens: in
     return str(tokenizer_of(processor).decode(answer, skip_special_tokens=True)).strip()
 
 
-def _ends(model: Any, processor: Any) -> set[int]:
+def _ends(model: Model, processor: Processor) -> set[int]:
     """Tokens that end an answer."""
     found = [getattr(model.generation_config, "eos_token_id", None), tokenizer_of(processor).eos_token_id]
     return {int(i) for ids in found if ids is not None for i in (ids if isinstance(ids, list | tuple) else [ids])}
