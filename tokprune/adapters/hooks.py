@@ -12,16 +12,12 @@ import inspect
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-Args: TypeAlias = tuple[Any, ...]
-"""Positional arguments of a hooked call."""
-Keywords: TypeAlias = dict[str, Any]
-"""Its keyword arguments."""
-Call: TypeAlias = tuple[Args, Keywords]
+from tokprune.adapters.types import Positional
 
 
 class Ref:
@@ -82,7 +78,7 @@ class Hook:
     A copy of the whole model is hooked to the copied pruning, a copy of a mere part of the model to nothing.
     """
 
-    def __init__(self, owner: object, method: str, first: Args) -> None:
+    def __init__(self, owner: object, method: str, first: Positional) -> None:
         """owner: has `method`, and `anchor()`, the model it belongs to. first: arguments before torch's own."""
         self.owner, self.method, self.first = Ref(owner), method, first
 
@@ -107,7 +103,7 @@ class StandIn:
     generate() inspects it.
     """
 
-    def __init__(self, owner: object, method: str, first: Args, target: object, name: str) -> None:
+    def __init__(self, owner: object, method: str, first: Positional, target: object, name: str) -> None:
         self.owner, self.method, self.first = Ref(owner), method, first
         self.target, self.name = Ref(target), name
         self.before = vars(target).get(name)

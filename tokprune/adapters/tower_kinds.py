@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from tokprune.adapters.hooks import Keywords, Ref
+from tokprune.adapters.hooks import Ref
 from tokprune.adapters.patch_sizes import embedder
 from tokprune.adapters.tower_parts import NORMS, AttentionReader, BlockParts, Heads, Tower, attention_of, child
+from tokprune.adapters.types import ModelCall
 from tokprune.errors import UnsupportedModelError
 
 
@@ -121,7 +122,7 @@ class ClipLike(TowerKind):
 # -- transformers: packed towers ------------------------------------------------------------------------------
 
 
-def _window_order(root_ref: Ref, grid: Tensor, kwargs: Keywords) -> Tensor:
+def _window_order(root_ref: Ref, grid: Tensor, kwargs: ModelCall) -> Tensor:
     from transformers.vision_utils import get_vision_window_index
 
     root = root_ref()
@@ -174,7 +175,7 @@ class TimmReader(AttentionReader):
         q, k, v = super().read({name: x for name, x in seen.items() if name not in NORMS})
         return seen.get("q_norm", q), seen.get("k_norm", k), v
 
-    def positions(self, call: Keywords) -> object:
+    def positions(self, call: ModelCall) -> object:
         return call.get("rope")
 
     def check_positions(self, positions: object) -> None:

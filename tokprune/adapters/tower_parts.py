@@ -9,8 +9,9 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from tokprune.adapters.hooks import Keywords, Ref
+from tokprune.adapters.hooks import Ref
 from tokprune.adapters.patch_sizes import Embed
+from tokprune.adapters.types import ModelCall
 from tokprune.errors import MissingSignalError
 
 Heads: TypeAlias = tuple[Tensor, Tensor, Tensor]
@@ -77,7 +78,7 @@ class AttentionReader:
         scale = getattr(self.attention, "scaling", None) or getattr(self.attention, "scale", None)
         return None if scale is None else float(scale)
 
-    def positions(self, call: Keywords) -> object:
+    def positions(self, call: ModelCall) -> object:
         """The rotary table among the arguments of a call of the attention; None: it has none."""
         return call.get("position_embeddings")
 
@@ -164,7 +165,7 @@ class Tower:
     """It feeds a language model."""
     intermediates: bool = False
     """It has timm's forward_intermediates."""
-    grids: Callable[[Tensor, Keywords], Tensor] | None = None
+    grids: Callable[[Tensor, ModelCall], Tensor] | None = None
     """Packed towers that reorder units: raster numbers of the sequence's units, from grid and keywords."""
     patch: nn.Conv2d | None = None
     """The convolution that embeds patches, where patches may be made larger."""

@@ -13,12 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tokprune.adapters.hooks import Args, Attachments, Call, Keywords, Lock, PerThread, Ref
+from tokprune.adapters.hooks import Attachments, Lock, PerThread, Ref
 from tokprune.adapters.tower_kinds import reader_of
 from tokprune.adapters.tower_parts import NORMS, AttentionReader
-from tokprune.adapters.towers import tower_blocks
+from tokprune.adapters.towers import tower_blocks, tower_of
+from tokprune.adapters.types import ModelCall, Positional
 from tokprune.errors import MissingSignalError
 from tokprune.ops.numeric import wide
+
+__all__ = ["AttentionProbe", "Projections", "tower_blocks", "tower_of"]
 
 # Attention entries held at once while scores are summed over queries: 64 MB of float32.
 _CHUNK = 2**24
@@ -161,7 +164,7 @@ class _Seen:
     running: bool = False
     """The tower runs, and this probe listens."""
     outputs: dict[Key, Tensor] = field(default_factory=dict)
-    calls: dict[int, Call] = field(default_factory=dict)
+    calls: dict[int, tuple[Positional, ModelCall]] = field(default_factory=dict)
     """Arguments of each block's attention."""
 
     def clear(self) -> None:
@@ -246,14 +249,14 @@ class AttentionProbe:
         finally:
             seen.open = seen.running = False
 
-    def _begin(self, module: nn.Module, args: Args) -> None:
+    def _begin(self, module: nn.Module, args: Positional) -> None:
         seen: _Seen = self._threads.now
         seen.running = seen.open or not self.own_calls
         if seen.running:
             seen.clear()
             self._hook_projections()
 
-    def _end(self, module: nn.Module, args: Args, output: object) -> None:
+    def _end(self, module: nn.Module, args: Positional, output: object) -> None:
         self._threads.now.running = False
 
     def _hook_projections(self) -> None:
@@ -273,12 +276,12 @@ class AttentionProbe:
                 if key not in self._hooked:
                     self._hooked[key] = (module, self.on.after(module, "_keep_output", key))
 
-    def _keep_output(self, key: Key, module: nn.Module, args: Args, output: Tensor | Args) -> None:
+    def _keep_output(self, key: Key, module: nn.Module, args: Positional, output: Tensor | Positional) -> None:
         seen: _Seen = self._threads.now
         if seen.running:
             seen.outputs[key] = (output[0] if isinstance(output, (tuple, list)) else output).detach()
 
-    def _keep_call(self, block: int, module: nn.Module, args: Args, kwargs: Keywords) -> None:
+    def _keep_call(self, block: int, module: nn.Module, args: Positional, kwargs: ModelCall) -> None:
         seen: _Seen = self._threads.now
         if seen.running:
             seen.calls[block] = (args, dict(kwargs))
@@ -335,7 +338,7 @@ class AttentionProbe:
         return reader
 
 
-def _named(module: nn.Module, args: Args, kwargs: Keywords) -> Keywords:
+def _named(module: nn.Module, args: Positional, kwargs: ModelCall) -> ModelCall:
     """Arguments of a forward call by name."""
     bound = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
     return {**bound, **bound.pop("kwargs", {})}

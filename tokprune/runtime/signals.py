@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,7 @@ class SignalSet:
     """How each was obtained, for the report."""
 
 
+@runtime_checkable
 class PatchScorer(Protocol):
     """A model that gives the signal `clip_image`."""
 
@@ -180,14 +181,14 @@ def compute_signals(
     output: object,
     probe: AttentionProbe | None,
     needs: Sequence[str],
-    scorer: PatchScorer | None = None,
+    scorer: object = None,
     encoder: EncoderStage | None = None,
 ) -> SignalSet:
     """The signals `needs` of one get_image_features or get_video_features call that `probe` listened to.
 
-    The first four are that call, as its hook hands it on. scorer: gives `clip_image`. encoder: of a tower that is
-    reduced inside; signals of a block with fewer rows are what that block computed, each group's value at the places of
-    its members, 0 for dropped tokens.
+    The first four are that call, as its hook hands it on. scorer: a PatchScorer, for `clip_image`. encoder: of a tower
+    that is reduced inside; signals of a block with fewer rows are what that block computed, each group's value at the
+    places of its members, 0 for dropped tokens.
     """
     parsed = _parse(needs)
     if not parsed:
@@ -213,7 +214,7 @@ class _Reader:
         self,
         call: EncoderCall,
         probe: AttentionProbe | None,
-        scorer: PatchScorer | None,
+        scorer: object,
         encoder: EncoderStage | None,
     ) -> None:
         self.call, self.scorer, self.encoder = call, scorer, encoder
@@ -344,10 +345,10 @@ class _Reader:
 
     def clip(self) -> tuple[Tensor, str]:
         """Patch embeddings of a scorer, lined up with the rows."""
-        if self.scorer is None:
+        if not isinstance(self.scorer, PatchScorer):
             raise MissingSignalError(
-                "'clip_image' holds patch embeddings of a CLIP model, which this call has not: pass a scorer, "
-                "apply(..., scorer=...), or take a method that needs none."
+                "'clip_image' holds patch embeddings of a CLIP model, which this call has not: pass a scorer with "
+                "embed_image, apply(..., scorer=...), or take a method that needs none."
             )
         units = self.family.units(self.call)
         embedded = self.scorer.embed_image(units)  # (U, N, E)

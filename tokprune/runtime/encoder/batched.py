@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from tokprune.adapters.hooks import Args, Call, Keywords
 from tokprune.adapters.tower_parts import Heads
+from tokprune.adapters.types import ModelCall, Positional, Replaced
 from tokprune.errors import OptionError, UnsupportedModelError
 from tokprune.methods.encoder_base import BlockView, Cut, Entrance
 from tokprune.runtime.encoder.engine import Splice
@@ -22,7 +22,7 @@ class BatchedSplice(Splice[Run]):
     the sequence is prefix, then unit after unit.
     """
 
-    def start(self, x: Tensor, kwargs: Keywords) -> Run:
+    def start(self, x: Tensor, kwargs: ModelCall) -> Run:
         tokens, prefix, fold = x.shape[1], self.tower.prefix, self.fold
         if fold > 1 and (tokens - prefix) % fold:
             raise UnsupportedModelError(
@@ -31,7 +31,7 @@ class BatchedSplice(Splice[Run]):
         rows = tokens if fold == 1 else (tokens - prefix) // fold
         return Run(rows, tokens, x.shape[0])
 
-    def block_arguments(self, run: Run, index: int, args: Args, kwargs: Keywords) -> Call | None:
+    def block_arguments(self, run: Run, index: int, args: Positional, kwargs: ModelCall) -> Replaced:
         """The rotary table of the rows that are left, where the blocks take one."""
         if not self.tower.rope or kwargs.get("rope") is None:
             return None
@@ -152,7 +152,7 @@ class BatchedSplice(Splice[Run]):
             size = torch.cat([size.new_ones(size.shape[0], self.tower.prefix), size], 1)
         return size.log()[:, None, None, :]
 
-    def attend(self, run: Run, index: int, args: Args, kwargs: Keywords) -> Call | None:
+    def attend(self, run: Run, index: int, args: Positional, kwargs: ModelCall) -> Replaced:
         if run.states[index].assign is None:
             return None
         bias, mask = self.bias(run, index), kwargs.get(self.tower.mask)

@@ -9,14 +9,14 @@ and hand the attention a bias.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import Any, Generic, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from tokprune.adapters.hooks import Args, Attachments, Call, Keywords, PerThread
+from tokprune.adapters.hooks import Attachments, PerThread
 from tokprune.adapters.tower_parts import Moments, Tower
+from tokprune.adapters.types import ModelCall, Original, Positional, Replaced
 from tokprune.budget import keep_count
 from tokprune.errors import TokpruneError, UnsupportedModelError
 from tokprune.methods.encoder_base import EncoderMethod
@@ -87,7 +87,7 @@ class Splice(ABC, Generic[R]):
     # -- what depends on the layout -----------------------------------------------------------------------------------
 
     @abstractmethod
-    def start(self, x: Tensor, kwargs: Keywords) -> R:
+    def start(self, x: Tensor, kwargs: ModelCall) -> R:
         """A run that begins with hidden states `x`."""
 
     @abstractmethod
@@ -102,14 +102,14 @@ class Splice(ABC, Generic[R]):
         """
 
     @abstractmethod
-    def attend(self, run: R, index: int, args: Args, kwargs: Keywords) -> Call | None:
+    def attend(self, run: R, index: int, args: Positional, kwargs: ModelCall) -> Replaced:
         """The attention module's arguments, with the bias of sizes and padding; None: as they are."""
 
     @abstractmethod
     def record(self, run: R, state: State) -> EncoderTrace:
         """What the report and the pictures want to know."""
 
-    def block_arguments(self, run: R, index: int, args: Args, kwargs: Keywords) -> Call | None:
+    def block_arguments(self, run: R, index: int, args: Positional, kwargs: ModelCall) -> Replaced:
         """The block's arguments, some of them replaced; None: as they are."""
         return None
 
@@ -209,7 +209,7 @@ class Splice(ABC, Generic[R]):
         self.threads = PerThread(InFlight)
         self.past = PastRuns()
 
-    def _owner_call(self, original: Callable[..., object], *args: object, **kwargs: object) -> object:
+    def _owner_call(self, original: Original, *args: object, **kwargs: object) -> object:
         """A call of the pruned model that may run its tower."""
         now = self.threads.now
         if now.of_owner:
@@ -225,15 +225,15 @@ class Splice(ABC, Generic[R]):
         """Whether this call of the tower is another model's (or nobody's)."""
         return bool(self.owner_methods) and not self.threads.now.of_owner
 
-    def _intermediates(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> object:
+    def _intermediates(self, original: Original, *args: Any, **kwargs: Any) -> object:
         return original(*args, **kwargs) if self._foreign else forward_intermediates(original, self, *args, **kwargs)
 
-    def _begin(self, module: nn.Module, args: Args) -> None:
+    def _begin(self, module: nn.Module, args: Positional) -> None:
         """A run of the tower begins: nothing is left of the last one."""
         if not recomputing():
             self.threads.now.run = None
 
-    def _picture(self, module: nn.Conv2d, args: Args) -> None:
+    def _picture(self, module: nn.Conv2d, args: Positional) -> None:
         """The picture at the patch embedding: its grid, and for cuts before the first block its pixels."""
         if self._foreign:
             return
@@ -243,7 +243,7 @@ class Splice(ABC, Generic[R]):
         if self.method.place == "entrance":
             now.pixels = args[0]
 
-    def _enter_block(self, index: int, module: nn.Module, args: Args, kwargs: Keywords) -> Call | None:
+    def _enter_block(self, index: int, module: nn.Module, args: Positional, kwargs: ModelCall) -> Replaced:
         now = self.threads.now
         x: Any = args[0] if args else kwargs.get("hidden_states", kwargs.get("x"))
         if recomputing():
@@ -267,7 +267,7 @@ class Splice(ABC, Generic[R]):
             run.inputs[index] = x
         return self.block_arguments(run, index, args, kwargs)
 
-    def _start(self, x: object, kwargs: Keywords) -> R:
+    def _start(self, x: object, kwargs: ModelCall) -> R:
         if not isinstance(x, Tensor):
             raise UnsupportedModelError(UNKNOWN_CALL.format(self.tower.family, type(x).__name__))
         run = self.start(x, kwargs)
@@ -313,17 +313,17 @@ class Splice(ABC, Generic[R]):
         if run.graph:
             self.past.add(run, index, x)
 
-    def _attention(self, index: int, module: nn.Module, args: Args, kwargs: Keywords) -> Call | None:
+    def _attention(self, index: int, module: nn.Module, args: Positional, kwargs: ModelCall) -> Replaced:
         run = self._run(index)
         return None if run is None else self.attend(run, index, args, kwargs)
 
-    def _see(self, index: int, name: str, middle: bool, module: nn.Module, args: Args, output: Tensor) -> None:
+    def _see(self, index: int, name: str, middle: bool, module: nn.Module, args: Positional, output: Tensor) -> None:
         run = self._run(index)
         comes_to_the_cut = middle or not recomputing() or self.threads.now.whole_block
         if run is not None and comes_to_the_cut:
             run.seen.setdefault(index, {})[name] = output
 
-    def _middle(self, index: int, module: nn.Module, args: Args) -> Args | None:
+    def _middle(self, index: int, module: nn.Module, args: Positional) -> Positional | None:
         run = self._run(index)
         if run is None:
             return None
@@ -334,7 +334,7 @@ class Splice(ABC, Generic[R]):
         run.merged[index] = rows
         return (rows, *args[1:])
 
-    def _tail(self, index: int, module: nn.Module, args: Args, output: Tensor) -> Tensor | None:
+    def _tail(self, index: int, module: nn.Module, args: Positional, output: Tensor) -> Tensor | None:
         run = self._run(index)
         if run is None or index not in run.merged:
             return None
@@ -345,8 +345,8 @@ class Splice(ABC, Generic[R]):
         return output.new_zeros(1)
 
     def _leave(
-        self, index: int, ends: bool, module: nn.Module, args: Args, output: Tensor | Args
-    ) -> Tensor | Args | None:
+        self, index: int, ends: bool, module: nn.Module, args: Positional, output: Tensor | Positional
+    ) -> Tensor | Positional | None:
         run = self._run(index)
         if run is None:
             return None
@@ -381,11 +381,11 @@ class Splice(ABC, Generic[R]):
                 x = self.widen(run, run.states[index + 1], x)
         return x
 
-    def _tap(self, index: int, module: nn.Module, args: Args) -> Args | None:
+    def _tap(self, index: int, module: nn.Module, args: Positional) -> Positional | None:
         run = self._run(index)
         return None if run is None else (self.widen(run, run.states[index + 1], args[0]), *args[1:])
 
-    def _root(self, module: nn.Module, args: Args, output: Any) -> None:
+    def _root(self, module: nn.Module, args: Positional, output: Any) -> None:
         """Bring the listed hidden states to full length."""
         if not self.expand or not hasattr(output, "keys") or output.get("hidden_states") is None:
             return

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from tokprune.adapters.types import Original
     from tokprune.runtime.encoder.engine import Splice
     from tokprune.runtime.encoder.run import R
 
@@ -16,7 +16,7 @@ NAME = "forward_intermediates"
 
 
 def forward_intermediates(
-    original: Callable[..., Any],
+    original: Original,
     splice: Splice[R],
     x: Tensor,
     indices: int | list[int] | None = None,

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from tokprune.adapters.hooks import Args, Call, Keywords
 from tokprune.adapters.tower_parts import Heads
+from tokprune.adapters.types import ModelCall, Positional, Replaced
 from tokprune.errors import UnsupportedModelError
 from tokprune.methods.encoder_base import BlockView, Cut, Reduction
 from tokprune.runtime.encoder.engine import Splice
@@ -51,7 +51,7 @@ class PackedSplice(Splice[PackedRun]):
     together, never across frames, and survivors keep their order, so that frames and windows stay contiguous.
     """
 
-    def start(self, x: Tensor, kwargs: Keywords) -> PackedRun:
+    def start(self, x: Tensor, kwargs: ModelCall) -> PackedRun:
         fold, tokens = self.fold, x.shape[0]
         if tokens % fold or kwargs.get("position_embeddings") is None or kwargs.get("cu_seqlens") is None:
             raise UnsupportedModelError(f"the blocks of {self.tower.family} were called without borders or positions.")
@@ -72,7 +72,7 @@ class PackedSplice(Splice[PackedRun]):
                 self.on.after(parts.reader.watched()["qkv"], "_add_channel", i)
                 self.on.before(parts.attention.proj, "_strip_channel", i)
 
-    def _grids(self, module: nn.Module, args: Args, kwargs: Keywords) -> None:
+    def _grids(self, module: nn.Module, args: Positional, kwargs: ModelCall) -> None:
         if self._foreign:
             return
         grid = args[1] if len(args) > 1 else kwargs["grid_thw"]
@@ -81,7 +81,7 @@ class PackedSplice(Splice[PackedRun]):
         cells = [(height // side, width // side) for count, height, width in grid.tolist() for _ in range(count)]
         self.threads.now.frames = (cells, order)
 
-    def _add_channel(self, index: int, module: nn.Module, args: Args, output: Tensor) -> Tensor | None:
+    def _add_channel(self, index: int, module: nn.Module, args: Positional, output: Tensor) -> Tensor | None:
         """The logarithm of each key's size as one more channel of q (1) and k; attention itself stays as it is."""
         run = self._run(index)
         size = None if run is None else run.states[index].size
@@ -95,14 +95,14 @@ class PackedSplice(Splice[PackedRun]):
         more[:, 1, :, 0, 0] = (size.log() / parts.scale).repeat_interleave(self.fold, 0).to(output.dtype)
         return torch.cat([heads, more], -1).flatten(1)
 
-    def _strip_channel(self, index: int, module: nn.Module, args: Args) -> Args | None:
+    def _strip_channel(self, index: int, module: nn.Module, args: Positional) -> Positional | None:
         run = self._run(index)
         if run is None or run.states[index].size is None:
             return None
         heads = args[0].unflatten(1, (self.tower.blocks[index].attention.num_heads, 2, -1))  # (S, H, 2, d / 2)
         return (heads[..., : -(PAD // 2)].flatten(1), *args[1:])
 
-    def block_arguments(self, run: PackedRun, index: int, args: Args, kwargs: Keywords) -> Call | None:
+    def block_arguments(self, run: PackedRun, index: int, args: Positional, kwargs: ModelCall) -> Replaced:
         """Borders and positions of the rows that are left."""
         state = run.states[index]
         borders = kwargs["cu_seqlens"]
@@ -146,7 +146,7 @@ class PackedSplice(Splice[PackedRun]):
         fold = self.fold
         return (units[:, None] * fold + torch.arange(fold, device=units.device)).flatten()
 
-    def attend(self, run: PackedRun, index: int, args: Args, kwargs: Keywords) -> Call | None:
+    def attend(self, run: PackedRun, index: int, args: Positional, kwargs: ModelCall) -> Replaced:
         return None  # the size bias travels as a channel of q and k
 
     def shrink(self, run: PackedRun, index: int, x: Tensor) -> Tensor | None:
