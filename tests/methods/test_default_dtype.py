@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,14 +11,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 import tokprune
 from tests.encoder.test_towers import timm_vit
 from tests.methods.frames.test_frames_contract import VARIANTS
 from tests.methods.streams import LAYOUTS, stream
-from tokprune.errors import OptionError
+from tokprune.errors import OptionError, TokpruneError
 from tokprune.methods.base import ConnectorMethod
 from tokprune.methods.cache_base import CacheMethod, CacheStep
+from tokprune.methods.connector.prunesid import group_budgets
 from tokprune.methods.frames_base import PerFrame
 from tokprune.registry import get_method, list_methods, method_class
 from tokprune.runtime.encoder import apply_encoder
@@ -151,6 +156,56 @@ def test_cache_methods(name: str) -> None:
     for _, got, expected in under_each_default(ask):
         for value, right in zip(got, expected, strict=True):
             assert torch.equal(value.indices, right.indices)
+
+
+def test_budgets_of_groups() -> None:
+    """A share of whole numbers is no number of the default type."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.randint(1, 40, (50, 16), generator=generator)
+    survivors = (torch.rand(50, 16, generator=generator) * sizes).long()
+    for _, got, expected in under_each_default(lambda: group_budgets(sizes, survivors, 64, 65)):
+        assert torch.equal(got, expected)
+
+
+class MadeOfNothing(TorchDispatchMode):
+    """Notes the lines of ours that make a tensor of type `dtype` from tensors that have other types."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype, self.lines = dtype, set[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+
+        def some(tree: Any) -> bool:
+            return any(isinstance(t, Tensor) and t.dtype == self.dtype for t in tree_flatten(tree)[0])
+
+        if some(out) and not some((args, kwargs)) and func is not torch.ops.aten.scalar_tensor.default:
+            frame = next(f for f in reversed(traceback.extract_stack()[:-1]) if "torch/" not in f.filename)
+            if "tokprune/" in frame.filename:
+                self.lines.add(f"{frame.filename}:{frame.lineno}: {frame.line}")
+        return out
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"), [("llava_next", "image"), ("internvl", "image"), ("qwen2_5_vl", "image"), ("qwen2_5_vl", "video")]
+)
+@torch.no_grad()
+def test_no_number_takes_the_default_type(family: str, kind: str) -> None:
+    """Of a float32 model's numbers none becomes bfloat16, which holds whole numbers up to 256."""
+    tiny = build(family)
+    part = ("video", clip(6, 56, 56)) if kind == "video" else ("image", picture(60, 40))
+    inputs = tiny.inputs([["a ", part, " or ", part, "?"]])
+    lines: set[str] = set()
+    for name in list_methods():
+        options: dict[str, Any] = {"layer": 1} if name == "dycoke_cache" else {}
+        with contextlib.suppress(TokpruneError), default_dtype(torch.bfloat16), MadeOfNothing(torch.bfloat16) as spy:
+            amount = {} if name in ("ipcv", "toc3d") else {"ratio": 0.4}
+            method = get_method(name, **options)
+            with tokprune.apply(tiny.model, method, query="which?", processor=tiny.processor, **amount):
+                tiny.model(**inputs)
+        lines |= spy.lines
+    assert lines == set()
 
 
 WHOLE: dict[str, Any] = {

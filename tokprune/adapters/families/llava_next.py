@@ -73,11 +73,13 @@ class AnyRes(Family):
         side, counts, sizes = self.side(call), self.tile_counts(call), call.rows_of("image_sizes")
         shapes = [self.canvas(call, size) for size in sizes]
         y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-        cell = torch.stack([torch.zeros(side * side), y.flatten(), x.flatten()], -1)  # (patches, 3): in a tile, y, x
+        zero = torch.zeros(side * side, dtype=torch.float32)
+        cell = torch.stack([zero, y.flatten(), x.flatten()], -1)  # (patches, 3): in a tile, y, x
         places = []
         for count, (_, across) in zip(counts, shapes, strict=True):
             tile = torch.arange(count - 1)
-            corner = torch.stack([torch.ones(count - 1), tile // across * side, tile % across * side], -1)
+            one = torch.ones(count - 1, dtype=torch.float32)
+            corner = torch.stack([one, tile // across * side, tile % across * side], -1)
             places += [cell[None], cell + corner[:, None]]
         traced = self.pack(call, torch.cat(places), torch.nan)
         return [_traced(rows, side, count, shape) for rows, count, shape in zip(traced, counts, shapes, strict=True)]

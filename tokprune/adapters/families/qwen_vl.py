@@ -100,7 +100,7 @@ class Packed(Family):
             return None
         # Windows stay within their frame, so frames keep their place in the tower's order.
         sizes = [(t * h * w, h * w) for t, h, w in self.grids(call)]
-        return torch.cat([torch.full((patches,), float(frame)) for patches, frame in sizes])
+        return torch.cat([torch.full((patches,), frame, dtype=torch.float32) for patches, frame in sizes])
 
     def tiny(self, model_type: str) -> TinyParts:
         builders = {"qwen2_vl": qwen2_vl, "qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl, "qwen3_5": qwen3_5}

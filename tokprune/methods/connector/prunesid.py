@@ -105,7 +105,7 @@ def group_budgets(sizes: Tensor, survivors: Tensor, keep: int, slots: int) -> Te
     bound = (bound + high).minimum(sizes)
     first = sizes.clamp_max(1)
     rest = (keep - first.sum(-1, keepdim=True)).clamp_min(0)
-    part = survivors / survivors.sum(-1, keepdim=True).clamp_min(1)
+    part = survivors.float() / survivors.sum(-1, keepdim=True).clamp_min(1)
     until = (part.cumsum(-1) * rest).round().long()
     out = (first + until.diff(dim=-1, prepend=torch.zeros_like(until[..., :1]))).minimum(bound)
     most = survivors.argsort(-1, descending=True)  # not stable, as there: this is the order of equal counts on a CPU
