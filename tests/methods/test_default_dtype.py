@@ -188,7 +188,8 @@ class MadeOfNothing(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("family", "kind"), [("llava_next", "image"), ("internvl", "image"), ("qwen2_5_vl", "image"), ("qwen2_5_vl", "video")]
+    ("family", "kind"),
+    [("llava_next", "image"), ("internvl", "image"), ("qwen2_5_vl", "image"), ("qwen2_5_vl", "video")],
 )
 @torch.no_grad()
 def test_no_number_takes_the_default_type(family: str, kind: str) -> None:
@@ -199,10 +200,11 @@ def test_no_number_takes_the_default_type(family: str, kind: str) -> None:
     lines: set[str] = set()
     for name in list_methods():
         options: dict[str, Any] = {"layer": 1} if name == "dycoke_cache" else {}
-        with contextlib.suppress(TokpruneError), default_dtype(torch.bfloat16), MadeOfNothing(torch.bfloat16) as spy:
+        spy = MadeOfNothing(torch.bfloat16)
+        with contextlib.suppress(TokpruneError), default_dtype(torch.bfloat16):
             amount = {} if name in ("ipcv", "toc3d") else {"ratio": 0.4}
             method = get_method(name, **options)
-            with tokprune.apply(tiny.model, method, query="which?", processor=tiny.processor, **amount):
+            with tokprune.apply(tiny.model, method, query="which?", processor=tiny.processor, **amount), spy:
                 tiny.model(**inputs)
         lines |= spy.lines
     assert lines == set()

@@ -285,7 +285,7 @@ class PackedSplice(Splice[PackedRun]):
         fold, cells = self.tower.fold, tuple(run.cells)
         units, counts = run.tokens // fold, tuple(-(-n // fold) for n in run.counts)
         if state.assign is None or state.rep is None or state.size is None or state.detour:
-            everything, size = torch.arange(units), torch.ones(units)
+            everything, size = torch.arange(units), torch.ones(units, dtype=torch.float32)
             return EncoderTrace(everything, size.bool(), size, fold, 0, counts, cells)
         survivor = torch.zeros(units, dtype=torch.bool, device=state.rep.device)
         survivor[state.rep] = True
