@@ -11,10 +11,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import tokprune
 from tokprune.cli.app import app
 from tokprune.errors import OptionError, TokpruneError
 from tokprune.testing import build, picture
-from tokprune.video import VideoError
+from tokprune.video import VideoError, read_video
 
 av = pytest.importorskip("av", reason="tokprune[video]")
 
@@ -179,3 +180,66 @@ def test_the_documented_composition_of_three_stages(clip: Any, tmp_path: Path) -
     assert result.exception is None, result.exception
     (stream,) = json.loads(out.read_text())["report"]["streams"]
     assert (stream["kept"], stream["total"]) == (128, 512)
+
+
+def test_a_second_vlm_from_a_folder_judges_the_frames(hub: Path, clip: Any, tmp_path: Path) -> None:
+    """`--scorer vlm:folder` is score="self" with that model; as many frames as QuoTA reads of a video so long."""
+    file = tmp_path / "run.json"
+    out = ask(
+        *("--video", clip.path, "--question", "What?", "--frames", "quota:6:3600", "--model", hub),
+        *("--method", "quota", "--scorer", f"vlm:{hub}", "--ratio", 0.5, "--max-new-tokens", 2, "--json", file),
+    )
+    assert "P(yes) by the scorer Qwen2_5_VLForConditionalGeneration" in out
+    data = json.loads(file.read_text())
+    (read,) = data["videos"]
+    index = read_video(clip.path, frames=1)
+    assert len(read["frames"]) == 6 + int(index.duration) == len(read_video(clip.path, frames="quota:6:3600"))
+    assert data["report"]["kept"] == round(data["report"]["total"] / 2)
+    error = invoke(
+        app, ["run", "--video", str(clip.path), "--question", "q", "--method", "quota", "--scorer", f"vlm:{tmp_path}"]
+    ).exception
+    assert isinstance(error, OptionError)
+    assert f"cannot load scorer 'vlm:{tmp_path}'" in str(error)
+
+
+def test_apply_takes_the_name_of_a_second_vlm(hub: Path) -> None:
+    from tokprune.adapters.prompting import build_inputs
+    from tokprune.testing import clip as frames
+
+    tiny, judge = build("qwen2_5_vl", seed=1), build("qwen2_5_vl")
+    inputs = build_inputs(tiny.model, tiny.processor, "how many?", videos=[frames(6)])
+    seen = []
+    for scorer in (f"vlm:{hub}", (judge.model, judge.processor)):
+        with tokprune.apply(tiny.model, "quota", ratio=0.5, score="self", scorer=scorer, processor=tiny.processor) as p:
+            tiny.model(**inputs)
+            (stream,) = p.report().streams
+            seen.append((p.last.streams[0].selection.indices.tolist(), stream.signals))
+    assert seen[0] == seen[1]
+    assert any("P(yes) by the scorer" in source for source in seen[0][1].values())
+
+
+def test_longer_context_scales_the_positions_while_the_answer_is_made(
+    hub: Path, clip: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tokprune.cli import run
+
+    seen: list[torch.Tensor] = []
+    plain = run.ask
+
+    def watch(request: Any, loaded: Any, *more: Any) -> Any:
+        seen.append(
+            next(b for n, b in loaded.model.named_buffers() if n.endswith("language_model.rotary_emb.inv_freq"))
+        )
+        return plain(request, loaded, *more)
+
+    monkeypatch.setattr(run, "ask", watch)
+    words = ["--model", hub, "--video", clip.path, "--question", "What?", "--frames", 2, "--max-new-tokens", 2]
+    for factor in (1, 4):
+        ask(*words, "--longer-context", factor)
+    width = 2 * len(seen[0])
+    base = 1 / seen[0][1] ** (width / 2)
+    assert seen[0][0] == seen[1][0] == 1
+    torch.testing.assert_close(seen[1][1], (base * 4 ** (width / (width - 2))) ** (-2 / width))
+    error = invoke(app, ["run", *map(str, words), "--longer-context", "0.5"]).exception
+    assert isinstance(error, OptionError)
+    assert "at least 1" in str(error)
