@@ -87,10 +87,11 @@ class Adapter:
 
     @property
     def hybrid(self) -> bool:
-        """Whether the LLM has layers that are not attention (recurrent, convolutional), where masked filler is not neutral.
+        """Whether the LLM has layers that are not attention (recurrent, convolutional), where masked filler is not
+        neutral.
 
-        Told by the names of the layers' kinds where the config lists them, else by the layers' modules; what is not known to
-        be attention alone counts as hybrid.
+        Told by the names of the layers' kinds where the config lists them, else by the layers' modules; what is not
+        known to be attention alone counts as hybrid.
         """
         config = self.config.get_text_config()
         kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
@@ -101,8 +102,8 @@ class Adapter:
 
     def caches(self, call: Mapping[str, Any]) -> bool:
         """Whether a forward builds a KV cache."""
-        given = call.get("use_cache")
-        return bool(getattr(self.config.get_text_config(), "use_cache", True) if given is None else given)
+        use_cache = call.get("use_cache")
+        return bool(getattr(self.config.get_text_config(), "use_cache", True) if use_cache is None else use_cache)
 
     @property
     def text_model(self) -> Any:
@@ -132,12 +133,12 @@ class Adapter:
             key = next((k for k in keys if call.get(k) is not None), None)
             if key is None or encoded.get(modality) is not None:
                 continue
-            found = self.family.encoder(self.base, modality)
-            if found is None:
+            encoder = self.family.encoder(self.base, modality)
+            if encoder is None:
                 raise UnsupportedModelError(
                     f"{type(self.base).__name__} was given {key} but has no encoder for {modality}."
                 )
-            function, renamed = getattr(self.base, found[0]), found[1]
+            function, renamed = getattr(self.base, encoder[0]), encoder[1]
             kwargs = {n: v for n, v in arguments_from(call, function).items() if v is not None}
             if renamed:
                 kwargs = {renamed: call[key]}
@@ -182,9 +183,9 @@ class Adapter:
             kwargs["input_ids"], kwargs["inputs_embeds"] = x if x.ndim == 2 else None, embeds
             if isinstance(kwargs.get("attention_mask"), Mapping):
                 kwargs["attention_mask"] = None
-            found = compute(**kwargs)
-            if found is not None:
-                return found[..., -x.shape[1] :]
+            positions = compute(**kwargs)
+            if positions is not None:
+                return positions[..., -x.shape[1] :]
         return self.family.first_position + torch.arange(past, past + x.shape[1], device=x.device).expand(
             x.shape[0], -1
         )
@@ -221,7 +222,8 @@ def get_adapter(model: object) -> Adapter:
     kind = getattr(config, "model_type", None)
     if kind is None or not hasattr(inner, "base_model"):
         raise UnsupportedModelError(
-            f"{name} is not a Hugging Face VLM (no transformers config); tokprune prunes models of transformers such as "
+            f"{name} is not a Hugging Face VLM (no transformers config); tokprune prunes models of transformers such "
+            "as "
             "LLaVA, Qwen-VL and InternVL."
         )
     if kind in REFUSED:
@@ -235,7 +237,8 @@ def get_adapter(model: object) -> Adapter:
         raise UnsupportedModelError(f"{name} ({kind}) is a text-only model: it has no visual tokens to prune.")
     if "mm_encoder_outputs" not in parameters(type(base).forward):
         raise UnsupportedModelError(
-            f"{name} ({kind}) does not take encoder outputs in its forward (mm_encoder_outputs); tokprune needs a model of "
+            f"{name} ({kind}) does not take encoder outputs in its forward (mm_encoder_outputs); tokprune needs a "
+            "model of "
             "transformers >= 5.23 that does."
         )
     if not any(hasattr(base, t) for t in TEXT_MODELS):

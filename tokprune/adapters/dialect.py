@@ -1,7 +1,7 @@
 """How the installed transformers spells what the runtime uses.
 
-transformers renames things between releases (5.24 calls the KV cache `cache` where 5.23 said `past_key_values`). Names are
-read from the signatures and output classes at hand, never from a version number; no other module spells them out.
+transformers renames things between releases (5.24 calls the KV cache `cache` where 5.23 said `past_key_values`). Names
+are read from the signatures and output classes at hand, never from a version number; no other module spells them out.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def parameters(function: Callable[..., Any]) -> tuple[str, ...]:
 @functools.lru_cache(512)
 def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
     caught = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    found = inspect.signature(function).parameters.values()
-    return tuple(p.name for p in found if p.kind not in caught and p.name != "self")
+    named = inspect.signature(function).parameters.values()
+    return tuple(p.name for p in named if p.kind not in caught and p.name != "self")
 
 
 def cache_name(function: Callable[..., Any]) -> str | None:

@@ -1,7 +1,7 @@
 """Everything that a pruning leaves on objects of others: names, where they are, what for, and when they go away.
 
-Code takes the names from here; `tests/adapters/test_foreign.py` holds what it finds on models, caches, outputs and calls
-against FOREIGN, and docs/architecture.md shows it as a table.
+Code takes the names from here; `tests/adapters/test_foreign.py` holds what it finds on models, caches, outputs and
+calls against FOREIGN, and docs/architecture.md shows it as a table.
 """
 
 from __future__ import annotations

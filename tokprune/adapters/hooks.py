@@ -120,9 +120,9 @@ class StandIn:
         target = self.target()
         if self.before is not None:
             return self.before
-        own = getattr(type(target), self.name, None)
+        method = getattr(type(target), self.name, None)
         return (
-            (lambda: target) if own is None else own.__get__(target)
+            (lambda: target) if method is None else method.__get__(target)
         )  # a hook that torch asks for, returning the object
 
     @property

@@ -17,13 +17,13 @@ def local_processor(model: Any) -> Any:
 
     for kind in (AutoProcessor, AutoTokenizer):
         try:
-            found = kind.from_pretrained(name, local_files_only=True)
+            processor = kind.from_pretrained(name, local_files_only=True)
         except (
             Exception
         ):  # missing, broken or remote code: then the user's own processor is needed, and the error asks for it
             continue
-        if _knows_words(getattr(found, "tokenizer", found)):
-            return found
+        if _knows_words(getattr(processor, "tokenizer", processor)):
+            return processor
     return None
 
 

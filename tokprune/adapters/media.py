@@ -39,9 +39,9 @@ class Clip:
     def metadata(self) -> JsonObject:
         """The fields of a Transformers `VideoMetadata` whose timestamps and sampled rate are true for these frames.
 
-        Processors divide frame numbers by a constant rate and take the sampled rate to be that of the whole file; neither
-        holds for variable rates, for a part of a file, or for frames that were chosen by hand. So frames are numbered on a
-        clock of their own, and the total is as long as these frames reach.
+        Processors divide frame numbers by a constant rate and take the sampled rate to be that of the whole file;
+        neither holds for variable rates, for a part of a file, or for frames that were chosen by hand. So frames are
+        numbered on a clock of their own, and the total is as long as these frames reach.
         """
         count = len(self)
         step = (self.seconds[-1] - self.seconds[0]) / (count - 1) if count > 1 else 1 / ARRAY_FPS
@@ -60,8 +60,8 @@ class Clip:
 def as_clip(video: object) -> Clip:
     """A clip of a tokprune.video.Video, of frames (T, H, W, 3) uint8, or of the pair (frames, seconds).
 
-    Frames may be an array, a tensor, or a list of PIL pictures or (H, W, 3) arrays of one size. Without times they are taken
-    to be half a second apart.
+    Frames may be an array, a tensor, or a list of PIL pictures or (H, W, 3) arrays of one size. Without times they are
+    taken to be half a second apart.
     """
     if isinstance(video, Clip):
         return video
@@ -73,15 +73,16 @@ def as_clip(video: object) -> Clip:
         raise OptionError(
             f"{str(video)!r} is a path; read the video first: tokprune.video.read_video({str(video)!r}, frames=16)."
         )
-    given, seconds = video if isinstance(video, tuple) and len(video) == 2 and _times(video[1]) else (video, None)
-    frames = _frames(given)
+    source, seconds = video if isinstance(video, tuple) and len(video) == 2 and _times(video[1]) else (video, None)
+    frames = _frames(source)
     if seconds is None:
         times = np.arange(len(frames)) / ARRAY_FPS
     else:
         times = np.asarray(seconds, np.float64)
         if times.shape != (len(frames),) or not np.isfinite(times).all() or (np.diff(times) < 0).any():
             raise OptionError(
-                f"timestamps of shape {times.shape} for {len(frames)} frames; give one per frame, in seconds, ascending."
+                f"timestamps of shape {times.shape} for {len(frames)} frames; give one per frame, in seconds, "
+                "ascending."
             )
     gap = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 1 / ARRAY_FPS
     return Clip(frames, times, float(times[-1] + gap))
@@ -92,13 +93,13 @@ def _times(value: object) -> bool:
     return value is None or np.ndim(value) == 1  # type: ignore[arg-type]
 
 
-def _frames(given: object) -> npt.NDArray[np.uint8]:
-    if hasattr(given, "detach"):  # a tensor
-        given = given.detach().cpu().numpy()
+def _frames(video: object) -> npt.NDArray[np.uint8]:
+    if hasattr(video, "detach"):  # a tensor
+        video = video.detach().cpu().numpy()
     try:
-        frames = np.asarray(given) if isinstance(given, np.ndarray) else np.stack([np.asarray(f) for f in given])  # type: ignore[attr-defined]
+        frames = np.asarray(video) if isinstance(video, np.ndarray) else np.stack([np.asarray(f) for f in video])  # type: ignore[attr-defined]
     except (TypeError, ValueError) as error:
-        what = type(given).__name__
+        what = type(video).__name__
         raise OptionError(f"a video is (T, H, W, 3) uint8 frames of one size, not this {what}: {error}") from error
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not len(frames):
         raise OptionError(

@@ -46,12 +46,13 @@ def build_inputs(
     """What `model.generate(**inputs)` takes for a question about videos and images, on the model's device and dtype.
 
     images: PIL pictures or (H, W, 3) uint8 arrays. videos: `tokprune.video.Video`s, (T, H, W, 3) uint8 arrays, or pairs
-    (frames, seconds); arrays without times count as 2 frames a second. Videos stand first, then images, then the words; with
-    `history`, the (question, answer) turns so far, they stand in its first turn. Several questions are a batch: `images`
-    and `videos` are then one list per question (or None), and history is not possible.
+    (frames, seconds); arrays without times count as 2 frames a second. Videos stand first, then images, then the words;
+    with `history`, the (question, answer) turns so far, they stand in its first turn. Several questions are a batch:
+    `images` and `videos` are then one list per question (or None), and history is not possible.
 
     Models that know no videos get the frames as so many pictures, none of them cut into tiles, when their prompt takes
-    several. Raises OptionError for media that cannot be used, UnsupportedModelError for a model that takes fewer of them.
+    several. Raises OptionError for media that cannot be used, UnsupportedModelError for a model that takes fewer of
+    them.
     """
     if isinstance(question, str):
         turns = [*(history or ()), (question, None)]
@@ -69,23 +70,23 @@ def build_inputs(
             "history goes with one question, not with a batch of them; use inputs_of for a batch of chats."
         )
     rows: list[list[JsonObject]] = []
-    for i, asked in enumerate(question):
+    for i, text in enumerate(question):
         content = []
-        for kind, given in (("video", videos), ("image", images)):
-            if given is not None and len(given) != len(question):
+        for kind, media in (("video", videos), ("image", images)):
+            if media is not None and len(media) != len(question):
                 raise OptionError(
-                    f"{len(given)} lists of {kind}s for {len(question)} questions; give one list per question."
+                    f"{len(media)} lists of {kind}s for {len(question)} questions; give one list per question."
                 )
-            content += [{"type": kind, kind: item} for item in (given[i] if given is not None else None) or ()]
-        rows.append([{"role": "user", "content": [*content, {"type": "text", "text": asked}]}])
+            content += [{"type": kind, kind: item} for item in (media[i] if media is not None else None) or ()]
+        rows.append([{"role": "user", "content": [*content, {"type": "text", "text": text}]}])
     return inputs_of(model, processor, rows)
 
 
 def inputs_of(model: VLM, processor: Processor, chats: Sequence[Sequence[Fields]]) -> BatchFeature:
     """The same for whole chats in the message format of Transformers, one per row of the batch.
 
-    A message is {"role": ..., "content": text or parts}; parts are {"type": "text", "text": ...}, {"type": "image", "image":
-    ...} and {"type": "video", "video": ...} in any order.
+    A message is {"role": ..., "content": text or parts}; parts are {"type": "text", "text": ...}, {"type": "image",
+    "image": ...} and {"type": "video", "video": ...} in any order.
     """
     inner = unwrap(model)
     family = family_named(str(getattr(inner.config, "model_type", "")))
@@ -94,7 +95,8 @@ def inputs_of(model: VLM, processor: Processor, chats: Sequence[Sequence[Fields]
     native = takes_videos(processor)
     if clips and pictures and not family.mixes_modalities:
         warnings.warn(
-            f"{type(inner).__name__} takes pictures or videos in one prompt, not both: the frames are given as pictures.",
+            f"{type(inner).__name__} takes pictures or videos in one prompt, not both: the frames are given as "
+            "pictures.",
             stacklevel=3,
         )
         native = False
@@ -150,12 +152,12 @@ def answer(model: VLM, processor: Processor, inputs: Inputs, max_new_tokens: int
     return [text.strip() for text in texts]
 
 
-def _several(given: Sequence[object] | None, what: str) -> list[object]:
-    if given is None:
+def _several(media: Sequence[object] | None, what: str) -> list[object]:
+    if media is None:
         return []
-    if not isinstance(given, list | tuple):
-        raise OptionError(f"{what} is a list, also of one: {what}=[...]; given {type(given).__name__}.")
-    return list(given)
+    if not isinstance(media, list | tuple):
+        raise OptionError(f"{what} is a list, also of one: {what}=[...]; given {type(media).__name__}.")
+    return list(media)
 
 
 def _mark(processor: Processor, kind: str) -> str | None:
@@ -171,8 +173,8 @@ class _Row:
         self.messages: list[JsonObject] = []
         self.media: list[Clip | Image] = []
         for message in chat:
-            given = message["content"]
-            parts = [{"type": "text", "text": given}] if isinstance(given, str) else list(given)
+            content = message["content"]
+            parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
             content = []
             for part in parts:
                 kind = part.get("type")
@@ -199,7 +201,9 @@ class _Row:
         return [item for item in self.media if not isinstance(item, Clip)]
 
     def spread_clips(self, timed: bool) -> None:
-        """Exchange every clip for its frames as pictures; timed: each with the words that SmolVLM writes before a frame."""
+        """Exchange every clip for its frames as pictures; timed: each with the words that SmolVLM writes before a
+        frame.
+        """
         queue = iter(self.media)
         media: list[Clip | Image] = []
         for message in self.messages:
@@ -230,20 +234,23 @@ class _Row:
         plain = _flat(processor, parts[:-1])  # for processors without a template, such as PaliGemma's
         text = next((t for t in written if not self.missing(processor, t)), written[-1] if written else plain)
         if missing := self.missing(processor, text):
-            kind, found, wanted = missing
+            kind, shown, wanted = missing
             raise UnsupportedModelError(
-                f"the prompt of {type(processor).__name__} shows {found} of {wanted} {kind}s: it takes no more. Give fewer "
+                f"the prompt of {type(processor).__name__} shows {shown} of {wanted} {kind}s: it takes no more. Give "
+                "fewer "
                 f"{'frames or pictures' if kind == 'image' else 'clips'}, or take a model that reads more of them."
             )
         return text
 
     def missing(self, processor: Processor, text: str) -> tuple[str, int, int] | None:
-        """The kind of media that a prompt does not show in full, how often it does and how often it should; None: all there."""
+        """The kind of media that a prompt does not show in full, how often it does and how often it should; None: all
+        there.
+        """
         for kind in ("image", "video"):
             mark, wanted = _mark(processor, kind), len(self.clips if kind == "video" else self.pictures)
-            found = 0 if mark is None else text.count(mark)
-            if wanted != found and wanted:
-                return kind, found, wanted
+            shown = 0 if mark is None else text.count(mark)
+            if wanted != shown and wanted:
+                return kind, shown, wanted
         return None
 
     def _templated(self, processor: Processor) -> list[str]:

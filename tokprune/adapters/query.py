@@ -28,16 +28,16 @@ WHOLE = "the whole prompt: nothing in it tells where an answer would begin; give
 def plain_question(text: str) -> tuple[str, bool]:
     """The question in a prompt that follows no known template, and whether its end is sure.
 
-    It ends where the model's turn opens ("ASSISTANT:", "[/INST]", ...) and begins after the last word that opens the user's;
-    with neither, it ends at the last question mark, so that words of an answer behind it do not count.
+    It ends where the model's turn opens ("ASSISTANT:", "[/INST]", ...) and begins after the last word that opens the
+    user's; with neither, it ends at the last question mark, so that words of an answer behind it do not count.
     """
     begins = [m.end() for m in re.finditer(ASKED, text, re.IGNORECASE)]
-    asked = text[begins[-1] :] if begins else text
-    end = re.search(SPOKEN, asked, re.IGNORECASE)
+    question = text[begins[-1] :] if begins else text
+    end = re.search(SPOKEN, question, re.IGNORECASE)
     if end is not None:
-        return asked[: end.start()], True
-    mark = asked.rfind("?")
-    return (asked[: mark + 1], True) if mark >= 0 else (asked, False)
+        return question[: end.start()], True
+    mark = question.rfind("?")
+    return (question[: mark + 1], True) if mark >= 0 else (question, False)
 
 
 # Questions of the with blocks that a thread (or asyncio task) is in, by id of the set-up that they are for.
@@ -111,17 +111,17 @@ def find_question(processor: Any, ids: Tensor, visual_ids: Sequence[int]) -> tup
     tokenizer = tokenizer_of(processor)
     skip = torch.isin(ids, torch.tensor(list(visual_ids), device=ids.device))
     text = _one_line(tokenizer.decode(ids[~skip].tolist(), skip_special_tokens=False))
-    parts, found = _template_parts(processor), False
+    parts, cut_out = _template_parts(processor), False
     if parts is not None:
         low = text.lower()
         header, closing = parts[0].lower(), parts[1].lower()
         end = low.rfind(closing) if closing else len(text)
         end = len(text) if end < 0 else end
         start = low.rfind(header, 0, end) if header else -1
-        found = start >= 0
-        if found:
+        cut_out = start >= 0
+        if cut_out:
             text, source = text[start + len(header) : end], "cut out of the prompt by the chat template"
-    if not found:
+    if not cut_out:
         text, sure = plain_question(text)
         source = "found in a prompt that follows no known chat template" if sure else WHOLE
     return _without_special(tokenizer, text), source
@@ -149,36 +149,36 @@ def _tokens(tokenizer: Any, text: str) -> tuple[list[int], tuple[str, ...] | Non
     """Token ids of a text, and the word that each belongs to (None when the tokenizer cannot tell)."""
     if not getattr(tokenizer, "is_fast", False):
         return tokenizer(text, add_special_tokens=False)["input_ids"], None
-    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     words = [(m.start(), m.end(), m.group()) for m in re.finditer(r"\w+|[^\w\s]", text)]
 
     def word_at(start: int, end: int) -> str:  # offsets may include the blank before a word
         return max(words, key=lambda w: min(end, w[1]) - max(start, w[0]), default=(0, 0, ""))[2]
 
-    return found["input_ids"], tuple(word_at(*span) for span in found["offset_mapping"])
+    return encoded["input_ids"], tuple(word_at(*span) for span in encoded["offset_mapping"])
 
 
 def build_queries(
     processor: Any,
     table: Any,
     rows: Sequence[Tensor | None],
-    given: str | Sequence[str] | None,
+    questions: str | Sequence[str] | None,
     visual_ids: Sequence[int],
     scorer: Any,
 ) -> list[Query | None]:
     """One Query per prompt.
 
     table: the LLM's embedding module. rows: (L,) ids per prompt without padding, None when only embeddings are known.
-    given: one question for all prompts or one per prompt. scorer: object with embed_text, or None.
+    questions: one for all prompts or one per prompt. scorer: object with embed_text, or None.
     """
-    if given is not None and not isinstance(given, str) and len(given) != len(rows):
+    if questions is not None and not isinstance(questions, str) and len(questions) != len(rows):
         raise MissingQueryError(
-            f"{len(given)} questions were given for {len(rows)} prompts; give one per prompt, or a single string."
+            f"{len(questions)} questions were given for {len(rows)} prompts; give one per prompt, or a single string."
         )
     out: list[Query | None] = []
     for i, ids in enumerate(rows):
-        if given is not None:
-            text, source = (given if isinstance(given, str) else given[i]), "given"
+        if questions is not None:
+            text, source = (questions if isinstance(questions, str) else questions[i]), "given"
         elif processor is not None and ids is not None:
             text, source = find_question(processor, ids, visual_ids)
         else:

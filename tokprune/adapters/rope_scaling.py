@@ -29,8 +29,10 @@ def scaled_frequencies(frequencies: Tensor, factor: float) -> Tensor:
 
 
 def _buffers(text_model: Any, name: str) -> list[tuple[Any, str]]:
-    """Rotary modules of a text model and the names of their frequencies, or the error that says why they cannot be scaled."""
-    found = []
+    """Rotary modules of a text model and the names of their frequencies, or the error that says why they cannot be
+    scaled.
+    """
+    tables = []
     for module in text_model.modules():
         if not type(module).__name__.endswith("RotaryEmbedding"):
             continue
@@ -38,28 +40,31 @@ def _buffers(text_model: Any, name: str) -> list[tuple[Any, str]]:
         for kind in kinds.values() if isinstance(kinds, dict) else (kinds,):
             if kind != "default":
                 raise UnsupportedModelError(
-                    f"{name} scales its rotary embedding already (rope_type {kind!r}); a second scaling on top has no meaning."
+                    f"{name} scales its rotary embedding already (rope_type {kind!r}); a second scaling on top has no "
+                    "meaning."
                 )
         names = [n for n, _ in module.named_buffers(recurse=False) if n.endswith("inv_freq") and LEFT_ALONE not in n]
-        found += [(module, n) for n in names if getattr(module, n).shape[0] > 1]
-    if not found:
+        tables += [(module, n) for n in names if getattr(module, n).shape[0] > 1]
+    if not tables:
         raise UnsupportedModelError(
             f"{name} has no rotary embedding in its language model, so there is nothing to scale."
         )
-    return found
+    return tables
 
 
 @contextlib.contextmanager
 def longer_context(model: Any, factor: float) -> Iterator[None]:
-    """Inside the with block the language model of a VLM sees positions as if `factor` times as many fitted its training.
+    """Inside the with block the language model of a VLM sees positions as if `factor` times as many fitted its
+    training.
 
-    The base b of the rotary embedding becomes b * factor^(d / (d - 2)) (NTK-aware scaling), as INTP-Video-LLM does to feed
-    more frames than a model was trained on (arXiv 2409.12963). factor: length wanted over length trained on, at least 1.
-    Leaving the block puts the very same tensors back. Keys in a cache carry the rotation that they were made with: begin and
-    end an answer on the same side. The tower is not touched; INTP's rearrangement of tokens is for towers that take clips of
-    a fixed length, which none of the supported models has.
+    The base b of the rotary embedding becomes b * factor^(d / (d - 2)) (NTK-aware scaling), as INTP-Video-LLM does to
+    feed more frames than a model was trained on (arXiv 2409.12963). factor: length wanted over length trained on, at
+    least 1. Leaving the block puts the very same tensors back. Keys in a cache carry the rotation that they were made
+    with: begin and end an answer on the same side. The tower is not touched; INTP's rearrangement of tokens is for
+    towers that take clips of a fixed length, which none of the supported models has.
 
-    Raises OptionError for a factor below 1, UnsupportedModelError for models that scale already or have no rotary embedding.
+    Raises OptionError for a factor below 1, UnsupportedModelError for models that scale already or have no rotary
+    embedding.
     """
     if isinstance(factor, bool) or not isinstance(factor, int | float) or not math.isfinite(factor) or factor < 1:
         raise OptionError(

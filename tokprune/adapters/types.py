@@ -41,10 +41,12 @@ Model: TypeAlias = Any
 """A module of transformers or timm, whose parts are found by the names in `adapters/`; None when it is gone."""
 
 Mask: TypeAlias = Tensor | Mapping[str, Any] | None
-"""An attention mask: (B, keys), (B or 1, H or 1, queries, keys), a dict of these by layer kind, or None: all visible."""
+"""An attention mask: (B, keys), (B or 1, H or 1, queries, keys), a dict of these by layer kind, or None: all visible.
+"""
 
 RotaryTable: TypeAlias = tuple[Tensor, Tensor | int]
-"""Positions (B, P) that rotation gets where attention gets contiguous ones, and filler (B, 1) on the left of each row."""
+"""Positions (B, P) that rotation gets where attention gets contiguous ones, and filler (B, 1) on the left of each row.
+"""
 
 
 class EncoderOutput(Protocol):

@@ -1,4 +1,6 @@
-"""What the newest token pays to every key of one decoder layer, without the attention map: O(keys), any attention kernel."""
+"""What the newest token pays to every key of one decoder layer, without the attention map: O(keys), any attention
+kernel.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +18,13 @@ def check_attention(attention: Model) -> None:
     """Refuse an attention module whose queries cannot be made again from its projections."""
     if not hasattr(attention, "q_proj") or not hasattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb"):
         raise UnsupportedModelError(
-            f"{type(attention).__name__} has no q_proj with rotary embedding, so what a token attends to cannot be read from it."
+            f"{type(attention).__name__} has no q_proj with rotary embedding, so what a token attends to cannot be "
+            "read from it."
         )
     if cache_name(type(attention).forward) is None:
         raise UnsupportedModelError(
-            f"{type(attention).__name__} names no KV cache ({' or '.join(CACHE)}), so what it reads cannot be narrowed. Known to work: "
+            f"{type(attention).__name__} names no KV cache ({' or '.join(CACHE)}), so what it reads cannot be "
+            "narrowed. Known to work: "
             f"{tested_versions()}."
         )
 
@@ -53,7 +57,8 @@ def check_tensor_mask(mask: object) -> None:
     """Refuse the mask object of a kernel that takes no tensors, such as flex attention's."""
     if mask is not None and not isinstance(mask, Tensor):
         raise UnsupportedModelError(
-            f"this method reads and cuts masks that are tensors, and the model's attention kernel has a {type(mask).__name__}: call "
+            "this method reads and cuts masks that are tensors, and the model's attention kernel has a "
+            f"{type(mask).__name__}: call "
             'model.set_attn_implementation("sdpa").'
         )
 

@@ -1,9 +1,9 @@
 """The cache stage: in decode steps the layers from some layer on read a part of the visual keys and values.
 
-The attention module of the layer below gets the model's cache through a view that notes the keys it uses; with its query
-they give what the newest token attends to, and the method chooses. The modules above get the cache through a view that
-gathers the chosen keys and values, and the mask cut to match. Nothing leaves the cache. What was decided rides on the
-pruning record of the cache itself, so that beams, copies, second turns and interleaved generations stay apart.
+The attention module of the layer below gets the model's cache through a view that notes the keys it uses; with its
+query they give what the newest token attends to, and the method chooses. The modules above get the cache through a view
+that gathers the chosen keys and values, and the mask cut to match. Nothing leaves the cache. What was decided rides on
+the pruning record of the cache itself, so that beams, copies, second turns and interleaved generations stay apart.
 """
 
 from __future__ import annotations
@@ -108,10 +108,12 @@ class CacheStage:
         name = self.method.info.name
         if not self.steps:
             return [
-                f"{name} has reduced no decode step yet (it works on single new tokens behind a picture, with a KV cache)"
+                f"{name} has reduced no decode step yet (it works on single new tokens behind a picture, with a KV "
+                "cache)"
             ]
         return [
-            f"{name}: {self.steps} decode steps; layers from {self.method.layer} on read {self.used} of {self.visual} visual keys "
+            f"{name}: {self.steps} decode steps; layers from {self.method.layer} on read {self.used} of {self.visual} "
+            "visual keys "
             f"(chosen by layer {self.source_layer}); all keys stay in memory"
         ]
 
@@ -123,7 +125,8 @@ class CacheStage:
                 'attn_implementation="sdpa", "eager" or "flash_attention_2" for methods of the cache stage.'
             )
 
-    # -- the layer whose attention is read -------------------------------------------------------------------------------------------
+    # -- the layer whose attention is read
+    # -------------------------------------------------------------------------------------------
 
     @torch.compiler.disable
     def _before(self, module: Model, args: Positional, kwargs: ModelCall) -> Replaced:
@@ -131,7 +134,8 @@ class CacheStage:
         cache = cache_in(kwargs)
         if getattr(cache, "is_compileable", False):
             raise UnsupportedModelError(
-                f"{type(cache).__name__} has a fixed length for compiled decoding, from which no keys can be left out; use the "
+                f"{type(cache).__name__} has a fixed length for compiled decoding, from which no keys can be left out; "
+                "use the "
                 "default cache (DynamicCache) with methods of the cache stage."
             )
         state = get_state(cache)
@@ -171,7 +175,8 @@ class CacheStage:
         self.steps += 1
         self.used, self.visual = chosen.width, chosen.visual.shape[1]
 
-    # -- the layers that read less --------------------------------------------------------------------------------------
+    # -- the layers that read less
+    # --------------------------------------------------------------------------------------
 
     @torch.compiler.disable
     def _narrow(self, module: Model, args: Positional, kwargs: ModelCall) -> Replaced:
@@ -182,7 +187,8 @@ class CacheStage:
         chosen: Chosen = state.chosen
         if int(cache.get_query_offset(module.layer_idx)) + 1 != chosen.total:
             raise UnsupportedModelError(
-                f"layer {module.layer_idx} holds other keys than layer {self.source_layer}, from which {self.method.info.name} "
+                f"layer {module.layer_idx} holds other keys than layer {self.source_layer}, from which "
+                f"{self.method.info.name} "
                 "chose; a method of the cache stage cannot run beside one that drops tokens inside the decoder."
             )
         length, _ = cache.get_mask_sizes(1, module.layer_idx)
@@ -220,6 +226,8 @@ class CacheStage:
     @staticmethod
     def _refuse_assistance(*args: object, **kwargs: object) -> object:
         raise UnsupportedModelError(
-            "assisted decoding and prompt lookup check several drafted tokens at once, while a method of the cache stage chooses for one "
-            "new token at a time: the answers would differ. Generate without assistant_model and prompt_lookup_num_tokens."
+            "assisted decoding and prompt lookup check several drafted tokens at once, while a method of the cache "
+            "stage chooses for one "
+            "new token at a time: the answers would differ. Generate without assistant_model and "
+            "prompt_lookup_num_tokens."
         )

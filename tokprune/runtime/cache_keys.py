@@ -16,10 +16,11 @@ from tokprune.runtime.attention_row import check_tensor_mask
 class Chosen:
     """The visual keys of a cache and what is used of them now.
 
-    visual: (B, V) physical positions of the visual keys, -1 behind them. rest: (B, R) those of all other keys of the prefill.
-    held: keys when this was made. keep: (B,) visual keys to use. width: the largest of them. step: the last decision. keys:
-    (B, M) physical positions that this step uses of `total`, -1 for filler; None: all. ragged: rows differ in number, so there is
-    filler. filled: there may be some in this step. masks: those of this step, by the mask they were cut from.
+    visual: (B, V) physical positions of the visual keys, -1 behind them. rest: (B, R) those of all other keys of the
+    prefill. held: keys when this was made. keep: (B,) visual keys to use. width: the largest of them. step: the last
+    decision. keys: (B, M) physical positions that this step uses of `total`, -1 for filler; None: all. ragged: rows
+    differ in number, so there is filler. filled: there may be some in this step. masks: those of this step, by the mask
+    they were cut from.
     """
 
     visual: Tensor
@@ -43,9 +44,9 @@ class Chosen:
 
         def positions(where: Tensor) -> Tensor:
             order = torch.argsort((~where).int(), dim=1, stable=True)
-            found = where.sum(1)
-            order = order[:, : int(found.max())]
-            return order.masked_fill(torch.arange(order.shape[1], device=order.device) >= found[:, None], -1)
+            lengths = where.sum(1)
+            order = order[:, : int(lengths.max())]
+            return order.masked_fill(torch.arange(order.shape[1], device=order.device) >= lengths[:, None], -1)
 
         ragged = len(set(sizes)) > 1 or len(set(keeps)) > 1
         keep = torch.tensor(keeps, device=visual.device)
@@ -88,7 +89,9 @@ class Chosen:
 
 
 def narrow_mask(mask: Tensor | None, index: Tensor, filled: bool, kernel: str, dtype: torch.dtype) -> Tensor | None:
-    """A decode step's mask over the keys at `index` (B, M), where -1 is filler. mask: None, (B, n), or (B or 1, 1, 1, n)."""
+    """A decode step's mask over the keys at `index` (B, M), where -1 is filler. mask: None, (B, n), or (B or 1, 1, 1,
+    n).
+    """
     if mask is None:
         if not filled:
             return None

@@ -1,8 +1,8 @@
 """What a KV cache remembers of a pruned prefill, and how it answers questions about its length.
 
 Outside the multimodal base model lengths are logical (as prompted); inside they are physical (as kept). generate() asks
-the cache for the former, mask builders for the latter; the record that links the two rides on the cache object itself, so
-that second turns, beams, copies and interleaved generations each carry their own.
+the cache for the former, mask builders for the latter; the record that links the two rides on the cache object itself,
+so that second turns, beams, copies and interleaved generations each carry their own.
 """
 
 from __future__ import annotations
@@ -41,12 +41,13 @@ class Reader:
 class PruneState:
     """The link between physical keys and logical prompt columns.
 
-    kept: (B, P) logical column of each physical key, -1 for filler. moves: (B, n_logical + 1) logical minus physical position
-    of a text token at each column, and of the next one at last. n_logical: logical length covered by `kept`. has_fill: some
-    physical key must stay masked. reader: of the pruning that reads the cache now; without one a model would take prompt
-    columns for keys. visual: (B, P) bool, keys of visual tokens (newlines are none), where known. chosen: what the cache stage
-    decided last, an object with `index(fn)`.
-    next_position: (B,) position that the token after the prompt must have, -1 where none is certain; until it was checked.
+    kept: (B, P) logical column of each physical key, -1 for filler. moves: (B, n_logical + 1) logical minus physical
+    position of a text token at each column, and of the next one at last. n_logical: logical length covered by `kept`.
+    has_fill: some physical key must stay masked. reader: of the pruning that reads the cache now; without one a model
+    would take prompt columns for keys. visual: (B, P) bool, keys of visual tokens (newlines are none), where known.
+    chosen: what the cache stage decided last, an object with `index(fn)`.
+    next_position: (B,) position that the token after the prompt must have, -1 where none is certain; until it was
+    checked.
     """
 
     kept: Tensor
@@ -120,8 +121,8 @@ class PruneState:
     def key_mask(self, logical_mask: Mask, length: int, queries: int = 1, dtype: torch.dtype = torch.float32) -> Mask:
         """The mask over `length` physical keys, the last `queries` of which are new, or None when every key is visible.
 
-        logical_mask: over prompt columns: None, (B, keys) 0/1, (B or 1, H or 1, queries, keys), or a dict of these. dtype: of
-        the mask that takes the place of an entry of the dict that is None.
+        logical_mask: over prompt columns: None, (B, keys) 0/1, (B or 1, H or 1, queries, keys), or a dict of these.
+        dtype: of the mask that takes the place of an entry of the dict that is None.
         """
         if logical_mask is None and not self.has_fill:
             return None
@@ -153,7 +154,8 @@ class PrunedCacheMixin:
         """Asked for by every forward; the place to refuse a model that is no longer pruned."""
         if not self._tokprune.reader.active:
             raise TokpruneError(
-                "this cache was filled by a pruned model, whose pruning has been removed since: prompt columns and keys no longer "
+                "this cache was filled by a pruned model, whose pruning has been removed since: prompt columns and "
+                "keys no longer "
                 "match. Apply a pruning again (any can read it), or start with a new cache."
             )
         sizes: tuple[int, int] = super().get_mask_sizes(*args, **kwargs)  # type: ignore[misc]
@@ -184,7 +186,8 @@ class PrunedCacheMixin:
         stay = state.kept.shape[1] + logical - state.n_logical
         if state is not self._tokprune and any(getattr(self, "is_linear", ())) and self._tokprune.kept.shape[0] > 1:
             raise UnsupportedModelError(
-                "the cache of a model with recurrent layers cannot be cropped back over pictures in a batch: its prompts lost "
+                "the cache of a model with recurrent layers cannot be cropped back over pictures in a batch: its "
+                "prompts lost "
                 "different tokens. Crop one prompt at a time, or start with a new cache."
             )
         super().crop(stay - held)  # type: ignore[misc]

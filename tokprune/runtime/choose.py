@@ -16,8 +16,8 @@ from tokprune.tokens import Selection
 def choose(method: ConnectorMethod, streams: Sequence[StreamRecord], count: Callable[[int], int]) -> None:
     """Let the method decide about every stream; fills `selection`.
 
-    count: keep count of n tokens (`PruneConfig.count`). A stream that may keep all its tokens is passed through untouched,
-    so that ratio=1 is exact for methods that merge, too.
+    count: keep count of n tokens (`PruneConfig.count`). A stream that may keep all its tokens is passed through
+    untouched, so that ratio=1 is exact for methods that merge, too.
     """
     keeps = _keep_counts(method, streams, count)
     active = []
@@ -82,16 +82,18 @@ def check_values(indices: Tensor, n: int) -> None:
     bad = bool((indices.diff() <= 0).any()) or (len(indices) > 0 and not 0 <= int(indices[0]) <= int(indices[-1]) < n)
     if bad:
         raise TokpruneError(
-            f"a method returned indices that are not ascending, distinct and between 0 and {n - 1}: {indices[:8].tolist()}"
-            f"{' …' if len(indices) > 8 else ''}. Return Selection(indices.unique()) or sort them; every token is kept once."
+            f"a method returned indices that are not ascending, distinct and between 0 and {n - 1}: "
+            f"{indices[:8].tolist()}"
+            f"{' …' if len(indices) > 8 else ''}. Return Selection(indices.unique()) or sort them; every token is kept "
+            "once."
         )
 
 
 def kept_rows(stream: StreamRecord) -> tuple[Tensor, Tensor, int]:
     """Encoder rows of a stream that survive, relative to the stream.
 
-    Returns slots (K,) of the selected candidates in the order of the selection, all kept rows as a (total,) bool, and how
-    many separators are among them (a newline stays iff a token of its line does).
+    Returns slots (K,) of the selected candidates in the order of the selection, all kept rows as a (total,) bool, and
+    how many separators are among them (a newline stays iff a token of its line does).
     """
     geometry = stream.geometry
     indices = stream.selection.indices.to(geometry.rows.device)

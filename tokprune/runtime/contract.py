@@ -1,7 +1,9 @@
-"""Whether the installed transformers keeps the conventions that pruning rests on; asked by apply(), before a hook is set.
+"""Whether the installed transformers keeps the conventions that pruning rests on; asked by apply(), before a hook is
+set.
 
-Each convention is looked up in signatures, or tried on a cache of three keys, in milliseconds; the answer is kept for as long
-as the functions looked at are the same. What holds here can still be left out by a call at run time: see tripwires.
+Each convention is looked up in signatures, or tried on a cache of three keys, in milliseconds; the answer is kept for
+as long as the functions looked at are the same. What holds here can still be left out by a call at run time: see
+tripwires.
 """
 
 from __future__ import annotations
@@ -108,14 +110,16 @@ def _masks(f: Functions) -> bool:
 
 CONVENTIONS: tuple[tuple[str, Callable[[Functions], bool]], ...] = (
     (
-        f"the multimodal model's forward names its KV cache ({' or '.join(CACHE)}), input_ids, inputs_embeds, attention_mask, "
+        f"the multimodal model's forward names its KV cache ({' or '.join(CACHE)}), input_ids, inputs_embeds, "
+        "attention_mask, "
         "position_ids and mm_encoder_outputs",
         lambda f: _named(
             *(f.base, "input_ids", "inputs_embeds", "attention_mask", "position_ids", "mm_encoder_outputs"), cache=True
         ),
     ),
     (
-        f"the language model's forward names its KV cache ({' or '.join(CACHE)}), inputs_embeds, attention_mask and position_ids",
+        f"the language model's forward names its KV cache ({' or '.join(CACHE)}), inputs_embeds, attention_mask and "
+        "position_ids",
         lambda f: _named(f.text, "inputs_embeds", "attention_mask", "position_ids", cache=True),
     ),
     (
@@ -123,7 +127,8 @@ CONVENTIONS: tuple[tuple[str, Callable[[Functions], bool]], ...] = (
         lambda f: _named(f.model, "mm_encoder_outputs") and _takes_more(f.model),
     ),
     (
-        f"prepare_inputs_for_generation names the KV cache ({' or '.join(CACHE)}), is_first_iteration and next_sequence_length",
+        f"prepare_inputs_for_generation names the KV cache ({' or '.join(CACHE)}), is_first_iteration and "
+        "next_sequence_length",
         lambda f: (
             f.prepare is None
             or (
@@ -144,13 +149,15 @@ CONVENTIONS: tuple[tuple[str, Callable[[Functions], bool]], ...] = (
         ),
     ),
     (
-        f"compute_3d_position_ids names the KV cache ({' or '.join(CACHE)}), input_ids, inputs_embeds and attention_mask",
+        f"compute_3d_position_ids names the KV cache ({' or '.join(CACHE)}), input_ids, inputs_embeds and "
+        "attention_mask",
         lambda f: (
             f.positions is None or _named(f.positions, "input_ids", "inputs_embeds", "attention_mask", cache=True)
         ),
     ),
     (
-        f"outputs have the fields last_hidden_state, hidden_states and {' or '.join(CACHE)}, those of encoders pooler_output",
+        f"outputs have the fields last_hidden_state, hidden_states and {' or '.join(CACHE)}, those of encoders "
+        "pooler_output",
         _outputs,
     ),
     (f"Cache has {', '.join(CACHE_METHODS)}", lambda f: None not in f.cache),

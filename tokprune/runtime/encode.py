@@ -20,7 +20,7 @@ from tokprune.adapters.hooks import Attachments, PerThread
 from tokprune.adapters.types import EncoderOutput, ModelCall, Original
 from tokprune.runtime.probe import AttentionProbe
 from tokprune.runtime.records import EncoderRecord, encoder_record
-from tokprune.runtime.signals import SignalSet, compute_signals, signal_probe
+from tokprune.runtime.signals import PatchScorer, SignalSet, compute_signals, signal_probe
 
 if TYPE_CHECKING:
     from tokprune.runtime.encoder.stage import EncoderStage
@@ -61,7 +61,11 @@ class Recorder:
     """
 
     def __init__(
-        self, adapter: Adapter, needs: Sequence[str], scorer: object = None, encoder: EncoderStage | None = None
+        self,
+        adapter: Adapter,
+        needs: Sequence[str],
+        scorer: PatchScorer | None = None,
+        encoder: EncoderStage | None = None,
     ) -> None:
         self.adapter, self.scorer, self.encoder = adapter, scorer, encoder
         self.needs = tuple(n for n in needs if n not in QUERY_NEEDS and n != SURVIVORS)

@@ -1,7 +1,7 @@
 """Step 5 of the prefill: the shortened call that the model's own forward then runs.
 
-Rows that keep different numbers are padded on the left with masked filler, so that the last slot of every row is its last
-token.
+Rows that keep different numbers are padded on the left with masked filler, so that the last slot of every row is its
+last token.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ def execute(
 ) -> tuple[ModelCall, PrunedForward, RotaryTable | None]:
     """The physical call for the columns of `call`, and the table of positions for rotation where attention gets others.
 
-    hide_positions: give attention contiguous positions and only the rotary embedding the kept ones; flash attention reads
-    gaps in them as packing.
+    hide_positions: give attention contiguous positions and only the rotary embedding the kept ones; flash attention
+    reads gaps in them as packing.
     """
     past = cache_in(call)
     slots = Slots.of(plan, past)
@@ -125,7 +125,8 @@ def execute(
 
 
 def _mask(adapter: Adapter, plan: Plan, call: ModelCall, slots: Slots) -> Mask:
-    """The physical mask, always explicit: transformers would take gaps in kept positions for packed sequences otherwise.
+    """The physical mask, always explicit: transformers would take gaps in kept positions for packed sequences
+    otherwise.
 
     But for rows that are packed, whose samples it must tell apart by their positions.
     """
@@ -246,7 +247,8 @@ def check_room(cache: KVCache, keys: int) -> None:
     room = min((size for layer in layers if (size := getattr(layer, "max_cache_len", None)) is not None), default=keys)
     if room < keys:
         raise OptionError(
-            f"this {type(cache).__name__} holds {room} keys and the pruned prompt has {keys}: its text, the tokens kept of each picture "
+            f"this {type(cache).__name__} holds {room} keys and the pruned prompt has {keys}: its text, the tokens "
+            "kept of each picture "
             "and the newline tokens beside them. Give max_cache_len=pruning.last.length plus the tokens to generate."
         )
 

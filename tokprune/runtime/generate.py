@@ -1,7 +1,8 @@
-"""generate(): what its steps are given is translated before masks are built, static caches and compiled decoding included.
+"""generate(): what its steps are given is translated before masks are built, static caches and compiled decoding
+included.
 
-generate() works with lengths as prompted. `prepare_inputs_for_generation` is where a step's inputs take their last form, and
-`_prefill` reads the prompt, in chunks where asked to; one of ours answers for each of them.
+generate() works with lengths as prompted. `prepare_inputs_for_generation` is where a step's inputs take their last
+form, and `_prefill` reads the prompt, in chunks where asked to; one of ours answers for each of them.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class ConnectorStage(Prefill):
             self.remove()
             raise
 
-    # -- the inputs of a step -----------------------------------------------------------------------------------------------
+    # -- the inputs of a step
+    # -----------------------------------------------------------------------------------------------
 
     def _prepare(self, original: Original, input_ids: Tensor, *args: object, **kwargs: object) -> ModelCall:
         kwargs.update(
@@ -83,7 +85,8 @@ class ConnectorStage(Prefill):
             out["position_ids"] = state.shifted(out["position_ids"])
         return out
 
-    # -- the prefill --------------------------------------------------------------------------------------------------------
+    # -- the prefill
+    # --------------------------------------------------------------------------------------------------------
 
     def _prefill(
         self,

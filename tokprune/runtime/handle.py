@@ -45,7 +45,8 @@ OF_THE_STAGE = ("tower", "method", "expand", "ratio", "budget", "widen", "output
 class Installed:
     """The parts of one pruning, put on their model together or not at all.
 
-    The model owns this object, which looks at the model through a weak reference: no cycle keeps a deleted model's weights.
+    The model owns this object, which looks at the model through a weak reference: no cycle keeps a deleted model's
+    weights.
     """
 
     def __init__(self, model: Model, config: PruneConfig, processor: Processor = None) -> None:
@@ -120,11 +121,7 @@ def _release(removed: weakref.ref[Installed], _: object) -> None:
 class Pruning:
     """A model that is being pruned: the handle that `apply` returns for every kind of model, also a context manager.
 
-    config: what was asked for. model: the pruned model; the handle keeps it alive until the pruning is removed or replaced.
-    last: what happened in the last run: of a VLM a LastRun (kept columns, one record per image or video), of a bare tower an
-    EncoderTrace; None before the first. trace: the EncoderTrace of the vision tower, None without an encoder method. active:
-    whether the pruning is on. encoder, cache: the stages of these names, None where there is no such method. report(), query()
-    and remove() work on all models.
+    It keeps the model alive until the pruning is removed or replaced.
     """
 
     def __init__(self, installed: Installed) -> None:
@@ -192,8 +189,8 @@ class Pruning:
     def query(self, text: str | Sequence[str]) -> Iterator[Pruning]:
         """Use `text` as the question (one, or one per prompt) inside the with block.
 
-        It holds for this thread (and asyncio task) alone: a generate() that runs in a thread of its own, as streamers do it,
-        needs the block inside that thread.
+        It holds for this thread (and asyncio task) alone: a generate() that runs in a thread of its own, as streamers
+        do it, needs the block inside that thread.
         """
         connector = self._installed.connector
         if connector is None:
@@ -252,12 +249,14 @@ class Stages:
             base = BASES.get(method.stage)
             if base is None:
                 raise OptionError(
-                    f"method {method.info.name!r} belongs to the stage {method.stage!r}, which this version cannot run in a model yet; the "
+                    f"method {method.info.name!r} belongs to the stage {method.stage!r}, which this version cannot run "
+                    "in a model yet; the "
                     f"stages {', '.join(BASES)} can."
                 )
             if not isinstance(method, base):
                 raise OptionError(
-                    f"{type(method).__name__} is of the stage {method.stage!r}, so it must derive from {base.__module__}.{base.__name__}."
+                    f"{type(method).__name__} is of the stage {method.stage!r}, so it must derive from "
+                    f"{base.__module__}.{base.__name__}."
                 )
             by_stage[method.stage] = method
         return Stages(**by_stage)
@@ -289,8 +288,8 @@ def vlm_pruning(model: Model, config: PruneConfig, processor: Processor = None, 
         from tokprune.runtime.encoder.handoff import AmongSurvivors
         from tokprune.runtime.encoder.stage import EncoderStage
 
-        # The budget is one: the connector's when there is one. The encoder then follows its own schedule; one that has none
-        # reduces by the same factor as the connector behind it.
+        # The budget is one: the connector's when there is one. The encoder then follows its own schedule; one that has
+        # none reduces by the same factor as the connector behind it.
         amount = (None, None) if connector is not None else (config.ratio, config.budget)
         if connector is not None and config.ratio is not None and not stages.encoder.scheduled:
             amount = (math.sqrt(config.ratio), None)
@@ -333,8 +332,8 @@ def apply_encoder(
     methods that merge. Dropped tokens are zeros. processor: tells methods that look at the picture (apt) how its pixels
     were normalised.
 
-    The pruning belongs to `model`: a tower inside it is reduced in calls of `model` alone, and runs plain for other models
-    that hold the same tower, and when it is called directly; give the tower itself to reduce it for everybody.
+    The pruning belongs to `model`: a tower inside it is reduced in calls of `model` alone, and runs plain for other
+    models that hold the same tower, and when it is called directly; give the tower itself to reduce it for everybody.
 
     Applying again replaces. Raises UnsupportedModelError for towers that cannot be spliced, OptionError and BudgetError
     for arguments that cannot be used; the model is then as it was.
@@ -367,7 +366,8 @@ def install(pruning: Pruning) -> Pruning:
 
 
 def remove(model: Model) -> None:
-    """Take the pruning off `model`, whoever applied it, and off all models inside it; a model without one stays as it is.
+    """Take the pruning off `model`, whoever applied it, and off all models inside it; a model without one stays as it
+    is.
 
     Raises UnsupportedModelError for what is no model, and for a mere part of a pruned model.
     """
@@ -375,7 +375,8 @@ def remove(model: Model) -> None:
     if not isinstance(inner, nn.Module):
         hint = ".model: tokprune.remove(it.model)" if isinstance(getattr(model, "model", None), nn.Module) else " model"
         raise UnsupportedModelError(
-            f"remove takes the model (a torch.nn.Module) or handle.remove(), not {type(model).__name__}; give its{hint}."
+            f"remove takes the model (a torch.nn.Module) or handle.remove(), not {type(model).__name__}; give "
+            f"its{hint}."
         )
     pruned = [m for m in inner.modules() if isinstance(vars(m).get(HANDLE), Installed)]
     for module in pruned:
@@ -386,7 +387,8 @@ def remove(model: Model) -> None:
         owner = hook.owner() if isinstance(hook, Hook) else None
         if owner is not None and owner.anchor() is not inner and HANDLE in vars(owner.anchor()):
             raise UnsupportedModelError(
-                f"this {type(inner).__name__} is a part of a pruned {type(owner.anchor()).__name__}; give remove that whole model, or call "
+                f"this {type(inner).__name__} is a part of a pruned {type(owner.anchor()).__name__}; give remove that "
+                "whole model, or call "
                 "remove() of its handle."
             )
 

@@ -17,10 +17,12 @@ def check_mask(mask: object) -> None:
         for one in mask.values():
             check_mask(one)
     elif mask is not None and not (isinstance(mask, Tensor) and mask.ndim in (2, 4)):
-        given = f"a tensor of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+        form = f"a tensor of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         raise UnsupportedModelError(
-            f"a pruned prompt needs an attention mask whose rows and columns can be cut: a (batch, keys) or (batch, heads, queries, "
-            f"keys) tensor, or a dict of these. Given: {given}. Pass the mask as a tensor, or remove the pruning for this call."
+            "a pruned prompt needs an attention mask whose rows and columns can be cut: a (batch, keys) or (batch, "
+            "heads, queries, "
+            f"keys) tensor, or a dict of these. Given: {form}. Pass the mask as a tensor, or remove the pruning for "
+            "this call."
         )
 
 
@@ -34,9 +36,10 @@ def is_full(mask: Mask) -> bool:
 def gather_mask(mask: Mask, columns: Tensor, queries: Tensor | None = None, causal: Tensor | None = None) -> Mask:
     """A mask over prompt columns as one over kept keys, with kept queries where they are cut, too.
 
-    mask: (B, keys), (B or 1, H or 1, queries, keys) boolean or additive, None, or a dict of these. columns: (B, P) prompt column
-    of each key, -1 for filler, which nobody sees. queries: (B, Q) row of a four-dimensional mask that each query is, -1 for
-    filler, which sees everything. causal: (B, 1, Q, P) additive mask for entries of a dict that are None.
+    mask: (B, keys), (B or 1, H or 1, queries, keys) boolean or additive, None, or a dict of these. columns: (B, P)
+    prompt column of each key, -1 for filler, which nobody sees. queries: (B, Q) row of a four-dimensional mask that
+    each query is, -1 for filler, which sees everything. causal: (B, 1, Q, P) additive mask for entries of a dict that
+    are None.
     """
     check_mask(mask)
     if isinstance(mask, Mapping):

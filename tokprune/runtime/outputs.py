@@ -1,8 +1,8 @@
 """What a pruned forward gives back, at the width of the prompt as it was written.
 
-One rule for forward() and generate(): whatever has one row per prompt token (logits, hidden states) has the prompt's width,
-and a dropped token answers with the nearest kept one before it. Attentions are what was computed: queries and keys that
-were kept, `pruning.last.keep` says which.
+One rule for forward() and generate(): whatever has one row per prompt token (logits, hidden states) has the prompt's
+width, and a dropped token answers with the nearest kept one before it. Attentions are what was computed: queries and
+keys that were kept, `pruning.last.keep` says which.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def widen(hidden: Tensor, expand: Tensor) -> Tensor:
 class WidePath:
     """Puts the widened hidden states of one forward on the way of its gradients, as those of an unpruned model are.
 
-    Every decoder layer's result is widened and the kept part of that handed on, which changes no number; what the forward
-    returns is then what its later layers were computed from, so that retain_grad() and autograd.grad find it.
+    Every decoder layer's result is widened and the kept part of that handed on, which changes no number; what the
+    forward returns is then what its later layers were computed from, so that retain_grad() and autograd.grad find it.
     """
 
     def __init__(self, layers: nn.ModuleList, expand: Tensor, index: Tensor) -> None:
@@ -78,7 +78,8 @@ def wide_path(text_model: Model, call: ModelCall, expand: Tensor, index: Tensor)
 
 
 def widen_output(output: ModelOutput, expand: Tensor, last: bool, path: WidePath | None = None) -> None:
-    """Widen the hidden states of a base model's output in place. last: the last one, too, which generate() does not need.
+    """Widen the hidden states of a base model's output in place. last: the last one, too, which generate() does not
+    need.
 
     path: has those widened already that gradients go through.
     """

@@ -164,13 +164,12 @@ def make_plan(
     positions = adapter.positions(call, x)
     if policy == "auto":
         policy = "keep" if positions.ndim == 3 else "compact"
+    positions, moves = translate(positions, policy, keep, columns, _visual(features), shift)
     dropped = columns.present & ~keep  # (B, L)
-    positions, moves = translate(
-        positions, policy, keep, dropped, columns.visible, _visual(features), shift, columns.segments
-    )
     if adapter.hybrid and state is not None and len(set(dropped.sum(1).tolist())) > 1:
         raise UnsupportedModelError(
-            f"{type(adapter.model).__name__} has recurrent layers: a later turn whose prompts lose different numbers of tokens "
+            f"{type(adapter.model).__name__} has recurrent layers: a later turn whose prompts lose different numbers "
+            "of tokens "
             "would need filler in the middle of the sequence. Run these prompts one by one, or without the kept cache."
         )
     start = logical_length(cache_in(call))

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from tokprune.runtime.plan import Columns
+
 
 def restarts(positions: Tensor) -> Tensor | None:
-    """(B, L) number of the sample that each column belongs to, where positions start anew inside a row; None where none does.
+    """(B, L) number of the sample that each column belongs to, where positions start anew inside a row; None where none
+    does.
 
-    positions: (B, L), or (4, B, L), whose first row counts the tokens. It is transformers' own rule for packed rows: the next
-    position is not one more than the last. Asks the device.
+    positions: (B, L), or (4, B, L), whose first row counts the tokens. It is transformers' own rule for packed rows:
+    the next position is not one more than the last. Asks the device.
     """
     if positions.ndim == 3:
         if positions.shape[0] != 4:
@@ -35,8 +41,9 @@ def compact_1d(positions: Tensor, lost: Tensor, shift: Tensor, segments: Tensor 
     """Re-number: each position moves back by the tokens dropped before it in its row.
 
     positions: (B, L). lost: (B, L) bool, dropped tokens that had a number. shift: (B, 1) move that earlier turns left.
-    segments: (B, L) samples of a packed row, each with numbers of its own. Returns the new positions and the moves (B, L + 1):
-    of each column, and the one that later tokens inherit. Works for arange and for mask-cumsum conventions alike.
+    segments: (B, L) samples of a packed row, each with numbers of its own. Returns the new positions and the moves (B,
+    L + 1): of each column, and the one that later tokens inherit. Works for arange and for mask-cumsum conventions
+    alike.
     """
     before, upto = _since_restart(lost.long(), segments)
     moves = shift + torch.cat([before, upto[:, -1:]], 1)
@@ -49,8 +56,8 @@ def compact_mrope(
     """Re-number M-RoPE: in each visual run every axis by the dense rank of its kept coordinates.
 
     positions: (3, B, L) time, height, width. keep, visual: (B, L) bool. shift: (B, 1). segments: as in compact_1d. What
-    follows a run moves back by how much the larger of its height and width shrank. Returns the new positions and the moves
-    (B, L + 1); inside a run they are those of its start.
+    follows a run moves back by how much the larger of its height and width shrank. Returns the new positions and the
+    moves (B, L + 1); inside a run they are those of its start.
     """
     positions = positions.clone()
     moves = shift.repeat(1, positions.shape[2] + 1)
@@ -97,29 +104,29 @@ def translate(
     positions: Tensor,
     policy: str,
     keep: Tensor,
-    dropped: Tensor,
-    visible: Tensor,
+    columns: Columns,
     visual: Tensor,
     shift: Tensor,
-    segments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Positions of the kept tokens under `policy` ("keep" or "compact"), still at logical columns.
 
-    positions: (B, L), (3, B, L) or (4, B, L); the first of four rows is text bookkeeping that only feeds mask building, so
-    it is always made contiguous. keep, dropped: (B, L) bool; padding is neither. visible: (B, L) bool, what the mask shows.
-    visual: (B, L) bool placeholders. Returns positions of the same shape and the moves (B, L + 1) of each column and of later tokens.
+    positions: (B, L), (3, B, L) or (4, B, L); the first of four rows is text bookkeeping that only feeds mask building,
+    so it is always made contiguous. keep: (B, L) bool, among the columns that are present. visual: (B, L) bool
+    placeholders. shift: (B, 1). Returns positions of the same shape and the moves (B, L + 1) of each column and of
+    later tokens.
     """
+    dropped, segments = columns.present & ~keep, columns.segments  # (B, L) padding is neither kept nor dropped
     text_row = None
     if positions.ndim == 3 and positions.shape[0] == 4:
         text_row, positions = positions[0], positions[1:]
     if policy == "keep":
         new, moves = positions, shift.expand(-1, positions.shape[-1] + 1)
     elif positions.ndim == 2:
-        new, moves = compact_1d(positions, dropped & counted(positions, visible), shift, segments)
+        new, moves = compact_1d(positions, dropped & counted(positions, columns.visible), shift, segments)
     else:
         new, moves = compact_mrope(positions, keep, visual, shift, segments)
     if text_row is not None:
-        lost = dropped & counted(text_row, visible)
+        lost = dropped & counted(text_row, columns.visible)
         row, _ = compact_1d(text_row, lost, torch.zeros_like(shift), segments)
         new = torch.cat([row[None], new])
     return new, moves

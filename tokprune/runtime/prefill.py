@@ -1,9 +1,9 @@
 """Hooks on one model's multimodal base that shorten its inputs, and widen its outputs back.
 
-Outside the base model every length stays as prompted; inside it is as kept. A prefill goes through these steps, a file each:
-encode the pictures, cut the features into streams, let the method choose, plan which columns stay, execute the plan by
-handing a shorter call on as `mm_encoder_outputs`. The model's own forward does everything else, and `outputs` widens what it
-returns. The record of a prefill rides on the KV cache.
+Outside the base model every length stays as prompted; inside it is as kept. A prefill goes through these steps, a file
+each: encode the pictures, cut the features into streams, let the method choose, plan which columns stay, execute the
+plan by handing a shorter call on as `mm_encoder_outputs`. The model's own forward does everything else, and `outputs`
+widens what it returns. The record of a prefill rides on the KV cache.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ class GenerateStep:
         self.decode = decode  # it is a decode step
         # Of the prompt that generate() was given, where a call holds words of the answer as well.
         self.prompt_length = prompt_length
-        # What was seen of the encoder: accelerate's hooks rebuild encoder outputs on the way and would lose what rides on
-        # them, but leave an object like this one alone.
+        # What was seen of the encoder: accelerate's hooks rebuild encoder outputs on the way and would lose what rides
+        # on them, but leave an object like this one alone.
         self.records: dict[str, EncoderRecord] = {
             modality: record
             for modality, output in (encoded or {}).items()
@@ -178,7 +178,8 @@ class Prefill:
     def _hide_positions(self) -> bool:
         return "flash" in str(self.adapter.config.get_text_config()._attn_implementation)
 
-    # -- forward of the multimodal base model -----------------------------------------------------------------------------
+    # -- forward of the multimodal base model
+    # -----------------------------------------------------------------------------
 
     def _before_base(self, module: nn.Module, args: Positional, kwargs: ModelCall) -> Replaced:
         step: GenerateStep | None = kwargs.pop(GENERATE_STEP, None)
@@ -225,7 +226,9 @@ class Prefill:
         return {**new, "return_dict": True}
 
     def _behind_pruned(self, call: ModelCall, cache: KVCache, state: PruneState) -> ModelCall:
-        """A call without pictures behind a pruned prompt: a hand-written decode loop, or a turn of words on a kept cache."""
+        """A call without pictures behind a pruned prompt: a hand-written decode loop, or a turn of words on a kept
+        cache.
+        """
         x, mask = tokens_of(call), call.get("attention_mask")
         check_record(cache, state, x.shape[0])
         check_callers_mask(mask, logical_length(cache) + x.shape[1], cache)
@@ -256,7 +259,8 @@ class Prefill:
         widen_output(output, forward.expand, not forward.for_generate, forward.path)
         return output.to_tuple() if forward.as_tuple else output
 
-    # -- forward of the language model ------------------------------------------------------------------------------------
+    # -- forward of the language model
+    # ------------------------------------------------------------------------------------
 
     def _before_llm(self, module: nn.Module, args: Positional, kwargs: ModelCall) -> None:
         """What the language model is given fits the keys that it has."""
@@ -282,7 +286,8 @@ class Prefill:
             return args, {**kwargs, "position_ids": positions}
         return (args[0], positions, *args[2:]), kwargs
 
-    # -- the decision ---------------------------------------------------------------------------------------------------------
+    # -- the decision
+    # ---------------------------------------------------------------------------------------------------------
 
     @torch.compiler.disable
     def _plan(
@@ -332,7 +337,9 @@ class Prefill:
         return questions_of(self.adapter, call, columns, encoded, question, helpers, prompt_length)
 
     def _score_frames(self, streams: list[StreamRecord], encoded: dict[str, EncoderOutput]) -> float:
-        """Score the frames of videos and note what is none, as the frames method asks. Returns the milliseconds it took."""
+        """Score the frames of videos and note what is none, as the frames method asks. Returns the milliseconds it
+        took.
+        """
         options, frames = self.options, self.options.frames
         if frames is None:
             return 0.0

@@ -29,13 +29,14 @@ def questions_of(
 ) -> list[Query | None]:
     """One Query per prompt, for a method that reads them.
 
-    question: one that the user gave, or one per prompt. helpers: the processor and the scorer. prompt_length: how many of
-    the columns are the prompt, where generate() wrote the rest.
+    question: one that the user gave, or one per prompt. helpers: the processor and the scorer. prompt_length: how many
+    of the columns are the prompt, where generate() wrote the rest.
     """
     processor, scorer = helpers
     if question is None and processor is not None and columns.segments is not None:
         raise MissingQueryError(
-            "a packed row holds several samples, each with a question of its own, and the prompt does not tell which picture a "
+            "a packed row holds several samples, each with a question of its own, and the prompt does not tell which "
+            "picture a "
             'question is about. Give one for all: with pruning.query("..."), or run the samples as rows of a batch.'
         )
     visible, ids = columns.visible, call.get("input_ids")
@@ -73,12 +74,14 @@ def give_examples(
 ) -> None:
     """Give each picture the words between it and the next one of its prompt, its in-context example, as its question.
 
-    Pictures with no words between them share those behind the last of them. The last of a prompt keeps the prompt's question.
+    Pictures with no words between them share those behind the last of them. The last of a prompt keeps the prompt's
+    question.
     """
     ids, (processor, scorer) = call.get("input_ids"), helpers
     if processor is None or ids is None or columns.segments is not None:
         raise MissingQueryError(
-            "text='example' reads the words behind each picture off the prompt: pass input_ids, one sample per row, and "
+            "text='example' reads the words behind each picture off the prompt: pass input_ids, one sample per row, "
+            "and "
             "apply(..., processor=processor); or take text='question'."
         )
     spans: list[tuple[int, int, int, StreamRecord]] = []  # row, first and last column

@@ -1,7 +1,7 @@
 """Encoder outputs that come again: repeated for beams, used for several questions, put in another order by the user.
 
-What was seen while a picture was encoded (EncoderRecord) belongs to that picture. It is used for features that are found
-among those of the record, item by item, and for no others; it is never changed.
+What was seen while a picture was encoded (EncoderRecord) belongs to that picture. It is used for features that are
+found among those of the record, item by item, and for no others; it is never changed.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ def arranged(
 ) -> tuple[EncoderRecord, list[StreamLayout], list[int]] | None:
     """The record for items `source`, their geometries, and the first recorded row of each; None when it cannot be told.
 
-    Geometry follows the record's pictures; where only the prompt tells which tiles make a picture, its items are put in order.
+    Geometry follows the record's pictures; where only the prompt tells which tiles make a picture, its items are put in
+    order.
     """
     base, modality = adapter.base, record.modality
     whole = source == list(range(len(record.items)))

@@ -18,9 +18,9 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 class OpenClipScorer:
     """An open_clip model that embeds texts and patches in one space.
 
-    Pictures arrive as another tower's processor normalised them: (U, 3, H, W) with `mean` and `std`; they are brought to
-    the scorer's own normalisation and size. A patch is the hidden state of block `block`, through the final norm and the
-    visual projection, as CDPruner takes it (second block from the end).
+    Pictures arrive as another tower's processor normalised them: (U, 3, H, W) with `mean` and `std`; they are brought
+    to the scorer's own normalisation and size. A patch is the hidden state of block `block`, through the final norm and
+    the visual projection, as CDPruner takes it (second block from the end).
     """
 
     def __init__(
@@ -37,7 +37,8 @@ class OpenClipScorer:
         ]
         if missing:
             raise MissingSignalError(
-                f"the image tower {type(visual).__name__} gives no projected patches ({', '.join(missing)} missing); take a ViT "
+                f"the image tower {type(visual).__name__} gives no projected patches ({', '.join(missing)} missing); "
+                "take a ViT "
                 "of open_clip's own, such as open_clip:ViT-B-32/laion2b_s34b_b79k."
             )
         self.model, self.tokenizer, self.block = model, tokenizer, block
@@ -62,7 +63,9 @@ class OpenClipScorer:
 
     @torch.no_grad()
     def embed_picture(self, pixel_values: Tensor) -> Tensor:
-        """One normalised embedding per picture (U, 3, H, W), (U, E): what the model compares with texts; for choosing frames."""
+        """One normalised embedding per picture (U, 3, H, W), (U, E): what the model compares with texts; for choosing
+        frames.
+        """
         return F.normalize(self.model.encode_image(self._pixels(pixel_values)).float(), dim=-1)
 
     @property
@@ -94,8 +97,8 @@ class OpenClipScorer:
 
 
 def load_scorer(name: str, processor: Processor = None) -> Scorer:
-    """The scorer that a string names: "open_clip:<model>/<weights>", weights being a tag of open_clip or a file; "demo"; or
-    "vlm:<hub id or folder>".
+    """The scorer that a string names: "open_clip:<model>/<weights>", weights being a tag of open_clip or a file;
+    "demo"; or "vlm:<hub id or folder>".
 
     processor: of the VLM, for how its pixels are normalised.
     """
@@ -110,8 +113,10 @@ def load_scorer(name: str, processor: Processor = None) -> Scorer:
         return load_vlm_scorer(rest)
     if kind != "open_clip" or not rest:
         raise OptionError(
-            f'scorer {name!r} is not known; write scorer="open_clip:ViT-B-32/laion2b_s34b_b79k", scorer="demo" for the embedded demo '
-            'VLM, scorer="vlm:<hub id or folder>" for a VLM that is asked about frames, or pass an object with embed_text and '
+            f'scorer {name!r} is not known; write scorer="open_clip:ViT-B-32/laion2b_s34b_b79k", scorer="demo" for the '
+            "embedded demo "
+            'VLM, scorer="vlm:<hub id or folder>" for a VLM that is asked about frames, or pass an object with '
+            "embed_text and "
             "embed_image."
         )
     try:

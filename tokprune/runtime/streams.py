@@ -63,14 +63,15 @@ class _Geometry:
 def build_streams(adapter: Adapter, encoded: Encoded, prompts: Prompts, needs: Sequence[str]) -> list[StreamRecord]:
     """The streams of one modality of a prefill, one per image or video of each prompt.
 
-    needs: signals that the method reads. Beams and return sequences repeat whole prompts; a prompt's streams are built once,
-    with `copies` > 1.
+    needs: signals that the method reads. Beams and return sequences repeat whole prompts; a prompt's streams are built
+    once, with `copies` > 1.
     """
     features = torch.cat(flatten(encoded.output.pooler_output))  # (R, D)
     per_prompt = encoded.columns.sum(1).tolist()
     if sum(per_prompt) != features.shape[0]:
         raise PromptError(
-            f"{encoded.modality}: the prompt has {sum(per_prompt)} placeholder tokens but the encoder gave {features.shape[0]} "
+            f"{encoded.modality}: the prompt has {sum(per_prompt)} placeholder tokens but the encoder gave "
+            f"{features.shape[0]} "
             "features; the processor and the model do not belong together, or the prompt was cut."
         )
     geometry = _recorded(adapter, encoded, prompts, features, per_prompt)
@@ -93,7 +94,8 @@ def build_streams(adapter: Adapter, encoded: Encoded, prompts: Prompts, needs: S
                 start += stream.geometry.total
         if start > end:
             raise PromptError(
-                f"{encoded.modality}: an image's features straddle two prompts of the batch; check the number of images per prompt."
+                f"{encoded.modality}: an image's features straddle two prompts of the batch; check the number of "
+                "images per prompt."
             )
         start += per_prompt[b] * (geometry.copies - 1)
     return streams
@@ -162,7 +164,8 @@ def _unrecorded(encoded: Encoded, per_prompt: list[int], needed: list[str]) -> _
         seen = encoder_record(encoded.output) is not None
         why = "are not those that tokprune saw being encoded" if seen else "were encoded before tokprune was applied"
         raise MissingSignalError(
-            f"the {encoded.modality} features {why}, so the signals {', '.join(needed)} are not known. Pass the pixels, or encode "
+            f"the {encoded.modality} features {why}, so the signals {', '.join(needed)} are not known. Pass the "
+            "pixels, or encode "
             "again after apply and pass the outputs as they come."
         )
     items = [f.shape[0] for f in flatten(encoded.output.pooler_output)]
@@ -186,7 +189,9 @@ def _line(n: int) -> StreamLayout:
 
 
 def _subset(geometry: StreamLayout, kept: Tensor) -> tuple[StreamLayout, Tensor]:
-    """A stream after the model itself dropped some of its rows. kept: (total,) bool. Returns it and the candidates left."""
+    """A stream after the model itself dropped some of its rows. kept: (total,) bool. Returns it and the candidates
+    left.
+    """
     new_row = kept.cumsum(0) - 1
     stay = kept[geometry.rows]
     lay = geometry.layout
@@ -222,7 +227,9 @@ def _first_copies(source: list[int], output: EncoderOutput, per_prompt: Sequence
 
 
 def _runs(adapter: Adapter, prompts: Prompts, columns: Tensor, copies: int) -> list[PlaceholderRun] | None:
-    """The prompt's placeholder runs, for the families whose tiles are told apart by them; copies of a prompt count once."""
+    """The prompt's placeholder runs, for the families whose tiles are told apart by them; copies of a prompt count
+    once.
+    """
     if not adapter.family.reads_runs:
         return None
     ids = prompts.ids

@@ -1,8 +1,9 @@
-"""Tripwires: what reaches the language model after a pruned prefill fits the keys that its cache holds, or an error says so.
+"""Tripwires: what reaches the language model after a pruned prefill fits the keys that its cache holds, or an error
+says so.
 
-Outside the base model lengths are logical (as prompted), inside they are physical (as kept). Should some step between the
-two be left out, by a transformers that calls things in another way or by code in between, the model would answer from
-wrong keys or positions without a word. Here both sides are compared wherever they are known on the host: shapes of
+Outside the base model lengths are logical (as prompted), inside they are physical (as kept). Should some step between
+the two be left out, by a transformers that calls things in another way or by code in between, the model would answer
+from wrong keys or positions without a word. Here both sides are compared wherever they are known on the host: shapes of
 tensors, lengths of caches, and which call was translated. Only the positions of the first step after a prefill are read
 from the device.
 """
@@ -25,8 +26,10 @@ from tokprune.runtime.cache_record import PrunedCacheMixin, PruneState, Reader, 
 def fail(what: str) -> TranslationError:
     """The error for a call that would be answered wrongly."""
     return TranslationError(
-        f"{what} Answering would be wrong, so it is refused. Either this transformers calls the model in a way that tokprune "
-        f"does not know (tested: {tested_versions()}), or code around the model changed the call; please report it. The model "
+        f"{what} Answering would be wrong, so it is refused. Either this transformers calls the model in a way that "
+        "tokprune "
+        f"does not know (tested: {tested_versions()}), or code around the model changed the call; please report it. "
+        "The model "
         "answers without pruning after tokprune.remove(model), with a new cache."
     )
 
@@ -35,8 +38,8 @@ class Passage:
     """One thread's calls on their way to the language model.
 
     prefill: inside generate()'s prefill. chunked: which runs in chunks of one shortened prompt. width: columns that the
-    language model must be given in the forward that runs now, None where there was nothing to translate. step: it is a decode
-    step of generate(). table_due: contiguous positions must still be exchanged for the kept ones.
+    language model must be given in the forward that runs now, None where there was nothing to translate. step: it is a
+    decode step of generate(). table_due: contiguous positions must still be exchanged for the kept ones.
     """
 
     def __init__(self) -> None:
@@ -49,7 +52,9 @@ class Passage:
         self.width, self.step, self.table_due = width, step, table_due
 
     def prepare(self, cache: KVCache) -> None:
-        """Note that prepare_inputs_for_generation has seen a call with `cache`, which is due to arrive with its keyword."""
+        """Note that prepare_inputs_for_generation has seen a call with `cache`, which is due to arrive with its
+        keyword.
+        """
         self._prepared = None if cache is None else weakref.ref(cache)
 
     def arrive(self, cache: KVCache, translated: bool) -> None:
@@ -82,7 +87,9 @@ def held_keys(cache: KVCache) -> int | None:
 
 
 def check_record(cache: KVCache, state: PruneState, rows: int | None = None) -> int | None:
-    """Raise unless cache and record agree. rows: batch size of the call. Returns the keys held, None if only the device knows."""
+    """Raise unless cache and record agree. rows: batch size of the call. Returns the keys held, None if only the device
+    knows.
+    """
     if not isinstance(cache, PrunedCacheMixin):
         raise fail("a cache has a record of a pruned prompt, but answers with its own lengths.")
     if rows is not None and state.kept.shape[0] != rows:
@@ -96,7 +103,8 @@ def check_record(cache: KVCache, state: PruneState, rows: int | None = None) -> 
     logical = held + state.removed
     if int(cache.get_query_offset()) != held or int(cache.get_seq_length()) != logical:
         raise fail(
-            f"a cache of {held} keys that stand for {logical} tokens says that it has {int(cache.get_query_offset())} and "
+            f"a cache of {held} keys that stand for {logical} tokens says that it has {int(cache.get_query_offset())} "
+            "and "
             f"{int(cache.get_seq_length())}."
         )
     return held
@@ -143,13 +151,16 @@ def check_mask(mask: Mask, keys: int | None, width: int, cache: KVCache, has_fil
 
 
 def check_callers_mask(mask: Mask, keys: int, cache: KVCache) -> None:
-    """Raise unless a mask with a row per query, which a caller gave, is over the `keys` tokens of the conversation as prompted."""
+    """Raise unless a mask with a row per query, which a caller gave, is over the `keys` tokens of the conversation as
+    prompted.
+    """
     for one in mask.values() if isinstance(mask, Mapping) else (mask,):
         if one is None or one.ndim == 2:
             continue
         if one.shape[-1] != keys or getattr(cache, "is_compileable", False):
             raise fail(
-                f"an attention mask of {one.shape[-1]} columns, made outside the pruned model, came with a cache that stands for "
+                f"an attention mask of {one.shape[-1]} columns, made outside the pruned model, came with a cache that "
+                "stands for "
                 f"{keys} tokens."
             )
 
@@ -189,7 +200,9 @@ def check_entry(passage: Passage, reader: Reader, args: Positional, call: ModelC
 
 
 def check_first_step(state: PruneState, positions: Tensor) -> None:
-    """Raise unless the first decode step after a prefill stands right behind the prompt. Asks the device, once per prefill."""
+    """Raise unless the first decode step after a prefill stands right behind the prompt. Asks the device, once per
+    prefill.
+    """
     expected, state.next_position = state.next_position, None
     if expected is None:
         return
@@ -197,7 +210,8 @@ def check_first_step(state: PruneState, positions: Tensor) -> None:
     first = first[-3:] if first.ndim == 2 else first[None]
     if bool(((first != expected) & (expected >= 0)).any()):
         raise fail(
-            f"the first token after a pruned prompt stands at position {first[-1].tolist()}, but the prompt ends before "
+            f"the first token after a pruned prompt stands at position {first[-1].tolist()}, but the prompt ends "
+            "before "
             f"{expected.tolist()}."
         )
 
@@ -219,8 +233,8 @@ def mark_unfinished(call: ModelCall, output: ModelOutput) -> None:
 def next_positions(positions: Tensor, known: Tensor) -> Tensor:
     """(B,) position that the token after each prompt must have; -1 where it is not known.
 
-    positions: (B, P) or (3 or 4, B, P) of the kept tokens, the last one of each prompt in the last slot. known: (B,) bool,
-    where a prompt ends with text: neither with padding nor with a picture.
+    positions: (B, P) or (3 or 4, B, P) of the kept tokens, the last one of each prompt in the last slot. known: (B,)
+    bool, where a prompt ends with text: neither with padding nor with a picture.
     """
     last = (positions[None] if positions.ndim == 2 else positions[-3:])[..., -1]  # (axes, B)
     return torch.where(known, last.amax(0) + 1, -1)

@@ -69,9 +69,9 @@ def family_of(base: nn.Module, kwargs: Mapping[str, Any] | None = None) -> Famil
 
 def tiny_families() -> list[str]:
     """Model types of which a tiny model can be built, in the order that the test matrix and the pages show."""
-    found = {name for family in FAMILIES.values() for name in family.tiny_types}
-    first = [name for name in ORDER if name in found]
-    return first + sorted(found - set(first))
+    types = {name for family in FAMILIES.values() for name in family.tiny_types}
+    first = [name for name in ORDER if name in types]
+    return first + sorted(types - set(first))
 
 
 ORDER = (

@@ -76,8 +76,8 @@ def pool(values: Tensor, source: tuple[int, int], target: tuple[int, int]) -> Te
 
 def canvases(count: int) -> list[tuple[int, int]]:
     """All (down, across) with down * across = count; the squarer ones first, landscape before portrait."""
-    found = [(down, count // down) for down in range(1, count + 1) if count % down == 0]
-    return sorted(found, key=lambda shape: (abs(shape[0] - shape[1]), shape[0]))
+    shapes = [(down, count // down) for down in range(1, count + 1) if count % down == 0]
+    return sorted(shapes, key=lambda shape: (abs(shape[0] - shape[1]), shape[0]))
 
 
 def canvas_from_pixels(tiles: Tensor, thumbnail: Tensor) -> tuple[tuple[int, int], bool]:
@@ -99,10 +99,10 @@ def canvas_from_pixels(tiles: Tensor, thumbnail: Tensor) -> tuple[tuple[int, int
             small.unflatten(0, (down, across)).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
         )  # (3, down*s, across*s)
         errors.append((F.avg_pool2d(put, (down, across)) - whole).square().mean())
-    found = torch.stack(errors).tolist()
-    best = min(range(len(found)), key=lambda i: (found[i], i))
-    others = min(error for i, error in enumerate(found) if i != best)
-    return shapes[best], found[best] < 0.5 * others
+    totals = torch.stack(errors).tolist()
+    best = min(range(len(totals)), key=lambda i: (totals[i], i))
+    others = min(error for i, error in enumerate(totals) if i != best)
+    return shapes[best], totals[best] < 0.5 * others
 
 
 def canvas_from_shape(count: int, tile: tuple[int, int], whole: tuple[int, int]) -> tuple[int, int]:

@@ -65,14 +65,14 @@ class SmolVLM(Idefics):
         seconds: tuple[float, ...] = ()
         for picture in super().pictures(call, runs, n):
             text = "" if call.decode is None or picture.count > 1 else call.decode(list(runs[index].before))
-            found = re.search(r"Frame from (\d+):(\d+):[^:]*$", text)
+            time = re.search(r"Frame from (\d+):(\d+):[^:]*$", text)
             index += picture.count
             # Between two frames of a video there is nothing but the closing tag and a line break.
-            if seconds and not (found and re.match(r"\S+\nFrame from", text)):
+            if seconds and not (time and re.match(r"\S+\nFrame from", text)):
                 yield Picture(len(seconds), video=True, seconds=seconds)
                 seconds = ()
-            if found:
-                seconds += (60.0 * int(found.group(1)) + int(found.group(2)),)
+            if time:
+                seconds += (60.0 * int(time.group(1)) + int(time.group(2)),)
             else:
                 yield picture
         if seconds:

@@ -47,8 +47,8 @@ def _frame_number(call: EncoderCall, run: PlaceholderRun) -> int | None:
     """The n of "Framen: " before a run, or None."""
     if call.decode is None or not run.before:
         return None
-    found = re.search(r"Frame(\d+):\s*\S*\s*$", call.decode(list(run.before)))
-    return int(found.group(1)) if found else None
+    number = re.search(r"Frame(\d+):\s*\S*\s*$", call.decode(list(run.before)))
+    return int(number.group(1)) if number else None
 
 
 def internvl() -> TinyParts:

@@ -128,16 +128,16 @@ def _traced(rows: Tensor, side: int, count: int, canvas: tuple[int, int]) -> Str
     newline = torch.isnan(rows[:, 0])
     where = torch.arange(rows.shape[0])
     candidates, separators = where[~newline], where[newline]
-    inside = rows[candidates, 0] > 0.5
+    in_tile = rows[candidates, 0] > 0.5
     before = newline.cumsum(0)  # newlines up to here
-    line = before[candidates] + inside  # line 0 is the thumbnail, which has no newline of its own
+    line = before[candidates] + in_tile  # line 0 is the thumbnail, which has no newline of its own
     if count == 1:
         layout = Layout.grid(side, side)
         return StreamLayout(candidates, len(where), layout, separators, torch.zeros_like(separators), line)
     # A shrunk canvas has fractional places: the patch that holds the point. 1e-3 outweighs float rounding.
     spot = (rows[candidates, 1:] + 1e-3).floor().long()
     down, across = spot[:, 0], spot[:, 1]
-    group = torch.where(inside, 1 + down // side * canvas[1] + across // side, 0)
+    group = torch.where(in_tile, 1 + down // side * canvas[1] + across // side, 0)
     order = torch.argsort(group, stable=True)
     layout = Layout(
         group[order],

@@ -22,10 +22,12 @@ YES, NO = "A", "B"  # the letters that a frames method's prompts offer
 
 
 class Asking:
-    """Scores by the language model of a VLM, from frame features that are there already; the vision tower does not run again.
+    """Scores by the language model of a VLM, from frame features that are there already; the vision tower does not run
+    again.
 
-    Each frame gets a chat with one picture, in the words of the model's own template; its tokens are averaged to at most SIDE x SIDE.
-    The language model runs alone: without the multimodal model around it, without a cache, with no gradient.
+    Each frame gets a chat with one picture, in the words of the model's own template; its tokens are averaged to at
+    most SIDE x SIDE. The language model runs alone: without the multimodal model around it, without a cache, with no
+    gradient.
     """
 
     def __init__(self, adapter: Adapter, processor: Processor, name: str, normalize: str = "pair") -> None:
@@ -46,7 +48,9 @@ class Asking:
 
     @torch.no_grad()
     def scores(self, stream: StreamRecord, prompt: str, encoded: Mapping[str, EncoderOutput]) -> Tensor:
-        """P(yes) for each frame of a video, (T,) in float32. A frame of which the model itself left no token gets its predecessor's."""
+        """P(yes) for each frame of a video, (T,) in float32. A frame of which the model itself left no token gets its
+        predecessor's.
+        """
         before, after = self.prompt(prompt)
         yes, no = self.letters(YES), self.letters(NO)
         shown = self.pooled(stream, stream.tokens.features)  # (T, S, D)
@@ -76,7 +80,8 @@ class Asking:
         pair = torch.stack([logits[:, yes].logsumexp(-1), logits[:, no].logsumexp(-1)], -1)
         return pair.softmax(-1)[:, 0]
 
-    # -- the frames ---------------------------------------------------------------------------------------------------------
+    # -- the frames
+    # ---------------------------------------------------------------------------------------------------------
 
     def cells(self, stream: StreamRecord) -> tuple[Tensor, int, int]:
         """(N,) the cell of its frame that each token falls into, and how many cells there are down and across."""
@@ -106,11 +111,12 @@ class Asking:
 
     def planes(self, stream: StreamRecord, encoded: Mapping[str, EncoderOutput]) -> list[Tensor]:
         """DeepStack planes of the stream's tokens, (N, D) each."""
-        found = getattr(encoded[stream.modality], "deepstack_features", None) or ()
+        planes = getattr(encoded[stream.modality], "deepstack_features", None) or ()
         rows = stream.offset + stream.geometry.rows
-        return [torch.cat(flatten(plane))[rows.to(stream.tokens.features.device)] for plane in found]
+        return [torch.cat(flatten(plane))[rows.to(stream.tokens.features.device)] for plane in planes]
 
-    # -- the prompt ---------------------------------------------------------------------------------------------------------
+    # -- the prompt
+    # ---------------------------------------------------------------------------------------------------------
 
     def prompt(self, words: str) -> tuple[Tensor, Tensor]:
         """Token ids before and after the picture of a chat that shows one and asks `words`."""
@@ -137,32 +143,35 @@ class Asking:
             except TokpruneError as error:
                 failure = failure or error
                 continue
-            found = self.adapter.placeholders(dict(inputs), {"image": True, "video": True})
-            at = torch.stack([columns[0] for columns in found.values()]).any(0).nonzero()[:, 0]
+            placeholders = self.adapter.placeholders(dict(inputs), {"image": True, "video": True})
+            at = torch.stack([columns[0] for columns in placeholders.values()]).any(0).nonzero()[:, 0]
             if len(at):
                 ids = inputs["input_ids"][0]
                 return ids[: int(at[0])], ids[int(at[-1]) + 1 :]
         raise MissingSignalError(
             f"{self.name!r} cannot write a prompt about one frame for {type(self.adapter.model).__name__}: "
-            f"{failure or 'its processor shows no picture'}. Have the method score in another way (tokprune methods {self.name})."
+            f"{failure or 'its processor shows no picture'}. Have the method score in another way (tokprune methods "
+            f"{self.name})."
         )
 
     def letters(self, letter: str) -> list[int]:
         """Ids of the tokens that are this letter, with and without a blank before it."""
         tokenizer = tokenizer_of(self.processor)
-        found = set()
+        letter_ids = set()
         for text in (letter, f" {letter}", f"\n{letter}"):
             ids = tokenizer.encode(text, add_special_tokens=False)
             if len(ids) == 1 and ids[0] != getattr(tokenizer, "unk_token_id", None):
-                found.add(int(ids[0]))
-        if not found:
+                letter_ids.add(int(ids[0]))
+        if not letter_ids:
             raise MissingSignalError(
-                f"{self.name!r} reads the answer {letter!r}, which the tokenizer of {type(self.adapter.model).__name__} does not know as "
+                f"{self.name!r} reads the answer {letter!r}, which the tokenizer of "
+                f"{type(self.adapter.model).__name__} does not know as "
                 f"one token; have the method score in another way (tokprune methods {self.name})."
             )
-        return sorted(found)
+        return sorted(letter_ids)
 
-    # -- one pass -----------------------------------------------------------------------------------------------------------
+    # -- one pass
+    # -----------------------------------------------------------------------------------------------------------
 
     def read(
         self,
@@ -209,7 +218,9 @@ class Asking:
         return hidden[:, -1]
 
     def positions(self, head: int, tail: int, place: Tensor, grid: tuple[int, int], real: Tensor) -> Tensor:
-        """Position ids (T, L), or (3, T, L) for M-RoPE: a picture is a grid there, and the words go on behind its longer side."""
+        """Position ids (T, L), or (3, T, L) for M-RoPE: a picture is a grid there, and the words go on behind its
+        longer side.
+        """
         first = self.adapter.family.first_position
         if not hasattr(self.adapter.base, "compute_3d_position_ids"):
             return ((real.cumsum(1) - 1).clamp(min=0) + first) * real

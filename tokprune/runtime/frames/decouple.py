@@ -11,7 +11,8 @@ MOST_TOKENS = 128
 
 
 def decoupled(adapter: Adapter, processor: Processor, question: str) -> tuple[tuple[str, ...], str]:
-    """The entities that answer a question by being seen, and how they were found; none where the question itself serves.
+    """The entities that answer a question by being seen, and how they were found; none where the question itself
+    serves.
 
     One greedy answer of at most 128 tokens, without pictures. What cannot be read as a list counts as none.
     """
@@ -19,7 +20,8 @@ def decoupled(adapter: Adapter, processor: Processor, question: str) -> tuple[tu
 
     if processor is None:
         raise MissingSignalError(
-            "decouple=True asks the model about the question and needs its processor for that: apply(..., processor=processor)."
+            "decouple=True asks the model about the question and needs its processor for that: apply(..., "
+            "processor=processor)."
         )
     said = text_answer(adapter, processor, decoupling_prompt(question), MOST_TOKENS)
     entities = tuple(parse_decoupling(said) or ())

@@ -15,8 +15,9 @@ from tokprune.adapters.families.qwen_vl import Packed
 class Pictures:
     """The pictures of one encoder call, as the processor normalised them.
 
-    batches: each (n, k, 3, H, W): n temporal patches of k pictures (Qwen: 2 frames to a patch; others 1); a video lies in one
-    batch. Patches are numbered through all batches. owner: (R,) the patch that each flattened encoder row shows, -1 for separators.
+    batches: each (n, k, 3, H, W): n temporal patches of k pictures (Qwen: 2 frames to a patch; others 1); a video lies
+    in one batch. Patches are numbered through all batches. owner: (R,) the patch that each flattened encoder row shows,
+    -1 for separators.
     """
 
     batches: tuple[Tensor, ...]

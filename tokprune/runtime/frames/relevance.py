@@ -21,7 +21,8 @@ SIDE = 224  # pixels of the frames where the scorer scales them by itself
 def embed_frames(frames: npt.NDArray[np.uint8], scorer: Scorer, processor: Processor = None) -> Tensor:
     """One normalised embedding per frame, (T, E). frames: (T, H, W, 3) uint8.
 
-    processor: of the VLM whose pixels the scorer expects, for scorers that do not say how theirs are normalised (`mean`, `std`).
+    processor: of the VLM whose pixels the scorer expects, for scorers that do not say how theirs are normalised
+    (`mean`, `std`).
     """
     if not hasattr(scorer, "embed_picture"):
         raise MissingSignalError(
@@ -57,7 +58,8 @@ def _expected(scorer: Scorer, processor: Processor) -> tuple[Tensor, Tensor, tup
         mean, std = getattr(image, "image_mean", None), getattr(image, "image_std", None)
         if mean is None or std is None:
             raise OptionError(
-                f"{type(scorer).__name__} does not say how its pixels are normalised (mean, std), and neither does a processor; give "
+                f"{type(scorer).__name__} does not say how its pixels are normalised (mean, std), and neither does a "
+                "processor; give "
                 "the processor of the VLM that it belongs to."
             )
         crop: Any = getattr(image, "crop_size", None) or getattr(image, "size", None)

@@ -1,4 +1,6 @@
-"""The signal `frame_scores`: how much each frame of a video has to do with the question, by a scorer or by the VLM itself."""
+"""The signal `frame_scores`: how much each frame of a video has to do with the question, by a scorer or by the VLM
+itself.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,8 @@ PICTURES_AT_ONCE = 64  # that a scorer embeds in one call
 
 @dataclass(frozen=True)
 class Wanted:
-    """What frames are compared with. text: all that was asked. question: one sentence of it. entities: things to look for, or
-    none. source: for the report."""
+    """What frames are compared with. text: all that was asked. question: one sentence of it. entities: things to look
+    for, or none. source: for the report."""
 
     text: str
     question: str
@@ -45,8 +47,8 @@ class Wanted:
 def question_sentence(text: str) -> str:
     """The question alone, without answer options and instructions; text towers read 77 tokens.
 
-    Everything up to the last question mark of the first paragraph that has one; lines that begin with an option letter are
-    left out before.
+    Everything up to the last question mark of the first paragraph that has one; lines that begin with an option letter
+    are left out before.
     """
     lines = [line.strip() for line in text.splitlines()]
     lines = [line for line in lines if line and not re.match(r"\(?[A-Z][.):]\s", line)]
@@ -112,7 +114,8 @@ class FrameScorer:
         entities, source = decoupled(self.adapter, self.processor, text)
         return Wanted(text, question, entities, f"{source}; question: {question}" if not entities else source)
 
-    # -- a scorer of pictures and texts -------------------------------------------------------------------------------------
+    # -- a scorer of pictures and texts
+    # -------------------------------------------------------------------------------------
 
     def _clip(self, stream: StreamRecord, wanted: Wanted) -> tuple[Tensor, str]:
         scorer = self.scorer
@@ -120,7 +123,8 @@ class FrameScorer:
             lack = "none was given" if scorer is None else f"{type(scorer).__name__} has no embed_picture"
             raise MissingSignalError(
                 f"{self.name!r} scores frames by a text-image scorer, and {lack}: pass apply(..., "
-                'scorer="open_clip:ViT-B-32/laion2b_s34b_b79k"), an object with embed_text and embed_picture, or have the '
+                'scorer="open_clip:ViT-B-32/laion2b_s34b_b79k"), an object with embed_text and embed_picture, or have '
+                "the "
                 f"method score in another way (tokprune methods {self.name})."
             )
         batch = self._pictures(stream)
@@ -136,7 +140,8 @@ class FrameScorer:
         """The pixels of each frame as the model got them; k frames where k share their tokens. (T, k, 3, H, W)."""
         if stream.encoded is None or stream.whole is None:
             raise MissingSignalError(
-                f"{self.name!r} scores frames by their pixels, which are not at hand: the video was encoded before tokprune saw "
+                f"{self.name!r} scores frames by their pixels, which are not at hand: the video was encoded before "
+                "tokprune saw "
                 "it. Pass the pixels, or encode again after apply."
             )
         call = EncoderCall(self.adapter.base, stream.modality, stream.encoded.kwargs, stream.encoded.output)
@@ -145,7 +150,8 @@ class FrameScorer:
         except UnknownGeometryError as error:
             kind = self.adapter.config.model_type
             raise MissingSignalError(
-                f"{self.name!r} cannot get the frames of {kind} back from its pixels ({error}); have the method score in another "
+                f"{self.name!r} cannot get the frames of {kind} back from its pixels ({error}); have the method score "
+                "in another "
                 f"way (tokprune methods {self.name})."
             ) from None
         layout = stream.whole.layout
@@ -154,12 +160,14 @@ class FrameScorer:
         return pictures.of(pictures.owner[rows])
 
     def _as_scorer_expects(self, batch: Tensor) -> Tensor:
-        """Pictures (n, k, 3, H, W) as (n * k, 3, H, W), normalised as the scorer takes them where that is known to differ."""
+        """Pictures (n, k, 3, H, W) as (n * k, 3, H, W), normalised as the scorer takes them where that is known to
+        differ.
+        """
         flat = batch.flatten(0, 1)
         video, image = (getattr(self.processor, f"{kind}_processor", None) for kind in ("video", "image"))
         mine = _normal(video) or _normal(image)
-        own = getattr(self.scorer, "mean", None), getattr(self.scorer, "std", None)
-        theirs = own if own[0] is not None and own[1] is not None else _normal(image)
+        of_scorer = getattr(self.scorer, "mean", None), getattr(self.scorer, "std", None)
+        theirs = of_scorer if of_scorer[0] is not None and of_scorer[1] is not None else _normal(image)
         if mine is None or theirs is None:
             return flat
         (mean, std), (other_mean, other_std) = (
@@ -173,7 +181,8 @@ class FrameScorer:
             return flat
         return ((flat.float() * std + mean - other_mean) / other_std).to(flat.dtype)
 
-    # -- the VLM itself -----------------------------------------------------------------------------------------------------
+    # -- the VLM itself
+    # -----------------------------------------------------------------------------------------------------
 
     def _self(self, stream: StreamRecord, wanted: Wanted, encoded: Mapping[str, EncoderOutput]) -> tuple[Tensor, str]:
         from tokprune.runtime.frames.asking import Asking

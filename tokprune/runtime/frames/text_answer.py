@@ -14,8 +14,8 @@ from tokprune.adapters.types import Model, Processor
 def text_answer(adapter: Adapter, processor: Processor, words: str, max_new_tokens: int = 128) -> str:
     """The greedy answer to a user turn that says `words`, at most `max_new_tokens` long.
 
-    `generate` is not used: it may run inside a forward of the same model, whose own position record (rope_deltas) it would
-    overwrite. The cache is thrown away.
+    `generate` is not used: it may run inside a forward of the same model, whose own position record (rope_deltas) it
+    would overwrite. The cache is thrown away.
     """
     from transformers import DynamicCache
 
@@ -53,5 +53,5 @@ def text_answer(adapter: Adapter, processor: Processor, words: str, max_new_toke
 
 def _ends(model: Model, processor: Processor) -> set[int]:
     """Tokens that end an answer."""
-    found = [getattr(model.generation_config, "eos_token_id", None), tokenizer_of(processor).eos_token_id]
-    return {int(i) for ids in found if ids is not None for i in (ids if isinstance(ids, list | tuple) else [ids])}
+    ends = [getattr(model.generation_config, "eos_token_id", None), tokenizer_of(processor).eos_token_id]
+    return {int(i) for ids in ends if ids is not None for i in (ids if isinstance(ids, list | tuple) else [ids])}
