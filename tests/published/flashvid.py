@@ -33,9 +33,8 @@ def flashvid(
     lengths = similar_runs(wide(features).mean(1), segments - 1, cut)
     layout = Layout.grid(1, n, frames, "video").to(x.device)
     parts = flashvid_published_parts(math.ceil(n * retention * expansion), n, lengths, alpha)
-    diverse, goal, weight = flashvid_flow(
-        x, wide(attention).flatten(), layout, lengths, parts, threshold, True, twice=True
-    )
+    parts = parts._replace(twice=True)
+    diverse, goal, weight = flashvid_flow(x, wide(attention).flatten(), layout, lengths, parts, threshold, True)
     centre = (goal == torch.arange(len(goal), device=goal.device)).nonzero()[:, 0]
     row = torch.full_like(goal, -1).scatter(0, centre, torch.arange(len(centre), device=goal.device))
     clusters = Merge(target=torch.where(goal >= 0, row[goal.clamp(min=0)], -1), scale=weight).apply(x, len(centre))

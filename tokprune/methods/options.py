@@ -41,7 +41,7 @@ class Limits:
     choices: tuple[str, ...] = ()
     filled: bool = False
     block: bool = False
-    example: Any = None
+    example: object = None
     hint: str = ""
 
     def hold(self, number: float) -> bool:
@@ -91,7 +91,7 @@ class Misfit(ValueError):
 
 
 @functools.cache
-def kinds(cls: type) -> dict[str, tuple[Any, Limits]]:
+def kinds(cls: type) -> dict[str, tuple[object, Limits]]:
     """Annotated type and limits of each option of a method class."""
     try:
         hints = typing.get_type_hints(cls, include_extras=True)
@@ -113,7 +113,7 @@ def check_options(method: Any) -> None:
             raise refusal(method, name, value, kind, limits) from None
 
 
-def fitted(kind: Any, value: Any, limits: Limits) -> Any:
+def fitted(kind: object, value: object, limits: Limits) -> object:
     """`value` as its annotation wants it; raises Misfit where it is nothing of the kind."""
     origin, args = get_origin(kind), get_args(kind)
     if origin is Annotated:
@@ -129,13 +129,13 @@ def fitted(kind: Any, value: Any, limits: Limits) -> Any:
         return _chosen(limits.choices, value) if limits.choices else _instance(str, value)
     if origin is tuple:
         return _tuple(args, value, limits)
-    if isinstance(value, str) and isinstance(getattr(kind, "stage", None), str):
+    if isinstance(value, str) and isinstance(kind, type) and isinstance(getattr(kind, "stage", None), str):
         return _instance(kind, get_method(value))
     expected = object if kind is Any else origin or kind
     return _instance(expected, value) if isinstance(expected, type) else value
 
 
-def _first_that_fits(kinds_: tuple[Any, ...], value: Any, limits: Limits) -> Any:
+def _first_that_fits(kinds_: tuple[object, ...], value: object, limits: Limits) -> object:
     for kind in kinds_:
         try:
             return fitted(kind, value, limits)
@@ -144,7 +144,7 @@ def _first_that_fits(kinds_: tuple[Any, ...], value: Any, limits: Limits) -> Any
     raise Misfit
 
 
-def _chosen(choices: tuple[Any, ...], value: Any) -> Any:
+def _chosen(choices: tuple[object, ...], value: object) -> object:
     """The choice that equals `value` and is of its type: True is not 1, and 1.0 is not, either."""
     for choice in choices:
         whole = (
@@ -157,7 +157,7 @@ def _chosen(choices: tuple[Any, ...], value: Any) -> Any:
     raise Misfit
 
 
-def _number(kind: type, value: Any, limits: Limits) -> int | float:
+def _number(kind: type, value: object, limits: Limits) -> int | float:
     if isinstance(value, bool) or not isinstance(value, Integral if kind is int else Real):
         raise Misfit
     number: int | float
@@ -170,7 +170,7 @@ def _number(kind: type, value: Any, limits: Limits) -> int | float:
     return number
 
 
-def _block(value: Any) -> int | float:
+def _block(value: object) -> int | float:
     """A block's number or relative depth, also as a string such as "-2" or "0.348"."""
     if isinstance(value, str):
         try:
@@ -182,7 +182,7 @@ def _block(value: Any) -> int | float:
     return _number(float, value, Limits(above=0, below=1))
 
 
-def _tuple(args: tuple[Any, ...], value: Any, limits: Limits) -> tuple[Any, ...]:
+def _tuple(args: tuple[object, ...], value: object, limits: Limits) -> tuple[object, ...]:
     if not isinstance(value, tuple | list) or (limits.filled and not value):
         raise Misfit
     members = [args[0]] * len(value) if args[1:] == (Ellipsis,) else list(args)
@@ -191,7 +191,7 @@ def _tuple(args: tuple[Any, ...], value: Any, limits: Limits) -> tuple[Any, ...]
     return tuple(fitted(kind, v, limits) for kind, v in zip(members, value, strict=True))
 
 
-def _instance(kind: type, value: Any) -> Any:
+def _instance(kind: type, value: object) -> object:
     if not isinstance(value, kind) or (kind is not bool and kind is not object and isinstance(value, bool)):
         raise Misfit
     return value
@@ -201,7 +201,7 @@ WORDS = {int: "a whole number", float: "a number", str: "a string", bool: "True 
 BLOCK = "{} of the vision tower (0-based, negative from the end, or a fraction of the depth in (0, 1))"
 
 
-def described(kind: Any, limits: Limits, many: bool = False) -> str:
+def described(kind: object, limits: Limits, many: bool = False) -> str:
     """An annotation with its limits in words, for errors and pages: "a number in [0, 1)", "None or a whole number".
 
     many: in the plural, for the members of a tuple.
@@ -226,7 +226,7 @@ def described(kind: Any, limits: Limits, many: bool = False) -> str:
     return f"a {getattr(origin or kind, '__name__', kind)}"
 
 
-def refusal(method: Any, name: str, value: Any, kind: Any, limits: Limits) -> OptionError:
+def refusal(method: Any, name: str, value: object, kind: object, limits: Limits) -> OptionError:
     """The error for an option of the wrong kind: what was given, what is allowed, what to type."""
     cls = type(method)
     info = vars(cls).get("info")
@@ -241,7 +241,7 @@ def refusal(method: Any, name: str, value: Any, kind: Any, limits: Limits) -> Op
     return OptionError(f"{owner}: {name}={shown} is not {described(kind, limits)}.{close}{write}{hint}")
 
 
-def _choices(kind: Any, limits: Limits) -> tuple[Any, ...]:
+def _choices(kind: object, limits: Limits) -> tuple[object, ...]:
     if get_origin(kind) is Literal:
         return get_args(kind)
     return limits.choices or tuple(c for a in get_args(kind) for c in _choices(a, limits))

@@ -88,12 +88,16 @@ def flashvid_trees(parent: Tensor, depth: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Parts(NamedTuple):
-    """How a scene's budget splits. diverse: (T,) tokens of each frame that stay as they are. merged: (S,) clusters of each
-    scene. links: (S,) merges over time, at most."""
+    """How the budget splits."""
 
     diverse: list[int]
+    """(T,) tokens of each frame that stay as they are."""
     merged: list[int]
+    """(S,) clusters of each scene."""
     links: list[int]
+    """(S,) merges over time, at most."""
+    twice: bool = False
+    """In scenes of one frame those that stay are clustered, too."""
 
 
 def flashvid_flow(
@@ -104,12 +108,11 @@ def flashvid_flow(
     parts: Parts,
     threshold: float = 0.8,
     published: bool = False,
-    twice: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Choose, link and cluster. features: (N, C), attention: (N,).
 
     Returns which tokens stay as they are, (N,) bool, and for the others the position of their cluster's centre, -1 for none, and
-    their weight there, (N,). published: see `FlashVID`. twice: in scenes of one frame those that stay are clustered, too.
+    their weight there, (N,). published: see `FlashVID`.
     """
     device, n = features.device, features.shape[0]
     place, scene, at = raster(layout), segment_numbers(lengths, device), torch.arange(n, device=device)
@@ -120,7 +123,7 @@ def flashvid_flow(
             diverse = diverse.index_fill(0, rows.gather(1, chosen).flatten(), True)
     merged, most = torch.tensor([parts.merged, parts.links], device=device)
     free = ~diverse
-    if twice:
+    if parts.twice:
         free = free | (torch.tensor(list(lengths), device=device)[scene] == 1)[layout.group]
     partner, cosine = flashvid_links(features, free, place, scene)
     own = scene[layout.group]
