@@ -1,4 +1,6 @@
-"""How many visual tokens stay: the one counting rule, and exact ways to share a keep count out over tiles, frames, images."""
+"""How many visual tokens stay: the one counting rule, and exact ways to share a keep count out over tiles, frames,
+images.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,8 @@ def check_budget(budget: object) -> int:
     """Return `budget` as an int, or say why it is not a number of tokens to keep (>= 1)."""
     if isinstance(budget, bool) or not isinstance(budget, Integral):
         raise BudgetError(
-            f"budget={budget!r} is a {type(budget).__name__}; write a whole number of tokens per image or video, such as budget=64."
+            f"budget={budget!r} is a {type(budget).__name__}; write a whole number of tokens per image or video, "
+            f"such as budget=64."
         )
     if int(budget) < 1:
         raise BudgetError(f"budget={budget!r} is not a number of tokens to keep; the smallest is 1.")
@@ -186,8 +189,8 @@ def whole_frames(total: int, choose: Callable[[int], Sequence[int]], capacities:
 def pooled_budgets(gains: Sequence[Tensor], total: int) -> list[int]:
     """How many of the `total` largest gains belong to each image; the first one of each image always counts.
 
-    gains: one falling sequence per image, together at least `total` long, `total` at least the number of images. Ties go to
-    the earlier image. One host synchronisation.
+    gains: one falling sequence per image, together at least `total` long, `total` at least the number of images. Ties
+    go to the earlier image. One host synchronisation.
     """
     first = [torch.cat([g.new_full((1,), torch.inf), g[1:]]) for g in gains]
     owner = torch.cat([torch.full_like(g, i, dtype=torch.long) for i, g in enumerate(first)])
@@ -197,11 +200,12 @@ def pooled_budgets(gains: Sequence[Tensor], total: int) -> list[int]:
 
 
 def in_proportion(total: int | Tensor, sizes: Tensor, group: Tensor | None = None) -> Tensor:
-    """Shares of `total` in proportion to the sizes, none above its size, with an exact sum. sizes: (P,) long -> (P,) long.
+    """Shares of `total` in proportion to the sizes, none above its size, with an exact sum. sizes: (P,) long -> (P,)
+    long.
 
-    The running sum is rounded, so that what rounding leaves over falls at even distances along the members: neighbours in
-    time make up for each other. total: at most the sum of the sizes. With group, (P,) ascending from 0, members share within
-    their group, and total is (groups,). On the device, without waiting for it.
+    The running sum is rounded, so that what rounding leaves over falls at even distances along the members: neighbours
+    in time make up for each other. total: at most the sum of the sizes. With group, (P,) ascending from 0, members
+    share within their group, and total is (groups,). On the device, without waiting for it.
     """
     group = torch.zeros_like(sizes) if group is None else group
     totals = torch.as_tensor(total, device=sizes.device).reshape(-1)
@@ -216,9 +220,9 @@ def in_proportion(total: int | Tensor, sizes: Tensor, group: Tensor | None = Non
 def share_out(total: int, weights: Tensor, capacities: Tensor) -> Tensor:
     """Split `total` into whole numbers proportional to the weights, never above the capacities, with an exact sum.
 
-    weights: (B, P). capacities: (P,) long, sum at least `total`. Returns (B, P) long. The same rule as `share`:
-    largest remainders (ties: lower index), what a full member cannot take flows to the others in proportion, and weights
-    that are negative, NaN or all zero count as equal. On a CPU it is that function, elsewhere `share_on_device`.
+    weights: (B, P). capacities: (P,) long, sum at least `total`. Returns (B, P) long. The same rule as `share`: largest
+    remainders (ties: lower index), what a full member cannot take flows to the others in proportion, and weights that
+    are negative, NaN or all zero count as equal. On a CPU it is that function, elsewhere `share_on_device`.
     """
     if weights.device.type == "cpu":
         caps = capacities.tolist()
@@ -227,7 +231,9 @@ def share_out(total: int, weights: Tensor, capacities: Tensor) -> Tensor:
 
 
 def share_on_device(total: int, weights: Tensor, capacities: Tensor) -> Tensor:
-    """`share_out` by P rounds of element-wise work, without host synchronisation; in float64, as on the host, but on MPS."""
+    """`share_out` by P rounds of element-wise work, without host synchronisation; in float64, as on the host, but on
+    MPS.
+    """
     weights = weights.float() if weights.device.type == "mps" else weights.double()
     usable = (torch.isfinite(weights) & (weights >= 0)).all(-1, keepdim=True) & (weights.sum(-1, keepdim=True) > 0)
     weights = torch.where(usable, weights, 1.0)

@@ -33,7 +33,7 @@ def facts(name: str) -> JsonObject:
             k: v if isinstance(v, int | float | str | bool | list | tuple | dict | type(None)) else str(v)
             for k, v in options.items()
         },
-        "summary": doc.splitlines()[0] if doc else "",
+        "summary": " ".join(doc.split("\n\n")[0].split()),
         "doc": doc,
     }
 

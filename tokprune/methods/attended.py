@@ -22,7 +22,9 @@ def attended(tokens: VisualTokens, keep: int) -> tuple[Tensor, Tensor, Layout]:
 
 
 def scene_lengths(features: Tensor, layout: Layout, segments: int, below: float) -> list[int]:
-    """Frames of each scene by DySeg: at least `segments` scenes, and a cut at every cosine `below`; one frame each without time."""
+    """Frames of each scene by DySeg: at least `segments` scenes, and a cut at every cosine `below`; one frame each
+    without time.
+    """
     if layout.kind != "video":
         return [1] * layout.num_groups
     return similar_runs(frame_means(features, layout), segments - 1, below)

@@ -21,11 +21,11 @@ from tokprune.tokens import Selection, VisualTokens
 class Method:
     """Base of all methods. Subclasses set `stage`; `@register_method` sets `info`.
 
-    The fields are the method's options, declared as `tokprune.methods.options` says and checked here. A subclass that looks
-    at several of them together overrides `__post_init__` and calls this one first.
+    The fields are the method's options, declared as `tokprune.methods.options` says and checked here. A subclass that
+    looks at several of them together overrides `__post_init__` and calls this one first.
 
-    needs: names of the signals that the method reads, class data like `stage`. Where they depend on an option or on another
-    method, it is a property of that name.
+    needs: names of the signals that the method reads, class data like `stage`. Where they depend on an option or on
+    another method, it is a property of that name.
     """
 
     stage: ClassVar[str]
@@ -80,8 +80,8 @@ class ConnectorMethod(Method):
     def budgets(self, batch: Sequence[VisualTokens], keeps: Sequence[int]) -> list[int]:
         """Share the tokens of one prompt's images out anew, before `select_batch`; as given unless a method has a rule.
 
-        batch: the streams of one prompt. keeps: what each would keep by the common rule. The sum stays what it was, and each
-        stream keeps between 1 and all of its tokens.
+        batch: the streams of one prompt. keeps: what each would keep by the common rule. The sum stays what it was, and
+        each stream keeps between 1 and all of its tokens.
         """
         return list(keeps)
 
@@ -98,7 +98,8 @@ class ConnectorMethod(Method):
 
 @dataclass(frozen=True)
 class ScoreMethod(ConnectorMethod):
-    """Base of methods that rank tokens by one number each: subclasses implement `scores`, and `choose` where top-k is not all.
+    """Base of methods that rank tokens by one number each: subclasses implement `scores`, and `choose` where top-k is
+    not all.
 
     Wrappers such as Relevance mix something into the scores and leave the choice to the method.
     """
@@ -119,10 +120,11 @@ class ScoreMethod(ConnectorMethod):
 
 
 class Wrapper(ConnectorMethod):
-    """Base of everything that wraps a connector method: whatever it does not override is answered by the wrapped `method`.
+    """Base of everything that wraps a connector method: whatever it does not override is answered by the wrapped
+    `method`.
 
-    A subclass is a frozen dataclass with a field or property `method`, and overrides what it changes, `select_batch` as a
-    rule. A new hook of ConnectorMethod gets a line here, so that no wrapper loses it.
+    A subclass is a frozen dataclass with a field or property `method`, and overrides what it changes, `select_batch` as
+    a rule. A new hook of ConnectorMethod gets a line here, so that no wrapper loses it.
     """
 
     if TYPE_CHECKING:
@@ -168,10 +170,11 @@ class Wrapper(ConnectorMethod):
 
 
 def solve_alike(problems: Sequence[tuple[Sequence[Tensor], int]], solve: Callable[..., Tensor]) -> list[Tensor]:
-    """Solve selection problems, those of equal shapes and keep count in one call. Returns one (keep,) per problem, in order.
+    """Solve selection problems, those of equal shapes and keep count in one call. Returns one (keep,) per problem, in
+    order.
 
-    problems: the tensors of one problem, without a batch dimension, and its keep count. solve: the algorithm, from tensors
-    with a batch dimension and the keep count to (B, keep) indices.
+    problems: the tensors of one problem, without a batch dimension, and its keep count. solve: the algorithm, from
+    tensors with a batch dimension and the keep count to (B, keep) indices.
     """
     alike: dict[tuple[object, ...], list[int]] = {}
     for i, (tensors, keep) in enumerate(problems):
@@ -184,7 +187,9 @@ def solve_alike(problems: Sequence[tuple[Sequence[Tensor], int]], solve: Callabl
 
 
 def picked(picks: Sequence[Tensor], places: Sequence[tuple[int, int]], streams: int) -> list[Tensor]:
-    """What was picked from parts of `streams` streams, as ascending indices of each. places: a part's stream and start."""
+    """What was picked from parts of `streams` streams, as ascending indices of each. places: a part's stream
+    and start.
+    """
     found: list[list[Tensor]] = [[] for _ in range(streams)]
     for chosen, (stream, start) in zip(picks, places, strict=True):
         found[stream].append(chosen + start)

@@ -16,7 +16,9 @@ from tokprune.methods.options import option
 
 @dataclass(frozen=True)
 class CacheStep:
-    """One decision. attention: (B, V) that it was made from. indices: (B, K) visual keys to use, ascending, -1 behind them."""
+    """One decision. attention: (B, V) that it was made from. indices: (B, K) visual keys to use, ascending, -1 behind
+    them.
+    """
 
     attention: Tensor
     indices: Tensor
@@ -45,15 +47,17 @@ class CacheMethod(Method):
     def step(self, attention: Tensor, keep: Tensor, width: int, before: CacheStep | None) -> CacheStep:
         """Choose for one new token per row.
 
-        attention: (B, V) in float32, what the new token pays to each visual key in layer `layer - 1`, mean over heads; rows
-        with fewer keys than V end in zeros. keep: (B,) keys to use. width: the largest of them. before: the decision of
-        the step before, None in the first step of an answer.
+        attention: (B, V) in float32, what the new token pays to each visual key in layer `layer - 1`, mean over heads;
+        rows with fewer keys than V end in zeros. keep: (B,) keys to use. width: the largest of them. before: the
+        decision of the step before, None in the first step of an answer.
         """
         raise OptionError(f"{type(self).__name__} does not implement step(attention, keep, width, before).")
 
 
 def largest(attention: Tensor, keep: Tensor, width: int) -> Tensor:
-    """The keep[b] largest of each row of (B, V) as ascending indices (B, width), -1 behind them; ties to the lower index."""
+    """The keep[b] largest of each row of (B, V) as ascending indices (B, width), -1 behind them; ties to the lower
+    index.
+    """
     order = torch.sort(attention, dim=-1, descending=True, stable=True).indices[:, :width]
     unused = torch.arange(order.shape[1], device=order.device) >= keep[:, None]
     order = order.masked_fill(unused, attention.shape[1]).sort(-1).values

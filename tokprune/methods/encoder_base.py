@@ -210,8 +210,8 @@ class EncoderMethod(Method):
 
     @property
     def single_patches(self) -> bool:
-        """For methods that restore the sequence: patches leave one by one where the connector joins several to a unit, and
-        where all pictures of a call are one sequence, their patches compete.
+        """For methods that restore the sequence: patches leave one by one where the connector joins several to a unit,
+        and where all pictures of a call are one sequence, their patches compete.
         """
         return False
 

@@ -1,4 +1,6 @@
-"""The contract of a frames method, and PerFrame: a frames and a connector method as one, where the connector method would be."""
+"""The contract of a frames method, and PerFrame: a frames and a connector method as one, where the connector method
+would be.
+"""
 
 from __future__ import annotations
 
@@ -159,7 +161,8 @@ class PerFrame(Wrapper):
             return ""
         if self.inner is None:
             return (
-                f"not a video: the frames method {self.frames.info.name!r} has nothing to share out here, and no connector method "
+                f"not a video: the frames method {self.frames.info.name!r} has nothing to share out here, and no "
+                f"connector method "
                 f"was given, so all tokens stay (give one: method=[{self.frames.info.name!r}, 'divprune'])"
             )
         return f"not a video: {self.inner.info.name!r} alone"
@@ -184,7 +187,8 @@ class PerFrame(Wrapper):
         fits = len(counts) == len(sizes) and all(0 <= c <= n for c, n in zip(counts, sizes, strict=True))
         if not fits or sum(counts) < 1 or (frames.exact and sum(counts) != keep):
             raise OptionError(
-                f"the frames method {frames.info.name!r} shared {keep} tokens out as {counts} over frames of {list(sizes)}: "
+                f"the frames method {frames.info.name!r} shared {keep} tokens out as {counts} over frames of "
+                f"{list(sizes)}: "
                 "the shares must fit the frames and add up to the budget."
             )
         return counts, {"frame_tokens": torch.tensor(counts, device=tokens.features.device), **worth}

@@ -1,4 +1,4 @@
-"""Options of a method: type, range and choices are declared once, at the field, and checked in one place for all methods.
+"""Options of a method: type, range and choices are declared once, at the field, and checked in one place for all.
 
     alpha: float = option(0.5, low=0, high=1)          # a plain `alpha: float = 0.5` takes any finite number
     mode: Literal["sample", "pool"] = "sample"          # choices
@@ -29,9 +29,9 @@ class Limits:
     """What an option may be beyond its type.
 
     low, high: bounds that are allowed themselves; above, below: bounds that are not. They hold for every number in the
-    value, such as each member of a tuple; an option that is a method takes the name of one. choices: the allowed strings, where a Literal cannot list them. filled: an empty
-    tuple is refused. block: a block of the vision tower. example: what an error tells to write, else the default.
-    hint: what an error adds.
+    value, such as each member of a tuple; an option that is a method takes the name of one. choices: the allowed
+    strings, where a Literal cannot list them. filled: an empty tuple is refused. block: a block of the vision tower.
+    example: what an error tells to write, else the default. hint: what an error adds.
     """
 
     low: float | None = None
@@ -75,12 +75,13 @@ Compat = Literal["corrected", "published"]
 Seed = Annotated[int, Limits(low=-(2**63), high=2**63 - 1)]
 """What starts a random generator."""
 Block = Annotated[int | float, Limits(block=True)]
-"""A block of the vision tower: its 0-based number, a negative one from the end, or a fraction of the depth in (0, 1)."""
+"""A block of the vision tower: its 0-based number, a negative one from the end, or a fraction of the depth in (0, 1).
+"""
 
 
 def option(default: Any = MISSING, *, factory: Any = MISSING, **limits: Any) -> Any:
-    """A dataclass field with limits; the keywords are the fields of `Limits`. Without a default (or `factory` of one) it must
-    be given.
+    """A dataclass field with limits; the keywords are the fields of `Limits`. Without a default (or `factory` of one)
+    it must be given.
     """
     metadata = {KEY: Limits(**limits)}
     return dataclasses.field(default=default, default_factory=factory, metadata=metadata)
@@ -97,14 +98,18 @@ def kinds(cls: type) -> dict[str, tuple[object, Limits]]:
         hints = typing.get_type_hints(cls, include_extras=True)
     except NameError as error:
         raise OptionError(
-            f"{cls.__name__}: an annotation cannot be read ({error}); import that name where the method is defined, not "
+            f"{cls.__name__}: an annotation cannot be read ({error}); import that name where the method is defined, "
+            f"not "
             "under TYPE_CHECKING, so that options can be checked."
         ) from error
-    return {f.name: (hints[f.name], f.metadata.get(KEY, Limits())) for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    return {f.name: (hints[f.name], f.metadata.get(KEY, Limits())) for f in fields if f.init}
 
 
 def check_options(method: Any) -> None:
-    """Refuse any option that is not of its declared kind; lists become tuples, whole numbers floats where floats are due."""
+    """Refuse any option that is not of its declared kind; lists become tuples, whole numbers floats where floats are
+    due.
+    """
     for name, (kind, limits) in kinds(method.__class__).items():
         value = getattr(method, name)
         try:

@@ -20,8 +20,8 @@ def select_in_parts(
     """Let `method` choose within each part of each stream, all parts of all streams in one call.
 
     parts: for each stream, where its parts lie, ascending, and the keep count of each; a part that keeps 0 drops out.
-    ask_full: ask also about parts that keep all their tokens, which otherwise stay as they are. Returns one selection per
-    stream, in the stream's own positions.
+    ask_full: ask also about parts that keep all their tokens, which otherwise stay as they are. Returns one selection
+    per stream, in the stream's own positions.
     """
     asked: list[VisualTokens] = []
     keeps: list[int] = []

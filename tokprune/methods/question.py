@@ -21,8 +21,10 @@ def word_embeddings(tokens: VisualTokens) -> Tensor:
     rows = tokens.question().embeddings
     if rows is None or rows.numel() == 0:
         raise MissingQueryError(
-            "the question is known, but not its tokens and their embeddings: no tokenizer lies beside the model. Give one: apply(..., "
-            "processor=processor), which may be the tokenizer alone; or choose a method that does not read the question."
+            "the question is known, but not its tokens and their embeddings: no tokenizer lies beside the model. "
+            "Give one: apply(..., "
+            "processor=processor), which may be the tokenizer alone; or choose a method that does not read the "
+            "question."
         )
     if rows.dim() != 2 or rows.shape[-1] != tokens.features.shape[-1]:
         raise OptionError(
@@ -41,15 +43,17 @@ def text_relevance(visual: Tensor, text: Tensor) -> Tensor:
 def question_relevance(tokens: VisualTokens, space: Relevance) -> Tensor:
     """How close each visual token is to the question, (N,) in float32; higher = closer.
 
-    space: "embeddings" compares projected features with the LLM embeddings of the question's words, which works on every
-    model; "clip" compares the scorer's patch embeddings with its text embedding (signals clip_image and clip_text).
+    space: "embeddings" compares projected features with the LLM embeddings of the question's words, which works on
+    every model; "clip" compares the scorer's patch embeddings with its text embedding (signals clip_image and
+    clip_text).
     """
     if space == "embeddings":
         return text_relevance(check_finite(tokens.features, "the visual features"), word_embeddings(tokens))
     text = tokens.question().clip
     if text is None:
         raise MissingQueryError(
-            "relevance='clip' needs the scorer's embedding of the question (Query.clip), and none was made; give a CLIP scorer, "
+            "relevance='clip' needs the scorer's embedding of the question (Query.clip), and none was made; give a "
+            "CLIP scorer, "
             "or use relevance='embeddings', which works on every model."
         )
     patches = check_finite(tokens.signal("clip_image"), "the scorer's patch embeddings")

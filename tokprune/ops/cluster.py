@@ -16,8 +16,8 @@ def euclidean(points: Tensor) -> Tensor:
 def density(distance: Tensor, k: int | Tensor, valid: Tensor | None = None) -> Tensor:
     """exp(-mean of the k smallest squared distances), the point itself among them.
 
-    distance: (B, n, n). k: one number, or (B,) one per row. valid: (B, n) bool; other points are nobody's neighbour. Where
-    fewer than k are valid, the mean is taken over those. Returns (B, n).
+    distance: (B, n, n). k: one number, or (B,) one per row. valid: (B, n) bool; other points are nobody's neighbour.
+    Where fewer than k are valid, the mean is taken over those. Returns (B, n).
     """
     square = distance.square()
     if valid is not None:
@@ -34,8 +34,8 @@ def density(distance: Tensor, k: int | Tensor, valid: Tensor | None = None) -> T
 def centre_scores(distance: Tensor, k: int | Tensor, valid: Tensor | None = None) -> Tensor:
     """Score of each point as a cluster centre: density times distance to the nearest denser point.
 
-    The densest point gets the largest distance of all pairs. distance: (B, n, n), k as in `density`, valid: (B, n) bool or
-    None. Returns (B, n); -1 for points that are not valid.
+    The densest point gets the largest distance of all pairs. distance: (B, n, n), k as in `density`, valid: (B, n) bool
+    or None. Returns (B, n); -1 for points that are not valid.
     """
     rho = density(distance, k, valid)
     denser = rho[:, None, :] > rho[:, :, None]
@@ -63,11 +63,12 @@ def dpc_knn(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cluster each row's points into counts[row] clusters around its density peaks.
 
-    points: (B, n, C). counts: (B,) long, at most the row's valid points. k: nearest neighbours, one number or (B,). valid:
-    (B, n) bool. `block` rows at a time, so that memory stays O(block n² + B n). Arithmetic in float32 (float64 stays).
+    points: (B, n, C). counts: (B,) long, at most the row's valid points. k: nearest neighbours, one number or (B,).
+    valid: (B, n) bool. `block` rows at a time, so that memory stays O(block n² + B n). Arithmetic in float32 (float64
+    stays).
 
-    Returns, all (B, n): which points are centres (bool); the centre of each point, itself for a centre and -1 for points that
-    are not valid or in rows without a centre; the score as a centre. Ties go to the lower index.
+    Returns, all (B, n): which points are centres (bool); the centre of each point, itself for a centre and -1 for
+    points that are not valid or in rows without a centre; the score as a centre. Ties go to the lower index.
     """
     chosen, into, scores = [], [], []
     for begin in range(0, points.shape[0], block):

@@ -102,7 +102,8 @@ def run_lengths(labels: Sequence[int]) -> list[int]:
 
 
 def similar_runs(frames: Tensor, cuts: int, threshold: float) -> list[int]:
-    """Cut between neighbouring frames at the `cuts` smallest cosines and wherever the cosine is below `threshold` (DySeg).
+    """Cut between neighbouring frames at the `cuts` smallest cosines and wherever the cosine is below `threshold`
+    (DySeg).
 
     frames: (T, C), one vector per frame. Returns the lengths of the segments; fewer cuts when there are fewer frames.
     """
@@ -115,11 +116,12 @@ def similar_runs(frames: Tensor, cuts: int, threshold: float) -> list[int]:
 
 
 class Pools(NamedTuple):
-    """Tokens that compete with one another: the moving tokens of a frame, or the still places of a scene, averaged over time.
+    """Tokens that compete with one another: the moving tokens of a frame, or the still places of a scene, averaged over
+    time.
 
-    The T pools of frames come first, then the S of scenes. place: (T, P) positions in the stream, -1 for none. scene: (T,) scene of
-    each frame. first, length: (S,) its first frame, how many it has. still: (S, P) bool. moving: (T, P) bool.
-    tokens: N of the stream.
+    The T pools of frames come first, then the S of scenes. place: (T, P) positions in the stream, -1 for none. scene:
+    (T,) scene of each frame. first, length: (S,) its first frame, how many it has. still: (S, P) bool. moving: (T, P)
+    bool. tokens: N of the stream.
     """
 
     place: Tensor
@@ -143,7 +145,9 @@ class Pools(NamedTuple):
 
     @property
     def home(self) -> Tensor:
-        """Position in the stream that stands for each cell of each pool; still ones sit in the scene's first frame. (T + S, P)."""
+        """Position in the stream that stands for each cell of each pool; still ones sit in the scene's first frame. (T
+        + S, P).
+        """
         return torch.cat([self.place, self.place[self.first]])
 
     def shares(self, keep: int) -> Tensor:
@@ -161,8 +165,9 @@ class Pools(NamedTuple):
     def flow(self, into: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Carry what happens in the pools over to the stream.
 
-        into: (T + S, P) cell of the pool that each cell flows into, -1 for none. weight: (T + S, P), how much of it; a still
-        cell's is split over the scene's frames. Returns for each token, (N,), the position that it flows into and its weight.
+        into: (T + S, P) cell of the pool that each cell flows into, -1 for none. weight: (T + S, P), how much of it; a
+        still cell's is split over the scene's frames. Returns for each token, (N,), the position that it flows into and
+        its weight.
         """
         frames, width = self.place.shape
         goal = torch.where(into >= 0, self.home.gather(1, into.clamp(min=0)), -1)
@@ -183,10 +188,10 @@ def still_and_moving(
 ) -> Pools:
     """Split every scene into still places and moving tokens.
 
-    place: (T, P) positions in the stream of `tokens`, -1 for none. lengths: frames of each scene. alike: (S, P), how constant each place
-    is; still is what lies above `threshold` and is there in all of a scene's frames, of which there are at least two.
-    at_least: how many tokens the pools must hold. A still place holds one for all its frames; if that is not enough, the
-    least constant places move again (lower place first), as many as it takes.
+    place: (T, P) positions in the stream of `tokens`, -1 for none. lengths: frames of each scene. alike: (S, P), how
+    constant each place is; still is what lies above `threshold` and is there in all of a scene's frames, of which there
+    are at least two. at_least: how many tokens the pools must hold. A still place holds one for all its frames; if that
+    is not enough, the least constant places move again (lower place first), as many as it takes.
     """
     present, device = place >= 0, place.device
     scene, length = segment_numbers(lengths, device), torch.tensor(list(lengths), device=device)
@@ -215,8 +220,8 @@ def raster(layout: Layout) -> Tensor:
 def earlier(layout: Layout, step: Tensor | int = 1) -> Tensor:
     """Position of the token at the same cell `step` frames before, -1 where there is none.
 
-    step: one number, or (T,) one per frame; 0 means "none". The groups of a picture or of tiles do not follow one another in
-    time: -1 for all of them. Returns (N,).
+    step: one number, or (T,) one per frame; 0 means "none". The groups of a picture or of tiles do not follow one
+    another in time: -1 for all of them. Returns (N,).
     """
     if layout.kind != "video":
         return torch.full_like(layout.group, -1)

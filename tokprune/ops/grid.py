@@ -14,7 +14,9 @@ from tokprune.tokens import Layout
 
 
 class Stack(NamedTuple):
-    """Groups that one call can treat. where: (G, n) positions in the stream. keep: budget of each. label: what they share."""
+    """Groups that one call can treat. where: (G, n) positions in the stream. keep: budget of each. label: what they
+    share.
+    """
 
     where: Tensor
     keep: int
@@ -70,7 +72,8 @@ def check_canvas(layout: Layout) -> tuple[int, int]:
     canvas = layout.canvas
     if not layout.thumbnail or canvas is None or canvas[0] * canvas[1] != layout.num_groups - 1:
         raise OptionError(
-            f"the layout has {layout.num_groups} groups, thumbnail={layout.thumbnail} and canvas={canvas}; tiles with a "
+            f"the layout has {layout.num_groups} groups, thumbnail={layout.thumbnail} and canvas={canvas}; tiles "
+            f"with a "
             "thumbnail need thumbnail=True and canvas=(down, across) with down * across = groups - 1."
         )
     return canvas
@@ -87,11 +90,12 @@ def even_runs(layout: Layout, budgets: Sequence[int]) -> Tensor:
 def even_cells(layout: Layout, budgets: Sequence[int]) -> Tensor:
     """Cut each group's grid into budgets[g] near-square cells whose token counts differ by at most one.
 
-    The raster is cut into bands, as many as make the cells square, each as high as its number of cells asks for, and each
-    band is cut across. So the count is exact for every budget and every shape of hole that unpadding left, and where budget
-    and grid divide the cells are the rectangles one would draw by hand.
+    The raster is cut into bands, as many as make the cells square, each as high as its number of cells asks for, and
+    each band is cut across. So the count is exact for every budget and every shape of hole that unpadding left, and
+    where budget and grid divide the cells are the rectangles one would draw by hand.
 
-    Returns (N,) the number of each token's cell; -1 in groups without a budget. The host waits only for streams with holes.
+    Returns (N,) the number of each token's cell; -1 in groups without a budget. The host waits only for streams with
+    holes.
     """
     group, device, extents = layout.group, layout.group.device, _extents(layout)
     bands = [min(max(round(math.sqrt(k * h / w)), 1), h, max(k, 1)) for k, (h, w) in zip(budgets, extents, strict=True)]
@@ -132,7 +136,9 @@ def middles(cell: Tensor, k: int) -> Tensor:
 
 
 def _cut(layout: Layout, budgets: Sequence[int], order: Tensor) -> Tensor:
-    """Cut each group, walked through in `order`, into equal runs. order: (N,) permutation that keeps groups together."""
+    """Cut each group, walked through in `order`, into equal runs. order: (N,) permutation that keeps groups
+    together.
+    """
     group, device = layout.group, layout.group.device
     sizes = torch.tensor(layout.group_sizes, device=device)
     count = torch.tensor(list(budgets), device=device)

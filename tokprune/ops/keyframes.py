@@ -199,9 +199,9 @@ def wfs_sb(
 
     scores: (T,) in 0 … 1. features: (T, C), what frames are compared by; None compares their time. weights: of a
     scene's duration, mean, best and variance in its importance. With more than three scenes those whose importance is
-    below the mean by `strictness` standard deviations (or below 0.05) get nothing, unless that left none. balance: 0 is relevance alone, 1
-    diversity alone. Without scenes: half evenly spaced from the first frame to the last, half the best (the later of
-    equals). Constant scores: evenly spaced. O(T M C / S) for M frames in S scenes of equal length.
+    below the mean by `strictness` standard deviations (or below 0.05) get nothing, unless that left none. balance: 0 is
+    relevance alone, 1 diversity alone. Without scenes: half evenly spaced from the first frame to the last, half the
+    best (the later of equals). Constant scores: evenly spaced. O(T M C / S) for M frames in S scenes of equal length.
     """
     values = np.asarray(scores, dtype=np.float64)
     total = len(values)

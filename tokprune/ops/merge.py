@@ -18,10 +18,10 @@ from tokprune.tokens import Merge, Selection
 def join(parts: Sequence[tuple[Tensor, Selection]], features: Tensor) -> Selection:
     """One selection of a stream from selections of disjoint parts of it.
 
-    parts: for each, where its tokens lie in the stream, (n_i,) ascending indices, and what was selected in it. features:
-    (N, D) of the stream. Merges are carried over, also when only some parts merge: as target and scale where all parts
-    allow it, else as sparse rows. Tensors of `info` that have one entry per token are carried over if the parts cover
-    the stream and all of them have it.
+    parts: for each, where its tokens lie in the stream, (n_i,) ascending indices, and what was selected in it.
+    features: (N, D) of the stream. Merges are carried over, also when only some parts merge: as target and scale where
+    all parts allow it, else as sparse rows. Tensors of `info` that have one entry per token are carried over if the
+    parts cover the stream and all of them have it.
     """
     n, device = features.shape[0], features.device
     parts = [(where.to(device), chosen) for where, chosen in parts]
@@ -55,12 +55,13 @@ def join(parts: Sequence[tuple[Tensor, Selection]], features: Tensor) -> Selecti
 def merge_dropped(chosen: Selection, features: Tensor) -> Selection:
     """Average each token that flows nowhere into the output most similar to it (cosine, ties to the lower row).
 
-    chosen: a selection of the stream, merging or not. features: (N, D). An output y that takes up tokens x_1 … x_m becomes
-    (y + x_1 + … + x_m) / (1 + m), composed with the merge that made y.
+    chosen: a selection of the stream, merging or not. features: (N, D). An output y that takes up tokens x_1 … x_m
+    becomes (y + x_1 + … + x_m) / (1 + m), composed with the merge that made y.
     """
     if chosen.features is not None:
         raise OptionError(
-            "this method hands out explicit features instead of merge weights, so what it dropped cannot be merged into them; "
+            "this method hands out explicit features instead of merge weights, so what it dropped cannot be merged "
+            "into them; "
             "use it without the wrapper."
         )
     features = features.detach()
@@ -124,7 +125,9 @@ def _join_info(parts: Sequence[tuple[Tensor, Selection]], n: int) -> dict[str, T
 
 
 def merged_selection(target: Tensor, weight: Tensor, keep: int, **info: Tensor) -> Selection:
-    """The selection in which each token flows to the position `target` (N,), -1 for nowhere; `keep` positions flow to themselves."""
+    """The selection in which each token flows to the position `target` (N,), -1 for nowhere; `keep` positions flow to
+    themselves.
+    """
     indices = true_indices(target == torch.arange(len(target), device=target.device), keep)
     row = torch.where(target >= 0, torch.searchsorted(indices, target.clamp(min=0)), -1)
     return Selection(indices, Merge(target=row, scale=weight), info=info)
@@ -151,13 +154,13 @@ def cap(n: int, prefix: int = 0) -> int:
 def bipartite_matching(metric: Tensor, r: int, prefix: int = 0, ordered: bool = False) -> Matching:
     """Send the `r` tokens at even positions that have the most similar partner at an odd position to that partner.
 
-    metric: (B, N, d), compared by cosine in float32. r: reduced to `cap(N, prefix)`; 0 or less merges nothing. prefix: the
-    first tokens ([CLS], distillation, registers) neither merge nor are merged into. Several tokens may have the same
-    partner; equal similarities: lower index first.
+    metric: (B, N, d), compared by cosine in float32. r: reduced to `cap(N, prefix)`; 0 or less merges nothing. prefix:
+    the first tokens ([CLS], distillation, registers) neither merge nor are merged into. Several tokens may have the
+    same partner; equal similarities: lower index first.
 
-    Order of the output rows. ordered: by position, so that they stay in raster order. Otherwise as published: the prefix, the
-    even ones that stay, the odd ones; the even ones ascend when there is a prefix, and run from most to least similar when
-    there is none. The order decides who is even and odd in the next round.
+    Order of the output rows. ordered: by position, so that they stay in raster order. Otherwise as published: the
+    prefix, the even ones that stay, the odd ones; the even ones ascend when there is a prefix, and run from most to
+    least similar when there is none. The order decides who is even and odd in the next round.
     """
     batch, n, _ = metric.shape
     device = metric.device
@@ -198,8 +201,8 @@ def merge(matching: Matching, x: Tensor, mode: Literal["mean", "sum", "amax"] = 
 def merge_weighted(matching: Matching, x: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Mean of the inputs of each row, weighted by how many original tokens each stands for, and the new sizes.
 
-    x: (B, N, C), size: (B, N, 1) or None for ones -> (B, K, C) in x's dtype and (B, K, 1). Sums and sizes are float32 (float64
-    stays): half precision counts exactly only to 256 or 2048.
+    x: (B, N, C), size: (B, N, 1) or None for ones -> (B, K, C) in x's dtype and (B, K, 1). Sums and sizes are float32
+    (float64 stays): half precision counts exactly only to 256 or 2048.
     """
     wide = x if x.dtype == torch.float64 else x.float()
     size = wide.new_ones(x.shape[0], x.shape[1], 1) if size is None else size.to(wide.dtype)

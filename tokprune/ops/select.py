@@ -9,8 +9,8 @@ from torch import Tensor
 def greedy_max_min(distance: Tensor, first: Tensor, keep: int) -> Tensor:
     """Pick `keep` points, each as far as possible from those already picked.
 
-    distance: (B, N, N). first: (B,) index of the first pick. Returns (B, keep) in the order of choice. Ties go to the lower
-    index; a picked point is never picked again. No host synchronisation.
+    distance: (B, N, N). first: (B,) index of the first pick. Returns (B, keep) in the order of choice. Ties go to the
+    lower index; a picked point is never picked again. No host synchronisation.
     """
     batch, n, _ = distance.shape
     rows = torch.arange(batch, device=distance.device)
@@ -35,12 +35,12 @@ def greedy_coverage_gains(
 ) -> tuple[Tensor, Tensor]:
     """Pick `keep` columns one by one, each with the largest gain, and say what each gained.
 
-    similarity: (B, R, N), how well column j covers row r. start: (B, R), what is covered before the first pick (None: zero).
-    With best_r the best cover so far, gain_j = w_j * sum over r of max(0, S_rj - best_r) + bonus_j; weights, bonus: (B, N),
-    None for 1 and 0. barred: (B, N) bool, columns that are picked only when no other is left.
+    similarity: (B, R, N), how well column j covers row r. start: (B, R), what is covered before the first pick (None:
+    zero). With best_r the best cover so far, gain_j = w_j * sum over r of max(0, S_rj - best_r) + bonus_j; weights,
+    bonus: (B, N), None for 1 and 0. barred: (B, N) bool, columns that are picked only when no other is left.
 
-    Returns the order of choice and the gains, both (B, keep). Ties go to the lower index; a picked column is never picked
-    again, also when nothing is left to gain. O(K R N), no host synchronisation.
+    Returns the order of choice and the gains, both (B, keep). Ties go to the lower index; a picked column is never
+    picked again, also when nothing is left to gain. O(K R N), no host synchronisation.
     """
     similarity = similarity.detach()
     batch, rows, n = similarity.shape

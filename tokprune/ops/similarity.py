@@ -9,8 +9,8 @@ from torch import Tensor
 def nearest_target(features: Tensor, targets: Tensor) -> Tensor:
     """Which of the targets each token is most similar to (cosine). O(N K D).
 
-    features: (B, N, D). targets: (B, K) indices into N. Returns (B, N), a place in 0 .. K-1; a target belongs to itself, also
-    when another one is its duplicate. Ties go to the lower place.
+    features: (B, N, D). targets: (B, K) indices into N. Returns (B, N), a place in 0 .. K-1; a target belongs to
+    itself, also when another one is its duplicate. Ties go to the lower place.
     """
     rows = unit(features)
     chosen = rows.gather(1, targets[..., None].expand(-1, -1, rows.shape[-1]))
@@ -28,7 +28,8 @@ def unit(features: Tensor) -> Tensor:
 def gram(rows: Tensor) -> Tensor:
     """Inner products of all pairs of rows. rows: (..., N, D) -> (..., N, N).
 
-    On a CPU, where time goes with the number of multiplications, the blocks below the diagonal are mirrored: a third less.
+    On a CPU, where time goes with the number of multiplications, the blocks below the diagonal are mirrored: a third
+    less.
     """
     n = rows.shape[-2]
     if rows.device.type != "cpu" or n < 256:

@@ -1,5 +1,5 @@
-"""The best under conditions: in all, within groups, by tiers first. Stable sorts, so ties go to the lower index; no host
-synchronisation.
+"""The best under conditions: in all, within groups, by tiers first. Stable sorts, so ties go to the lower index; no
+host synchronisation.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from torch import Tensor
 def true_indices(mask: Tensor, count: int) -> Tensor:
     """Ascending positions of the `count` True entries of each row. mask: (..., N) -> (..., count).
 
-    For a known count: unlike nonzero() it needs no host synchronisation. A row with fewer True entries is filled up with
-    its lowest False ones.
+    For a known count: unlike nonzero() it needs no host synchronisation. A row with fewer True entries is filled up
+    with its lowest False ones.
     """
     if mask.device.type == "cpu" and bool((mask.sum(-1) == count).all()):  # nothing to wait for: no sort either
         return mask.nonzero()[:, -1].view(*mask.shape[:-1], count)
@@ -41,14 +41,18 @@ def ranks(scores: Tensor) -> Tensor:
 
 
 def top_by_tier(tier: Tensor, scores: Tensor, keep: int) -> Tensor:
-    """The `keep` best by tier, then by score, as ascending indices. tier, scores: (..., N), higher is better -> (..., keep)."""
+    """The `keep` best by tier, then by score, as ascending indices. tier, scores: (..., N), higher is better -> (...,
+    keep).
+    """
     order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
     by_tier = torch.sort(tier.gather(-1, order), dim=-1, descending=True, stable=True).indices
     return order.gather(-1, by_tier)[..., :keep].sort(-1).values
 
 
 def rank_in_group(scores: Tensor, group: Tensor) -> Tensor:
-    """Place of each token among those of its group, 0 for the best. scores: (..., N), group: (N,) or (..., N) -> (..., N)."""
+    """Place of each token among those of its group, 0 for the best. scores: (..., N), group: (N,) or (..., N) -> (...,
+    N).
+    """
     order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
     groups, by_group = torch.sort(group.expand(scores.shape).gather(-1, order), dim=-1, stable=True)
     order = order.gather(-1, by_group)  # group after group, best first
@@ -62,7 +66,8 @@ def rank_in_group(scores: Tensor, group: Tensor) -> Tensor:
 def top_in_groups(scores: Tensor, group: Tensor, quota: Tensor, keep: int) -> Tensor:
     """The best tokens of each group, as many as its quota says, as ascending indices.
 
-    scores: (..., N). group: (N,), 0-based. quota: (..., G) whole numbers that add up to `keep`, none above its group's size.
+    scores: (..., N). group: (N,), 0-based. quota: (..., G) whole numbers that add up to `keep`, none above its group's
+    size.
     """
     if scores.device.type == "cpu" and scores.dim() == 1 and bool((group[1:] >= group[:-1]).all()):
         # Nothing to wait for: a partial sort per group decides unless equal scores straddle a border.

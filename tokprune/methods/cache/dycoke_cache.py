@@ -36,18 +36,18 @@ def attention_moved(attention: Tensor, before: Tensor, similarity: float) -> Ten
 class DyCokeCache(CacheMethod):
     """DyCoke (CVPR 2025), dynamic pruning of the KV cache (section 3.3); its merging of frames is the method `dycoke`.
 
-    In every decode step the attention that the new token pays to the visual keys in layer `layer - 1` (mean over heads) names
-    the share 1 - pruning_rate that the layers from `layer` on read in this step. While that attention stays what it was
-    in the step before (cosine of at least `similarity`) the set of that step is used again. layer: 3 as published.
-    pruning_rate: 0.7 as published (the code's own default is 0.8); `apply(model, "dycoke_cache", ratio=0.3)` sets the
-    share instead. Works on pictures, too.
+    In every decode step the attention that the new token pays to the visual keys in layer `layer - 1` (mean over heads)
+    names the share 1 - pruning_rate that the layers from `layer` on read in this step. While that attention stays what
+    it was in the step before (cosine of at least `similarity`) the set of that step is used again. layer: 3 as
+    published. pruning_rate: 0.7 as published (the code's own default is 0.8); `apply(model, "dycoke_cache", ratio=0.3)`
+    sets the share instead. Works on pictures, too.
 
     All keys stay in memory, since a later token may need what this one does not: it is time that the method saves, not
     memory. The prefill is not changed.
 
-    compat="published": when the attention has not changed the published code reads the whole cache in that step, where the
-    paper keeps the earlier set. (There: batches of one, image tokens from position 14 on, eager attention in one layer;
-    none of that is needed here.)
+    compat="published": when the attention has not changed the published code reads the whole cache in that step, where
+    the paper keeps the earlier set. (There: batches of one, image tokens from position 14 on, eager attention in one
+    layer; none of that is needed here.)
     """
 
     pruning_rate: float = option(0.7, low=0, below=1, hint="0.7 leaves out 70 % of the keys.")

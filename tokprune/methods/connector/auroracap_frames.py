@@ -23,9 +23,9 @@ BLOCK = 64  # frames whose similarities are in memory together
 def auroracap_frames(features: Tensor, keep: int, rounds: int = 24) -> tuple[Tensor, Tensor]:
     """Merge each frame to `keep` tokens by bipartite soft matching, about the same number in every round.
 
-    features: (T, n, C). A merged token is the mean of all originals in it. Returns the positions that are left in each frame
-    (T, keep), ascending, and to which of them each original went (T, n). Rounds are added where matching, which can merge at
-    most half of the tokens at once, would fall short.
+    features: (T, n, C). A merged token is the mean of all originals in it. Returns the positions that are left in each
+    frame (T, keep), ascending, and to which of them each original went (T, n). Rounds are added where matching, which
+    can merge at most half of the tokens at once, would fall short.
     """
     x, size = wide(features), None
     frames, n, _ = x.shape
@@ -49,7 +49,8 @@ def auroracap_frames(features: Tensor, keep: int, rounds: int = 24) -> tuple[Ten
     merges=True,
     checked=Checked(
         "rese1f/aurora",
-        agrees="its rule: frames alone, the same number per round, means weighted by size (the rounds themselves are ToMe's)",
+        agrees="its rule: frames alone, the same number per round, means weighted by size (the rounds themselves are "
+        "ToMe's)",
         differs="it merges inside the tower, by keys; counts are exact here, truncated there; order of the tokens",
     ),
 )
@@ -59,10 +60,10 @@ class AuroraCapFrames(ConnectorMethod):
 
     The publication merges inside the vision tower, a constant number per block, by the similarity of keys: that is the
     encoder method `auroracap`, which also saves work in the tower. Here the same recipe runs behind the projector, on
-    projected features, for towers that cannot be opened and for exact budgets. rounds: how many the merging is spread over
-    (24, the blocks of the tower); few large rounds take worse partners. Frames share the budget equally, odd tokens at even
-    distances; a budget below one token per frame drops frames. Tokens stay in raster order (published: unmerged ones first).
-    Tiles count as frames.
+    projected features, for towers that cannot be opened and for exact budgets. rounds: how many the merging is spread
+    over (24, the blocks of the tower); few large rounds take worse partners. Frames share the budget equally, odd
+    tokens at even distances; a budget below one token per frame drops frames. Tokens stay in raster order (published:
+    unmerged ones first). Tiles count as frames.
     """
 
     rounds: int = option(24, low=1)

@@ -23,8 +23,8 @@ from tokprune.tokens import Selection, VisualTokens
 def catp(features: Tensor, text: Tensor, keep: int, relevance: float = 0.7) -> tuple[Tensor, Tensor]:
     """Greedy choice of a set Y that stands for its image and is close to the text (stage 1 of the paper).
 
-    Maximises sum over tokens x of max over y in Y of sim(x, y), plus relevance * sum over y of sim(y, v), with
-    sim = (1 + cosine) / 2 and v the mean of the text's embeddings. features: (N, D), text: (T, D). Returns (keep,) indices in
+    Maximises sum over tokens x of max over y in Y of sim(x, y), plus relevance * sum over y of sim(y, v), with sim = (1
+    + cosine) / 2 and v the mean of the text's embeddings. features: (N, D), text: (T, D). Returns (keep,) indices in
     the order of choice and (keep,) what each added, which only falls.
     """
     similarity = (1 + cosine_similarity(features)) / 2
@@ -46,16 +46,16 @@ def catp(features: Tensor, text: Tensor, keep: int, relevance: float = 0.7) -> t
 class CATP(ConnectorMethod):
     """CATP (AAAI 2026), stage 1: diverse tokens that fit the text, and budgets over the images of one prompt.
 
-    Within an image the choice is the paper's (relevance = lambda_1 = 0.7). text: "question" compares every image with the
-    prompt's question; "example", as in the paper, with the words of its own in-context example, those between it and the
-    next image (images in a row share them, the last one has the question). Stage 2 of the paper works inside the LLM (layers 6 and 7) and
-    belongs to the decoder stage; here the whole budget is spent in front of it.
+    Within an image the choice is the paper's (relevance = lambda_1 = 0.7). text: "question" compares every image with
+    the prompt's question; "example", as in the paper, with the words of its own in-context example, those between it
+    and the next image (images in a row share them, the last one has the question). Stage 2 of the paper works inside
+    the LLM (layers 6 and 7) and belongs to the decoder stage; here the whole budget is spent in front of it.
 
     Budgets between images: the paper gives each image the same ratio in stage 1 and lets the share of an image vary in
-    stage 2. Here, ours, they vary before the LLM: the tokens of all images of the prompt compete by what each adds to its own
-    image's objective, so an image gets more when it is more varied, closer to the question or larger. stretch: an
-    image never gets more than this multiple of what the common ratio would give it (1 switches the sharing off), and at least
-    one token always stays.
+    stage 2. Here, ours, they vary before the LLM: the tokens of all images of the prompt compete by what each adds to
+    its own image's objective, so an image gets more when it is more varied, closer to the question or larger. stretch:
+    an image never gets more than this multiple of what the common ratio would give it (1 switches the sharing off), and
+    at least one token always stays.
     """
 
     relevance: float = option(0.7, low=0, hint="0 is diversity alone.")

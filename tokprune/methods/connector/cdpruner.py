@@ -58,9 +58,9 @@ def greedy_map(kernel: Tensor, keep: int, fallback: Tensor) -> Tensor:
 def quality(relevance: Tensor, theta: float | None = None) -> Tensor:
     """Raw relevance as the weight of each token: min-max over everything given, smallest about 1e-6, largest 1.
 
-    relevance: (..., N), any scale -> same shape; all equal: 1 for every token. theta: in [0, 1), stresses relevance over
-    diversity by exp(alpha r) with alpha = theta / (2 (1 - theta)); None leaves the weights linear, as published. A common
-    factor of all weights does not change the choice; it is set so that nothing overflows.
+    relevance: (..., N), any scale -> same shape; all equal: 1 for every token. theta: in [0, 1), stresses relevance
+    over diversity by exp(alpha r) with alpha = theta / (2 (1 - theta)); None leaves the weights linear, as published. A
+    common factor of all weights does not change the choice; it is set so that nothing overflows.
     """
     low, high = relevance.amin(), relevance.amax()
     weight = (relevance - low + 1e-6) / (high - low + 1e-6)
@@ -70,8 +70,8 @@ def quality(relevance: Tensor, theta: float | None = None) -> Tensor:
 def cdpruner(features: Tensor, weight: Tensor, keep: int) -> Tensor:
     """Greedy MAP of the determinantal point process whose kernel is w_i cos(x_i, x_j) w_j (section 3 of the paper).
 
-    features: (B, N, D), weight: (B, N) from `quality` -> (B, keep) indices in the order of choice. When the features span no
-    further direction, the tokens of largest weight follow.
+    features: (B, N, D), weight: (B, N) from `quality` -> (B, keep) indices in the order of choice. When the features
+    span no further direction, the tokens of largest weight follow.
     """
     kernel = weight[..., :, None] * cosine_similarity(features) * weight[..., None, :]  # (B, N, N)
     return greedy_map(kernel, keep, weight)
@@ -86,25 +86,27 @@ def cdpruner(features: Tensor, weight: Tensor, keep: int) -> Tensor:
     query_aware=True,
     checked=Checked(
         "Theia-4869/CDPruner",
-        agrees='the order of choice on random and clustered features, single pictures and batches of tiles (relevance="clip", sign=-1)',
-        differs='tiles compete by default (compat="published": each on its own); more tokens than the kernel has rank; equal relevance everywhere',
+        agrees="the order of choice on random and clustered features, single pictures and batches of tiles "
+        '(relevance="clip", sign=-1)',
+        differs='tiles compete by default (compat="published": each on its own); more tokens than the kernel has '
+        "rank; equal relevance everywhere",
     ),
 )
 @dataclass(frozen=True)
 class CDPruner(ConnectorMethod):
     """CDPruner (NeurIPS 2025): a determinantal point process over visual tokens, conditioned on the question.
 
-    relevance: "clip" is the published form (patch and text embeddings of the CLIP model whose tower the LLaVA models use);
-    "embeddings" compares the projected features with the LLM embeddings of the question's words: ours, for models without a
-    CLIP text tower, and the default because it works on every model. sign: the published code takes the negative
-    cosine in CLIP's space, where patches of the named object score low (its authors report this for CLIP only); None does
-    so for "clip" and takes the plain cosine for "embeddings". theta: the paper's relevance-diversity balance, off by default
-    as in the published code.
+    relevance: "clip" is the published form (patch and text embeddings of the CLIP model whose tower the LLaVA models
+    use); "embeddings" compares the projected features with the LLM embeddings of the question's words: ours, for models
+    without a CLIP text tower, and the default because it works on every model. sign: the published code takes the
+    negative cosine in CLIP's space, where patches of the named object score low (its authors report this for CLIP
+    only); None does so for "clip" and takes the plain cosine for "embeddings". theta: the paper's relevance-diversity
+    balance, off by default as in the published code.
 
-    compat="published" gives each tile the same budget; the default lets all tiles or frames of a stream compete, so that the
-    thumbnail and its tiles do not keep the same things twice. Always corrected, because the published result is not usable:
-    more tokens asked than the kernel's rank (NaN or arbitrary picks there; relevance order here) and equal relevance
-    everywhere (0/0 and repeated picks there; pure diversity here).
+    compat="published" gives each tile the same budget; the default lets all tiles or frames of a stream compete, so
+    that the thumbnail and its tiles do not keep the same things twice. Always corrected, because the published result
+    is not usable: more tokens asked than the kernel's rank (NaN or arbitrary picks there; relevance order here) and
+    equal relevance everywhere (0/0 and repeated picks there; pure diversity here).
     """
 
     relevance: Relevance = "embeddings"

@@ -17,7 +17,9 @@ from tokprune.tokens import Selection, VisualTokens
 
 
 def strongest(norms: Tensor, count: int) -> Tensor:
-    """The pivots: the `count` largest norms, largest first, ties to the lower index. norms: (N,) -> (min(count, N),)."""
+    """The pivots: the `count` largest norms, largest first, ties to the lower index. norms: (N,) ->
+    (min(count, N),).
+    """
     return torch.sort(norms, descending=True, stable=True).indices[:count]
 
 
@@ -25,8 +27,9 @@ def strongest(norms: Tensor, count: int) -> Tensor:
 def least_similar(features: Tensor, pivots: Tensor, counts: Sequence[int], candidates: Tensor) -> Tensor:
     """Visit the pivots one by one; each takes the candidates with the lowest cosine to it that are still there.
 
-    features: (S, D). pivots: (P,) indices, in the order of the visit, on which the result depends. counts: how many each
-    takes, at most as many in all as there are candidates. candidates: (S,) bool. Returns (sum of counts,) in the order taken.
+    features: (S, D). pivots: (P,) indices, in the order of the visit, on which the result depends. counts: how many
+    each takes, at most as many in all as there are candidates. candidates: (S,) bool. Returns (sum of counts,) in the
+    order taken.
     """
     rows = unit(features)
     similarity = rows[pivots] @ rows.T  # (P, S)
@@ -47,7 +50,8 @@ def least_similar(features: Tensor, pivots: Tensor, counts: Sequence[int], candi
     checked=Checked(
         "ZichenWen1/DART",
         agrees="the rule of duplication, fed with its pivots in its order",
-        differs="it runs inside the LLM on keys and text pivots; here in front of it, with an exact count and pivots by falling norm",
+        differs="it runs inside the LLM on keys and text pivots; here in front of it, with an exact count and pivots "
+        "by falling norm",
     ),
 )
 @dataclass(frozen=True)
@@ -59,8 +63,8 @@ class Dart(ConnectorMethod):
     L1 norm, as third-party ports do. 4 image pivots are the published number. All tiles or frames of a stream compete.
 
     Differences from the published rule: exactly `keep` tokens stay, pivots included (there 4 + 8 * (keep // 8)), the
-    remainder goes to the first pivots, and pivots are visited by descending norm (there in the order of a Python set, which
-    changes 5 to 20 % of the kept tokens).
+    remainder goes to the first pivots, and pivots are visited by descending norm (there in the order of a Python set,
+    which changes 5 to 20 % of the kept tokens).
     """
 
     pivots: int = option(4, low=1)

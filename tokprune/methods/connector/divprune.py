@@ -18,8 +18,8 @@ from tokprune.tokens import Selection, VisualTokens
 def divprune(features: Tensor, keep: int) -> Tensor:
     """Greedy max-min choice on the cosine distance (sections 3.2 and 3.3 of the paper).
 
-    features: (B, N, D) -> (B, keep) indices in the order of choice. The first token is the one whose nearest neighbour is
-    farthest; each further one maximises the distance to its nearest chosen token, ties to the lower index. Distances
+    features: (B, N, D) -> (B, keep) indices in the order of choice. The first token is the one whose nearest neighbour
+    is farthest; each further one maximises the distance to its nearest chosen token, ties to the lower index. Distances
     are float32 whatever the model's dtype: in half precision the choice is rounding noise.
     """
     distance = cosine_distance(features.detach())  # (B, N, N)

@@ -33,8 +33,9 @@ def reference_steps(frames: int, device: torch.device | str = "cpu") -> Tensor:
 def dycoke_published(features: Tensor, merging_ratio: float = 0.7) -> Tensor:
     """What the published code emits, in its order. features: (T, N, C) -> (K,) input positions.
 
-    A frame that is thinned keeps int((1 - merging_ratio) N) tokens, the least similar first. An odd last frame is dropped, and
-    the third frame of the last group of four stays whole. Four frames or fewer are an error there, and here.
+    A frame that is thinned keeps int((1 - merging_ratio) N) tokens, the least similar first. An odd last frame is
+    dropped, and the third frame of the last group of four stays whole. Four frames or fewer are an error there, and
+    here.
     """
     frames, n, _ = features.shape
     if frames <= GROUP:
@@ -66,18 +67,19 @@ def dycoke_published(features: Tensor, merging_ratio: float = 0.7) -> Tensor:
 class DyCoke(ConnectorMethod):
     """DyCoke (CVPR 2025), its first stage (TTM); pruning the KV cache while decoding is the second: `dycoke_cache`.
 
-    Of four frames the first stays whole; the second and fourth keep what is least similar to the frame before, the third what
-    is least similar to the first. As in the published code, what is left out is not averaged in, whatever the name says.
+    Of four frames the first stays whole; the second and fourth keep what is least similar to the frame before, the
+    third what is least similar to the first. As in the published code, what is left out is not averaged in, whatever
+    the name says.
 
-    merging_ratio: K of the paper, 0.7: a thinned frame keeps the share 1 - K of its tokens. Since the budget is given here, K
-    only says how whole and thinned frames share it, 1 to 1 - K. At a ratio of (1 + 3 (1 - K)) / 4 = 0.475 that is the
-    publication; below it the first frames cannot stay whole and keep an even grid of their tokens, above it the thinned
-    ones get what is left.
+    merging_ratio: K of the paper, 0.7: a thinned frame keeps the share 1 - K of its tokens. Since the budget is given
+    here, K only says how whole and thinned frames share it, 1 to 1 - K. At a ratio of (1 + 3 (1 - K)) / 4 = 0.475 that
+    is the publication; below it the first frames cannot stay whole and keep an even grid of their tokens, above it the
+    thinned ones get what is left.
 
-    compat="published": counts and order of choice of the released code, whatever budget is asked for. It drops an odd last
-    frame, leaves the third frame of the last four whole, may keep 0 tokens of a frame (truncation) and refuses four frames or
-    fewer, as well as frames of different sizes. (It also emits tokens in the order of similarity; a stream stays in order here:
-    see `dycoke_published`.)
+    compat="published": counts and order of choice of the released code, whatever budget is asked for. It drops an odd
+    last frame, leaves the third frame of the last four whole, may keep 0 tokens of a frame (truncation) and refuses
+    four frames or fewer, as well as frames of different sizes. (It also emits tokens in the order of similarity; a
+    stream stays in order here: see `dycoke_published`.)
 
     A picture, or a tile, is a first frame: an even grid of its tokens.
     """

@@ -34,13 +34,15 @@ FIRST = 255.0  # above every change: a token without a predecessor is new as a w
 )
 @dataclass(frozen=True)
 class EVS(ScoreMethod):
-    """EVS (2025, as in vLLM): one budget for the whole video, given to the tokens that differ most from the frame before.
+    """EVS (2025, as in vLLM): one budget for the whole video, given to the tokens that differ most from the frame
+    before.
 
-    Query-free, O(ND); the first frame stays whole. What differs from the code in vLLM, which compat="published" restores:
+    Query-free, O(ND); the first frame stays whole. What differs from the code in vLLM, which compat="published"
+    restores:
     - a budget below the size of the first frame is raised to it there. Here it is met: the first frame gets its
       proportional share of the budget, spread evenly over the picture, and the most changed tokens get the rest.
-    - changes are rounded to 1e-6 in both, so that ties go to the lower index (in vLLM, to rounding noise).
-    (Its count, int((1 - q) n), also loses a token to rounding for some q; counts are not made here.)
+    - changes are rounded to 1e-6 in both, so that ties go to the lower index (in vLLM, to rounding noise). (Its count,
+      int((1 - q) n), also loses a token to rounding for some q; counts are not made here.)
 
     A picture, or a tile, has no earlier frame: its share is spread evenly. Frames of different sizes are compared where
     both have a token; one whose place is new counts as changed.
@@ -49,7 +51,8 @@ class EVS(ScoreMethod):
     compat: Compat = "corrected"
 
     def scores(self, tokens: VisualTokens) -> Tensor:
-        """Change since the frame before: 1 - cosine at the same place; 255 where there is none. Returns (N,) in float32.
+        """Change since the frame before: 1 - cosine at the same place; 255 where there is none. Returns (N,) in
+        float32.
 
         Rounded to 1e-6, so that a static video is one big tie rather than rounding noise that differs between devices.
         """

@@ -1,4 +1,6 @@
-"""FastVID: scenes by frame similarity, the attended tokens of each frame, and the rest merged into a few anchor frames."""
+"""FastVID: scenes by frame similarity, the attended tokens of each frame, and the rest merged into a few
+anchor frames.
+"""
 
 from __future__ import annotations
 
@@ -33,11 +35,12 @@ def anchors(length: int, stride: int) -> list[int]:
 def fastvid_split(
     budget: int, sizes: Sequence[int], share: float = 0.4, stride: int = 4, even: bool = True
 ) -> tuple[list[int], list[int]]:
-    """Salient and context tokens of each frame of a scene, with the sum `budget` (section 3.3; the code for LLaVA-Video).
+    """Salient and context tokens of each frame of a scene, with the sum `budget` (section 3.3; the code for
+    LLaVA-Video).
 
-    floor(share * budget) tokens are context, in equal parts in the anchor frames, the others salient, in equal parts in all frames.
-    What full anchors cannot take becomes salient elsewhere. even: odd units at even distances; otherwise as published: to the
-    first frames and to the last anchors. sizes: tokens of each frame, together at least `budget`.
+    floor(share * budget) tokens are context, in equal parts in the anchor frames, the others salient, in equal parts in
+    all frames. What full anchors cannot take becomes salient elsewhere. even: odd units at even distances; otherwise as
+    published: to the first frames and to the last anchors. sizes: tokens of each frame, together at least `budget`.
     """
     places = anchors(len(sizes), stride)
     wanted = floor_of(budget, share) if even else int(share * budget)
@@ -55,7 +58,9 @@ def fastvid_split(
 def fastvid_onevision_split(
     per_frame: int, length: int, share: float = 0.4, stride: int = 4
 ) -> tuple[list[int], list[int]]:
-    """The same in the published code for LLaVA-OneVision: counts are cut to whole numbers, and what is cut off is lost."""
+    """The same in the published code for LLaVA-OneVision: counts are cut to whole numbers, and what is cut
+    off is lost.
+    """
     context, places = int(share * per_frame), anchors(length, stride)
     each = context * length // len(places)
     return [per_frame - context] * length, [each if t in places else 0 for t in range(length)]
@@ -66,8 +71,8 @@ def fastvid_qwen_split(
 ) -> tuple[list[int], list[int]]:
     """The same in the published code for Qwen2.5-VL; what a frame cannot hold is lost. size: tokens of each frame.
 
-    The first frames get the odd salient tokens, the last anchors the odd context tokens; at least one token and at most half
-    of a frame is context.
+    The first frames get the odd salient tokens, the last anchors the odd context tokens; at least one token and at most
+    half of a frame is context.
     """
     context, places = [0] * frames, anchors(frames, stride)
     total = max(int(budget * share), 1)
@@ -136,10 +141,10 @@ def fastvid_rows(
 ) -> tuple[Tensor, Tensor]:
     """Merge the tokens of a scene that are not salient into the centres of each of its anchor frames.
 
-    pieces: for each scene where its tokens lie, how many are salient, and for each anchor frame where its tokens lie and how
-    many are centres. A token joins the most similar (cosine) centre of every anchor frame; a centre with n members becomes
-    w centre + (1 - w) mean of members, w = max(1 / (n + 1), beta). own: a centre counts among its own frame's members, as in the
-    published code for LLaVA-OneVision.
+    pieces: for each scene where its tokens lie, how many are salient, and for each anchor frame where its tokens lie
+    and how many are centres. A token joins the most similar (cosine) centre of every anchor frame; a centre with n
+    members becomes w centre + (1 - w) mean of members, w = max(1 / (n + 1), beta). own: a centre counts among its own
+    frame's members, as in the published code for LLaVA-OneVision.
 
     Returns the kept positions (keep,) and sparse rows (keep, N).
     """
@@ -194,31 +199,36 @@ def pieces_of(
     presets={"qwen2_5_vl": {"tau": 0.84, "ignore": 0.95}},
     checked=Checked(
         "LunarShen/FastVID",
-        "kept tokens and merged features: golden vectors for LLaVA-OneVision and LLaVA-Video, 300 random videos for Qwen2.5-VL",
+        "kept tokens and merged features: golden vectors for LLaVA-OneVision and LLaVA-Video, 300 random videos for "
+        "Qwen2.5-VL",
         "the default's exact counts; frame vectors are mean tokens; noise on densities",
     ),
 )
 @dataclass(frozen=True)
 class FastVID(ConnectorMethod):
-    """FastVID (NeurIPS 2025): cut into scenes, keep what is attended to, merge the rest of a scene into dense anchor tokens.
+    """FastVID (NeurIPS 2025): cut into scenes, keep what is attended to, merge the rest of a scene into dense anchor
+    tokens.
 
-    Scenes: cuts at the c - 1 least similar neighbouring frames and wherever the cosine is below tau (section 3.2; here of the
-    frames' mean tokens, there of SigLIP's pooled output). share: context tokens of the budget (d = 0.4), stride: one anchor
-    frame per so many (p = 4), beta: least weight of a context centre against the mean of those that joined it.
+    Scenes: cuts at the c - 1 least similar neighbouring frames and wherever the cosine is below tau (section 3.2; here
+    of the frames' mean tokens, there of SigLIP's pooled output). share: context tokens of the budget (d = 0.4), stride:
+    one anchor frame per so many (p = 4), beta: least weight of a context centre against the mean of those that joined
+    it.
 
     Exact: scenes share the budget in proportion to their tokens, salient and context tokens as in the authors' code for
-    LLaVA-Video. What compat="published" restores, from their code for LLaVA-OneVision: fewer than the budget stay, as each
-    division is cut to whole numbers, and centres are members of themselves. There, and here with an error that says so: fewer
-    frames than c; a share of the budget of less than one context token per frame; more context tokens than an anchor frame
-    has (ratios above 0.45). With the corrected code all of these work; what an anchor cannot hold becomes salient.
+    LLaVA-Video. What compat="published" restores, from their code for LLaVA-OneVision: fewer than the budget stay, as
+    each division is cut to whole numbers, and centres are members of themselves. There, and here with an error that
+    says so: fewer frames than c; a share of the budget of less than one context token per frame; more context tokens
+    than an anchor frame has (ratios above 0.45). With the corrected code all of these work; what an anchor cannot hold
+    becomes salient.
 
-    ignore: frames that resemble the next one of their scene at least so much keep none of their own tokens, so that the budget of
-    a still scene goes to few frames (None: all frames keep some). The authors use it for Qwen2.5-VL (preset="qwen2_5_vl"), with
-    a code of its own that compat="published" follows then: no remainder is lost, at most half of a frame is context, and the
-    surplus of full frames is lost. Here a scene whose changing frames cannot hold its budget uses all of them.
+    ignore: frames that resemble the next one of their scene at least so much keep none of their own tokens, so that the
+    budget of a still scene goes to few frames (None: all frames keep some). The authors use it for Qwen2.5-VL
+    (preset="qwen2_5_vl"), with a code of its own that compat="published" follows then: no remainder is lost, at most
+    half of a frame is context, and the surplus of full frames is lost. Here a scene whose changing frames cannot hold
+    its budget uses all of them.
 
-    longest: corrected only, frames. Merging compares every token of a scene with all of its centres, which is quadratic in
-    the scene's length; a longer scene merges in pieces of so many frames, and a long still video takes linear time.
+    longest: corrected only, frames. Merging compares every token of a scene with all of its centres, which is quadratic
+    in the scene's length; a longer scene merges in pieces of so many frames, and a long still video takes linear time.
 
     A picture or tile is a scene of one frame, and its own anchor.
     """

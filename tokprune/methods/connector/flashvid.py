@@ -32,8 +32,8 @@ BLOCK = 16  # frames whose distances are in memory together
 def flashvid_diverse(features: Tensor, attention: Tensor, keep: int) -> Tensor:
     """Greedy max-min choice on the cosine distance times the attention of the token to be chosen (ADTS, section 3.3).
 
-    features: (B, n, C), attention: (B, n) -> (B, keep) in the order of choice. The first has the largest distance to its nearest
-    neighbour, times its attention.
+    features: (B, n, C), attention: (B, n) -> (B, keep) in the order of choice. The first has the largest distance to
+    its nearest neighbour, times its attention.
     """
     distance = cosine_distance(features) * attention[:, None, :]
     apart = distance.diagonal_scatter(torch.full_like(attention, torch.inf), dim1=-2, dim2=-1)
@@ -52,7 +52,8 @@ def scene_relevance(features: Tensor, layout: Layout, lengths: Sequence[int]) ->
 def flashvid_links(features: Tensor, free: Tensor, place: Tensor, scene: Tensor) -> tuple[Tensor, Tensor]:
     """The most similar free token of the frame before, for each free token whose frame before is of the same scene.
 
-    features: (N, C). free: (N,) bool. place: (T, P). scene: (T,). Returns the position, -1 for none, and the cosine, both (N,).
+    features: (N, C). free: (N,) bool. place: (T, P). scene: (T,). Returns the position, -1 for none, and the cosine,
+    both (N,).
     """
     n = features.shape[0]
     partner = torch.full((n + 1,), -1, device=features.device)
@@ -111,8 +112,8 @@ def flashvid_flow(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Choose, link and cluster. features: (N, C), attention: (N,).
 
-    Returns which tokens stay as they are, (N,) bool, and for the others the position of their cluster's centre, -1 for none, and
-    their weight there, (N,). published: see `FlashVID`.
+    Returns which tokens stay as they are, (N,) bool, and for the others the position of their cluster's centre, -1 for
+    none, and their weight there, (N,). published: see `FlashVID`.
     """
     device, n = features.device, features.shape[0]
     place, scene, at = raster(layout), segment_numbers(lengths, device), torch.arange(n, device=device)
@@ -153,7 +154,9 @@ def flashvid_flow(
 
 
 def flashvid_published_parts(per_frame: int, n: int, lengths: Sequence[int], alpha: float) -> Parts:
-    """The published split: ceil(alpha b) of the b tokens of each frame stay as they are; merges leave more than b per frame."""
+    """The published split: ceil(alpha b) of the b tokens of each frame stay as they are; merges leave more than b per
+    frame.
+    """
     diverse, links = math.ceil(alpha * per_frame), []
     for length in lengths:
         most = (n - per_frame) * length
@@ -189,29 +192,33 @@ def flashvid_parts(sizes: Sequence[int], lengths: Sequence[int], keep: int, alph
     checked=Checked(
         "Fanziyang-v/FlashVID",
         "kept positions with both forms of its token selection, 240 random videos",
-        "ties of frames with one or two clusters, which its noise decides; positions that come twice; its stage inside the LLM",
+        "ties of frames with one or two clusters, which its noise decides; positions that come twice; its stage "
+        "inside the LLM",
     ),
 )
 @dataclass(frozen=True)
 class FlashVID(ConnectorMethod):
-    """FlashVID (ICLR 2026), its stage before the LLM: diverse attended tokens, trees of alike tokens through time, clusters.
+    """FlashVID (ICLR 2026), its stage before the LLM: diverse attended tokens, trees of alike tokens through time,
+    clusters.
 
-    Scenes are cut at the segments - 1 least similar neighbouring frames (of mean tokens) and below the cosine `cut`. alpha of the
-    budget are tokens that stay as they are, chosen frame by frame by distance times attention. Each other token links to the
-    most similar one of the frame before; links above `threshold` make trees, each of which becomes its mean, at its first
-    token; those of a frame are clustered by DPC-kNN. The authors keep 1.25 times the nominal ratio here, and drop the rest in
-    layer 20 of the LLM: give that ratio, and put a `decoder` method behind.
+    Scenes are cut at the segments - 1 least similar neighbouring frames (of mean tokens) and below the cosine `cut`.
+    alpha of the budget are tokens that stay as they are, chosen frame by frame by distance times attention. Each other
+    token links to the most similar one of the frame before; links above `threshold` make trees, each of which becomes
+    its mean, at its first token; those of a frame are clustered by DPC-kNN. The authors keep 1.25 times the nominal
+    ratio here, and drop the rest in layer 20 of the LLM: give that ratio, and put a `decoder` method behind.
 
-    relevance: distances count for as much more as a token's dot product with the mean of its scene is larger. The code has
-    both forms, without (its "attn_div", for Qwen) and with ("attn_div_v2", for LLaVA-OneVision and LLaVA-Video); the presets
-    name what its scripts use.
+    relevance: distances count for as much more as a token's dot product with the mean of its scene is larger. The code
+    has both forms, without (its "attn_div", for Qwen) and with ("attn_div_v2", for LLaVA-OneVision and LLaVA-Video);
+    the presets name what its scripts use.
 
     What differs from the published code, which compat="published" restores:
-    - counts are rounded up frame by frame (159 tokens for 156); here scenes, frames and clusters share the budget exactly;
-    - a tree's sum is divided by one more than the links to its root, not by its size, so that a chain of five tokens weighs
-      five halves; here it is the mean;
+    - counts are rounded up frame by frame (159 tokens for 156); here scenes, frames and clusters share the budget
+      exactly;
+    - a tree's sum is divided by one more than the links to its root, not by its size, so that a chain of five tokens
+      weighs five halves; here it is the mean;
     - with k = min(clusters, 7) neighbours a single cluster has one, and its centre is left to random noise; here k = 7;
-    - in scenes of one frame the chosen tokens are clustered once more and positions come twice; never here, in either mode.
+    - in scenes of one frame the chosen tokens are clustered once more and positions come twice; never here, in either
+      mode.
 
     A picture or tile is a scene of one frame: chosen tokens, and clusters of the others.
     """

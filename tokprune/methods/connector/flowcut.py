@@ -29,10 +29,10 @@ def flowcut_scores(
 ) -> Tensor:
     """Importance after the last of L blocks, a running mean over them (sections 3.3 and 3.4 of the paper).
 
-    attention: (L, N) [CLS] rows a, mean over heads. value_attention: (L, N), s, similarity of [CLS]'s value to each token's,
-    after softmax, mean over heads. value_norm: (L, N) L1 norm of the head-mean values (`mean_value_norm`). Score of a block:
-    (a / sum of a + s / sum of s) * norm; what came before counts `momentum`, the block 1 - momentum. group: (N,), within
-    which the sums are taken, None for one. Returns (N,).
+    attention: (L, N) [CLS] rows a, mean over heads. value_attention: (L, N), s, similarity of [CLS]'s value to each
+    token's, after softmax, mean over heads. value_norm: (L, N) L1 norm of the head-mean values (`mean_value_norm`).
+    Score of a block: (a / sum of a + s / sum of s) * norm; what came before counts `momentum`, the block 1 - momentum.
+    group: (N,), within which the sums are taken, None for one. Returns (N,).
     """
     if group is None:
         group = torch.zeros(attention.shape[-1], dtype=torch.long, device=attention.device)
@@ -61,20 +61,21 @@ def flowcut_scores(
 )
 @dataclass(frozen=True)
 class FlowCut(ConnectorMethod):
-    """FlowCut (NeurIPS 2025), connector form: attention, value likeness and value norm accumulated over blocks, then one cut.
+    """FlowCut (NeurIPS 2025), connector form: attention, value likeness and value norm accumulated over blocks, then
+    one cut.
 
-    blocks: where scores are taken, as relative depths; the default is every block of CLIP-L up to 21 of 0 … 23, as published.
-    momentum: weight of the past, 0.5 as published. Tiles and frames get equal budgets, as published.
+    blocks: where scores are taken, as relative depths; the default is every block of CLIP-L up to 21 of 0 … 23, as
+    published. momentum: weight of the past, 0.5 as published. Tiles and frames get equal budgets, as published.
 
-    What differs from the publication, which prunes inside the tower: there every second block (1, 3, … 21) drops tokens by
-    what has accumulated so far (how many follows from the entropy of the block's attention), so later blocks see fewer
-    tokens, their features and scores change, and a dropped token is never scored again. Here the tower runs in full: scores
-    are those of the unpruned tower, all tokens compete to the end, the features are untouched, the entropy schedule has no
-    place, and encoder time is not saved. The score of given signals is the published one; published accuracy, which rests on
-    the changed features, does not carry over. The stage that the authors add inside the LLM for LLaVA-NeXT is not part of
-    it. Their Qwen2-VL code scores by the attention of the mean query times the value norm, without value likeness, and drops
-    single patches, so that units of the merger mix what is left; here such towers, which have no [CLS], answer with received
-    attention, and whole units stay.
+    What differs from the publication, which prunes inside the tower: there every second block (1, 3, … 21) drops tokens
+    by what has accumulated so far (how many follows from the entropy of the block's attention), so later blocks see
+    fewer tokens, their features and scores change, and a dropped token is never scored again. Here the tower runs in
+    full: scores are those of the unpruned tower, all tokens compete to the end, the features are untouched, the entropy
+    schedule has no place, and encoder time is not saved. The score of given signals is the published one; published
+    accuracy, which rests on the changed features, does not carry over. The stage that the authors add inside the LLM
+    for LLaVA-NeXT is not part of it. Their Qwen2-VL code scores by the attention of the mean query times the value
+    norm, without value likeness, and drops single patches, so that units of the merger mix what is left; here such
+    towers, which have no [CLS], answer with received attention, and whole units stay.
     """
 
     blocks: tuple[Block, ...] = option(BLOCKS, filled=True)

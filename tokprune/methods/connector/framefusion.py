@@ -65,18 +65,19 @@ def framefusion_heads(patch: Tensor, merges: Tensor) -> Tensor:
 )
 @dataclass(frozen=True)
 class FrameFusion(ConnectorMethod):
-    """FrameFusion (ICCV 2025) before the first layer: what repeats the frame before merges, then the least attended goes.
+    """FrameFusion (ICCV 2025) before the first layer: what repeats the frame before merges, then the least attended
+    goes.
 
-    Each token is compared with the previous one at the same place; those of at least `threshold` (0.6), the most similar first and no
-    more than have to go, merge into it, and runs of them into one mean at the run's first token. If more tokens are left
-    than asked, the most attended stay.
+    Each token is compared with the previous one at the same place; those of at least `threshold` (0.6), the most
+    similar first and no more than have to go, merge into it, and runs of them into one mean at the run's first token.
+    If more tokens are left than asked, the most attended stay.
 
-    The publication spreads this over the first layers of the LLM, with a budget of FLOPs, and prunes by the LLM's attention.
-    Here all of it happens in front of the LLM, where a count is asked
-    for: merging happens once, and importance is the tower's attention, averaged over what was merged. That also avoids what
-    ails the published code: 28 layers assumed for every model; sums in half precision; the mean over all queries of a causal
-    map, which favours early tokens; and one video at a time. Videos of two or three frames, of which at most a half or two
-    thirds can merge, are pruned more.
+    The publication spreads this over the first layers of the LLM, with a budget of FLOPs, and prunes by the LLM's
+    attention. Here all of it happens in front of the LLM, where a count is asked for: merging happens once, and
+    importance is the tower's attention, averaged over what was merged. That also avoids what ails the published code:
+    28 layers assumed for every model; sums in half precision; the mean over all queries of a causal map, which favours
+    early tokens; and one video at a time. Videos of two or three frames, of which at most a half or two thirds can
+    merge, are pruned more.
 
     A picture or tile has nothing before it: the most attended tokens.
     """

@@ -20,8 +20,8 @@ from tokprune.tokens import Layout, Selection, VisualTokens
 def crop_scales(thumbnail: Tensor, tiles: tuple[int, int], ratio: float, temperature: float = 10.0) -> Tensor:
     """Keep ratio of each crop from the sum of the thumbnail's scores in its region.
 
-    thumbnail: (H, W) scores. tiles: (down, across). Returns (down * across,), raster order: min(1, ratio * (1 + softmax(sum /
-    temperature) - its mean)), so that ratios spread around `ratio`.
+    thumbnail: (H, W) scores. tiles: (down, across). Returns (down * across,), raster order: min(1, ratio * (1 +
+    softmax(sum / temperature) - its mean)), so that ratios spread around `ratio`.
     """
     height, width = thumbnail.shape
     down, across = tiles
@@ -34,10 +34,11 @@ def crop_scales(thumbnail: Tensor, tiles: tuple[int, int], ratio: float, tempera
 
 
 def seen_at(thumbnail: Tensor, place: Tensor, first: Tensor, extent: Tensor) -> Tensor:
-    """The thumbnail's scores at places of the canvas, bilinear. It shows the picture alone, not the padding of the canvas.
+    """The thumbnail's scores at places of the canvas, bilinear. It shows the picture alone, not the padding of the
+    canvas.
 
-    thumbnail: (H, W). place: (N, 2) rows and columns of the canvas. first, extent: (2,) where the picture begins on the canvas
-    and how many rows and columns it has. Returns (N,), outside the picture the value of its edge.
+    thumbnail: (H, W). place: (N, 2) rows and columns of the canvas. first, extent: (2,) where the picture begins on the
+    canvas and how many rows and columns it has. Returns (N,), outside the picture the value of its edge.
     """
     last = torch.tensor(tuple(thumbnail.shape), device=place.device) - 1
     at = (place - first + 0.5 * thumbnail.new_ones(2)) * ((last + 1).to(thumbnail) / extent) - 0.5
@@ -57,31 +58,34 @@ def _group_norm(values: Tensor, group: Tensor, groups: int) -> Tensor:
 
 @register_method(
     "globalcom2",
-    paper="Global Compression Commander: Plug-and-Play Inference Acceleration for High-Resolution Large Vision-Language Models",
+    paper="Global Compression Commander: Plug-and-Play Inference Acceleration for High-Resolution Large "
+    "Vision-Language Models",
     year=2026,
     url="https://arxiv.org/abs/2501.05179",
     complexity="O(N log N)",
     checked=Checked(
         "xuyang-liu16/GlobalCom2",
-        agrees="scales and scores, with and without padding, and so the kept tokens of every crop once counts are those",
+        agrees="scales and scores, with and without padding, and so the kept tokens of every crop once counts are "
+        "those",
         differs="the method meets an exact budget (there each crop is rounded down); newlines of padding rows",
     ),
 )
 @dataclass(frozen=True)
 class GlobalCom2(ConnectorMethod):
-    """GlobalCom2 (AAAI 2026): crops keep more where the thumbnail is interested, by their own and the thumbnail's scores.
+    """GlobalCom2 (AAAI 2026): crops keep more where the thumbnail is interested, by their own and the thumbnail's
+    scores.
 
-    Scores are the [CLS] row before softmax, mean over heads, of the block `layer` ("-1", the last). temperature: 10 as published.
-    For tiled images with a thumbnail: the thumbnail keeps the overall ratio, crop t that ratio times its scale, and the
-    shares are rounded to the exact budget. Other streams (one tile, no thumbnail, video) have no global guide: every group
-    keeps the same ratio by its own scores.
+    Scores are the [CLS] row before softmax, mean over heads, of the block `layer` ("-1", the last). temperature: 10 as
+    published. For tiled images with a thumbnail: the thumbnail keeps the overall ratio, crop t that ratio times its
+    scale, and the shares are rounded to the exact budget. Other streams (one tile, no thumbnail, video) have no global
+    guide: every group keeps the same ratio by its own scores.
 
     What differs from the published code, without a compat mode since counts cannot be both: it rounds each crop's count
     down on its own; it keeps the newline of every canvas row, also of padding rows, where our separators follow the
     framework's rule and cost nothing of `keep`; it moves the tokens of a padded crop up and left before they are put in
-    raster order, where ours stay in place; it feeds the thumbnail in order of score and casts to float16. The thumbnail's
-    regions are equal parts, as there, also where padding moves the border between tiles. It reads wrong scores from the
-    second image of a batch on, and its LLaVA-1.5 path fails.
+    raster order, where ours stay in place; it feeds the thumbnail in order of score and casts to float16. The
+    thumbnail's regions are equal parts, as there, also where padding moves the border between tiles. It reads wrong
+    scores from the second image of a batch on, and its LLaVA-1.5 path fails.
     """
 
     layer: Block = -1

@@ -22,8 +22,8 @@ def gprune(features: Tensor, threshold: float = 0.5, temperature: float = 0.03, 
     """Importance of each token after its information has flowed over the graph. features: (..., N, D) -> (..., N).
 
     Tokens with a cosine of at least `threshold` are linked; each token sends its information on in shares
-    softmax(cosine / temperature) over its links. What flows at first is the norm of each token; after `steps` rounds, what
-    has arrived is divided by the number of links, so that a crowd of equals does not keep all its members.
+    softmax(cosine / temperature) over its links. What flows at first is the norm of each token; after `steps` rounds,
+    what has arrived is divided by the number of links, so that a crowd of equals does not keep all its members.
     """
     similarity = cosine_similarity(features)
     n = similarity.shape[-1]
@@ -37,7 +37,8 @@ def gprune(features: Tensor, threshold: float = 0.5, temperature: float = 0.03, 
 
 @register_method(
     "gprune",
-    paper="What Kind of Visual Tokens Do We Need? Training-Free Visual Token Pruning for Multi-Modal Large Language Models "
+    paper="What Kind of Visual Tokens Do We Need? Training-Free Visual Token Pruning for Multi-Modal Large Language "
+    "Models "
     "from the Perspective of Graph",
     year=2025,
     url="https://arxiv.org/abs/2501.02268",
@@ -53,12 +54,13 @@ class GPrune(ScoreMethod):
     """G-Prune (AAAI 2025): visual tokens as nodes of a graph, importance by information propagation.
 
     It looks at the projected features only. Threshold 0.5, temperature 0.03 and 5 steps are the published settings. As
-    published, a tiled picture is two graphs, the thumbnail and all other tiles together, each of which keeps the same ratio
-    (the code rounds both counts down, here they add up to the budget). Other tiles and frames of a stream are one graph.
+    published, a tiled picture is two graphs, the thumbnail and all other tiles together, each of which keeps the same
+    ratio (the code rounds both counts down, here they add up to the budget). Other tiles and frames of a stream are one
+    graph.
 
-    The code raises the whole share matrix to a power; here the vector is sent through it step by step, which gives the same
-    scores. It links a zero token to all others; here it is linked to itself alone. In half precision its shares below 6e-8
-    vanish from its count of links; here they are float32.
+    The code raises the whole share matrix to a power; here the vector is sent through it step by step, which gives the
+    same scores. It links a zero token to all others; here it is linked to itself alone. In half precision its shares
+    below 6e-8 vanish from its count of links; here they are float32.
     """
 
     threshold: float = option(0.5, low=-1, high=1)

@@ -19,7 +19,9 @@ from tokprune.tokens import Selection, VisualTokens
 
 
 def _around(centre: Tensor, grid: tuple[int, int], cell: Tensor) -> Tensor:
-    """Which tokens touch a centre from left, right, above or below. centre: (B, N) bool, cell: (B, N) -> (B, N) bool."""
+    """Which tokens touch a centre from left, right, above or below. centre: (B, N) bool, cell: (B, N) -> (B,
+    N) bool.
+    """
     height, width = grid
     if centre.shape[1] == height * width:
         c = F.pad(centre.unflatten(1, grid), (1, 1, 1, 1))
@@ -43,10 +45,10 @@ def hiprune(
 ) -> Tensor:
     """Anchors, buffers, registers (section 3 of the paper).
 
-    object_scores, deep_scores: (B, N) attention received in a middle and in a deep layer. round(keep * alpha / 5) anchors lead
-    by the former; their four neighbours are buffers; the rest of the budget leads by the latter. grid: (height, width). cell:
-    (B, N) raster place of each token in the grid, None when the grid is full. Returns (B, keep), ascending. Where the budget
-    is too small for all, anchors go before buffers, better before worse.
+    object_scores, deep_scores: (B, N) attention received in a middle and in a deep layer. round(keep * alpha / 5)
+    anchors lead by the former; their four neighbours are buffers; the rest of the budget leads by the latter. grid:
+    (height, width). cell: (B, N) raster place of each token in the grid, None when the grid is full. Returns (B, keep),
+    ascending. Where the budget is too small for all, anchors go before buffers, better before worse.
     """
     batch, n = object_scores.shape
     order = torch.sort(object_scores, dim=-1, descending=True, stable=True).indices
@@ -83,17 +85,18 @@ def hiprune(
 class HiPrune(ConnectorMethod):
     """HiPrune (2025): a middle layer shows objects, a deep layer gathers the whole picture; keep tokens of both.
 
-    alpha: share of the budget for anchors with their neighbours (0.1 in the scripts). object_layer: a block of the vision tower,
-    as relative depth; 0.348 is block 8 of CLIP-L's 24 (number 9 in the paper); preset="qwen2_5_vl" reads blocks 15 and 31 of
-    Qwen2.5-VL's 32, both of which attend to the whole picture. deep_layer: -2 is its block 22. Scores are
-    the attention that a token receives, mean over heads and queries, so a tower without [CLS] will do. Tiles and frames
-    get equal budgets, as published.
+    alpha: share of the budget for anchors with their neighbours (0.1 in the scripts). object_layer: a block of the
+    vision tower, as relative depth; 0.348 is block 8 of CLIP-L's 24 (number 9 in the paper); preset="qwen2_5_vl" reads
+    blocks 15 and 31 of Qwen2.5-VL's 32, both of which attend to the whole picture. deep_layer: -2 is its block 22.
+    Scores are the attention that a token receives, mean over heads and queries, so a tower without [CLS] will do. Tiles
+    and frames get equal budgets, as published.
 
     What differs from the published code, and comes back with compat="published":
     - Its left and right neighbours wrap into the row above or below.
-    - Neighbours outside the picture are clamped to the first or last token, so the corners get in unasked.
-    Its Qwen2.5-VL version ranks by column sums, which may exceed one, so that anchors are picked twice and fewer tokens than
-    the budget remain; here nothing is picked twice in either mode. It takes the grid width of the first image for all.
+    - Neighbours outside the picture are clamped to the first or last token, so the corners get in unasked. Its
+      Qwen2.5-VL version ranks by column sums, which may exceed one, so that anchors are picked twice and fewer tokens
+      than the budget remain; here nothing is picked twice in either mode. It takes the grid width of the first image
+      for all.
     """
 
     alpha: float = option(0.1, low=0, high=1)

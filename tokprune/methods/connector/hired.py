@@ -22,8 +22,8 @@ def hired_budgets(early: Tensor, layout: Layout, keep: int, alpha: float = 0.5) 
     """Tokens for the thumbnail and for each tile: exactly `keep` in sum (algorithm 1 of the paper).
 
     The thumbnail gets the share alpha. The tiles share the rest by the attention mass that the early block's [CLS] pays
-    to the region of the thumbnail that each tile shows, rounded by largest remainders; what a full tile cannot take flows
-    to the others, and what all of them cannot take goes back to the thumbnail.
+    to the region of the thumbnail that each tile shows, rounded by largest remainders; what a full tile cannot take
+    flows to the others, and what all of them cannot take goes back to the thumbnail.
 
     early: (N,) one value per token of the stream, read for the thumbnail only. Returns (1 + tiles,) counts.
     """
@@ -71,21 +71,23 @@ def hired_published_budgets(early: Tensor, tiles: int, keep: int, alpha: float =
     checked=Checked(
         "hasanar1f/HiRED",
         agrees='masks and budgets with compat="published", tiled and single pictures',
-        differs="bands for regions, hits for attention mass, lost truncation (compat); padding chosen and dropped; packing of swapped canvases",
+        differs="bands for regions, hits for attention mass, lost truncation (compat); padding chosen and dropped; "
+        "packing of swapped canvases",
     ),
 )
 @dataclass(frozen=True)
 class HiRED(ScoreMethod):
-    """HiRED (AAAI 2025): budgets over tiles from block `init_layer`'s [CLS] row of the thumbnail, picks by the late row.
+    """HiRED (AAAI 2025): budgets over tiles from block `init_layer`'s [CLS] row of the thumbnail, picks by the late
+    row.
 
-    alpha: the thumbnail's share, 0.5 in the paper (section 4.3) and in the authors' scripts; their code's own default is 1.0,
-    the thumbnail alone. init_layer: block of the vision tower (0, the first).
-    Without tiles it is the top of the late row. Frames of a video, and tiles without a thumbnail, have no map that says
-    how much each is worth: they share equally.
+    alpha: the thumbnail's share, 0.5 in the paper (section 4.3) and in the authors' scripts; their code's own default
+    is 1.0, the thumbnail alone. init_layer: block of the vision tower (0, the first). Without tiles it is the top of
+    the late row. Frames of a video, and tiles without a thumbnail, have no map that says how much each is worth: they
+    share equally.
 
     compat="published" keeps the counts of the published code: bands instead of regions, hits instead of attention mass,
-    truncation without handing the rest out, so that fewer than the budget may stay. (It also chose padding and dropped it
-    afterwards, and swapped height and width when unpadding; padding never reaches a method here.)
+    truncation without handing the rest out, so that fewer than the budget may stay. (It also chose padding and dropped
+    it afterwards, and swapped height and width when unpadding; padding never reaches a method here.)
     """
 
     alpha: float = option(0.5, low=0, high=1)

@@ -52,8 +52,8 @@ def holitom_flow(
 ) -> tuple[Tensor, Tensor]:
     """Choose by attention among the moving tokens of each frame, and cluster the still places of each scene.
 
-    features: (N, C). attention: (N,). counts: (T + S,). A cluster is beta times its centre plus (1 - beta) times the mean of its
-    other members; beta None: the plain mean. published: as many neighbours as clusters, at most seven.
+    features: (N, C). attention: (N,). counts: (T + S,). A cluster is beta times its centre plus (1 - beta) times the
+    mean of its other members; beta None: the plain mean. published: as many neighbours as clusters, at most seven.
 
     Returns, (T + S, P): the cell that each cell flows into, -1 for none, and its weight there.
     """
@@ -75,9 +75,9 @@ def holitom_flow(
 def static_runs(static: Tensor, longest: int = 1024) -> tuple[list[int], int]:
     """Cut a video so that as many tokens as possible repeat those of the frame before (HoliTom, section 3.2).
 
-    static: (T - 1, P) bool, whether a place looks the same in frames t and t + 1. A segment from s to e saves (e - s) tokens for
-    each place that is the same in all of it. Returns the segments' lengths and how many tokens are saved. Dynamic programme
-    over the ends of segments, the shortest of equally good ones: O(T (P + T)).
+    static: (T - 1, P) bool, whether a place looks the same in frames t and t + 1. A segment from s to e saves (e - s)
+    tokens for each place that is the same in all of it. Returns the segments' lengths and how many tokens are saved.
+    Dynamic programme over the ends of segments, the shortest of equally good ones: O(T (P + T)).
     """
     frames = static.shape[0] + 1
     time = torch.arange(1, frames, device=static.device)[:, None]
@@ -118,19 +118,21 @@ def static_runs(static: Tensor, longest: int = 1024) -> tuple[list[int], int]:
 )
 @dataclass(frozen=True)
 class HoliTom(ConnectorMethod):
-    """HoliTom (NeurIPS 2025), its outer stage: global cut into scenes, still places merged in time and space, others by attention.
+    """HoliTom (NeurIPS 2025), its outer stage: global cut into scenes, still places merged in time and space, others by
+    attention.
 
-    tau: cosine with the frame before, above which a place stands still (0.8; the authors take 0.65 to keep 10 %). The scenes are
-    those that together save most tokens (section 3.2, a dynamic programme over scene ends). In each scene the still places become
-    their mean over time and are clustered by DPC-kNN; beta: weight of a cluster's centre against the mean of its other members
-    (None: plain mean). Each frame's other tokens stay by attention. Merging in the LLM (layer 18) is the inner stage.
+    tau: cosine with the frame before, above which a place stands still (0.8; the authors take 0.65 to keep 10 %). The
+    scenes are those that together save most tokens (section 3.2, a dynamic programme over scene ends). In each scene
+    the still places become their mean over time and are clustered by DPC-kNN; beta: weight of a cluster's centre
+    against the mean of its other members (None: plain mean). Each frame's other tokens stay by attention. Merging in
+    the LLM (layer 18) is the inner stage.
 
-    What differs from the published code, which compat="published" restores: it rounds pool by pool and misses the budget (80 for
-    75); with one cluster, one neighbour, it leaves the centre to random noise. Here pools share the budget in proportion to
-    their sizes, with an exact sum, and seven neighbours count (or all, if fewer). Where the pools hold fewer tokens than
-    asked, tau is raised: the least constant places move again. Its contextual share (D) is 0 by default and crashes
-    otherwise: not offered. The attention map is the stream's own (there: of all videos of a batch together). Tokens stay in the
-    order of the stream (there, without newlines: still ones of a scene first).
+    What differs from the published code, which compat="published" restores: it rounds pool by pool and misses the
+    budget (80 for 75); with one cluster, one neighbour, it leaves the centre to random noise. Here pools share the
+    budget in proportion to their sizes, with an exact sum, and seven neighbours count (or all, if fewer). Where the
+    pools hold fewer tokens than asked, tau is raised: the least constant places move again. Its contextual share (D) is
+    0 by default and crashes otherwise: not offered. The attention map is the stream's own (there: of all videos of a
+    batch together). Tokens stay in the order of the stream (there, without newlines: still ones of a scene first).
 
     A picture or tile is a scene of one frame: the top of its attention.
     """

@@ -54,9 +54,9 @@ def holov(
 ) -> Tensor:
     """Crop-wise budgets by attention and diversity together, and the same score inside a crop: as the paper has it.
 
-    features: (B, N, D). attention: (B, N). Score H = A + gamma * V, where V, the variance of similarities within the crop, is
-    brought to the scale of A over the whole image. A crop's share is its mean H to the power tau; what a full crop cannot
-    take goes to the others. Returns (B, keep), ascending.
+    features: (B, N, D). attention: (B, N). Score H = A + gamma * V, where V, the variance of similarities within the
+    crop, is brought to the scale of A over the whole image. A crop's share is its mean H to the power tau; what a full
+    crop cannot take goes to the others. Returns (B, keep), ascending.
     """
     n = attention.shape[1]
     crops = min(crops, n)
@@ -70,10 +70,12 @@ def holov(
 
 
 def holov_published(features: Tensor, attention: Tensor, keep: int, crops: int = 16) -> tuple[Tensor, Tensor]:
-    """What the published code keeps: positions (B, keep) in its output order, -1 for each zero vector, and quotas (B, P).
+    """What the published code keeps: positions (B, keep) in its output order, -1 for each zero vector, and quotas (B,
+    P).
 
-    Attention times 1000 plus 0.09 * variance, the latter rescaled within each crop; quotas are rounded down and the rest goes
-    one by one to the heaviest crops; inside a crop raw attention decides, best first. What a crop cannot fill is lost.
+    Attention times 1000 plus 0.09 * variance, the latter rescaled within each crop; quotas are rounded down and the
+    rest goes one by one to the heaviest crops; inside a crop raw attention decides, best first. What a crop cannot fill
+    is lost.
     """
     n = attention.shape[1]
     crop, sizes = _crops(n, crops, attention.device)
@@ -110,17 +112,18 @@ def holov_published(features: Tensor, attention: Tensor, keep: int, crops: int =
 class HoloV(ConnectorMethod):
     """HoloV (NeurIPS 2025): budgets per crop from attention and from the diversity of what the crop shows.
 
-    crops: runs of the raster order, 16 in the LLaVA code (fewer when there are fewer tokens). gamma: weight of diversity, 0.09
-    as in the code. tau: sharpness of the allocation; 1 is proportional, as in the code. Tiles and frames get equal budgets.
+    crops: runs of the raster order, 16 in the LLaVA code (fewer when there are fewer tokens). gamma: weight of
+    diversity, 0.09 as in the code. tau: sharpness of the allocation; 1 is proportional, as in the code. Tiles and
+    frames get equal budgets.
 
     What differs from the published code, where the paper has it as here:
-    - It rescales diversity within each crop, so that its mean is the same share of attention everywhere: it cancels, and
-      attention alone decides the allocation. Here diversity is brought to attention's scale once per image.
+    - It rescales diversity within each crop, so that its mean is the same share of attention everywhere: it cancels,
+      and attention alone decides the allocation. Here diversity is brought to attention's scale once per image.
     - It picks by raw attention inside a crop; here by attention plus diversity.
-    - A crop that gets more than it has tokens wastes the rest: zero vectors are fed to the LLM (16 of 32 in one test), or
-      position -1 in the Qwen version. Here the surplus goes to other crops.
-    compat="published" allocates and picks as the code does; the slots that it fills with zeros go to the best tokens left, since
-    a budget is kept exactly in every mode (`holov_published` shows the empty ones).
+    - A crop that gets more than it has tokens wastes the rest: zero vectors are fed to the LLM (16 of 32 in one test),
+      or position -1 in the Qwen version. Here the surplus goes to other crops. compat="published" allocates and picks
+      as the code does; the slots that it fills with zeros go to the best tokens left, since a budget is kept exactly in
+      every mode (`holov_published` shows the empty ones).
     """
 
     needs: ClassVar[tuple[str, ...]] = ("cls_attention",)

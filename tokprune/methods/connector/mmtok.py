@@ -89,8 +89,9 @@ def coverage_rows(
 ) -> Tensor:
     """How well each visual token stands for each word and for each visual token.
 
-    projected: (N, D) and text: (M, D) in the LLM's space; vision: (N, C) before the projector. Rows of cosines, divided by a
-    temperature and softmaxed over the visual tokens; words weigh 1/M each, visual tokens alpha/N. Returns (M + N, N).
+    projected: (N, D) and text: (M, D) in the LLM's space; vision: (N, C) before the projector. Rows of cosines, divided
+    by a temperature and softmaxed over the visual tokens; words weigh 1/M each, visual tokens alpha/N. Returns (M + N,
+    N).
     """
     words = (cosine_similarity(text, projected) / text_temperature).softmax(-1) / text.shape[0]
     patches = (cosine_similarity(vision) / vision_temperature).softmax(-1) / vision.shape[0]
@@ -100,9 +101,9 @@ def coverage_rows(
 def content_rows(query: Query, count: int) -> list[int]:
     """Which of the question's `count` embedding rows belong to words that say something about the picture.
 
-    Stop words and the sentences that evaluation prompts add are left out. `query.pieces` names the word of each row. Without
-    it, rows can be told apart only when the words of the text are as many as the rows (one row per word, with or without
-    rows for punctuation). Otherwise, and when nothing but stop words remains, all rows count.
+    Stop words and the sentences that evaluation prompts add are left out. `query.pieces` names the word of each row.
+    Without it, rows can be told apart only when the words of the text are as many as the rows (one row per word, with
+    or without rows for punctuation). Otherwise, and when nothing but stop words remains, all rows count.
     """
     words = list(query.pieces) if query.pieces is not None and len(query.pieces) == count else None
     text = query.text or ""
@@ -118,7 +119,9 @@ def content_rows(query: Query, count: int) -> list[int]:
 
 
 def _question(words: list[str]) -> list[int]:
-    """Rows of the words that do not belong to a sentence of ADDED. A word of several rows stands there several times."""
+    """Rows of the words that do not belong to a sentence of ADDED. A word of several rows stands there
+    several times.
+    """
     rows = [i for i, w in enumerate(words) if w]
     firsts = [i for n, i in enumerate(rows) if n == 0 or words[i] != words[rows[n - 1]]]
     spoken = " ".join(words[i] for i in firsts).split()
@@ -144,7 +147,8 @@ def _question(words: list[str]) -> list[int]:
     checked=Checked(
         "Ironieser/MMTok",
         agrees="the order of choice on one picture and on each tile, excluded padding, the words that are left out",
-        differs="the list-of-images path; the word Question: before Qwen2.5-VL's questions; words of several sub-words, which "
+        differs="the list-of-images path; the word Question: before Qwen2.5-VL's questions; words of several "
+        "sub-words, which "
         "the code splits anew from plain text",
     ),
     presets={"qwen2_5_vl": {"text_temperature": 0.01, "stop_words": False}},
@@ -153,14 +157,15 @@ def _question(words: list[str]) -> list[int]:
 class MMTok(ConnectorMethod):
     """MMTok (ICLR 2026): greedy maximum coverage of the question's words and of the picture itself.
 
-    It compares projected features with LLM embeddings of the question's words and the tower's own features with each other, so
-    it needs no CLIP text tower. alpha = 0.5 and the temperatures 0.02 and 0.2 are the published settings for LLaVA;
-    preset="qwen2_5_vl" takes those for Qwen2.5-VL, which reads the whole question. stop_words: leave out words such as "what is
-    the" and the sentences that evaluation prompts add, by the published list, see `content_rows`. As published, each
-    tile of a picture is covered on its own, with equal budgets. The frames of a video are covered together.
+    It compares projected features with LLM embeddings of the question's words and the tower's own features with each
+    other, so it needs no CLIP text tower. alpha = 0.5 and the temperatures 0.02 and 0.2 are the published settings for
+    LLaVA; preset="qwen2_5_vl" takes those for Qwen2.5-VL, which reads the whole question. stop_words: leave out words
+    such as "what is the" and the sentences that evaluation prompts add, by the published list, see `content_rows`. As
+    published, each tile of a picture is covered on its own, with equal budgets. The frames of a video are covered
+    together.
 
-    Published code and paper agree; the code's list-of-images path feeds text padding as words, which cannot happen here. For
-    Qwen2.5-VL it puts the word "Question:" before the question; here the question stands alone.
+    Published code and paper agree; the code's list-of-images path feeds text padding as words, which cannot happen
+    here. For Qwen2.5-VL it puts the word "Question:" before the question; here the question stands alone.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("encoder_features",)

@@ -30,12 +30,13 @@ from tokprune.tokens import Merge, Selection, VisualTokens
 )
 @dataclass(frozen=True)
 class Pool(ConnectorMethod):
-    """Average pooling as in LLaVolta (NeurIPS 2024), here in front of the LLM, with an exact budget instead of a stride.
+    """Average pooling as in LLaVolta (NeurIPS 2024), here in front of the LLM, with an exact budget instead of a
+    stride.
 
-    dims=1 (the paper's): the raster sequence is cut into `keep` windows whose lengths differ by at most one; with a budget
-    that divides N this is pooling with that stride. dims=2: near-square cells of the grid. Each mean takes the place of
-    the token in the middle of its window. Tiles and frames share the budget in proportion to their tokens, and no window
-    straddles two of them; a group that gets nothing (fewer tokens asked than groups) is dropped.
+    dims=1 (the paper's): the raster sequence is cut into `keep` windows whose lengths differ by at most one; with a
+    budget that divides N this is pooling with that stride. dims=2: near-square cells of the grid. Each mean takes the
+    place of the token in the middle of its window. Tiles and frames share the budget in proportion to their tokens, and
+    no window straddles two of them; a group that gets nothing (fewer tokens asked than groups) is dropped.
 
     The published code averages positions in float16, so that those above 2048 are off; here they are exact.
     """

@@ -21,9 +21,9 @@ from tokprune.tokens import Merge, Selection, VisualTokens
 def neighbour_rows(keys: Tensor, kept: Tensor, weights: Tensor, neighbours: int) -> Tensor:
     """Merge weights of "itself once, plus its nearest others by their weights".
 
-    keys: (B, N, C), compared by cosine. kept: (B, K) indices. weights: (B, N), what a token brings into a row when it is a
-    neighbour. Neighbours are the min(neighbours, N - 1) most similar other tokens, kept ones included; ties go to the lower
-    index. Returns rows (B, K, N), not normalised. O(K N C).
+    keys: (B, N, C), compared by cosine. kept: (B, K) indices. weights: (B, N), what a token brings into a row when it
+    is a neighbour. Neighbours are the min(neighbours, N - 1) most similar other tokens, kept ones included; ties go to
+    the lower index. Returns rows (B, K, N), not normalised. O(K N C).
     """
     rows = unit(keys)
     n = rows.shape[1]
@@ -35,7 +35,9 @@ def neighbour_rows(keys: Tensor, kept: Tensor, weights: Tensor, neighbours: int)
 
 
 def upper_outliers(values: Tensor) -> Tensor:
-    """Which values lie above Q3 + 1.5 (Q3 - Q1), quartiles by linear interpolation. values: (..., N) -> (..., N) bool."""
+    """Which values lie above Q3 + 1.5 (Q3 - Q1), quartiles by linear interpolation. values: (..., N) -> (...,
+    N) bool.
+    """
     quartiles = torch.quantile(values, torch.tensor([0.25, 0.75], dtype=values.dtype, device=values.device), dim=-1)
     low, high = quartiles[0][..., None], quartiles[1][..., None]
     return values > high + 1.5 * (high - low)
@@ -56,8 +58,9 @@ def prumerge_rows(
 ) -> Tensor:
     """Merge weights of the kept tokens and of one more token that sums up the dropped ones (section 3.3).
 
-    attention: (B, N). keys: (B, N, C), compared by cosine. kept: (B, K). Row i: token i plus its nearest others by their
-    attention; last row: the dropped tokens by their attention. Corrected: each row adds up to one. Returns (B, K + 1, N).
+    attention: (B, N). keys: (B, N, C), compared by cosine. kept: (B, K). Row i: token i plus its nearest others by
+    their attention; last row: the dropped tokens by their attention. Corrected: each row adds up to one. Returns (B, K
+    + 1, N).
     """
     rows = neighbour_rows(keys, kept, attention, neighbours)
     dropped = torch.ones_like(attention).scatter_(1, kept, 0.0)
@@ -86,19 +89,21 @@ def prumerge_rows(
 )
 @dataclass(frozen=True)
 class PruMerge(ConnectorMethod):
-    """LLaVA-PruMerge (ICCV 2025) at an exact budget: top [CLS] attention, neighbours merged in, one token for what is left.
+    """LLaVA-PruMerge (ICCV 2025) at an exact budget: top [CLS] attention, neighbours merged in, one token for what is
+    left.
 
-    neighbours: tokens merged into each kept one, 32 in the code (all others where there are fewer). Attention and keys are
-    those of the last block taken as one head. The image's own count (outliers above Q3 + 1.5 IQR, plus the token for the
-    rest; about 32 of 576) is in info["natural_count"]. The pooled token is one of the `keep`, at the position of the most attended
-    dropped token; there is none when keep is 1 or nothing is dropped. Tiles and frames get equal budgets.
+    neighbours: tokens merged into each kept one, 32 in the code (all others where there are fewer). Attention and keys
+    are those of the last block taken as one head. The image's own count (outliers above Q3 + 1.5 IQR, plus the token
+    for the rest; about 32 of 576) is in info["natural_count"]. The pooled token is one of the `keep`, at the position
+    of the most attended dropped token; there is none when keep is 1 or nothing is dropped. Tiles and frames get equal
+    budgets.
 
     What differs from the published code:
     - It adds neighbours by attention on top of the token itself, and sums the dropped tokens by attention, without
-      normalising: norms drift with the number of tokens. Here each row adds up to one, the weighted average that the paper
-      describes. compat="published" leaves the sums.
-    - It merges before the projector; here the weights act on projected features (and DeepStack planes), an approximation
-      wherever the projector is not linear.
+      normalising: norms drift with the number of tokens. Here each row adds up to one, the weighted average that the
+      paper describes. compat="published" leaves the sums.
+    - It merges before the projector; here the weights act on projected features (and DeepStack planes), an
+      approximation wherever the projector is not linear.
     - Without outliers it returns the pooled token alone; it fails below 33 tokens; quartiles run over the whole batch.
     """
 

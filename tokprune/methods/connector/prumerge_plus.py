@@ -15,8 +15,8 @@ from tokprune.registry import Checked, register_method
 def fill_evenly(taken: Tensor, missing: Tensor) -> Tensor:
     """Choose `missing` of the tokens not taken, evenly spaced among them in raster order.
 
-    taken: (B, N) bool. missing: (B, 1), at most the number of free tokens. Returns (B, N) bool. Integer arithmetic, so the
-    count is exact.
+    taken: (B, N) bool. missing: (B, 1), at most the number of free tokens. Returns (B, N) bool. Integer arithmetic, so
+    the count is exact.
     """
     place = (~taken).cumsum(-1)  # 1-based place among the free tokens
     free = place[:, -1:].clamp_min(1)
@@ -27,7 +27,9 @@ def fill_evenly(taken: Tensor, missing: Tensor) -> Tensor:
 
 
 def fill_strided(taken: Tensor, missing: Tensor, keep: int) -> Tensor:
-    """Choose the first `missing` of every max(1, N // keep)-th token that are not taken: the known fixed-budget port."""
+    """Choose the first `missing` of every max(1, N // keep)-th token that are not taken: the known
+    fixed-budget port.
+    """
     n = taken.shape[-1]
     grid = (torch.arange(n, device=taken.device) % max(1, n // keep) == 0) & ~taken
     return grid & (grid.cumsum(-1) <= missing)
@@ -49,18 +51,19 @@ def fill_strided(taken: Tensor, missing: Tensor, keep: int) -> Tensor:
 )
 @dataclass(frozen=True)
 class PruMergePlus(PruMerge):
-    """PruMerge+ (ICCV 2025) at an exact budget: outstanding tokens, spatial samples for the rest of the budget, then merging.
+    """PruMerge+ (ICCV 2025) at an exact budget: outstanding tokens, spatial samples for the rest of the budget, then
+    merging.
 
     The tokens whose attention stands out come first (as many as fit); the rest of the budget is spread evenly over the
-    remaining tokens in raster order. Merging, pooled token and options are those of PruMerge. info["natural_count"] is what the
-    published rule would feed (about a quarter of 576).
+    remaining tokens in raster order. Merging, pooled token and options are those of PruMerge. info["natural_count"] is
+    what the published rule would feed (about a quarter of 576).
 
     What differs from the published code, beside what PruMerge lists:
-    - Its count is the image's; a third-party port with a fixed budget takes every (N // keep)-th token and cuts the list
-      off when full, so that the samples leave out the lower part of the image. Here they reach over all of it;
+    - Its count is the image's; a third-party port with a fixed budget takes every (N // keep)-th token and cuts the
+      list off when full, so that the samples leave out the lower part of the image. Here they reach over all of it;
       compat="published" samples like the port.
-    - It divides by zero when no token stands out, never samples the last patch, takes one image at a time, and its training
-      branch may keep a token twice.
+    - It divides by zero when no token stands out, never samples the last patch, takes one image at a time, and its
+      training branch may keep a token twice.
     """
 
     def pick(self, attention: Tensor, keep: int) -> Tensor:

@@ -22,12 +22,13 @@ from tokprune.tokens import Selection, VisualTokens
 
 @torch.no_grad()
 def randomised_pca(samples: Tensor, rank: int, seed: int = 0, rounds: int = 2) -> Tensor:
-    """Loadings of the variables on the first `rank` principal directions (Halko et al., SIAM Review 2011, algorithms 4.4, 5.1).
+    """Loadings of the variables on the first `rank` principal directions (Halko et al., SIAM Review 2011, algorithms
+    4.4, 5.1).
 
     samples: (..., S, V), S observations of V variables, centred here. rank: at most min(S, V). Returns (..., V, rank),
-    orthonormal columns, in float32 (float64 stays); the sign of a column is arbitrary. The random draw depends on `seed` alone,
-    on any device, is the same for every item of a batch, and leaves torch's global generator as it was. It is the draw of
-    torch.pca_lowrank on a CPU behind torch.manual_seed(seed), so both give the same directions.
+    orthonormal columns, in float32 (float64 stays); the sign of a column is arbitrary. The random draw depends on
+    `seed` alone, on any device, is the same for every item of a batch, and leaves torch's global generator as it was.
+    It is the draw of torch.pca_lowrank on a CPU behind torch.manual_seed(seed), so both give the same directions.
     """
     wide = samples if samples.dtype == torch.float64 else samples.float()
     centred = wide - wide.mean(-2, keepdim=True)
@@ -49,8 +50,8 @@ Importance = Literal["attention", "loading"]
 def semantic_loadings(features: Tensor, groups: int, seed: int = 0) -> Tensor:
     """How much each token loads on each principal component (the paper's PSCA).
 
-    features: (..., N, C), squashed by a sigmoid; channels are the samples, tokens the variables. Returns (..., N, G), positive;
-    a token belongs to the component on which it loads most.
+    features: (..., N, C), squashed by a sigmoid; channels are the samples, tokens the variables. Returns (..., N, G),
+    positive; a token belongs to the component on which it loads most.
     """
     rank = min(groups, *features.shape[-2:])
     return randomised_pca(torch.sigmoid(wide(features)).mT, rank, seed).abs()
@@ -60,9 +61,9 @@ def semantic_loadings(features: Tensor, groups: int, seed: int = 0) -> Tensor:
 def suppress(features: Tensor, scores: Tensor, group: Tensor, threshold: Tensor) -> Tensor:
     """Survivors of non-maximum suppression inside each group.
 
-    The best token that is left survives and removes those of its group whose cosine with it exceeds the threshold, and so on;
-    tokens without a positive score never survive. features: (..., N, C), scores, group: (..., N), threshold: (...,).
-    Returns (..., N) bool.
+    The best token that is left survives and removes those of its group whose cosine with it exceeds the threshold, and
+    so on; tokens without a positive score never survive. features: (..., N, C), scores, group: (..., N), threshold:
+    (...,). Returns (..., N) bool.
     """
     order = ranks(scores)
     removes = (
@@ -90,9 +91,10 @@ def _any(counts: Tensor, mask: Tensor) -> Tensor:
 def group_budgets(sizes: Tensor, survivors: Tensor, keep: int, slots: int) -> Tensor:
     """Tokens of each group, `keep` in sum.
 
-    Each group takes one; the rest is shared in proportion to the survivors (running sums, rounded), but a group takes at most
-    its survivors and at most 5 ceil(slots / 64). If that is not enough for `slots` in all, every bound rises by one until it
-    is, up to the group's size. What bounds cut off goes to the groups with most survivors, each filled up in turn.
+    Each group takes one; the rest is shared in proportion to the survivors (running sums, rounded), but a group takes
+    at most its survivors and at most 5 ceil(slots / 64). If that is not enough for `slots` in all, every bound rises by
+    one until it is, up to the group's size. What bounds cut off goes to the groups with most survivors, each filled up
+    in turn.
 
     sizes, survivors: (..., G). slots: what the published code counts, `keep` and its [CLS]. Returns (..., G) long.
     """
@@ -119,10 +121,10 @@ def group_budgets(sizes: Tensor, survivors: Tensor, keep: int, slots: int) -> Te
 def prunesid(features: Tensor, attention: Tensor | None, keep: int, seed: int = 0) -> Tensor:
     """The whole choice for pictures or tiles of equal size. features: (..., N, C) -> (..., keep) ascending indices.
 
-    attention: (..., N) says what is important, as in the published code for towers with [CLS]: (keep + 1) // 4 groups, threshold
-    of suppression (keep + 1) / 32 times the mean cosine of all pairs. None: the form of the published Qwen2-VL code, where
-    a token is important that loads highly on its component; keep // 4 groups, at least 4, threshold max(18 keep / N, 1)
-    times the mean of the similarity matrix with its lower half set to 0.
+    attention: (..., N) says what is important, as in the published code for towers with [CLS]: (keep + 1) // 4 groups,
+    threshold of suppression (keep + 1) / 32 times the mean cosine of all pairs. None: the form of the published
+    Qwen2-VL code, where a token is important that loads highly on its component; keep // 4 groups, at least 4,
+    threshold max(18 keep / N, 1) times the mean of the similarity matrix with its lower half set to 0.
     """
     x = wide(features)
     n = x.shape[-2]
@@ -167,15 +169,15 @@ def prunesid(features: Tensor, attention: Tensor | None, keep: int, seed: int = 
 class PruneSID(ConnectorMethod):
     """PruneSID (ICLR 2026): principal semantic components for coverage, suppression inside groups against repetition.
 
-    importance: "attention", the published form for towers with [CLS], reads the tower's features before the projector and the
-    [CLS] attention; "loading", the published form for Qwen2-VL, reads the projected features alone. The principal
-    components come from a random projection: the published code draws from the global generator, and two runs keep sets
-    that agree to about a half; here `seed` fixes it, and seed=s is what the published code does behind
+    importance: "attention", the published form for towers with [CLS], reads the tower's features before the projector
+    and the [CLS] attention; "loading", the published form for Qwen2-VL, reads the projected features alone. The
+    principal components come from a random projection: the published code draws from the global generator, and two runs
+    keep sets that agree to about a half; here `seed` fixes it, and seed=s is what the published code does behind
     torch.manual_seed(s) on a CPU. Tiles and frames get equal budgets and are treated one by one, as published.
 
-    Differences from the published code: our streams hold patches only, so that `keep` patches are what it keeps of keep + 1
-    tokens, one of them [CLS]; its Qwen form keeps at least 16 tokens. Its paper varies the budget between images by their
-    redundancy; that is what `adaptive_budget` is for.
+    Differences from the published code: our streams hold patches only, so that `keep` patches are what it keeps of keep
+    + 1 tokens, one of them [CLS]; its Qwen form keeps at least 16 tokens. Its paper varies the budget between images by
+    their redundancy; that is what `adaptive_budget` is for.
     """
 
     importance: Importance = "attention"

@@ -33,8 +33,8 @@ def prunevid_scenes(means: Tensor, clusters: int) -> list[int]:
 def prunevid_constancy(features: Tensor, place: Tensor, lengths: Sequence[int]) -> Tensor:
     """Mean cosine of each place over all pairs of a scene's frames; 0 in scenes of one frame.
 
-    features: (N, C). place: (T, P) positions, -1 for none. Returns (S, P). Linear in the frames: the sum over pairs is the
-    squared length of the sum of unit vectors, less the vectors' own.
+    features: (N, C). place: (T, P) positions, -1 for none. Returns (S, P). Linear in the frames: the sum over pairs is
+    the squared length of the sum of unit vectors, less the vectors' own.
     """
     out = []
     for frames in place.split(list(lengths)):
@@ -53,7 +53,8 @@ def prunevid_counts(groups: Pools, cluster_ratio: float = 0.5) -> Tensor:
 def prunevid_clusters(features: Tensor, groups: Pools, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Cluster each pool into counts[pool] clusters. features: (N, C), counts: (T + S,).
 
-    Returns, (T + S, P): the cell of the centre of each cell's cluster, its weight in the cluster's mean, its score as a centre.
+    Returns, (T + S, P): the cell of the centre of each cell's cluster, its weight in the cluster's mean, its score as a
+    centre.
     """
     frames = len(groups.scene)
     found = [
@@ -69,7 +70,8 @@ def prunevid_clusters(features: Tensor, groups: Pools, counts: Tensor) -> tuple[
 
 
 def frame_clusters(frames: Tensor, clusters: int, k: int = 7) -> Tensor:
-    """DPC-kNN of whole frames; clusters are numbered by their centres' scores, best first. frames: (T, C) -> (T,) labels.
+    """DPC-kNN of whole frames; clusters are numbered by their centres' scores, best first. frames: (T, C) -> (T,)
+    labels.
 
     O(T² C). With fewer than k frames all of them are neighbours.
     """
@@ -81,11 +83,12 @@ def frame_clusters(frames: Tensor, clusters: int, k: int = 7) -> Tensor:
 
 
 def refine(labels: Sequence[int]) -> list[int]:
-    """Make clusters of frames contiguous: each keeps its longest run (several of equal length stay), if that is above 1.
+    """Make clusters of frames contiguous: each keeps its longest run (several of equal length stay), if that is above
+    1.
 
-    The gaps in between are filled from left to right, each with the label of the longer of its two neighbouring runs, the left
-    one's when they are equally long. Frames that have joined the run on the left count as part of it. If no run stays, all
-    frames are label 0.
+    The gaps in between are filled from left to right, each with the label of the longer of its two neighbouring runs,
+    the left one's when they are equally long. Frames that have joined the run on the left count as part of it. If no
+    run stays, all frames are label 0.
     """
     spans = [(label, len(list(run))) for label, run in groupby(labels)]
     longest = {label: max(n for own, n in spans if own == label) for label, _ in spans}
@@ -118,18 +121,20 @@ def refine(labels: Sequence[int]) -> list[int]:
 class PruneVid(ConnectorMethod):
     """PruneVid (ACL Findings 2025), its first stage: scenes, still and moving tokens, clusters.
 
-    The frames' means are clustered into `scene_share` as many scenes (section 3.2). Places that look the same throughout a
-    scene (mean cosine above tau) become one token each, their mean over time. These, and each frame's other tokens, are then
-    clustered by DPC-kNN (k = 7), and each cluster becomes its mean. Question-guided pruning in the LLM is the second stage.
+    The frames' means are clustered into `scene_share` as many scenes (section 3.2). Places that look the same
+    throughout a scene (mean cosine above tau) become one token each, their mean over time. These, and each frame's
+    other tokens, are then clustered by DPC-kNN (k = 7), and each cluster becomes its mean. Question-guided pruning in
+    the LLM is the second stage.
 
-    The published count depends on the video: half (cluster_ratio) of each pool of more than 14 tokens. Here the budget is
-    given, and pools share it in proportion to their sizes. Where the pools hold fewer tokens than asked, tau is raised:
-    the least constant places move again. A budget below the number of pools drops some of them, at even distances.
+    The published count depends on the video: half (cluster_ratio) of each pool of more than 14 tokens. Here the budget
+    is given, and pools share it in proportion to their sizes. Where the pools hold fewer tokens than asked, tau is
+    raised: the least constant places move again. A budget below the number of pools drops some of them, at even
+    distances.
 
-    compat="published" keeps the published counts, whatever the budget. In both, tokens stay in the order of the stream (published:
-    by cluster score), a still cluster at its centre's place in the scene's first frame; videos of fewer than
-    seven frames use all of them as neighbours (published: an error); equal densities go to the lower index (published: to
-    random noise). A picture or tile is a scene of one frame, all moving.
+    compat="published" keeps the published counts, whatever the budget. In both, tokens stay in the order of the stream
+    (published: by cluster score), a still cluster at its centre's place in the scene's first frame; videos of fewer
+    than seven frames use all of them as neighbours (published: an error); equal densities go to the lower index
+    (published: to random noise). A picture or tile is a scene of one frame, all moving.
     """
 
     tau: float = 0.8

@@ -14,7 +14,9 @@ from tokprune.tokens import VisualTokens
 
 
 def random_ranks(n: int, seed: int) -> Tensor:
-    """A shuffled 0 … n-1 that depends on `n` and `seed` alone. Returns (n,) on the CPU; the global generator stays untouched."""
+    """A shuffled 0 … n-1 that depends on `n` and `seed` alone. Returns (n,) on the CPU; the global generator stays
+    untouched.
+    """
     # Spread neighbouring seeds and lengths over the 63 bits that the generator takes.
     mixed = (seed * 0x9E3779B97F4A7C15 + n * 0x2545F4914F6CDD1D) % (1 << 63)
     return torch.randperm(n, generator=torch.Generator().manual_seed(mixed))

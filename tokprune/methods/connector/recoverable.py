@@ -20,11 +20,11 @@ from tokprune.tokens import Merge, Selection, VisualTokens
 def local_outlier_factor(values: Tensor, neighbours: int = 20) -> Tensor:
     """How much sparser each value lies than its nearest values do; about 1 inside a crowd, larger outside.
 
-    values: (..., N) -> (..., N) in float64 (differences between attention shares are tiny). With k = min(neighbours, N - 1),
-    N_k(i) the k values nearest to i, and kd(j) the distance of j to its k-th nearest (Breunig et al., SIGMOD 2000,
-    definitions 3 to 7): reach(i, j) = max(|i - j|, kd(j)); density(i) = 1 / (mean over j in N_k(i) of reach(i, j) + 1e-10);
-    factor(i) = mean over j in N_k(i) of density(j) / density(i). On a line the k nearest lie within k places of the sorted
-    order, so this takes O(N k) time and memory. Of equally distant neighbours the smaller value is taken.
+    values: (..., N) -> (..., N) in float64 (differences between attention shares are tiny). With k = min(neighbours, N
+    - 1), N_k(i) the k values nearest to i, and kd(j) the distance of j to its k-th nearest (Breunig et al., SIGMOD
+    2000, definitions 3 to 7): reach(i, j) = max(|i - j|, kd(j)); density(i) = 1 / (mean over j in N_k(i) of reach(i, j)
+    + 1e-10); factor(i) = mean over j in N_k(i) of density(j) / density(i). On a line the k nearest lie within k places
+    of the sorted order, so this takes O(N k) time and memory. Of equally distant neighbours the smaller value is taken.
     """
     n = values.shape[-1]
     k = min(neighbours, n - 1)
@@ -62,7 +62,9 @@ def _places(scores: Tensor) -> Tensor:
 
 
 def _share(scores: Tensor, of: Tensor, neighbours: int, high_only: bool) -> Tensor:
-    """floor(of * share of outliers among the scores), a 0-d tensor. high_only: outliers below the median do not count."""
+    """floor(of * share of outliers among the scores), a 0-d tensor. high_only: outliers below the median do
+    not count.
+    """
     found = outliers(scores, neighbours)
     if not high_only:  # as published, in its float64, which makes 1/49 of 49 less than 1
         return (of * (found.sum().double() / len(scores))).floor().long()
@@ -76,9 +78,9 @@ def recoverable(
 ) -> tuple[Tensor, Tensor]:
     """Which tokens stand out visually and which the question brings back (sections on filtering and recovery).
 
-    attention: (N,) single-head [CLS] row. relevance: (N,) similarity to the question. The share of local outliers among the
-    scores says how many of the highest scores stay: first of the attention, then, among the others (the chosen ones' relevance
-    is set to the minimum), of the relevance. Returns two disjoint (N,) bool masks, visual and text.
+    attention: (N,) single-head [CLS] row. relevance: (N,) similarity to the question. The share of local outliers among
+    the scores says how many of the highest scores stay: first of the attention, then, among the others (the chosen
+    ones' relevance is set to the minimum), of the relevance. Returns two disjoint (N,) bool masks, visual and text.
     """
     n = torch.tensor(len(attention), device=attention.device)
     visual_count = _share(attention, n, neighbours, high_only)
@@ -100,7 +102,8 @@ def recoverable(
     checked=Checked(
         "banjiuyufen/Recoverable-Compression",
         agrees='visual outliers and tokens recovered by the text with compat="published"',
-        differs="the merging stage, which reads keys at wrong places there; the text vector of the last padded position",
+        differs="the merging stage, which reads keys at wrong places there; the text vector of the last padded "
+        "position",
     ),
 )
 @dataclass(frozen=True)
@@ -108,19 +111,20 @@ class Recoverable(ConnectorMethod):
     """Recoverable Compression (AAAI 2025): visual outliers, text-guided recovery, and merging of what remains.
 
     relevance: "clip" is the published form; "embeddings" (the default, ours) compares projected features with the LLM
-    embeddings of the question's words and works on every model. neighbours = 20 for the outlier factor and 32 for merging
-    are the published numbers; text_weight is how much the question counts against the keys when neighbours are sought
-    (published: 50 / sqrt(768), on cosines).
+    embeddings of the question's words and works on every model. neighbours = 20 for the outlier factor and 32 for
+    merging are the published numbers; text_weight is how much the question counts against the keys when neighbours are
+    sought (published: 50 / sqrt(768), on cosines).
 
-    Here the count is exact. Outliers beyond `keep` are cut in proportion; slots that outliers leave free go to the remaining
-    tokens of highest attention, each of which takes up its nearest dropped tokens, weighted by attention. Merging happens on
-    projected features, before the projector in the publication, and without its extra slot for the sum of the rest.
+    Here the count is exact. Outliers beyond `keep` are cut in proportion; slots that outliers leave free go to the
+    remaining tokens of highest attention, each of which takes up its nearest dropped tokens, weighted by attention.
+    Merging happens on projected features, before the projector in the publication, and without its extra slot for the
+    sum of the rest.
 
-    Differences of the published code, whose counts compat="published" keeps: it counts outliers at the low end as well (here
-    only those above the median), and adds neighbours to a token without normalising (here a weighted mean). Its merging
-    stage multiplies its share of centres by the number of tokens already kept instead of all, which leaves few of them on
-    photographs and often none on random features, and reads keys at wrong places; its text vector is that of the last
-    padded position. These are not reproduced.
+    Differences of the published code, whose counts compat="published" keeps: it counts outliers at the low end as well
+    (here only those above the median), and adds neighbours to a token without normalising (here a weighted mean). Its
+    merging stage multiplies its share of centres by the number of tokens already kept instead of all, which leaves few
+    of them on photographs and often none on random features, and reads keys at wrong places; its text vector is that of
+    the last padded position. These are not reproduced.
     """
 
     relevance: Relevance = "embeddings"
@@ -131,7 +135,9 @@ class Recoverable(ConnectorMethod):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """[CLS] row and keys of the tower's last block, and the scorer's embeddings when they decide what is relevant."""
+        """[CLS] row and keys of the tower's last block, and the scorer's embeddings when they decide what is
+        relevant.
+        """
         return ("cls_attention_1head:-1", "keys:-1", *(CLIP_SIGNALS if self.relevance == "clip" else ()))
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:

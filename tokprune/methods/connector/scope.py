@@ -22,9 +22,9 @@ from tokprune.tokens import Selection, VisualTokens
 def scope(features: Tensor, attention: Tensor, keep: int, alpha: float = 1.0) -> Tensor:
     """Greedy choice by saliency times newly covered similarity (section 3 of the paper).
 
-    features: (B, N, C) before the projector. attention: (B, N), not negative; a common factor (heads summed or averaged) does
-    not matter. gain_j = attention_j^alpha * sum over i of max(0, cos_ij - cover_i); cover starts at 0, so opposite tokens
-    cover nothing of each other. Returns (B, keep) in the order of choice.
+    features: (B, N, C) before the projector. attention: (B, N), not negative; a common factor (heads summed or
+    averaged) does not matter. gain_j = attention_j^alpha * sum over i of max(0, cos_ij - cover_i); cover starts at 0,
+    so opposite tokens cover nothing of each other. Returns (B, keep) in the order of choice.
     """
     return greedy_coverage(cosine_similarity(wide(features)), keep, weights=attention**alpha)
 
@@ -45,10 +45,10 @@ def scope(features: Tensor, attention: Tensor, keep: int, alpha: float = 1.0) ->
 class Scope(ConnectorMethod):
     """SCOPE (NeurIPS 2025): facility location on encoder features, gains weighted by [CLS] attention.
 
-    alpha: power of the attention, 1 as in the code; 0 is coverage alone. Tiles and frames share the budget equally, with an
-    exact sum (the published code rounds the share of a tile down). Published and corrected choice are the same, so there is
-    no compat mode; the code's additive variant (set by an environment variable that it reads at every pick) is left out.
-    When everything is covered, further picks gain nothing and go to the lowest index.
+    alpha: power of the attention, 1 as in the code; 0 is coverage alone. Tiles and frames share the budget equally,
+    with an exact sum (the published code rounds the share of a tile down). Published and corrected choice are the same,
+    so there is no compat mode; the code's additive variant (set by an environment variable that it reads at every pick)
+    is left out. When everything is covered, further picks gain nothing and go to the lowest index.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("encoder_features", "cls_attention")

@@ -33,14 +33,15 @@ from tokprune.tokens import Layout, Merge, Selection, VisualTokens
 class Storm(ConnectorMethod):
     """STORM (ICCV 2025), what it does without training: keep every `stride`-th frame, then pool inside the frames.
 
-    mode "sample": the others are dropped (the paper's temporal token sampling, stride 2). mode "pool": each run of `stride`
-    frames becomes its mean (the paper trains with it, stride 4). The frames that are left share the budget equally, and each
-    is averaged over as many near-square cells as it may keep. stride is lowered where the frames left could not fill the
-    budget, so that every budget is met: 1/stride of all tokens is plain sampling, keeping all changes nothing.
+    mode "sample": the others are dropped (the paper's temporal token sampling, stride 2). mode "pool": each run of
+    `stride` frames becomes its mean (the paper trains with it, stride 4). The frames that are left share the budget
+    equally, and each is averaged over as many near-square cells as it may keep. stride is lowered where the frames left
+    could not fill the budget, so that every budget is met: 1/stride of all tokens is plain sampling, keeping all
+    changes nothing.
 
     A baseline. STORM's numbers come from a Mamba layer between tower and LLM that writes the dropped frames into the
-    kept ones; without it, sampling behind the tower is sampling fewer frames. Frames of different sizes are averaged where
-    both have a token. Tiles and pictures do not follow one another in time: they are pooled in space only.
+    kept ones; without it, sampling behind the tower is sampling fewer frames. Frames of different sizes are averaged
+    where both have a token. Tiles and pictures do not follow one another in time: they are pooled in space only.
     """
 
     stride: int = option(2, low=1, hint="2 keeps every other frame.")

@@ -15,7 +15,9 @@ from tokprune.tokens import VisualTokens
 
 @torch.no_grad()
 def uniqueness(features: Tensor) -> Tensor:
-    """1 minus the largest cosine with any *later* token, and 3, above all others, for the last. features: (..., N, D) -> (..., N)."""
+    """1 minus the largest cosine with any *later* token, and 3, above all others, for the last. features: (..., N, D)
+    -> (..., N).
+    """
     similarity = cosine_similarity(features)
     n = similarity.shape[-1]
     later = torch.ones(n, n, dtype=torch.bool, device=similarity.device).triu(1)
@@ -38,9 +40,9 @@ def uniqueness(features: Tensor) -> Tensor:
 class TextMonkey(ScoreMethod):
     """TextMonkey (2024), the similarity filter of its token resampler: of similar tokens the last one stays.
 
-    It looks at the projected features only. In the publication the filter picks the queries of a trained perceiver, which
-    then attends to all tokens (512 are kept by its default); the filter alone is what works without training. Tiles or frames
-    of a stream are one sequence. The last token of the stream always stays.
+    It looks at the projected features only. In the publication the filter picks the queries of a trained perceiver,
+    which then attends to all tokens (512 are kept by its default); the filter alone is what works without training.
+    Tiles or frames of a stream are one sequence. The last token of the stream always stays.
     """
 
     def scores(self, tokens: VisualTokens) -> Tensor:

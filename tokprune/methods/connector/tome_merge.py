@@ -20,9 +20,9 @@ from tokprune.tokens import Merge, Selection, VisualTokens
 def tome_merge(features: Tensor, keep: int, share: float = 0.25) -> tuple[Tensor, Tensor]:
     """Repeat bipartite soft matching until `keep` tokens are left.
 
-    features: (B, N, D). Each round merges at most `share` of the tokens that are left (at least one, and never more than
-    half), weighted by how many originals each stands for; the survivors stay in raster order. Returns the positions (B, keep)
-    at which they sit, ascending, and (B, N) which of them each original has gone to.
+    features: (B, N, D). Each round merges at most `share` of the tokens that are left (at least one, and never more
+    than half), weighted by how many originals each stands for; the survivors stay in raster order. Returns the
+    positions (B, keep) at which they sit, ascending, and (B, N) which of them each original has gone to.
     """
     x, size = wide(features), None
     batch, n, _ = x.shape
@@ -54,10 +54,10 @@ def tome_merge(features: Tensor, keep: int, share: float = 0.25) -> tuple[Tensor
 class ToMeMerge(ConnectorMethod):
     """ToMe's bipartite soft matching (ICLR 2023, section 3) on the projected features, repeated to an exact count.
 
-    The publication merges inside the vision tower, a few tokens per block, by the similarity of keys (that is the encoder
-    stage); here all merging happens behind the projector, by the similarity of the projected features. Each output is the
-    plain mean of the originals that went into it and sits where its last destination sat. share: how much of what is left
-    one round may merge; ours. A small share takes more rounds and better partners, 0.5 is the published
+    The publication merges inside the vision tower, a few tokens per block, by the similarity of keys (that is the
+    encoder stage); here all merging happens behind the projector, by the similarity of the projected features. Each
+    output is the plain mean of the originals that went into it and sits where its last destination sat. share: how much
+    of what is left one round may merge; ours. A small share takes more rounds and better partners, 0.5 is the published
     maximum per round. All tiles or frames of a stream may merge with each other.
     """
 

@@ -24,8 +24,8 @@ def uniform(layout: Layout, budgets: Sequence[int]) -> Tensor:
 class Uniform(ConnectorMethod):
     """Keep a regular grid of tokens: each group is cut into equal near-square cells, and the middle of each cell stays.
 
-    Tiles and frames share the budget in proportion to their tokens; the count is exact for every N and every budget, and
-    holes left by unpadding are respected.
+    Tiles and frames share the budget in proportion to their tokens; the count is exact for every N and every budget,
+    and holes left by unpadding are respected.
     """
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:

@@ -25,7 +25,9 @@ class Likeness(NamedTuple):
 
 
 def calm_channels(features: Tensor) -> Tensor:
-    """The half of the channels that vary least over all tokens, ties to the lower one. features: (N, C) -> (C // 2,)."""
+    """The half of the channels that vary least over all tokens, ties to the lower one. features: (N, C) -> (C
+    // 2,).
+    """
     variance = wide(features).var(0, correction=0)
     return torch.sort(variance, stable=True).indices[: max(1, features.shape[-1] // 2)]
 
@@ -33,7 +35,8 @@ def calm_channels(features: Tensor) -> Tensor:
 def vidcom2_likeness(features: Tensor, frame: Tensor, frames: int) -> Likeness:
     """Sum of five Gaussian kernels (widths 1/8 … 2) of the distance to a centre, in the calm channels (section 3.2).
 
-    features: (N, C). frame: (N,) frame number of each token, 0 … frames-1. Centres are means of unit vectors, not normalised.
+    features: (N, C). frame: (N,) frame number of each token, 0 … frames-1. Centres are means of unit vectors, not
+    normalised.
     """
     rows = unit(wide(features)[:, calm_channels(features)])
     count = rows.new_zeros(frames).index_add(0, frame, torch.ones_like(rows[:, 0])).clamp_min(1)
@@ -47,7 +50,9 @@ def vidcom2_likeness(features: Tensor, frame: Tensor, frames: int) -> Likeness:
 
 
 def vidcom2_ratios(likeness: Tensor, frame: Tensor, frames: int, ratio: float, temperature: float = 0.01) -> Tensor:
-    """Keep ratio of each frame: more than `ratio` for those unlike the video (section 3.3). likeness: (N,) -> (frames,)."""
+    """Keep ratio of each frame: more than `ratio` for those unlike the video (section 3.3). likeness: (N,) ->
+    (frames,).
+    """
     count = likeness.new_zeros(frames).index_add(0, frame, torch.ones_like(likeness)).clamp_min(1)
     unlike = -(likeness.new_zeros(frames).index_add(0, frame, likeness) / count)
     share = ((unlike - unlike.max()) / temperature).softmax(0)
@@ -59,8 +64,8 @@ def vidcom2(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What each frame keeps by the published rule, before any repair of the sum.
 
-    features: (N, C). frame: (N,). sizes: (T,) tokens of each frame. Returns the counts (T,), the kept tokens as (N,) bool and
-    each token's redundancy (N,).
+    features: (N, C). frame: (N,). sizes: (T,) tokens of each frame. Returns the counts (T,), the kept tokens as (N,)
+    bool and each token's redundancy (N,).
     """
     video, own = vidcom2_likeness(features, frame, sizes.shape[0])
     redundancy = video + own
@@ -86,13 +91,13 @@ def vidcom2(
 class VidCom2(ConnectorMethod):
     """VidCom2 (EMNLP 2025): budgets by how unlike the video a frame is, picks by how unlike video and frame a token is.
 
-    Needs the features only, is query-free and linear. temperature: of the softmax over frames (0.01 as published, which makes
-    it nearly one-hot: one frame keeps about twice the ratio, the others a little less than it).
+    Needs the features only, is query-free and linear. temperature: of the softmax over frames (0.01 as published, which
+    makes it nearly one-hot: one frame keeps about twice the ratio, the others a little less than it).
 
     The published counts are rounded frame by frame and miss the budget (73 for 72). As in vLLM's variant the sum is
-    repaired: surplus tokens go where redundancy is highest, missing ones come from where it is lowest, in the whole video;
-    below one token per frame, frames vanish. compat="published" leaves the counts as they are. Everything is float32
-    (published: the model's dtype). Tiles count as frames; a picture is one frame.
+    repaired: surplus tokens go where redundancy is highest, missing ones come from where it is lowest, in the whole
+    video; below one token per frame, frames vanish. compat="published" leaves the counts as they are. Everything is
+    float32 (published: the model's dtype). Tiles count as frames; a picture is one frame.
     """
 
     temperature: float = option(0.01, above=0)

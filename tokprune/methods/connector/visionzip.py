@@ -25,9 +25,9 @@ def visionzip_plan(
     """Which patches stay, and which flow together (section 3.2 of the paper).
 
     attention: (B, N). keys: (B, N, d), compared by cosine. Returns the dominant patches (B, dominant), best first; the
-    contextual targets (B, contextual), ascending: every step-th of the remaining patches; for each patch the position of the
-    patch it flows into, itself when it stays and -1 when it flows nowhere, and its weight there (B, N). Weights of a context
-    token: target and mean of the others, half each; "published": both in full, so that they add up to two.
+    contextual targets (B, contextual), ascending: every step-th of the remaining patches; for each patch the position
+    of the patch it flows into, itself when it stays and -1 when it flows nowhere, and its weight there (B, N). Weights
+    of a context token: target and mean of the others, half each; "published": both in full, so that they add up to two.
     """
     batch, n = attention.shape
     order = torch.sort(attention, dim=-1, descending=True, stable=True).indices
@@ -68,20 +68,22 @@ def visionzip_plan(
 )
 @dataclass(frozen=True)
 class VisionZip(ConnectorMethod):
-    """VisionZip (CVPR 2025): dominant tokens by [CLS] attention, the rest merged into contextual tokens by key similarity.
+    """VisionZip (CVPR 2025): dominant tokens by [CLS] attention, the rest merged into contextual tokens by key
+    similarity.
 
-    contextual_share: share of the budget that goes to context tokens; 10/64 is the published 54 + 10, 108 + 20, 162 + 30
-    (the code's own default is 191 + 30).
-    Tiles and frames get equal budgets, as published. A context token sits at the position of its target.
+    contextual_share: share of the budget that goes to context tokens; 10/64 is the published 54 + 10, 108 + 20, 162 +
+    30 (the code's own default is 191 + 30). Tiles and frames get equal budgets, as published. A context token sits at
+    the position of its target.
 
     What differs from the published code:
-    - It always feeds the projected [CLS] state and counts it among the dominant ones. Our streams hold patches only: the
-      whole budget is spent on patches.
-    - It merges before the projector; here the weights act on projected features (and DeepStack planes), an approximation
-      wherever the projector is not linear.
+    - It always feeds the projected [CLS] state and counts it among the dominant ones. Our streams hold patches only:
+      the whole budget is spent on patches.
+    - It merges before the projector; here the weights act on projected features (and DeepStack planes), an
+      approximation wherever the projector is not linear.
     - It adds the mean of the merged tokens to the target, which about doubles the norm; here target and mean count half
       each, so that the token stays in the range that the LLM knows. compat="published" adds.
-    - It divides by zero without context tokens, prunes nothing when images come as a list, and knows only 24 x 24 grids.
+    - It divides by zero without context tokens, prunes nothing when images come as a list, and knows only 24 x 24
+      grids.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("cls_attention", "keys:-2")

@@ -21,9 +21,10 @@ from tokprune.tokens import Selection, VisualTokens
 def vispruner(features: Tensor, attention: Tensor, keep: int, important_ratio: float = 0.5, step: int = 8) -> Tensor:
     """Important tokens first, then diverse ones (sections 3.2 and 3.3 of the paper).
 
-    features: (B, N, C) before the projector. attention: (B, N). The int(keep * important_ratio) best by attention stay. Of the
-    others, in order of attention, every round compares the even places with the odd ones and drops the `step` even ones
-    that have the most similar partner; survivors go to the front, most similar first. Returns (B, keep), ascending.
+    features: (B, N, C) before the projector. attention: (B, N). The int(keep * important_ratio) best by attention stay.
+    Of the others, in order of attention, every round compares the even places with the odd ones and drops the `step`
+    even ones that have the most similar partner; survivors go to the front, most similar first. Returns (B, keep),
+    ascending.
     """
     order = torch.sort(attention, dim=-1, descending=True, stable=True).indices
     important = int(keep * important_ratio)
@@ -61,12 +62,12 @@ def vispruner(features: Tensor, attention: Tensor, keep: int, important_ratio: f
 class VisPruner(ConnectorMethod):
     """VisPruner (ICCV 2025): important tokens by [CLS] attention, diverse tokens by removing near-duplicates.
 
-    important_ratio: share of the budget given by attention (0.5 is the scripts' default, 0.75 is used too). step: duplicates
-    dropped per round, 8 as published. Tiles and frames get equal budgets, as published.
+    important_ratio: share of the budget given by attention (0.5 is the scripts' default, 0.75 is used too). step:
+    duplicates dropped per round, 8 as published. Tiles and frames get equal budgets, as published.
 
-    What differs from the published code: it crashes when an odd number of residual tokens is reached (58 of 576 at 0.5), or
-    when more are to go than there are even places; it takes one image at a time and compares in the model's dtype. Where it
-    runs, both choose the same tokens, so there is no compat mode.
+    What differs from the published code: it crashes when an odd number of residual tokens is reached (58 of 576 at
+    0.5), or when more are to go than there are even places; it takes one image at a time and compares in the model's
+    dtype. Where it runs, both choose the same tokens, so there is no compat mode.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("encoder_features", "cls_attention")

@@ -37,7 +37,8 @@ def vscan_local(shallow: Tensor, window: Tensor, local: int) -> Tensor:
 def vscan_merge(features: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     """Each dropped token joins its most similar kept one, which becomes the mean of itself and all that joined.
 
-    features: (B, N, D) projected. kept: (B, K), ascending. Returns the place in `kept` and the weight of each token, (B, N).
+    features: (B, N, D) projected. kept: (B, K), ascending. Returns the place in `kept` and the weight of each token,
+    (B, N).
     """
     features = wide(features)
     place = nearest_target(features, kept)
@@ -61,16 +62,18 @@ def vscan_merge(features: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
 )
 @dataclass(frozen=True)
 class VScan(ConnectorMethod):
-    """VScan, stage 1 (TMLR 2026): local tokens of a shallow layer, global tokens of a deep one, dropped ones averaged in.
+    """VScan, stage 1 (TMLR 2026): local tokens of a shallow layer, global tokens of a deep one, dropped ones averaged
+    in.
 
-    windows: the grid is cut into windows x windows, 4 as published (6 x 6 tokens of 24 x 24). shallow: block of the local scan;
-    0.217 is block 5 of CLIP-L's 24. The global scan reads the layer that the model selects (block 22). Half of the budget
-    goes to each. The paper's scripts keep 96 of 576 here and prune on to 32 in layer 16 of the LLM, which is its stage 2:
-    put a `decoder` method after this one. Tiles and frames get equal budgets. Merging acts on projected features, as published.
+    windows: the grid is cut into windows x windows, 4 as published (6 x 6 tokens of 24 x 24). shallow: block of the
+    local scan; 0.217 is block 5 of CLIP-L's 24. The global scan reads the layer that the model selects (block 22). Half
+    of the budget goes to each. The paper's scripts keep 96 of 576 here and prune on to 32 in layer 16 of the LLM, which
+    is its stage 2: put a `decoder` method after this one. Tiles and frames get equal budgets. Merging acts on projected
+    features, as published.
 
-    What differs from the published code: it gives every window (keep // 2) // 16 tokens and loses the remainder (45 of 58);
-    here the remainder goes round by round to the windows' best. With compat="published" the windows' shares are rounded down,
-    and what is lost goes to the global scan, since a budget is kept exactly. It knows 24 x 24 only.
+    What differs from the published code: it gives every window (keep // 2) // 16 tokens and loses the remainder (45 of
+    58); here the remainder goes round by round to the windows' best. With compat="published" the windows' shares are
+    rounded down, and what is lost goes to the global scan, since a budget is kept exactly. It knows 24 x 24 only.
     """
 
     windows: int = option(4, low=1)

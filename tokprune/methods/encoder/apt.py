@@ -23,8 +23,9 @@ TIE = 2e-5  # bits by which each further patch counts as busier, so that equal o
 def patch_entropy(picture: Tensor, side: int, level: int) -> Tensor:
     """Entropy of the grey levels in each patch of `side` * 2 ** `level` pixels, in bits.
 
-    picture: (B, 3, H, W) levels from 0 to 255. The histogram has 512 bins from 0 to 255, as that of the published data loader,
-    so that most whole levels have a bin of their own. Patches that the border cuts are left out. Returns (B, h, w).
+    picture: (B, 3, H, W) levels from 0 to 255. The histogram has 512 bins from 0 to 255, as that of the published data
+    loader, so that most whole levels have a bin of their own. Patches that the border cuts are left out. Returns (B, h,
+    w).
     """
     # Normalised pixels come back a hair off their level; on its side of a bin's edge they must lie as the level does.
     level_of = picture.round()
@@ -44,8 +45,8 @@ def patch_entropy(picture: Tensor, side: int, level: int) -> Tensor:
 def patch_levels(entropies: Sequence[Tensor], thresholds: Tensor, grid: tuple[int, int]) -> Tensor:
     """Level of the patch that covers each cell of the base grid: 0 base size, 1 twice as large, and so on.
 
-    entropies: of levels 1, 2, ..., (B, h, w) each. thresholds: (B, levels). The largest patch below its threshold wins, and
-    covers all smaller ones in it. Returns (B, height, width).
+    entropies: of levels 1, 2, ..., (B, h, w) each. thresholds: (B, levels). The largest patch below its threshold wins,
+    and covers all smaller ones in it. Returns (B, height, width).
     """
     batch = len(thresholds)
     out = torch.zeros(batch, *grid, dtype=torch.long, device=thresholds.device)
@@ -98,24 +99,27 @@ def leaders(levels: Tensor) -> Tensor:
     adaptive=True,
     checked=Checked(
         "delude729/apt",
-        agrees="entropies and patch sizes (the data loader's histogram, bit for bit), what enters the first block before training",
-        differs="the trained branch, which starts at zero, is not ours; the newest commit adds a divergence between neighbours to the "
+        agrees="entropies and patch sizes (the data loader's histogram, bit for bit), what enters the first block "
+        "before training",
+        differs="the trained branch, which starts at zero, is not ours; the newest commit adds a divergence between "
+        "neighbours to the "
         "entropy, which the paper does not have",
     ),
 )
 @dataclass(frozen=True)
 class APT(EncoderMethod):
-    """APT (ICLR 2026), its patch sizes without its training: where grey levels have little entropy, one patch stands for 2 x
-    2 or 4 x 4.
+    """APT (ICLR 2026), its patch sizes without its training: where grey levels have little entropy, one patch stands
+    for 2 x 2 or 4 x 4.
 
-    thresholds: bits below which a patch is plain, for patches of twice the size, four times, ...; (5.5,) as published for
-    two sizes, (6.0, 4.0) for three. `ratio` or `budget` moves them, per picture, until at most so many patches are left.
-    embed: a large patch enters as "resize": the picture of that patch made small and embedded like any other, with the
-    position embeddings resampled (the paper's model before its training, whose second branch starts at zero); or as
-    "mean" of the embeddings it replaces. proportional: attention counts a large patch as often as it has small ones; the
-    paper does not, its model learns that. The paper tunes the model for an epoch or more; without it expect a loss, which
-    docs/encoder.md states. mean, std: how the pixels were normalised, unless the model or the processor says it. For
-    towers with absolute positions and one token per patch at the connector; a batch is padded to its busiest picture.
+    thresholds: bits below which a patch is plain, for patches of twice the size, four times, ...; (5.5,) as published
+    for two sizes, (6.0, 4.0) for three. `ratio` or `budget` moves them, per picture, until at most so many patches are
+    left. embed: a large patch enters as "resize": the picture of that patch made small and embedded like any other,
+    with the position embeddings resampled (the paper's model before its training, whose second branch starts at zero);
+    or as "mean" of the embeddings it replaces. proportional: attention counts a large patch as often as it has small
+    ones; the paper does not, its model learns that. The paper tunes the model for an epoch or more; without it expect a
+    loss, which docs/encoder.md states. mean, std: how the pixels were normalised, unless the model or the processor
+    says it. For towers with absolute positions and one token per patch at the connector; a batch is padded to its
+    busiest picture.
     """
 
     thresholds: tuple[float, ...] = option((5.5,), filled=True)
@@ -148,7 +152,8 @@ class APT(EncoderMethod):
             fewest = int(patch_count(patch_levels(entropies, wanted + 100, grid))[0])
             if block.target < fewest:
                 raise OptionError(
-                    f"{block.target} of {n} patches cannot be reached: with {len(self.thresholds)} larger sizes at least {fewest} are left; "
+                    f"{block.target} of {n} patches cannot be reached: with {len(self.thresholds)} larger sizes at "
+                    f"least {fewest} are left; "
                     "give more thresholds, such as thresholds=(6.0, 4.0)."
                 )
             levels = shifted_levels(entropies, wanted, grid, block.target)

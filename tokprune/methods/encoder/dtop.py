@@ -1,4 +1,6 @@
-"""DToP: patches whose class is clear leave with what they are; the most confident few of each class go on as context."""
+"""DToP: patches whose class is clear leave with what they are; the most confident few of each class go on as
+context.
+"""
 
 from __future__ import annotations
 
@@ -58,11 +60,11 @@ class DToP(EncoderMethod):
     """DToP (ICCV 2023): at the end of some blocks, patches whose class is clear stop and keep the state that they have.
 
     heads: block number -> trained head, a function from patches (B, n, C) to class probabilities (B, n, classes);
-    segmentation models have such heads, VLM towers do not, so without them the method refuses to run:
-    apply(model, "dtop", heads={5: first, 7: second}), the blocks of the published ViT-B. threshold: a class is clear above
-    this probability; 0.9 as in its configuration for ADE20K (the other published ones stop at 0.95). context: so many of the surest patches of each class go on for the others to look at. All patches are at the tower's
-    output, the stopped ones as they were when they stopped. Towers that pack their pictures (Qwen2-VL and later) take one
-    head.
+    segmentation models have such heads, VLM towers do not, so without them the method refuses to run: apply(model,
+    "dtop", heads={5: first, 7: second}), the blocks of the published ViT-B. threshold: a class is clear above this
+    probability; 0.9 as in its configuration for ADE20K (the other published ones stop at 0.95). context: so many of the
+    surest patches of each class go on for the others to look at. All patches are at the tower's output, the stopped
+    ones as they were when they stopped. Towers that pack their pictures (Qwen2-VL and later) take one head.
     """
 
     heads: Mapping[int, Head] = option(factory=dict, hint="Heads are functions that you trained: heads={5: head}.")
@@ -76,7 +78,8 @@ class DToP(EncoderMethod):
         for block, head in self.heads.items():
             if not isinstance(block, int) or not callable(head):
                 raise OptionError(
-                    f"dtop: heads maps a block's number to a function, such as heads={{5: head}}, not {block!r} to {head!r}."
+                    f"dtop: heads maps a block's number to a function, such as heads={{5: head}}, not {block!r} to "
+                    f"{head!r}."
                 )
 
     def check(self, depth: int, target: bool) -> None:

@@ -20,9 +20,12 @@ from tokprune.methods.options import Block, option
 from tokprune.registry import Checked, register_method
 
 UNTRAINED = (
-    "dynamicvit needs predictors that were trained with the model: random ones keep random patches. Train them (Predictor, gumbel_keep, "
-    "masked_softmax and keep_loss of tokprune.methods.encoder.dynamicvit; docs/encoder.md shows the loop), write them with "
-    "save_predictors(predictors, 'predictors.safetensors') and give weights='predictors.safetensors'. Without training take tome, pitome or evit."
+    "dynamicvit needs predictors that were trained with the model: random ones keep random patches. Train them "
+    "(Predictor, gumbel_keep, "
+    "masked_softmax and keep_loss of tokprune.methods.encoder.dynamicvit; docs/encoder.md shows the loop), write "
+    "them with "
+    "save_predictors(predictors, 'predictors.safetensors') and give weights='predictors.safetensors'. Without "
+    "training take tome, pitome or evit."
 )
 
 
@@ -121,8 +124,8 @@ class DynamicViT(EncoderMethod):
 
     weights: file of trained predictors, one per stage (save_predictors); without it the method refuses to run, since
     untrained predictors choose at random. keep: share that each stage leaves, of what the stage before left; `ratio` or
-    `budget` sets the count at the end. blocks: before which to prune, 0-based or fractions of the depth; 3, 6 and 9 of 12
-    in the paper. Kept patches stay in raster order, which changes nothing but their order.
+    `budget` sets the count at the end. blocks: before which to prune, 0-based or fractions of the depth; 3, 6 and 9 of
+    12 in the paper. Kept patches stay in raster order, which changes nothing but their order.
     """
 
     weights: str = option("", example="predictors.pt")

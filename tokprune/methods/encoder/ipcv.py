@@ -1,4 +1,6 @@
-"""IPCV: one block's stillest tokens skip the blocks after it and come back, rebuilt from their neighbours, at the end."""
+"""IPCV: one block's stillest tokens skip the blocks after it and come back, rebuilt from their neighbours, at
+the end.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,9 @@ def movement(x: Tensor, before: Tensor) -> Tensor:
 def neighbours(x: Tensor, kept: Tensor, count: int, across: bool = False) -> tuple[Tensor, Tensor]:
     """The tokens that are not kept, and their nearest kept ones by Euclidean distance.
 
-    x: (B, N, C), kept: (B, K) -> (B, M) ascending indices of the others, (B, M, count) numbers into `kept`, or into all B * K kept
-    ones if they are sought `across` the batch; count is at most as many. Equal distances: lower number first.
+    x: (B, N, C), kept: (B, K) -> (B, M) ascending indices of the others, (B, M, count) numbers into `kept`, or into all
+    B * K kept ones if they are sought `across` the batch; count is at most as many. Equal distances: lower number
+    first.
     """
     batch, n, width = x.shape
     stay = torch.zeros(batch, n, dtype=torch.bool, device=x.device).scatter(1, kept, True)
@@ -48,8 +51,8 @@ def neighbours(x: Tensor, kept: Tensor, count: int, across: bool = False) -> tup
 def rebuilt(old: Tensor, then: Tensor, now: Tensor, nearest: Tensor, across: bool = False) -> Tensor:
     """Tokens that were left out, moved by the mean move of their neighbours.
 
-    old: (B, M, C) them at the cut. then, now: (B, K, C) the kept ones at the cut and now. nearest: (B, M, k), as `neighbours`
-    gives them.
+    old: (B, M, C) them at the cut. then, now: (B, K, C) the kept ones at the cut and now. nearest: (B, M, k), as
+    `neighbours` gives them.
     """
     move = now.float() - then.float() if now.dtype != torch.float64 else now - then  # with gradient
     batch, m, k = nearest.shape
@@ -67,8 +70,10 @@ def rebuilt(old: Tensor, then: Tensor, now: Tensor, nearest: Tensor, across: boo
     complexity="O(N²C)",
     checked=Checked(
         "Perkzi/IPCV",
-        agrees="InternVL2's tower on one picture, and on several with compat='published'; Qwen2-VL's on one with compat",
-        differs="neighbours across pictures, counts rounded down and single patches of units (compat); borders of several "
+        agrees="InternVL2's tower on one picture, and on several with compat='published'; Qwen2-VL's on one with "
+        "compat",
+        differs="neighbours across pictures, counts rounded down and single patches of units (compat); borders of "
+        "several "
         "pictures in Qwen2-VL; the stage in the LLM, which is DART's or FastV's",
     ),
     presets={"qwen2_vl": {"first": 2, "steady": 7}},
@@ -78,17 +83,19 @@ class IPCV(EncoderMethod):
     """IPCV (2025): the tokens that a block moved least leave the tower there and come back at its end, so the LLM
     still gets all.
 
-    keep: share of the patches that goes on. first: the block behind which they leave, 0-based or a fraction of the depth.
-    steady: for so many blocks after it the others take part in attention, rebuilt, and skip only the MLP. neighbours: a
-    rebuilt token is what it was at the cut, moved by the mean move of its nearest kept tokens there. The defaults are those of
-    the authors' script for InternVL2 (behind block 6 of 24, three blocks), preset="qwen2_vl" those for Qwen2-VL. To thin
-    what the LLM reads as well, add a connector method: [get_method("ipcv", keep=0.5), "divprune"].
+    keep: share of the patches that goes on. first: the block behind which they leave, 0-based or a fraction of the
+    depth. steady: for so many blocks after it the others take part in attention, rebuilt, and skip only the MLP.
+    neighbours: a rebuilt token is what it was at the cut, moved by the mean move of its nearest kept tokens there. The
+    defaults are those of the authors' script for InternVL2 (behind block 6 of 24, three blocks), preset="qwen2_vl"
+    those for Qwen2-VL. To thin what the LLM reads as well, add a connector method: [get_method("ipcv", keep=0.5),
+    "divprune"].
 
-    What differs from the published code: it seeks the neighbours of a token in all pictures and tiles of the call, so that
-    an answer depends on what else is in the batch; here within its own picture or tile. It rounds the number of kept tokens
-    down; here to the nearest, halves up. Where patches are joined behind the tower it drops single ones, for Qwen2-VL out of
-    all pictures of the call at once; here whole units leave, picture by picture. compat="published" does all of this as
-    there, but for the borders of several pictures in one call of Qwen2-VL, which are one patch off there.
+    What differs from the published code: it seeks the neighbours of a token in all pictures and tiles of the call, so
+    that an answer depends on what else is in the batch; here within its own picture or tile. It rounds the number of
+    kept tokens down; here to the nearest, halves up. Where patches are joined behind the tower it drops single ones,
+    for Qwen2-VL out of all pictures of the call at once; here whole units leave, picture by picture. compat="published"
+    does all of this as there, but for the borders of several pictures in one call of Qwen2-VL, which are one patch off
+    there.
     """
 
     keep: float = option(0.35, above=0, high=1)
@@ -103,7 +110,8 @@ class IPCV(EncoderMethod):
         at_depths((self.first,), depth)
         if target:
             raise OptionError(
-                "ipcv gives all tokens back at the tower's end; say keep=0.5 (the share that goes on inside), not a ratio or budget."
+                "ipcv gives all tokens back at the tower's end; say keep=0.5 (the share that goes on inside), not a "
+                "ratio or budget."
             )
 
     @property

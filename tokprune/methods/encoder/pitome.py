@@ -84,10 +84,10 @@ class PiToMe(EncoderMethod):
 
     keep: share of patches that each block leaves (at least 0.5); `ratio` or `budget` sets it from what is left in the
     end. margin: similarity above which a neighbour counts, in the first block; it falls linearly to 0 in the last. 0.75
-    for DeiT and MAE, 0.9 for CLIP (preset="clip"), as published. variant: "energy" merges among the 2 r of highest energy; "bipartite"
-    ranks by energy and then matches halves as ToMe does; "auto": bipartite in the first half of the blocks, energy in
-    the second, as published for DeiT. proportional: attention weighted by size; the published code passes sizes on but
-    never uses them there, so it is off.
+    for DeiT and MAE, 0.9 for CLIP (preset="clip"), as published. variant: "energy" merges among the 2 r of highest
+    energy; "bipartite" ranks by energy and then matches halves as ToMe does; "auto": bipartite in the first half of the
+    blocks, energy in the second, as published for DeiT. proportional: attention weighted by size; the published code
+    passes sizes on but never uses them there, so it is off.
     """
 
     keep: float = option(0.9125, low=0.5, high=1, hint="A block can merge at most half of its patches.")

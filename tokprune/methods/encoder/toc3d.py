@@ -40,16 +40,16 @@ class ToC3D(EncoderMethod):
     """ToC3D's router (ECCV 2024) with a score that needs no training: no token is lost, but only salient ones are
     computed.
 
-    keep: share of the patches that runs through the blocks behind block `first` (0-based or a fraction of the depth). The
-    others are joined to one representative, weighted by score, which runs with them; at the tower's end each of the
-    others has moved as the representative has. The paper scores by object queries of earlier frames, learned with boxes;
-    a VLM has none, so here the attention from [CLS] ranks, or what patches receive where there is no [CLS]. The tower's
-    output has full length, so the connector and the LLM see all tokens.
+    keep: share of the patches that runs through the blocks behind block `first` (0-based or a fraction of the depth).
+    The others are joined to one representative, weighted by score, which runs with them; at the tower's end each of the
+    others has moved as the representative has. The paper scores by object queries of earlier frames, learned with
+    boxes; a VLM has none, so here the attention from [CLS] ranks, or what patches receive where there is no [CLS]. The
+    tower's output has full length, so the connector and the LLM see all tokens.
 
-    The paper routes in three stages from block 6 of 24 on, each of which ranks all patches anew and computes another share
-    of them (0.7, 0.5, 0.5 in its "fast" models, 0.5, 0.4, 0.3 in its "faster" ones), window by window; here one stage
-    computes the same patches to the end. Its code weighs the representative by log-probabilities, so that the least
-    salient patches weigh most; here by the score.
+    The paper routes in three stages from block 6 of 24 on, each of which ranks all patches anew and computes another
+    share of them (0.7, 0.5, 0.5 in its "fast" models, 0.5, 0.4, 0.3 in its "faster" ones), window by window; here one
+    stage computes the same patches to the end. Its code weighs the representative by log-probabilities, so that the
+    least salient patches weigh most; here by the score.
     """
 
     keep: float = option(0.5, above=0, high=1)
@@ -61,7 +61,8 @@ class ToC3D(EncoderMethod):
         at_depths((self.first,), depth)
         if target:
             raise OptionError(
-                "toc3d gives all tokens back at the tower's end; say keep=0.5 (the share that is computed), not a ratio or budget."
+                "toc3d gives all tokens back at the tower's end; say keep=0.5 (the share that is computed), not a "
+                "ratio or budget."
             )
 
     def active(self, index: int, depth: int) -> bool:

@@ -55,10 +55,9 @@ class ToFu(EncoderMethod):
     (MLERP).
 
     Early blocks are far from linear, so that a mean of tokens is none of theirs; there dropping costs less. r: tokens
-    removed per block, or a list; without it `ratio` or `budget` decides (before a connector method the square root of the
-    ratio, as in ToMe). switch: first merging block, 0-based or a
-    fraction of the depth; 6 of 12 in the paper. There is no official code; the copy in PiToMe's repository divides by
-    another norm and switches one block later.
+    removed per block, or a list; without it `ratio` or `budget` decides (before a connector method the square root of
+    the ratio, as in ToMe). switch: first merging block, 0-based or a fraction of the depth; 6 of 12 in the paper. There
+    is no official code; the copy in PiToMe's repository divides by another norm and switches one block later.
     """
 
     r: int | tuple[int, ...] | None = option(

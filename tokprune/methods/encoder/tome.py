@@ -119,13 +119,14 @@ class ToMe(EncoderMethod):
 
     r: tokens merged away per block, or a list with one number per block; without it, `ratio` or `budget` says how many
     patches are left in the end, spread evenly over the blocks. Before a connector method, which follows the ratio, the
-    square root of the ratio, so that both stages reduce by the same factor. A block merges at most half of its patches; [CLS] and
-    other prefix tokens never merge. inflection: -1 merges most in the first blocks (table 10 of the paper), 1 in the
-    last ones. proportional: attention counts a merged token as often as it has members (equation 1); switch it off for
-    MAE models that were not trained with it, as published (preset="mae"). matching: "bipartite", or the paper's rivals "random" and "kth" (every
-    k-th patch is a destination, so a block keeps 1 / k; r is not used). k, seed: for those two. compat="published"
-    truncates sloping schedules as the published code does. That code also drops LayerScale and query/key normalisation
-    of the models it patches and protects two prefix tokens at most; here blocks stay as they are.
+    square root of the ratio, so that both stages reduce by the same factor. A block merges at most half of its patches;
+    [CLS] and other prefix tokens never merge. inflection: -1 merges most in the first blocks (table 10 of the paper), 1
+    in the last ones. proportional: attention counts a merged token as often as it has members (equation 1); switch it
+    off for MAE models that were not trained with it, as published (preset="mae"). matching: "bipartite", or the paper's
+    rivals "random" and "kth" (every k-th patch is a destination, so a block keeps 1 / k; r is not used). k, seed: for
+    those two. compat="published" truncates sloping schedules as the published code does. That code also drops
+    LayerScale and query/key normalisation of the models it patches and protects two prefix tokens at most; here blocks
+    stay as they are.
     """
 
     r: int | tuple[int, ...] | None = option(

@@ -87,7 +87,8 @@ def importance(attention: Tensor, rounds: int, cls_rows: int, low: float | None,
     complexity="O(TN² + N²d)",
     checked=Checked(
         "",
-        differs="no official code of the method; importance agrees with that of the authors' earlier Hongjiew/Transformer_pruning, the rest follows the paper",
+        differs="no official code of the method; importance agrees with that of the authors' earlier "
+        "Hongjiew/Transformer_pruning, the rest follows the paper",
     ),
 )
 @dataclass(frozen=True)

@@ -68,7 +68,8 @@ class AKS(QuestionScored):
         found = aks_published(scores, count, self.threshold, self.depth)
         if not found:
             raise OptionError(
-                f"AKS's published code chooses no frame at all for {count} frames at depth={self.depth} (its int({count} / "
+                f"AKS's published code chooses no frame at all for {count} frames at depth={self.depth} (its "
+                f"int({count} / "
                 f"2^{self.depth}) is 0); lower depth, keep more, or use compat='corrected'."
             )
         out, left = [0] * len(sizes), keep

@@ -18,9 +18,12 @@ def decoupling_prompt(question: str) -> str:
     return (
         f"Question about a video: {question.strip()}\n\n"
         "Do not answer it. To find the frames that matter, I will look for things in single frames.\n"
-        "First decide whether the answer depends on particular things that a camera can see: people, animals, objects, places, text. "
-        "If it does, name those things in a few words each, most important first, and leave out actions, numbers, opinions and the video itself.\n"
-        'Reply with one line of JSON, a list of strings, and nothing else. For example ["red car", "traffic light"] for a question about what '
+        "First decide whether the answer depends on particular things that a camera can see: people, animals, "
+        "objects, places, text. "
+        "If it does, name those things in a few words each, most important first, and leave out actions, numbers, "
+        "opinions and the video itself.\n"
+        'Reply with one line of JSON, a list of strings, and nothing else. For example ["red car", "traffic light"] '
+        "for a question about what "
         "a red car does at the lights, and [] for a question about the mood of the film."
     )
 

@@ -27,12 +27,12 @@ QUERY_PROMPT = (
     "A. yes\nB. no\nReply with the letter of the right option."
 )
 _EMPTY = """
-    a about after all also am an and any are as at be been before being both but by can could did do does doing during each for
-    from had has have having he her hers him his how i if in into is it its itself me more most my no nor not of off on once only
-    or other our out over own same she should so some such than that the their them then there these they this those through to
-    too under until up very was we were what when where which while who whom whose why will with would you your
-    video image picture photo frame clip shown show shows seen see answer question option options following best please true
-    false letter choice choices yes
+    a about after all also am an and any are as at be been before being both but by can could did do does doing
+    during each for from had has have having he her hers him his how i if in into is it its itself me more most my
+    no nor not of off on once only or other our out over own same she should so some such than that the their them
+    then there these they this those through to too under until up very was we were what when where which while who
+    whom whose why will with would you your video image picture photo frame clip shown show shows seen see answer
+    question option options following best please true false letter choice choices yes
 """
 EMPTY_WORDS = frozenset(_EMPTY.split())  # they say nothing of what is to be seen
 
@@ -69,7 +69,8 @@ class QuestionScored(ScoredFrames):
         object.__setattr__(self, "entities", self.entities or None)
         if self.score == "embeddings" and (self.entities or self.decouple):
             raise OptionError(
-                "score='embeddings' compares with the words of the question; entities= and decouple= belong to score='clip' or 'self'."
+                "score='embeddings' compares with the words of the question; entities= and decouple= belong to "
+                "score='clip' or 'self'."
             )
         for name, hole in (("entity_prompt", "{entities}"), ("query_prompt", "{question}")):
             if (text := getattr(self, name)) is not None and hole not in text:

@@ -36,10 +36,11 @@ def quota_shares(
 
 
 def scale_weights(weights: Sequence[float], cap: float) -> list[float]:
-    """Shares of 1 cut at `cap`, in one pass: each share below the cap grows in proportion to itself by what was cut off so far.
+    """Shares of 1 cut at `cap`, in one pass: each share below the cap grows in proportion to itself by what was cut off
+    so far.
 
-    Published: what a share exceeds the cap by after that joins what is shared out to those behind it, and the sum is not one
-    any more.
+    Published: what a share exceeds the cap by after that joins what is shared out to those behind it, and the sum is
+    not one any more.
     """
     out = [min(w, cap) for w in weights]
     excess = float(sum(max(w - cap, 0.0) for w in weights))
@@ -162,22 +163,22 @@ class Quota(QuestionScored):
     - truncating and rounding to rectangles wastes 3 to 20 % of the budget; here it is met exactly: water-filling,
       largest remainders, and, for reducers that need rectangles, these chosen so that next to nothing is left over
       (that rest lengthens single rows).
-    - one dominant frame gets more tokens than it has (it is blown up) in the first variant; the others cap shares in one
-      pass that shares the excess out unevenly (60 24 10 6 % with a cap of 25 become 25 25 17 10). Here the surplus flows to
-      the other frames in proportion to their shares.
+    - one dominant frame gets more tokens than it has (it is blown up) in the first variant; the others cap shares in
+      one pass that shares the excess out unevenly (60 24 10 6 % with a cap of 25 become 25 25 17 10). Here the surplus
+      flows to the other frames in proportion to their shares.
     - scores that are all 0 or NaN raise; here they count as equal, and a single NaN as 0.
     - model output is passed to eval() and regexes that fail leave variables undefined; see frames.decouple.
     - its token merging raises NameError and counts a mean of three tokens like one token; here means are weighted.
-    compat="published" restores truncation, shapes, caps and plain means (not the upsampling: a frame holds no more
-    tokens than it has).
+      compat="published" restores truncation, shapes, caps and plain means (not the upsampling: a frame holds no more
+      tokens than it has).
 
     power: exponent of the score. minimum: tokens that every frame keeps, as far as the budget reaches (the paper: 0; 1
     guards against a scorer that is wrong, which costs the paper itself 10 points on VNBench without decoupling).
     reducer: what happens inside a frame when no connector method is given: "bilinear" (the paper's best), "avgpool",
     "linspace", "tome" or "tome_separable". How frames are scored: `score` and the fields after it. The paper's own
     scorer is Qwen2-VL-2B with decoupled questions: preset="paper" (score="self", normalize="vocab", decouple=True) with
-    apply(..., scorer=(small_model, its_processor)); without a scorer the model itself is asked. How many frames the paper reads
-    of a video: `read_video(path, frames="quota")`, `--frames quota`.
+    apply(..., scorer=(small_model, its_processor)); without a scorer the model itself is asked. How many frames the
+    paper reads of a video: `read_video(path, frames="quota")`, `--frames quota`.
     """
 
     power: float = option(2.0, low=0, high=100, hint="0 treats all frames alike.")
@@ -211,6 +212,7 @@ class Quota(QuestionScored):
         counts = [min(c, n) for c, n in zip(counts, sizes, strict=True)]
         if not any(counts):
             raise OptionError(
-                f"QuoTA's published code truncates every frame's share of {keep} tokens to 0; ask for more, or use compat='corrected'."
+                f"QuoTA's published code truncates every frame's share of {keep} tokens to 0; ask for more, or use "
+                f"compat='corrected'."
             )
         return counts

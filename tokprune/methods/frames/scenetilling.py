@@ -31,7 +31,8 @@ from tokprune.tokens import VisualTokens
 )
 @dataclass(frozen=True)
 class SceneTilling(FramesMethod):
-    """SceneTilling (VideoLLaMB, ICCV 2025): cut the video where frames change most; every scene gets as much as the next.
+    """SceneTilling (VideoLLaMB, ICCV 2025): cut the video where frames change most; every scene gets as much as the
+    next.
 
     A long static shot then costs no more than a short one. Between frames t and t + 1 the similarity dips by the sum of
     how far it lies below the peaks left and right of it; a scene ends where that exceeds its mean + `alpha` standard

@@ -1,4 +1,5 @@
-"""Wrappers: take a connector method and make another one. They nest, and keep exactly as many tokens as they are asked for.
+"""Wrappers: take a connector method and make another one. They nest, and keep exactly as many tokens as they are asked
+for.
 
 PerTile(MergeDropped(DivPrune()))     each tile or frame on its own; what is dropped is averaged into its nearest
 Protect(FasterVLM(), border=2)        the frame of the picture stays, the rest by [CLS] attention

@@ -22,8 +22,8 @@ from tokprune.tokens import VisualTokens
 def distinct_tokens(features: Tensor, origin: Tensor) -> Tensor:
     """Effective number of different tokens of an image: 1 / mean of the squared cosines of all pairs.
 
-    features: (N, D). origin: (D,) point from which directions are measured. Returns a scalar between 1 (all alike) and N
-    (all orthogonal): the participation ratio of the spectrum. Tokens that lie on the origin count as alike.
+    features: (N, D). origin: (D,) point from which directions are measured. Returns a scalar between 1 (all alike) and
+    N (all orthogonal): the participation ratio of the spectrum. Tokens that lie on the origin count as alike.
     """
     rows = unit(wide(features) - origin)
     n, d = rows.shape
@@ -35,7 +35,8 @@ def distinct_tokens(features: Tensor, origin: Tensor) -> Tensor:
 
 @register_method(
     "adaptive_budget",
-    paper="wrapper (ours): dynamic budgets, after AdaptVision: Efficient Vision-Language Models via Adaptive Visual Acquisition",
+    paper="wrapper (ours): dynamic budgets, after AdaptVision: Efficient Vision-Language Models via Adaptive Visual "
+    "Acquisition",
     year=2025,
     url="https://arxiv.org/abs/2512.03794",
     complexity="the method's + O(N D min(N, D))",
@@ -45,15 +46,15 @@ def distinct_tokens(features: Tensor, origin: Tensor) -> Tensor:
 class AdaptiveBudget(Wrapper):
     """Dynamic budgets for any connector method: busy and large images of a prompt keep more, plain and small ones less.
 
-    AdaptVision (2025) learns by reinforcement how many visual tokens a picture is worth; that needs its training. This is a
-    rule in its spirit, and ours: image i of a prompt weighs N_i^(1 - density) * distinct_i^density, where N_i is its
-    number of tokens (resolution) and distinct_i its effective number of different tokens (information), both in tokens;
-    directions are measured from the mean of all tokens of the prompt, so that what the images share does not count. Whatever
-    total ratio or budget give the prompt is kept exactly: each image first gets `least` of its own fair share (one token
-    at the least), and all that is left is shared out in proportion to the weights.
+    AdaptVision (2025) learns by reinforcement how many visual tokens a picture is worth; that needs its training. This
+    is a rule in its spirit, and ours: image i of a prompt weighs N_i^(1 - density) * distinct_i^density, where N_i is
+    its number of tokens (resolution) and distinct_i its effective number of different tokens (information), both in
+    tokens; directions are measured from the mean of all tokens of the prompt, so that what the images share does not
+    count. Whatever total ratio or budget give the prompt is kept exactly: each image first gets `least` of its own fair
+    share (one token at the least), and all that is left is shared out in proportion to the weights.
 
-    method: what picks the tokens; a rule of its own for sharing budgets is not asked. density: 0 looks at resolution alone, 1
-    at content alone. A prompt with one image keeps its budget.
+    method: what picks the tokens; a rule of its own for sharing budgets is not asked. density: 0 looks at resolution
+    alone, 1 at content alone. A prompt with one image keeps its budget.
     """
 
     method: ConnectorMethod = wrapped()

@@ -25,8 +25,8 @@ class MergeDropped(Wrapper):
     """Average what the method drops into what it keeps: y = (y + sum of its dropped tokens) / (1 + how many).
 
     A dropped token goes to the kept token of highest cosine similarity. The average is handed on as merge weights, so
-    DeepStack planes follow. A method that merges itself keeps its merge: only tokens that flow nowhere in it are averaged
-    into its outputs, on top. into="none" leaves the dropped tokens out, for an ablation with one switch.
+    DeepStack planes follow. A method that merges itself keeps its merge: only tokens that flow nowhere in it are
+    averaged into its outputs, on top. into="none" leaves the dropped tokens out, for an ablation with one switch.
     """
 
     method: ConnectorMethod = wrapped()

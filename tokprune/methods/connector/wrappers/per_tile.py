@@ -29,14 +29,12 @@ from tokprune.tokens import Selection, VisualTokens
 class PerTile(Wrapper):
     """Run the method on each tile or frame as on a picture of its own.
 
-    split says who gets how much of the exact total:
-    "equal": as much each (FasterVLM, VisPruner, CDPruner and VisionZip do so); what a small tile cannot take flows on.
-    "proportional": in proportion to the tokens that unpadding left.
-    "hired": HiRED's: `alpha` to the thumbnail, the rest by the early attention to each tile's region.
-    "globalcom2": GlobalCom2's: the thumbnail keeps the overall ratio, a tile more or less by the last block's [CLS] scores of
-    its region; scaled to the exact total.
-    The last two read a thumbnail; streams without one (a plain picture, the frames of a video) are split equally. A tile
-    whose share is 0 (a budget below the number of tiles) drops out.
+    split says who gets how much of the exact total: "equal": as much each (FasterVLM, VisPruner, CDPruner and VisionZip
+    do so); what a small tile cannot take flows on. "proportional": in proportion to the tokens that unpadding left.
+    "hired": HiRED's: `alpha` to the thumbnail, the rest by the early attention to each tile's region. "globalcom2":
+    GlobalCom2's: the thumbnail keeps the overall ratio, a tile more or less by the last block's [CLS] scores of its
+    region; scaled to the exact total. The last two read a thumbnail; streams without one (a plain picture, the frames
+    of a video) are split equally. A tile whose share is 0 (a budget below the number of tiles) drops out.
     """
 
     method: ConnectorMethod = wrapped()

@@ -27,9 +27,9 @@ from tokprune.tokens import Selection, VisualTokens
 class Protect(Wrapper):
     """Always keep the tokens at the edge of each tile or frame, or at given places; the method chooses the rest.
 
-    border: width of the protected frame, in tokens of the grid. indices: places in the stream, negative ones from its end.
-    The method sees the stream without the protected tokens. If they are more than the budget, the method chooses among
-    them: the count stays exact.
+    border: width of the protected frame, in tokens of the grid. indices: places in the stream, negative ones from its
+    end. The method sees the stream without the protected tokens. If they are more than the budget, the method chooses
+    among them: the count stays exact.
     """
 
     method: ConnectorMethod = wrapped()

@@ -22,7 +22,9 @@ from tokprune.tokens import Selection, VisualTokens
 
 
 def relevance(features: Tensor, query: Tensor) -> Tensor:
-    """Mean cosine similarity of each token with the rows of a query. features: (N, D), query: (T, D) or (D,) -> (N,)."""
+    """Mean cosine similarity of each token with the rows of a query. features: (N, D), query: (T, D) or (D,)
+    -> (N,).
+    """
     return cosine_similarity(features.detach(), query.detach().reshape(-1, query.shape[-1])).mean(-1)
 
 
@@ -50,11 +52,11 @@ class Relevance(Wrapper):
     weight: 0 is the method alone; 1 is relevance alone, or for DivPrune its full product with the distance.
 
     source="embeddings": mean cosine between the token and the question's words in the LLM's embedding space.
-    source="clip": between the scorer's patch and text embeddings. sign=-1 turns it round, as CDPruner does for CLIP, whose
-    patches and texts are anti-correlated.
+    source="clip": between the scorer's patch and text embeddings. sign=-1 turns it round, as CDPruner does for CLIP,
+    whose patches and texts are anti-correlated.
 
-    Everything else is refused: merging, coverage and clustering methods have no score per token into which relevance could
-    be mixed. Wrap the inside of a wrapper: PerTile(Relevance(DivPrune())).
+    Everything else is refused: merging, coverage and clustering methods have no score per token into which relevance
+    could be mixed. Wrap the inside of a wrapper: PerTile(Relevance(DivPrune())).
     """
 
     method: ConnectorMethod = wrapped()
@@ -69,7 +71,8 @@ class Relevance(Wrapper):
                 " Wrap its inside instead: PerTile(Relevance(DivPrune()))." if isinstance(self.method, Wrapper) else ""
             )
             raise OptionError(
-                f"relevance cannot be mixed into {type(self.method).__name__}: it neither scores tokens one by one nor is it "
+                f"relevance cannot be mixed into {type(self.method).__name__}: it neither scores tokens one by one "
+                f"nor is it "
                 f"DivPrune, so there is no place for it in its maths.{hint}"
             )
 
@@ -90,7 +93,8 @@ class Relevance(Wrapper):
         words = word_embeddings(tokens) if self.source == "embeddings" else query.clip
         if words is None or words.numel() == 0:
             raise MissingQueryError(
-                "the question is known, but not its clip embedding, which a scorer makes; give apply(..., scorer=...), or "
+                "the question is known, but not its clip embedding, which a scorer makes; give apply(..., "
+                "scorer=...), or "
                 "source='embeddings', which needs none."
             )
         image = tokens.features if self.source == "embeddings" else tokens.signal("clip_image")
