@@ -12,8 +12,8 @@ from encoder_record import flops, wall
 
 import tokprune
 import tokprune.demo
-from tokprune.demo.evaluation import accuracy, correct
 from tokprune.runtime.encoder import apply_encoder
+from tools.demo.evaluation import accuracy, correct
 
 TOLERANCE = 0.02
 PICTURES = 8  # on which FLOPs and time are measured

@@ -12,7 +12,7 @@ from typing import ClassVar
 from torch import Tensor
 
 import tokprune.demo
-from tokprune.demo.evaluation import answer
+from tokprune.demo.asking import Asker
 from tokprune.methods.base import ScoreMethod
 from tokprune.methods.options import option
 from tokprune.registry import register_method
@@ -44,11 +44,12 @@ class Brightest(ScoreMethod):
 def main() -> None:
     """Ask three questions with and without the method."""
     model, processor = tokprune.demo.load()
+    asker = Asker(model, processor)
     examples = tokprune.demo.held_out(3)
-    questions, images = [e.question for e in examples], [e.image for e in examples]
-    print("all tokens:", answer(model, processor, questions, images))
+    inputs = asker.inputs(examples)
+    print("all tokens:", asker.answers(inputs))
     with tokprune.apply(model, "brightest", ratio=0.25) as pruning:
-        print("a quarter: ", answer(model, processor, questions, images))
+        print("a quarter: ", asker.answers(inputs))
         print(pruning.report())
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tokprune.budget import check_budget, check_ratio, keep_count
 from tokprune.errors import BudgetError, OptionError, unknown
+from tokprune.files import read_json, write_json
 from tokprune.methods.base import Method
 from tokprune.registry import get_method
 from tokprune.types import JsonObject
@@ -154,13 +154,9 @@ class PruneConfig:
 
     def save(self, path: str | Path) -> None:
         """Write the config as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        write_json(path, self.to_dict())
 
     @staticmethod
     def load(path: str | Path) -> PruneConfig:
         """Read a config that `save` wrote."""
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise OptionError(f"cannot read the pruning config {path}: {error}") from error
-        return PruneConfig.from_dict(data)
+        return PruneConfig.from_dict(read_json(path, "pruning config"))

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "budget": {"errors"},
     "ops": CORE,
     "registry": {"errors", "methods", "types"},
-    "config": {"budget", "errors", "methods", "registry", "types"},
+    "config": {"budget", "errors", "files", "methods", "registry", "types"},
     "video": CORE | {"ops"},
     "methods": CORE | {"ops", "registry", "video"},
 }

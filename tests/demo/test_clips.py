@@ -24,7 +24,7 @@ from tokprune.demo.clips import (
 )
 from tokprune.demo.clips_questions import CLIP_QUESTION_TYPES, MOMENT_TYPES, NEEDLE_TYPES, ask_clip
 from tokprune.demo.scenes import COLOR_NAMES, SHAPES
-from tokprune.demo.vocabulary import CLIP_WORD_IDS, CLIP_WORDS, WORDS, encode
+from tools.demo.vocabulary import CLIP_WORD_IDS, CLIP_WORDS, WORDS, encode
 
 
 def truths(question: str, objects) -> set[str]:

@@ -14,10 +14,10 @@ pytest.importorskip("av")
 
 import tokprune.demo
 from tokprune.cli.app import app
-from tokprune.demo.evaluation import accuracy, correct
 from tokprune.demo.loading import WEIGHTS_CLIPS, load_clip_model
 from tokprune.errors import MissingExtraError, OptionError
 from tools.demo.clips_report import chance
+from tools.demo.evaluation import accuracy, correct
 
 run = CliRunner().invoke
 

@@ -11,9 +11,9 @@ import torch
 
 from tokprune import demo
 from tokprune.demo.asking import Asker
-from tokprune.demo.evaluation import accuracy, correct
 from tokprune.demo.loading import WEIGHTS, DemoScorer
 from tokprune.demo.scenes import Example
+from tools.demo.evaluation import accuracy, correct
 
 N_TOKENS = 256
 

@@ -12,7 +12,7 @@ import pytest
 
 from tokprune.demo import scenes
 from tokprune.demo.scenes import QUESTION_TYPES, SIZE, Question, Scene, make_scene
-from tokprune.demo.vocabulary import WORD_IDS, encode
+from tools.demo.vocabulary import WORD_IDS, encode
 
 # The first object of the first held-out scene, and the mean of the scene's pixels.
 KNOWN_OBJECT = ("green", "star", "R")

@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from tokprune.evaluation.export import framed
+from tokprune.evaluation.export import Framed
 from tokprune.evaluation.reference import models, terminal
 
 HEADS = ("method", "kept", *(f"task {i}" for i in range(14)))
@@ -22,7 +22,7 @@ def printed(what: object, width: int) -> list[str]:
 
 @pytest.mark.parametrize("width", [40, 60, 80, 120, 300])
 def test_numbers_are_never_folded(width: int) -> None:
-    lines = printed(framed("a title", HEADS, BODY, ("method",), "a note"), width)
+    lines = printed(Framed("a title", HEADS, BODY, ("method",), "a note"), width)
     assert all(len(line.rstrip()) <= width for line in lines)
     words = [word for line in lines for word in line.split()]
     for row in BODY:

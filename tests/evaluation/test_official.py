@@ -13,9 +13,9 @@ import torch
 import tokprune.demo
 from tests.evaluation.lmms_cli import Run, lmms_eval
 from tokprune.adapters.prompting import answer, build_inputs
-from tokprune.demo.evaluation import answer as demo_answer
 from tokprune.testing import build, picture
 from tokprune.video import read_video
+from tools.demo.evaluation import answer as demo_answer
 
 pytest.importorskip("lmms_eval")
 pytest.importorskip("av")

@@ -10,11 +10,11 @@ import torch
 
 import tokprune.demo
 from tokprune.budget import kept
-from tokprune.demo.evaluation import answer
 from tokprune.evaluation.lmms_engine import Engine
 from tokprune.evaluation.lmms_options import pruning_config
 from tokprune.evaluation.lmms_requests import Prompt, Row
 from tokprune.loading import Loaded
+from tools.demo.evaluation import answer
 
 EXAMPLES = tokprune.demo.held_out(8, seed=3)
 COLORS = ("red", "blue", "green", "yellow", "purple", "orange", "pink", "cyan")

@@ -56,7 +56,7 @@ def direct(limit: int, **pruning: Any) -> list[bool]:
     """The same questions without lmms-eval: read the file, ask the model, compare the word."""
     import pyarrow.parquet as pq
 
-    from tokprune.demo.evaluation import answer
+    from tools.demo.evaluation import answer
 
     rows = pq.read_table(task_folder() / "tokprune_scenes" / "questions.parquet").to_pylist()[:limit]
     images = [Image.open(io.BytesIO(r["image"]["bytes"])).convert("RGB") for r in rows]
@@ -145,7 +145,7 @@ def test_likelihoods_choose_what_generation_says(tmp_path: Path) -> None:
 
 
 def direct_words(examples: list[Any], **pruning: Any) -> list[str]:
-    from tokprune.demo.evaluation import answer
+    from tools.demo.evaluation import answer
 
     model, processor = tokprune.demo.load()
     tokprune.apply(model, processor=processor, **pruning)

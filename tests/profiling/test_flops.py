@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
+from tests.profiling.counted import language_flops
 from tokprune.errors import UnsupportedModelError
 from tokprune.profiling import flops, formulas
 from tokprune.profiling.formulas import DecoderShape
@@ -119,7 +120,7 @@ def test_language_model_alone_and_on_meta(device: str) -> None:
     config = transformers.LlamaConfig(**{k: v for k, v in llama().items() if k != "model_type"})
     with torch.device(device):
         lm = transformers.LlamaForCausalLM(config).eval()
-    prefill, decode = flops.language_flops(lm.model, lm.lm_head, 23)
+    prefill, decode = language_flops(lm.model, lm.lm_head, 23)
     assert prefill == hand_decoder(23)
     assert decode == hand_decoder(1, past=23)
     shape = DecoderShape.of(config)
@@ -156,7 +157,9 @@ def test_formulas_give_the_published_numbers() -> None:
     assert formulas.formula_fastv(612, 4096, 11008) / 1e9 == pytest.approx(99.3, abs=0.05)
     # FastV README: 57 % of the FLOPs for K=3, R=50 %; tables for K=2, R=50 % and 90 %.
     for drop, layer, share in ((0.5, 3, 0.57), (0.5, 2, 0.55), (0.9, 2, 0.20)):
-        assert formulas.formula_fastv_share(612, 576, drop, layer, VICUNA) == pytest.approx(share, abs=0.006)
+        schedule = [612] * layer + [612 - round(drop * 576)] * (VICUNA.layers - layer)
+        reduced, full = (formulas.formula_total(formulas.formula_fastv, n, VICUNA) for n in (schedule, 612))
+        assert reduced / full == pytest.approx(share, abs=0.006)
     # PyramidDrop halves at layers 8, 16, 24: 1.78 T in its paper.
     steps = [576] * 8 + [288] * 8 + [144] * 8 + [72] * 8
     assert formulas.formula_total(formulas.formula_gated, steps, VICUNA) / 1e12 == pytest.approx(1.78, abs=0.01)

@@ -26,7 +26,7 @@ def test_cache_of_a_llama_equals_arithmetic() -> None:
     by_hand = 2 * 3 * 2 * 21 * 2 * 16 * 4  # K and V, layers, batch, tokens, heads, head size, bytes
     assert memory.kv_cache_bytes(cache) == by_hand
     assert memory.kv_cache_bytes_of(config, 21, 2, torch.float32) == by_hand
-    assert memory.kv_bytes_per_token(config, torch.float32) * 42 == by_hand
+    assert memory.kv_cache_bytes_of(config, 1, dtype=torch.float32) * 42 == by_hand
     old = tuple((layer.keys, layer.values) for layer in cache.layers)
     assert memory.kv_cache_bytes(old) == by_hand
     assert memory.kv_cache_bytes(None) == 0

@@ -11,7 +11,8 @@ from tokprune.errors import OptionError
 from tokprune.profiling import formulas
 from tokprune.profiling.build import build_meta, vision_calls
 from tokprune.profiling.devices import Device, calibrate, device
-from tokprune.profiling.plan import CostModel, Workload, larger, plan, preset_of
+from tokprune.profiling.loaded import preset_of_report
+from tokprune.profiling.plan import CostModel, Workload, larger, plan
 from tokprune.profiling.presets import preset
 from tokprune.profiling.profile import profile
 from tokprune.testing import build, picture
@@ -110,7 +111,8 @@ def test_a_measured_profile_calibrates() -> None:
     assert found.seconds(cell.flops["prefill"], 0) * 1000 == pytest.approx(cell.times["prefill"].median)
     step = found.seconds(0, report.weight_bytes - report.vision_bytes + (cell.cache_bytes or 0))
     assert 1 / step == pytest.approx(cell.times["decode_tokens_per_s"].median)
-    known, towers = preset_of(tiny.model, report)
+    known, vision = preset_of_report(report)
+    towers = {known.name: vision}
     text = cell.prompt - cell.visual
     work = Workload((40, 40), text=text, new_tokens=3)
     made = plan(known, found, work, "total", 1.0, vision=towers, dtype=torch.float32)

@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.profiling.counted import language_flops
 from tokprune.errors import OptionError
-from tokprune.profiling import flops, formulas
-from tokprune.profiling.build import build_meta, build_random, config_of, preset_flops, vision_calls
+from tokprune.profiling import formulas
+from tokprune.profiling.build import build_meta, build_random, config_of, vision_calls
 from tokprune.profiling.formulas import DecoderShape
 from tokprune.profiling.presets import list_presets, preset
 from tokprune.profiling.stages import find_stages
@@ -106,13 +107,11 @@ LARGE = [pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2.5-vl-72b
 def test_flops_on_the_meta_device(name: str) -> None:
     known = preset(name)
     model = build_meta(known)
-    full = preset_flops(known, known.default_size, model=model)
     visual = known.count(known.default_size)
-    stages = find_stages(model)
-    assert flops.language_flops(stages.language, stages.head, 64 + visual.placeholders) == (full.prefill, full.decode)
-    tenth = preset_flops(known, known.default_size, keep=visual.tokens // 10, model=model)
-    assert (tenth.vision, tenth.projector) == (full.vision, full.projector)
-    assert 0 < tenth.prefill < 0.2 * full.prefill
+    stages, shape, tokens = find_stages(model), known.decoder, 64 + visual.placeholders
+    prefill = formulas.exact_prefill(shape, tokens)
+    assert language_flops(stages.language, stages.head, tokens) == (prefill, formulas.exact_decode(shape, tokens))
+    assert 0 < formulas.exact_prefill(shape, 64 + visual.tokens // 10) < 0.2 * prefill
 
 
 def test_vision_flops_of_clip_by_hand_and_of_clips_of_frames() -> None:
@@ -133,13 +132,12 @@ def test_vision_flops_of_clips_grow_with_their_frames(name: str) -> None:
 
 def test_a_schedule_per_layer_costs_what_its_layers_cost() -> None:
     known = preset("llava-1.5-7b")
-    model = build_meta(known)
-    fastv = preset_flops(known, (336, 336), per_layer=[576] * 2 + [288] * 30, model=model)
     shape = known.decoder
+    fastv = formulas.exact_prefill(shape, [640] * 2 + [352] * 30)
     by_hand = (
         2 * formulas.exact_layer(shape, 640) + 30 * formulas.exact_layer(shape, 352) + 2 * shape.width * shape.vocab
     )
-    assert fastv.prefill == by_hand
+    assert fastv == by_hand
 
 
 def test_random_weights_answer_with_as_many_tokens_as_asked() -> None:

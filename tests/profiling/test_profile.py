@@ -17,7 +17,7 @@ from tokprune.methods.connector.uniform import Uniform
 from tokprune.profiling import formulas
 from tokprune.profiling.profile import profile, visual_columns
 from tokprune.profiling.report import ProfileReport
-from tokprune.profiling.resize import smaller
+from tokprune.profiling.resize import scaled_picture, shrinking
 from tokprune.profiling.runs import Profiler, ProfileRun, is_out_of_memory
 from tokprune.profiling.stages import STAGES
 from tokprune.testing import TinyVLM, build, picture
@@ -154,7 +154,7 @@ def test_resizing_is_a_rival_where_the_processor_allows() -> None:
     def count(inputs: Any) -> int:
         return visual_columns(tiny.model, inputs)
 
-    rival = smaller(prepare, image, count)
+    rival = shrinking(lambda factor: prepare(scaled_picture(image, factor)), count)
     full = count(prepare(image))
     assert full == 64
     assert abs(count(rival(0.25)) - 16) <= 2
@@ -167,8 +167,9 @@ def test_resizing_is_a_rival_where_the_processor_allows() -> None:
 
 
 def test_a_fixed_processor_is_noted(llava: TinyVLM) -> None:
-    rival = smaller(
-        lambda im: llava.inputs([["a", ("image", im)]]), picture(40, 40), lambda x: visual_columns(llava.model, x)
+    rival = shrinking(
+        lambda factor: llava.inputs([["a", ("image", scaled_picture(picture(40, 40), factor))]]),
+        lambda x: visual_columns(llava.model, x),
     )
     made = profile(
         llava.model,

@@ -194,7 +194,7 @@ def _show(sweep: Sweep, written: list[Path], request: EvalRequest) -> int:
     if rows:
         console.print(export.terminal(rows, f"{sweep.settings.model}, {_questions(rows)}"))
         for task, heads, body in export.details(sweep):
-            console.print(export.framed(f"{task}, other metrics", heads, body, export.LEFT))
+            console.print(export.Framed(f"{task}, other metrics", heads, body, export.LEFT))
         written += outputs.write(rows)
     if request.reference:
         from tokprune.evaluation.reference.beside import beside

@@ -248,7 +248,7 @@ def _clip_work(request: ProfileRequest, loaded: Loaded, clip: Video) -> Work:
 
 def _scaled_work(request: ProfileRequest, loaded: Loaded, at_scale: Callable[[float], Fields], what: str) -> Work:
     """The prompt at its own size or at the wanted number of tokens, and its smaller rivals."""
-    from tokprune.profiling.resize import at_count
+    from tokprune.profiling.resize import at_count, shrinking
     from tokprune.profiling.runs import visual_columns
 
     def count(inputs: Inputs) -> int:
@@ -262,7 +262,5 @@ def _scaled_work(request: ProfileRequest, loaded: Loaded, at_scale: Callable[[fl
         exact = "" if got == request.tokens else f", the nearest to {request.tokens} that picture sizes give"
         notes.append(f"scaled to {got} visual tokens{exact}")
 
-    def resized(share: float) -> Fields:
-        return at_count(at_scale, count, max(1.0, share * count(inputs)), full)[0]
-
+    resized = shrinking(at_scale, count, full, count(inputs))
     return Work(loaded.model, inputs, request.model, loaded.processor, resized=resized, notes=notes)

@@ -52,6 +52,11 @@ def shown(example: Example | ClipExample) -> Medium:
     return read_frames(example.path, example.frames) if isinstance(example, ClipExample) else example.image
 
 
+def source(example: Example | ClipExample) -> object:
+    """What tells pictures and clips apart: the seed of the scene, or the file."""
+    return example.path if isinstance(example, ClipExample) else example.scene.seed
+
+
 def batch_size(examples: Sequence[Example | ClipExample]) -> int:
     """How many of these questions are asked at once."""
     first = examples[0]

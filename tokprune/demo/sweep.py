@@ -13,9 +13,8 @@ from tokprune.profiling.flops import stage_flops
 from tokprune.profiling.stages import find_stages, watch
 from tokprune.profiling.timing import synchronize
 
-from .asking import Asker, batch_size
+from .asking import Asker, batch_size, source
 from .clips import ClipExample
-from .evaluation import source
 from .scenes import Example
 
 if TYPE_CHECKING:

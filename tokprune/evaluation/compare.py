@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from tokprune.errors import OptionError
 from tokprune.evaluation.cells import CellResult
-from tokprune.evaluation.export import framed
+from tokprune.evaluation.export import Framed
 from tokprune.evaluation.sweep import Sweep
 from tokprune.evaluation.table import Row, corrected, difference_text, p_text, pair, row_of, score_text
 from tokprune.types import JsonObject
-
-if TYPE_CHECKING:
-    from tokprune.evaluation.export import Framed
 
 
 @dataclass(frozen=True)
@@ -43,7 +39,7 @@ class Comparison:
             *(f"only in one run: {name}" for name in self.alone),
             *(f"{r.task}, {r.method} at {r.ratio:g}: {r.note}" for r in self.rows if r.note),
         ]
-        return framed("", heads, body, ("task", "method"), "\n".join(notes))
+        return Framed("", heads, body, ("task", "method"), "\n".join(notes))
 
 
 def compare_sweeps(first: Sweep, second: Sweep) -> Comparison:

@@ -50,21 +50,15 @@ def texts(rows: Sequence[Row], without: Sequence[str] = ()) -> tuple[list[str], 
     return [HEADS[i] for i in used], [[line[i] for i in used] for line in body]
 
 
-def framed(
-    title: str, heads: Sequence[str], body: Sequence[Sequence[str]], left: Sequence[str], notes: str = ""
-) -> Framed:
-    """A table for the terminal, its title above and its notes below. left: heads of columns that hold words."""
-    return Framed(title, tuple(heads), tuple(map(tuple, body)), tuple(left), notes)
-
-
 @dataclass(frozen=True)
 class Framed:
-    """A table that never breaks a number: where the terminal is too narrow, it goes on below, the words repeated."""
+    """A table for the terminal that never breaks a number: where that is too narrow, it goes on below, the words repeated."""
 
     title: str
-    heads: tuple[str, ...]
-    body: tuple[tuple[str, ...], ...]
-    left: tuple[str, ...]
+    heads: Sequence[str]
+    body: Sequence[Sequence[str]]
+    left: Sequence[str]
+    """Heads of the columns that hold words."""
     notes: str = ""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
@@ -124,7 +118,7 @@ def terminal(rows: Sequence[Row], title: str = "") -> Group:
     parts = []
     for task in dict.fromkeys(r.task for r in rows):
         heads, body = texts([r for r in rows if r.task == task], NARROW)
-        parts.append(framed(f"{task}, {title}" if title else task, heads, body, LEFT))
+        parts.append(Framed(f"{task}, {title}" if title else task, heads, body, LEFT))
     return Group(*parts, Text(caption(rows), style="dim"))
 
 

@@ -37,12 +37,12 @@ class Harness:
                 from lmms_eval import evaluator
             except ImportError as error:
                 raise missing_extra("lmms-eval", "eval", "tokprune eval") from error
-            from tokprune.evaluation.harness_model import SweepModel
             from tokprune.evaluation.harness_tasks import task_manager
+            from tokprune.evaluation.lmms_model import TokpruneChat
 
             self._simple_evaluate = evaluator.simple_evaluate
             self.tasks = task_manager(tasks, folders, settings.prompts)
-            self.model = SweepModel(**self.model_args())
+            self.model = TokpruneChat(**self.model_args())
         if tick is not None:
             self.model.tick = tick
         self.team = Team.running()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tokprune.profiling.runs import placeholders
 from tokprune.profiling.stages import StageModules, find_stages
 from tokprune.profiling.timing import StageClock
 from tokprune.types import VLM, Inputs, JsonObject
@@ -63,20 +64,9 @@ def stages_of(model: VLM) -> StageModules | None:
         return None
 
 
-def visual_columns(model: VLM, inputs: Inputs) -> Tensor:
-    """Which prompt columns are placeholders of pictures or clips, (B, L) bool."""
-    ids = inputs["input_ids"]
-    found = torch.zeros_like(ids, dtype=torch.bool)
-    for name in ("image_token_id", "video_token_id"):
-        token = getattr(model.config, name, None)
-        if token is not None:
-            found |= ids == token
-    return found
-
-
 def token_counts(model: VLM, inputs: Inputs, keep: Tensor | None) -> list[tuple[int, int, int]]:
     """Visual tokens in the prompt, visual tokens kept, and tokens that reach the LLM, for each row. keep: (B, L) or None."""
-    visual = visual_columns(model, inputs)
+    visual = placeholders(model, inputs["input_ids"])
     mask = inputs.get("attention_mask")
     real = torch.ones_like(visual) if mask is None else mask.bool()
     alive = real if keep is None else real & keep.to(real.device)

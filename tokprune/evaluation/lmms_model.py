@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -46,6 +46,8 @@ class TokpruneChat(lmms):
     """
 
     is_simple = False
+    tick: Callable[[int, int], None] = staticmethod(lambda done, total: None)
+    """Called with (questions answered, questions in all) as a run goes on."""
 
     def __init__(self, **model_args: object) -> None:
         super().__init__()
@@ -172,31 +174,47 @@ class TokpruneChat(lmms):
 
     def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
         """Answers in the order of the requests. A row that fails ends the run with an EvaluationError that names it."""
-        results: list[GenerationResult | None] = [None] * len(requests)
-        outcome = Outcome()
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
-        counted: dict[str, int] = {}
+        return self._run(requests, self._generated, GenerationResult("", None))
+
+    def _run(
+        self,
+        requests: Sequence[Instance],
+        work: Callable[[Sequence[Prompt], Outcome], Iterable[GenerationResult | None]],
+        lost: GenerationResult,
+    ) -> list[GenerationResult]:
+        """The results of all requests, in order. work: a batch of prompts -> theirs. lost: of rows that have none."""
+        results = [lost] * len(requests)
+        outcome, done = Outcome(), 0
         bar = tqdm(total=len(requests), disable=self.rank != 0, desc="tokprune")
+        self.tick(0, len(requests))
         try:
-            for places, prompts in self._batches(requests, results, outcome):
-                for place, prompt, answer in zip(places, prompts, self._answers(prompts, outcome), strict=True):
+            for places, prompts in self._batches(requests, outcome):
+                for place, result in zip(places, work(prompts, outcome), strict=True):
+                    results[place] = lost if result is None else result
                     bar.update()
-                    if answer is None:
-                        results[place] = GenerationResult("", None)
-                        continue
-                    record = answer.record
-                    if counted.setdefault(record.task, 0) < self.args.flops_samples and self.rank == 0:
-                        counted[record.task] += 1
-                        record = self.engine(prompt.kind).count_flops(prompt, record)
-                    outcome.records.append(record)
-                    tokens = TokenCounts(input_tokens=record.prompt_tokens, output_tokens=record.new_tokens)
-                    results[place] = GenerationResult(answer.text, tokens)
+                done += len(places)
+                self.tick(done, len(requests))
         except EvaluationError as error:
             outcome.fatal = error
         bar.close()
         self._finish(outcome)
-        return [r if r is not None else GenerationResult("", None) for r in results]
+        return results
+
+    def _generated(self, prompts: Sequence[Prompt], outcome: Outcome) -> Iterator[GenerationResult | None]:
+        """The answers to a batch as results; the FLOPs of each task's first ones are counted."""
+        for prompt, answer in zip(prompts, self._answers(prompts, outcome), strict=True):
+            if answer is None:
+                yield None
+                continue
+            record = answer.record
+            if self.rank == 0 and outcome.counted[record.task] < self.args.flops_samples:
+                outcome.counted[record.task] += 1
+                record = self.engine(prompt.kind).count_flops(prompt, record)
+            outcome.records.append(record)
+            tokens = TokenCounts(input_tokens=record.prompt_tokens, output_tokens=record.new_tokens)
+            yield GenerationResult(answer.text, tokens)
 
     def _answers(self, prompts: Sequence[Prompt], outcome: Outcome) -> list[Answer | None]:
         """The answers to a batch; None for rows that fail with on_error="continue".
@@ -243,24 +261,20 @@ class TokpruneChat(lmms):
     def _row(request: Instance, task: str, split: str, doc_id: int) -> Row:
         return Row(task, split, int(doc_id), bool((request.metadata or {}).get("__padding_only__")))
 
-    def _batches(
-        self, requests: Sequence[Instance], results: list[GenerationResult | None], outcome: Outcome
-    ) -> Iterator[tuple[list[int], list[Prompt]]]:
+    def _batches(self, requests: Sequence[Instance], outcome: Outcome) -> Iterator[tuple[list[int], list[Prompt]]]:
         """Neighbouring prompts with equal generation settings and media, up to the batch size, with their places.
 
-        Rows that only pad a process get an empty answer, which lmms-eval throws away; so do failed ones with on_error="continue".
+        Left out are rows that only pad a process, and failed ones with on_error="continue".
         """
         batch: list[tuple[int, Prompt]] = []
         for place, request in enumerate(requests):
             row, messages_of, generation, target = self._request(request)
             if row.padding:
-                results[place] = GenerationResult("", None)
                 continue
             try:
                 prompt = self._reader.read(row, messages_of, generation, target)
             except Exception as error:
                 self._failed_row(row, error, outcome)
-                results[place] = GenerationResult("", None)
                 continue
             if batch and (len(batch) == self.batch_size or not _together(batch[0][1], prompt)):
                 yield [p for p, _ in batch], [p for _, p in batch]
@@ -272,7 +286,7 @@ class TokpruneChat(lmms):
     def _failed_row(self, row: Row, error: Exception, outcome: Outcome) -> None:
         """Raise the error with its row's name, or note it when the run is to go on."""
         if not isinstance(error, EvaluationError):
-            cause, error = error, at_row(row.task, row.doc_id, "the model failed", error)
+            cause, error = error, at_row(row.task, row.doc_id, "answering failed", error)
             error.__cause__ = cause
         if self.args.on_error == "raise":
             raise error
@@ -316,29 +330,19 @@ class TokpruneSimple(TokpruneChat):
         lmms-eval's scorer takes the smallest number, so a loss is what it wants; and it turns bare tuples into text, which
         the wrapper prevents.
         """
-        results: list[GenerationResult | None] = [None] * len(requests)
-        outcome = Outcome()
-        bar = tqdm(total=len(requests), disable=self.rank != 0, desc="tokprune")
-        try:
-            for places, prompts in self._batches(requests, results, outcome):
-                for place, prompt in zip(places, prompts, strict=True):
-                    started = time.perf_counter()
-                    try:
-                        loss, greedy, record = self.engine(prompt.kind).score(prompt)
-                        outcome.records.append(record)
-                    except Exception as error:
-                        self._failed_row(prompt.row, error, outcome)
-                        loss, greedy = float("inf"), False
-                    outcome.seconds += time.perf_counter() - started
-                    pair = (loss, greedy)
-                    results[place] = GenerationResult(text=pair)
-                    bar.update()
-        except EvaluationError as error:
-            outcome.fatal = error
-        bar.close()
-        self._finish(outcome)
-        lost = (float("inf"), False)
-        return [r if r is not None and r.text else GenerationResult(text=lost) for r in results]
+        return self._run(requests, self._scored, GenerationResult(text=(float("inf"), False)))
+
+    def _scored(self, prompts: Sequence[Prompt], outcome: Outcome) -> Iterator[GenerationResult | None]:
+        for prompt in prompts:
+            started, result = time.perf_counter(), None
+            try:
+                loss, greedy, record = self.engine(prompt.kind).score(prompt)
+                outcome.records.append(record)
+                result = GenerationResult(text=(loss, greedy))
+            except Exception as error:
+                self._failed_row(prompt.row, error, outcome)
+            outcome.seconds += time.perf_counter() - started
+            yield result
 
 
 def _together(first: Prompt, second: Prompt) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -11,12 +12,14 @@ from tokprune.evaluation.lmms_meter import SampleRecord
 
 @dataclass
 class Outcome:
-    """What a process did in one call. fatal: what ended it. seconds: spent in the model."""
+    """What a process did in one call. fatal: what ended it. seconds: spent in the model. counted: answers per task whose FLOPs
+    were counted."""
 
     records: list[SampleRecord] = field(default_factory=list)
     failures: list[EvaluationError] = field(default_factory=list)
     fatal: EvaluationError | None = None
     seconds: float = 0.0
+    counted: Counter[str] = field(default_factory=Counter)
 
 
 def gather(own: Outcome, processes: int) -> Outcome:

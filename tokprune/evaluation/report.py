@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import re
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from tokprune.evaluation.cells import BASELINE
 from tokprune.evaluation.export import caption, details, texts
 from tokprune.evaluation.sweep import Sweep
 from tokprune.evaluation.table import Row, scale
-from tokprune.viz.plots import Point, accuracy_over_ratio, pareto
+from tokprune.viz.plots import Point, accuracy_over_ratio, pareto, png
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -99,7 +98,7 @@ def page(sweep: Sweep, rows: Sequence[Row], plots: Sequence[Plot], reference: bo
     tables = [table, *(Table(names, lines, f"{task}, other metrics") for task, names, lines in details(sweep))]
     sections = [Section("Results", notes, tables)]
     for task in dict.fromkeys(p.task for p in plots):
-        pictures = [Picture(_png(p.figure), p.text, f"{p.task}: {p.text}") for p in plots if p.task == task]
+        pictures = [Picture(png(p.figure), p.text, f"{p.task}: {p.text}") for p in plots if p.task == task]
         sections.append(Section(task, "", (), pictures))
     if sweep.failures:
         lines = [(str(f.cell), f.error, f.reason) for f in sweep.failures]
@@ -133,9 +132,3 @@ def _sortable(row: Row, heads: Sequence[str], line: Sequence[str]) -> list[objec
         number = numbers.get(head)
         cells.append(Value(text, float(number)) if number is not None else text or None)
     return cells
-
-
-def _png(figure: Figure) -> bytes:
-    out = io.BytesIO()
-    figure.savefig(out, format="png", metadata={"Software": None})
-    return out.getvalue()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -71,10 +69,6 @@ class Arithmetic:
         data = {name: getattr(self, name) for name in self.__dataclass_fields__}
         rows = [vars(row) | {"total": row.total(self.new_tokens)} for row in self.rows]
         return {"type": TYPE, "version": VERSION, **data, "rows": rows, "published": list(self.published)}
-
-    def save(self, path: str | Path) -> None:
-        """Write as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
     @property
     def heading(self) -> str:

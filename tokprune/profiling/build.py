@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from tokprune.errors import OptionError
-from tokprune.profiling import flops, formulas
+from tokprune.profiling import flops
 from tokprune.profiling.presets import Preset, smart_grid
 from tokprune.profiling.resolution import Size
 from tokprune.profiling.stages import find_stages
@@ -145,31 +145,3 @@ def vision_calls(model: VLM, preset: Preset, size: Size, frames: int | None = No
     if kind == "anyres" and frames is not None and not hasattr(base, "get_video_features"):
         raise OptionError(f"{preset.title} ({family}) takes no videos; leave out frames.")
     return flops.vision_flops(run, stages)
-
-
-def preset_flops(
-    preset: Preset,
-    size: Size,
-    keep: int | None = None,
-    *,
-    frames: int | None = None,
-    text: int = 64,
-    model: VLM | None = None,
-    per_layer: Sequence[int] | None = None,
-) -> flops.StageFlops:
-    """FLOPs by stage of one prompt: a picture (or clip) of `size`, `keep` of its visual tokens, `text` other tokens.
-
-    Tower and projector are counted by torch on the meta device; the LLM in closed form, which tests hold equal to torch's
-    count. per_layer: visual tokens in each layer (decoder-stage methods) instead of `keep`. A method's own scoring is not
-    in a preset's count: `select` is 0. model: a `build_meta` model to use again.
-    """
-    counted = preset.count(size, frames)
-    vision, projector = vision_calls(model if model is not None else build_meta(preset), preset, size, frames)
-    shape = preset.decoder
-    if per_layer is not None:
-        tokens: int | list[int] = [text + int(n) for n in per_layer]
-    else:
-        tokens = text + (counted.placeholders if keep is None else int(keep))
-    return flops.StageFlops(
-        vision, projector, 0, formulas.exact_prefill(shape, tokens), formulas.exact_decode(shape, tokens)
-    )

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from tokprune.adapters.dialect import as_cache, cache_of
 from tokprune.profiling.stages import StageModules, find_stages, watch
-from tokprune.types import Inputs, JsonObject, ModelConfig
+from tokprune.types import Inputs, JsonObject
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,7 @@ def stage_flops(model: nn.Module, inputs: Inputs, stages: StageModules | None = 
     """FLOPs of `model.generate(**inputs)` by stage, the decode stage being the second token's step.
 
     The call is really made (greedy, two new tokens) with whatever pruning is applied to the model, so the count is of what
-    runs: a selection's own products appear under `select`. Not for meta models: see `language_flops` and `vision_flops`.
+    runs: a selection's own products appear under `select`. Not for meta models: see `vision_flops`.
     """
     stages = stages or find_stages(model)
     with torch.no_grad(), new_counter() as counter:
@@ -119,32 +117,6 @@ def stage_flops(model: nn.Module, inputs: Inputs, stages: StageModules | None = 
         b.get("decode", 0),
         _operators(counter),
     )
-
-
-def language_flops(
-    language: nn.Module, head: nn.Module | None, tokens: int, batch: int = 1, **call: object
-) -> tuple[int, int]:
-    """FLOPs of the LLM's prefill over `tokens` embeddings and of one decode step after it; meta device allowed.
-
-    language: a transformers decoder without head. head: the output head, run on the last position only (as `generate`
-    does). call: more arguments of its forward.
-    """
-    reference = next(language.parameters())
-    config = cast("ModelConfig", language.config)
-    width = int(getattr(config, "hidden_size", 0) or config.get_text_config().hidden_size)
-
-    def embeddings(n: int) -> Tensor:
-        return torch.empty(batch, n, width, device=reference.device, dtype=reference.dtype)
-
-    with torch.no_grad(), new_counter() as counter:
-        out = language(inputs_embeds=embeddings(tokens), use_cache=True, **call)
-        if head is not None:
-            head(out.last_hidden_state[:, -1:])
-        prefill = counter.get_total_flops()
-        out = language(inputs_embeds=embeddings(1), use_cache=True, **as_cache(type(language).forward, cache_of(out)))
-        if head is not None:
-            head(out.last_hidden_state[:, -1:])
-        return prefill, counter.get_total_flops() - prefill
 
 
 def vision_flops(encode: Callable[[], object], stages: StageModules) -> tuple[int, int]:

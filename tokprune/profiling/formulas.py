@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 from tokprune.types import ModelConfig
 
@@ -26,7 +27,7 @@ class DecoderShape:
     ffn_matrices: int = 3
 
     @staticmethod
-    def of(config: ModelConfig) -> DecoderShape:
+    def of(config: ModelConfig | SimpleNamespace) -> DecoderShape:
         """The shape that a transformers text config (or a config that holds one) describes."""
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         heads = int(text.num_attention_heads)
@@ -97,16 +98,6 @@ def formula_total(layer: Callable[..., int], tokens: int | Sequence[int], shape:
     per_layer = [tokens] * shape.layers if isinstance(tokens, int) else list(tokens)
     more = (shape.kv_heads * shape.head_dim,) if layer is formula_gqa else ()
     return sum(layer(n, shape.width, shape.ffn, *more) for n in per_layer)
-
-
-def formula_fastv_share(n: int, image_tokens: int, drop: float, layer: int, shape: DecoderShape) -> float:
-    """FastV's FLOPs ratio: [K·c(n) + (T-K)·c(n̂)] / (T·c(n)), n̂ = n - drop·image_tokens, K = `layer` complete layers.
-
-    n: all tokens of the prompt; drop: the paper's R, the share of image tokens removed. Uses the two-matrix formula.
-    """
-    c = formula_fastv(n, shape.width, shape.ffn)
-    reduced = formula_fastv(n - round(drop * image_tokens), shape.width, shape.ffn)
-    return (layer * c + (shape.layers - layer) * reduced) / (shape.layers * c)
 
 
 #: The formulas by the names that reports print.

@@ -48,11 +48,6 @@ def cached_tokens(cache: object) -> list[int]:
     return out
 
 
-def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> int:
-    """Bytes that one cached token costs over all layers that cache everything: 2 (keys, values) x layers x heads x head size."""
-    return kv_cache_bytes_of(config, 1, 1, dtype)
-
-
 def kv_cache_bytes_of(config: ModelConfig, tokens: int, batch: int = 1, dtype: torch.dtype = torch.bfloat16) -> int:
     """Bytes of a dynamic cache over `tokens` tokens, by arithmetic from a transformers config.
 

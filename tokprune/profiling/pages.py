@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -12,19 +11,11 @@ from tokprune.profiling.memory import readable
 from tokprune.profiling.published import CAUTION
 from tokprune.types import JsonObject
 from tokprune.viz.html import Page, Picture, Section
+from tokprune.viz.plots import png
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from tokprune.profiling.arithmetic import Arithmetic
     from tokprune.profiling.report import ProfileReport
-
-
-def png(figure: Figure) -> bytes:
-    """A matplotlib figure as the bytes of a PNG."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
 
 
 def _bars(report: ProfileReport) -> tuple[list[Picture], str]:

@@ -21,26 +21,11 @@ from tokprune.profiling.build import build_meta, config_of, vision_calls
 from tokprune.profiling.devices import Device
 from tokprune.profiling.memory import kv_cache_bytes_of, readable
 from tokprune.profiling.presets import Preset, preset
-from tokprune.profiling.report import ProfileReport
 from tokprune.profiling.resolution import Size
 from tokprune.profiling.stages import find_stages
-from tokprune.types import VLM, JsonObject
+from tokprune.types import JsonObject
 
 Target = Literal["ttft", "total", "memory"]
-
-
-def preset_of(model: VLM, report: ProfileReport) -> tuple[Preset, Mapping[str, tuple[float, float]]]:
-    """A loaded model as a preset, and the `vision` argument of `plan`: picture costs and token counts are the profile's own."""
-    cell = report.plain
-    if not cell.flops:
-        raise OptionError("this profile has no FLOPs of the plain run; profile with count_flops=True.")
-    stages, config = find_stages(model), model.config
-    own = {id(p): p.numel() for module in (stages.vision, *stages.projectors) for p in module.parameters()}
-    image = {"kind": "fixed", "tokens": cell.visual_full}
-    data = {key: value for key, value in config.to_dict().items() if key != "model_type"}
-    known = Preset(report.model, report.model, config.model_type, report.parameters, image, data, ("the loaded model",))
-    seen = (int(cell.flops["vision"]) + int(cell.flops["projector"])) / report.batch
-    return known, {known.name: (seen, float(sum(own.values())))}
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
+from types import SimpleNamespace
 
 from tokprune.errors import OptionError, unknown
 from tokprune.profiling import resolution as res
@@ -54,17 +55,7 @@ class Preset:
     @property
     def decoder(self) -> DecoderShape:
         """The language model's shape, for arithmetic; needs neither torch nor transformers to build anything."""
-        text = self.config["text_config"]
-        heads = int(text["num_attention_heads"])
-        return DecoderShape(
-            int(text["num_hidden_layers"]),
-            int(text["hidden_size"]),
-            heads,
-            int(text.get("num_key_value_heads") or heads),
-            int(text.get("head_dim") or text["hidden_size"] // heads),
-            int(text["intermediate_size"]),
-            int(text["vocab_size"]),
-        )
+        return DecoderShape.of(SimpleNamespace(**self.config["text_config"]))
 
     @property
     def default_size(self) -> Size:

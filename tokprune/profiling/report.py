@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tokprune.errors import OptionError
+from tokprune.files import read_json, write_json
 from tokprune.profiling.stages import STAGES
 from tokprune.profiling.timing import Measurement
 from tokprune.types import Fields, JsonObject
@@ -205,16 +205,12 @@ class ProfileReport:
 
     def save(self, path: str | Path) -> None:
         """Write the report as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        write_json(path, self.to_dict())
 
     @staticmethod
     def load(path: str | Path) -> ProfileReport:
         """Read a report that `save` wrote."""
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise OptionError(f"cannot read the profile {path}: {error}") from error
-        return ProfileReport.from_dict(data)
+        return ProfileReport.from_dict(read_json(path, "profile"))
 
     def table(self, width: int | None = None) -> Group:
         """The tables for a terminal: where the time goes, and what it costs in tokens, FLOPs and bytes.

@@ -12,10 +12,8 @@ from PIL import Image
 from tokprune.errors import OptionError
 from tokprune.profiling.presets import Preset
 from tokprune.profiling.resolution import Size
-from tokprune.types import Fields
+from tokprune.types import Inputs
 
-Inputs = Fields
-Prepare = Callable[[Image.Image], Inputs]
 AtScale = Callable[[float], Inputs]  # factor of height and width -> inputs
 LEAST = 16  # pixels of a side: below, processors no longer know which axis holds the channels
 MOST = 64.0  # a picture is made larger or smaller by at most this factor
@@ -71,25 +69,16 @@ def at_count(
     return best, found
 
 
-def smaller(prepare: Prepare, image: Image.Image, count: Callable[[Inputs], int]) -> Callable[[float], Inputs]:
-    """A function from a share of tokens to inputs made of the picture scaled down until it gives about so many.
+def shrinking(
+    at_scale: AtScale, count: Callable[[Inputs], int], full: int | None = None, whole: int | None = None
+) -> AtScale:
+    """A function from a share of tokens to inputs of the picture or clip scaled down until it gives about so many.
 
-    prepare: picture -> inputs, through the processor. Processors that make a fixed number of tokens give the same count at
-    any size.
+    full: the count at factor 1, where it is known. whole: what shares are of, `full` unless told otherwise. Processors that
+    make a fixed number of tokens give that at any size.
     """
-    if min(image.size) < 1:
-        raise OptionError(f"the picture is {image.width} x {image.height} pixels; it needs at least one.")
-    return shrinking(lambda factor: prepare(scaled_picture(image, factor)), count)
-
-
-def shrinking(at_scale: AtScale, count: Callable[[Inputs], int]) -> Callable[[float], Inputs]:
-    """The same for anything that can be scaled, such as the frames of a clip."""
-    full = count(at_scale(1.0))
-
-    def inputs_for(share: float) -> Inputs:
-        return at_count(at_scale, count, max(1.0, share * full), full)[0]
-
-    return inputs_for
+    known = count(at_scale(1.0)) if full is None else full
+    return lambda share: at_count(at_scale, count, max(1.0, share * (whole or known)), known)[0]
 
 
 def preset_size(known: Preset, wanted: int, frames: int | None = None) -> tuple[Size, int]:

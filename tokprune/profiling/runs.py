@@ -208,18 +208,17 @@ def _kept(last: LastRun) -> int:
     return max(per_row.values(), default=0)
 
 
+def placeholders(model: VLM, ids: Tensor) -> Tensor:
+    """Which prompt columns stand for pictures or clips. ids: (B, L) -> (B, L) bool."""
+    config = getattr(model, "config", None)
+    tokens = [getattr(config, name, None) for name in ("image_token_id", "video_token_id")]
+    return torch.isin(ids, ids.new_tensor([t for t in tokens if t is not None]))
+
+
 def visual_columns(model: VLM, inputs: Inputs) -> int:
     """Placeholder columns of the longest prompt."""
     ids = inputs.get("input_ids")
-    if not isinstance(ids, Tensor):
-        return 0
-    config = getattr(model, "config", None)
-    tokens = [getattr(config, name, None) for name in ("image_token_id", "video_token_id")]
-    visual = torch.zeros_like(ids, dtype=torch.bool)
-    for token in tokens:
-        if token is not None:
-            visual |= ids == token
-    return int(visual.sum(1).max())
+    return int(placeholders(model, ids).sum(1).max()) if isinstance(ids, Tensor) else 0
 
 
 def name_of(method: MethodLike) -> str:

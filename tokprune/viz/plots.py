@@ -6,6 +6,7 @@ Needs matplotlib (the `plot` extra); no display and no global state.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -224,3 +225,10 @@ def save(figure: Figure, path: str | Path) -> Path:
     with writing(target):
         figure.savefig(target, format=kind, metadata=metadata)
     return target
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as the bytes of a PNG file; equal figures give equal bytes."""
+    out = io.BytesIO()
+    figure.savefig(out, format="png", metadata={"Software": None})
+    return out.getvalue()

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokprune.demo.scenes import CHARACTERS, COLOR_NAMES, QUADRANTS, SHAPES
-from tokprune.demo.vocabulary import WORD_IDS, WORDS
+from tools.demo.vocabulary import WORD_IDS, WORDS
 
 from .data import PatchLabels, open_split
 from .features import read_features, take

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import CLIPModel
 
 from tokprune.demo.scenes import CHARACTERS, COLOR_NAMES, QUADRANTS, SHAPES, SceneObject
-from tokprune.demo.vocabulary import BOS, EOS, PAD, WORD_IDS, encode
+from tools.demo.vocabulary import BOS, EOS, PAD, WORD_IDS, encode
 
 from .data import SceneSet, attribute_numbers, augment, open_split
 from .dense import dense_loss

@@ -11,7 +11,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 
 from tokprune.demo.loading import load_model
 from tokprune.demo.scenes import SIZE
-from tokprune.demo.vocabulary import BOS, CLIP_WORD_IDS, EOS, IMAGE, PAD, VIDEO
+from tools.demo.vocabulary import BOS, CLIP_WORD_IDS, EOS, IMAGE, PAD, VIDEO
 
 from .clips_network import start_from
 from .clips_recipe import ClipRecipe

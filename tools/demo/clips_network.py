@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlavaForConditionalGeneration, LlavaNextVi
 from transformers import LlavaNextVideoForConditionalGeneration as ClipModel
 
 from tokprune.demo.scenes import SIZE
-from tokprune.demo.vocabulary import CLIP_WORD_IDS, CLIP_WORDS, IMAGE, VIDEO, WORDS
+from tools.demo.vocabulary import CLIP_WORD_IDS, CLIP_WORDS, IMAGE, VIDEO, WORDS
 
 from .clips_data import POOL
 

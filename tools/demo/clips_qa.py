@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tokprune.demo.clips_questions import CLIP_QUESTION_TYPES, MOMENT_TYPES, ClipQuestion, ClipQuestionType, ask_clip
 from tokprune.demo.loading import load_model
 from tokprune.demo.scenes import COLOR_NAMES, SHAPES, SceneObject
-from tokprune.demo.vocabulary import CLIP_WORD_IDS
+from tools.demo.vocabulary import CLIP_WORD_IDS
 
 from .clips_data import ComposedClip, TakeSet, open_takes
 from .clips_network import ClipModel, start_from

@@ -17,8 +17,8 @@ import transformers
 
 from tokprune.demo.clips import ClipExample, held_out_clips
 from tokprune.demo.clips_questions import MOMENT_TYPES
-from tokprune.demo.evaluation import accuracy, correct
 from tokprune.demo.loading import load_clip_model
+from tools.demo.evaluation import accuracy, correct
 
 from .clips_recipe import ClipRecipe
 from .report import machine, stage_report

@@ -19,7 +19,7 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from tokprune.demo.scenes import SIZE
-from tokprune.demo.vocabulary import ASSISTANT, BOS, EOS, IMAGE, PAD, UNKNOWN, USER, WORD_IDS
+from tools.demo.vocabulary import ASSISTANT, BOS, EOS, IMAGE, PAD, UNKNOWN, USER, WORD_IDS
 
 from .data import IMAGE_MEAN, IMAGE_STD
 from .loop import load

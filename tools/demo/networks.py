@@ -21,7 +21,7 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tokprune.demo.scenes import CHARACTERS, COLOR_NAMES, SHAPES, SIZE
-from tokprune.demo.vocabulary import BOS, EOS, IMAGE, PAD, WORD_IDS, WORDS
+from tools.demo.vocabulary import BOS, EOS, IMAGE, PAD, WORD_IDS, WORDS
 
 from .recipe import Recipe
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, PreTrainedModel
 
 from tokprune.demo.scenes import QUESTION_TYPES, Question, SceneObject, ask
-from tokprune.demo.vocabulary import ASSISTANT, BOS, EOS, PAD, USER, WORD_IDS, encode
+from tools.demo.vocabulary import ASSISTANT, BOS, EOS, PAD, USER, WORD_IDS, encode
 
 from .data import open_split
 from .features import read_features, take

@@ -13,9 +13,9 @@ from typing import Any, Literal
 import torch
 import transformers
 
-from tokprune.demo.evaluation import accuracy, correct
 from tokprune.demo.loading import load_model
 from tokprune.demo.scenes import held_out
+from tools.demo.evaluation import accuracy, correct
 
 from .recipe import Recipe
 from .workers import Worker

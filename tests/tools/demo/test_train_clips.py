@@ -16,7 +16,6 @@ from tokprune.demo.asking import Asker
 from tokprune.demo.clips import make_clip, make_take
 from tokprune.demo.clips_questions import ClipQuestion
 from tokprune.demo.loading import load_clip_model, load_model
-from tokprune.demo.vocabulary import CLIP_WORDS, WORDS, encode
 from tools.demo import train_clips
 from tools.demo.clips_data import (
     SHARES,
@@ -30,6 +29,7 @@ from tools.demo.clips_data import (
 from tools.demo.clips_network import start_from
 from tools.demo.clips_qa import ClipAnswerer, memories, sample_clip_questions
 from tools.demo.clips_recipe import miniature
+from tools.demo.vocabulary import CLIP_WORDS, WORDS, encode
 
 DEVICE = torch.device("cpu")
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from tokprune.evaluation.cells import CellResult
+from tokprune.evaluation.export import Framed
 from tokprune.evaluation.reference.render import label, value_text
 from tokprune.evaluation.reference.tables import Benchmark, Entry, Model, Published, model_of, models
 from tokprune.evaluation.sweep import Sweep
 from tokprune.evaluation.table import KEPT
-
-if TYPE_CHECKING:
-    from tokprune.evaluation.export import Framed
 
 NEAR = 0.1  # budgets within a tenth of each other are set side by side
 COLUMNS = ("benchmark", "method", "kept", "this run", "published", "as", "source")
@@ -29,10 +26,7 @@ class Beside:
 
     def terminal(self) -> Framed:
         """The table for rich."""
-        from tokprune.evaluation.export import framed
-
-        left = ("benchmark", "method", "as", "source")
-        return framed(self.title, self.columns, self.rows, left, self.note)
+        return Framed(self.title, self.columns, self.rows, ("benchmark", "method", "as", "source"), self.note)
 
 
 def beside(sweep: Sweep) -> Beside:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
+from tokprune.evaluation.export import Framed
 from tokprune.evaluation.reference.tables import Entry, Model, Published
-
-if TYPE_CHECKING:
-    from tokprune.evaluation.export import Framed
 
 
 def value_text(value: float | None) -> str:
@@ -40,10 +37,8 @@ def remarks(table: Published) -> list[str]:
 
 def terminal(model: Model, table: Published) -> Framed:
     """A published table for rich, its source above and its remarks below."""
-    from tokprune.evaluation.export import framed
-
     notes = "\n".join(part for part in [*remarks(table), table.url] if part)
-    return framed(f"{model.title}: {table.source}", heads(table), list(lines(table)), ("method",), notes)
+    return Framed(f"{model.title}: {table.source}", heads(table), list(lines(table)), ("method",), notes)
 
 
 def markdown(table: Published) -> str:

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 from PIL import Image
 
+from tokprune.demo.asking import Asker, Medium, batch_size, shown, source
+from tokprune.demo.clips import ClipExample
+from tokprune.demo.scenes import Example
 from tokprune.types import VLM, Processor
-
-from .asking import Asker, Medium, batch_size, shown
-from .clips import ClipExample
-from .scenes import Example
-
-if TYPE_CHECKING:
-    pass
 
 Seen = Literal["own", "none", "grey", "wrong"]
 SEEN: tuple[Seen, ...] = ("own", "none", "grey", "wrong")
@@ -71,11 +67,6 @@ def _other(examples: Sequence[AnyExample], index: int) -> AnyExample:
         if source(other) != source(examples[index]):
             return other
     raise ValueError("a wrong picture needs examples of at least two scenes, a wrong clip of at least two clips")
-
-
-def source(example: Example | ClipExample) -> object:
-    """What tells pictures and clips apart: the seed of the scene, or the file."""
-    return example.path if isinstance(example, ClipExample) else example.scene.seed
 
 
 class Typed(Protocol):

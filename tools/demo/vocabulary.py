@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from .scenes import CHARACTERS, COLOR_NAMES, QUADRANTS, SHAPES
+from tokprune.demo.scenes import CHARACTERS, COLOR_NAMES, QUADRANTS, SHAPES
 
 PAD, UNKNOWN, BOS, EOS, IMAGE = "<pad>", "<unk>", "<s>", "</s>", "<image>"
 USER, ASSISTANT = "user:", "assistant:"
