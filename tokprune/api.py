@@ -19,7 +19,7 @@ __all__ = ["Pruning", "apply", "remove"]
 def apply(
     model: Any,
     method: str | Method | Sequence[str | Method] | PruneConfig = "divprune",
-    *,
+    *,  # options by name: this is the public entry point
     ratio: float | None = None,
     budget: int | None = None,
     positions: str = "auto",
@@ -81,12 +81,12 @@ def _refuse_containers(model: Any) -> None:
     """Name the VLM inside a module that is none itself."""
     if not isinstance(model, nn.Module) or _is_vlm(model):
         return
-    inside = {name: m for name, m in unwrap(model).named_modules() if name and _is_vlm(m)}
-    whole = [name for name in inside if not any(name.startswith(f"{other}.") for other in inside)]
+    parts = {name: m for name, m in unwrap(model).named_modules() if name and _is_vlm(m)}
+    whole = [name for name in parts if not any(name.startswith(f"{other}.") for other in parts)]
     if whole:
-        found = " and ".join(f"a {type(inside[name]).__name__} at {name!r}" for name in whole)
+        models = " and ".join(f"a {type(parts[name]).__name__} at {name!r}" for name in whole)
         raise UnsupportedModelError(
-            f"{type(model).__name__} is no VLM itself but holds {found}; apply to that: "
+            f"{type(model).__name__} is no VLM itself but holds {models}; apply to that: "
             f"tokprune.apply(model.get_submodule({whole[0]!r}), ...)."
         )
 

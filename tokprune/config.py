@@ -104,13 +104,13 @@ class PruneConfig:
         **options: object,
     ) -> PruneConfig:
         """The config that `apply` makes from its arguments; options go to the one method that is named."""
-        given = list(method) if isinstance(method, list | tuple) else [method]
-        if options and (len(given) != 1 or not isinstance(given[0], str)):
+        listed = list(method) if isinstance(method, list | tuple) else [method]
+        if options and (len(listed) != 1 or not isinstance(listed[0], str)):
             raise OptionError(
                 f"options {sorted(options)} need one method given by name; build the others yourself: "
                 "method=[tokprune.get_method('divprune'), ...]."
             )
-        methods = tuple(get_method(m, **options) if isinstance(m, str) else m for m in given)
+        methods = tuple(get_method(m, **options) if isinstance(m, str) else m for m in listed)
         question = tuple(query) if isinstance(query, list) else query
         return PruneConfig(methods, ratio, budget, positions, question)  # type: ignore[arg-type]
 

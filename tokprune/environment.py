@@ -27,10 +27,10 @@ def environment(device: str = "cpu") -> dict[str, object]:
     """Versions, the commit of tokprune where it runs from a checkout, and the machine."""
     import torch
 
-    found = {name: _version(package) for name, package in PACKAGES.items()}
+    versions = {name: _version(package) for name, package in PACKAGES.items()}
     gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") and torch.cuda.is_available() else None
     return {
-        **found,
+        **versions,
         "commit": commit(),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}" + (f", {gpu}" if gpu else ""),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import traceback
 from collections.abc import Iterable
 
 
@@ -54,6 +55,12 @@ def unknown(what: str, name: object, allowed: Iterable[str]) -> OptionError:
     return OptionError(
         f"unknown {what} {name!r}.{nearest(str(name), allowed)} Allowed: {', '.join(allowed) or 'none'}."
     )
+
+
+def raised_here(error: BaseException) -> bool:
+    """Whether a line of tokprune itself raised an error, so that neither a model nor a library is to blame for it."""
+    last = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1:]
+    return any(str(frame.f_globals.get("__name__")).partition(".")[0] == "tokprune" for frame in last)
 
 
 def missing_extra(package: str, extra: str, purpose: str) -> MissingExtraError:

@@ -25,12 +25,12 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(?=[^/])")  # a Path keeps one s
 def refuse_url(path: str | os.PathLike[str]) -> None:
     """Raise OptionError, with the command that downloads it, when `path` is a URL."""
     text = os.fsdecode(path)
-    found = _URL.match(text)
-    if found is None or Path(text).exists():
+    match = _URL.match(text)
+    if match is None or Path(text).exists():
         return
-    url = f"{found.group(1)}://{text[found.end() :]}"
-    if found.group(1).lower() == "file":
-        raise OptionError(f"{url!r} is a URL; give the path itself: '/{text[found.end() :]}'.")
+    url = f"{match.group(1)}://{text[match.end() :]}"
+    if match.group(1).lower() == "file":
+        raise OptionError(f"{url!r} is a URL; give the path itself: '/{text[match.end() :]}'.")
     name = url.split("?")[0].rstrip("/").rpartition("/")[2] or "file"
     raise OptionError(
         f"{url!r} is a URL; tokprune reads local files only. Download it first: curl -L -o {name} '{url}', then give {name}."

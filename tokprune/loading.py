@@ -87,8 +87,8 @@ def check_dtype(name: str | None) -> torch.dtype | None:
         return None
     if name.lower() not in DTYPES:
         raise unknown("dtype", name, ("auto", *DTYPES))
-    found: torch.dtype = getattr(torch, DTYPES[name.lower()])
-    return found
+    dtype: torch.dtype = getattr(torch, DTYPES[name.lower()])
+    return dtype
 
 
 def split_methods(text: str) -> list[str]:
@@ -123,11 +123,11 @@ def load(name: str, options: LoadOptions | None = None, video: bool = False) -> 
     auto = AutoModelForImageTextToText
     try:
         processor: Processor = AutoProcessor.from_pretrained(name, **common, **options.processor)
-        given = {key: value for key, value in more.items() if value is not None}
+        arguments = {key: value for key, value in more.items() if value is not None}
         if options.random_weights:
             model = _random(auto, name, dtype, common)
         else:
-            model = auto.from_pretrained(name, dtype=dtype or "auto", **common, **given)
+            model = auto.from_pretrained(name, dtype=dtype or "auto", **common, **arguments)
         model = model if options.device_map is not None else model.to(options.device)
     except ImportError as error:
         if "torchvision" in str(error).lower():

@@ -41,9 +41,9 @@ class StreamReport:
         if not counts:
             return ""
         middle = (counts[(len(counts) - 1) // 2] + counts[len(counts) // 2]) / 2
-        spread = f"{counts[0]} / {middle:g} / {counts[-1]}" if counts[0] != counts[-1] else f"{counts[0]}"
+        each = f"{counts[0]} / {middle:g} / {counts[-1]}" if counts[0] != counts[-1] else f"{counts[0]}"
         kind = " (least / median / most)" if counts[0] != counts[-1] else ""
-        return f"{len(counts)} of {len(self.frames or ())} frames kept, {spread} tokens each{kind}"
+        return f"{len(counts)} of {len(self.frames or ())} frames kept, {each} tokens each{kind}"
 
 
 @dataclass(frozen=True)

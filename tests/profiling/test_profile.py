@@ -12,7 +12,8 @@ import torch
 from rich.console import Console
 
 import tokprune
-from tokprune.errors import BudgetError, OptionError
+from tokprune.budget import kept
+from tokprune.errors import BudgetError, OptionError, raised_here
 from tokprune.methods.connector.uniform import Uniform
 from tokprune.profiling import formulas
 from tokprune.profiling.profile import profile, visual_columns
@@ -262,6 +263,33 @@ def test_what_was_kept_is_told(llava: TinyVLM) -> None:
     )
     assert list(told) == ["random 0.25"]
     assert told["random 0.25"].streams[0].kept == 16
+
+
+def test_only_the_model_s_own_refusal_of_embeddings_is_noted(llava: TinyVLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mistake of ours on the way there is an error like any other."""
+    few: Any = {"new_tokens": 2, "repeats": 1, "warmup": 0, "count_flops": False}
+    plain = llava.model.generate
+
+    def refuses(*args: Any, inputs_embeds: Any = None, **kwargs: Any) -> Any:
+        if inputs_embeds is not None:
+            raise ValueError("this model needs its pixels")
+        return plain(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llava.model, "generate", refuses)
+        made = profile(llava.model, prompt(llava), ["uniform"], [0.5], **few)
+    assert [c.name for c in made.cells] == ["plain", "uniform 0.5"]
+    assert any("ideal 0.5: not measured" in note and "needs its pixels" in note for note in made.notes)
+    monkeypatch.setattr(Profiler, "ideal", lambda self, source, name: source.nothing)
+    with pytest.raises(AttributeError):
+        profile(llava.model, prompt(llava), ["uniform"], [0.5], **few)
+
+
+def test_whose_mistake_an_error_is() -> None:
+    for call, ours in ((lambda: kept(None, 0.5), True), (lambda: torch.zeros(2, 3) @ torch.zeros(2), False)):  # type: ignore[arg-type]
+        with pytest.raises((TypeError, RuntimeError)) as caught:
+            call()
+        assert raised_here(caught.value) is ours
 
 
 def test_batches_and_methods_that_print_alike(llava: TinyVLM) -> None:

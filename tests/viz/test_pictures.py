@@ -115,6 +115,26 @@ def test_lines_and_bars_carry_the_numbers() -> None:
     assert any("1.00 x" in t.get_text() for t in axes.texts)
 
 
+@pytest.mark.parametrize("count", [11, 15, 24])
+def test_no_two_of_many_methods_look_alike(count: int) -> None:
+    names = ["random", *(f"method {i}" for i in range(count))]
+    looks = plots.looks(names)
+    assert list(looks) == names
+    assert len({colour for colour, _ in looks.values()}) == count + 1
+    markers = [marker for _, marker in looks.values()]
+    assert len(set(markers)) == min(count, len(plots.MARKERS)) + 1
+    colours = np.array([[int(colour[i : i + 2], 16) for i in (1, 3, 5)] for colour, _ in looks.values()], float)
+    apart = np.abs(colours[:, None] - colours[None]).sum(-1) + 1e3 * np.eye(count + 1)
+    assert apart.min() > (60 if count < 16 else 20)
+    figure = plots.accuracy_over_ratio([Point(n, r, 0.5 + 0.01 * i) for i, n in enumerate(names) for r in (0.5, 0.1)])
+    figure.canvas.draw()
+    axes = figure.axes[0]
+    box, legend = axes.get_window_extent(), axes.get_legend().get_window_extent()
+    assert legend.x0 >= box.x1, "the legend lies on the plot"
+    assert 0 <= legend.y0 < legend.y1 <= figure.bbox.height, "the legend is cut off"
+    assert legend.x1 <= figure.bbox.width, "the legend is cut off"
+
+
 def test_the_parts_of_a_bar_add_up_to_the_number_beside_it() -> None:
     """Each run is slow in another stage, so that no run is as quick as the medians of the stages together."""
     stages = ("vision", "projector", "select", "prefill", "decode", "other")

@@ -100,29 +100,15 @@ def demo(  # the options of the command
     quiet: options.Quiet = False,
 ) -> None:
     """Ask the embedded VLM about pictures or clips at several keep ratios: accuracy, tokens, prefill time and FLOPs."""
-    from tokprune.loading import check_device
-
-    clips = video or clip is not None
+    fields = dict(locals())  # each option is a field of the request
+    fields["video"] = clips = video or clip is not None
     usual = LONG_CLIPS if long else CLIPS if clips else PICTURES
-    request = DemoRequest(
-        methods=usual.methods if methods is None else options.methods(methods),
-        ratios=usual.ratios if ratios is None else options.ratios(ratios),
-        questions=questions or usual.questions,
-        drawn=usual.drawn,
-        model=model,
-        device=device,
-        seed=seed,
-        quiet=quiet,
-        video=clips,
-        long=long,
-        json=json_file,
-        overlays=overlays,
-        image=image,
-        clip=clip,
-        question=question,
-    )
+    fields["json"], fields["drawn"] = fields.pop("json_file"), usual.drawn
+    fields["methods"] = usual.methods if methods is None else options.methods(methods)
+    fields["ratios"] = usual.ratios if ratios is None else options.ratios(ratios)
+    fields["questions"] = questions or usual.questions
+    request = DemoRequest(**fields)
     _check(request)
-    check_device(device)
     if question is not None:
         _ask_own(request)
     else:
@@ -131,6 +117,8 @@ def demo(  # the options of the command
 
 def _check(request: DemoRequest) -> None:
     """The error for options that do not go together."""
+    from tokprune.loading import check_device
+
     if (request.image is None and request.clip is None) != (request.question is None):
         raise OptionError(
             "--image (or --clip) and --question go together: tokprune demo --image my.jpg --question "
@@ -153,6 +141,7 @@ def _check(request: DemoRequest) -> None:
         )
     if not request.methods or not request.ratios:
         raise OptionError("--methods or --ratios is empty; leave it out for the usual ones.")
+    check_device(request.device)
     if request.video:
         try:
             import av  # noqa: F401
@@ -329,7 +318,7 @@ def _ask_own(request: DemoRequest) -> None:
         console.print("The embedded model knows drawn shapes, colours and characters only; use --model for a real one.")
     drawn = [a for a in answers if a.method != "none" and a.ratio == near_tenth(request.ratios)]
     if request.overlays is not None and drawn:
-        own = request.clip or request.image or Path("own")
-        name = own.stem if request.clip is not None else f"kept_{own.stem}"
+        path = request.clip or request.image or Path("own")
+        name = path.stem if request.clip is not None else f"kept_{path.stem}"
         note = "the kept tokens of each method"
         say_saved(console, save_kept(asker, medium, drawn, request.overlays / name, question, note))

@@ -33,12 +33,12 @@ def doctor(
 
     if random_weights and model in (None, "demo"):
         raise OptionError("--random-weights builds a --model from its config: give a hub id or a folder.")
-    told = diagnose(model, _test(model, random_weights, device) if model is not None else ())
+    diagnosis = diagnose(model, _test(model, random_weights, device) if model is not None else ())
     if as_json:
-        typer.echo(json.dumps(told.as_dict(), indent=1))
+        typer.echo(json.dumps(diagnosis.as_dict(), indent=1))
     else:
-        _print(told)
-    if not told.ok:
+        _print(diagnosis)
+    if not diagnosis.ok:
         raise typer.Exit(1)
 
 
@@ -50,31 +50,31 @@ def _test(name: str, random_weights: bool, device: str) -> tuple[Check, ...]:
     return tuple(self_test(loaded.model, prompts(loaded.model, loaded.processor)))
 
 
-def _print(told: Diagnosis) -> None:
+def _print(diagnosis: Diagnosis) -> None:
     from rich.console import Console
     from rich.markup import escape
 
     console = Console(soft_wrap=True)
-    console.print(f"[bold]tokprune {told.tokprune}[/], Python {told.python}")
-    for package in told.packages:
+    console.print(f"[bold]tokprune {diagnosis.tokprune}[/], Python {diagnosis.python}")
+    for package in diagnosis.packages:
         console.print(f"  {_line(package)}")
-    console.print("[bold]devices[/] " + escape(", ".join(told.devices)))
+    console.print("[bold]devices[/] " + escape(", ".join(diagnosis.devices)))
     console.print("[bold]optional parts[/]")
-    for extra in told.extras:
+    for extra in diagnosis.extras:
         parts = ", ".join(_line(package) for package in extra.packages)
         wanting = any(package.ok is None for package in extra.packages)
         console.print(f"  {extra.name}: {parts}" + (f" -> {escape(extra.install)}" if wanting else ""))
-    for note in told.notes:
+    for note in diagnosis.notes:
         console.print(f"[yellow]{escape(note)}[/]")
-    if told.model is not None:
-        _print_checks(console, told)
+    if diagnosis.model is not None:
+        _print_checks(console, diagnosis)
 
 
-def _print_checks(console: Console, told: Diagnosis) -> None:
+def _print_checks(console: Console, diagnosis: Diagnosis) -> None:
     from rich.markup import escape
 
-    console.print(f"[bold]self-test of {escape(str(told.model))}[/]")
-    for check in told.checks:
+    console.print(f"[bold]self-test of {escape(str(diagnosis.model))}[/]")
+    for check in diagnosis.checks:
         figures = "" if check.apart is None else f"  (apart {check.apart:.2g}, allowed {check.allowed:.2g})"
         detail = f": {escape(check.detail)}" if check.detail else ""
         console.print(f"  {MARKS[check.ok]} {escape(check.name)}{figures}{detail}")

@@ -236,10 +236,10 @@ def compare_runs(first: Path, second: Path, outputs: Outputs, quiet: bool) -> No
     from tokprune.evaluation.compare import compare_sweeps
 
     outputs.check()
-    found = compare_sweeps(load(first), load(second))
+    comparison = compare_sweeps(load(first), load(second))
     console = console_for(quiet)
-    console.print(found.table(str(first), str(second)))
-    say_saved(console, outputs.write(found.rows, f"the same cells of {first}"))
+    console.print(comparison.table(str(first), str(second)))
+    say_saved(console, outputs.write(comparison.rows, f"the same cells of {first}"))
 
 
 def print_reference(
@@ -250,9 +250,9 @@ def print_reference(
 
     if model is not None and not known_model(model):
         return False
-    found = select(model, methods, tasks)
+    matches = select(model, methods, tasks)
     console = console_for(quiet)
-    for chosen in found:
+    for chosen in matches:
         for table in chosen.tables:
             console.print(terminal(chosen, table))
         for claim in chosen.claims if not methods and not tasks else ():
@@ -260,5 +260,5 @@ def print_reference(
         console.print()
     console.print("none of these was measured by us; compare within one table only (docs/reference.md)")
     if outputs.markdown is not None:
-        say_saved(console, [write_text(outputs.markdown, to_text(found))])
+        say_saved(console, [write_text(outputs.markdown, to_text(matches))])
     return True

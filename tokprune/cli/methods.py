@@ -46,8 +46,8 @@ def families_of(needs: list[str]) -> str:
         blocks.setdefault(name, []).append(block)
     parts = []
     for name, at in blocks.items():
-        given = [b for b in at if b]
-        where = f" at {len(given)} blocks" if len(given) > 3 else f" at {', '.join(given)}" if given else ""
+        named = [b for b in at if b]
+        where = f" at {len(named)} blocks" if len(named) > 3 else f" at {', '.join(named)}" if named else ""
         parts.append(name + (" and" + where if where and "" in at else where))
     return "; ".join(parts)
 
@@ -67,14 +67,14 @@ def methods(
     if name is not None:
         explain(name, as_json)
         return
-    found = [facts(n) for n in list_methods(stage, query_aware=query_aware, merges=merges)]
+    rows = [facts(n) for n in list_methods(stage, query_aware=query_aware, merges=merges)]
     if as_json:
-        write_json(STDOUT, [{k: v for k, v in r.items() if k != "doc"} for r in found])
+        write_json(STDOUT, [{k: v for k, v in r.items() if k != "doc"} for r in rows])
         return
     table = Table(title="methods", title_justify="left", header_style="bold")
     for column in ("name", "stage", "reads the question", "merges", "needs", "what it does"):
         table.add_column(column, no_wrap=column == "name")
-    for r in found:
+    for r in rows:
         marks = ["yes" if r[flag] else "" for flag in ("query_aware", "merges")]
         table.add_row(r["name"], r["stage"], *marks, escape(families_of(r["needs"])), escape(r["summary"]))
     console = Console()
@@ -97,8 +97,8 @@ def explain(name: str, as_json: bool) -> None:
         for option, default in r["options"].items():
             console.print(f"  {option} = {default!r}")
     for preset, settings in r["presets"].items():
-        given = ", ".join(f"{k}={v!r}" for k, v in settings.items())
-        console.print(f"  preset={preset!r}: {escape(given)}")
+        values = ", ".join(f"{k}={v!r}" for k, v in settings.items())
+        console.print(f"  preset={preset!r}: {escape(values)}")
     flags = [
         ("reads the question", r["query_aware"]),
         ("merges tokens", r["merges"]),

@@ -92,10 +92,10 @@ def profile(  # the options of the command
     quiet: options.Quiet = False,
 ) -> None:
     """Measure where the time goes and what pruning saves: stages, memory, FLOPs, beside the ideal and a smaller picture."""
-    given = dict(locals())  # each option is a field of the request
-    given["json"] = given.pop("json_file")
-    given["methods"], given["ratios"] = options.methods(methods), options.ratios(ratios)
-    run_profile(ProfileRequest(**given))
+    fields = dict(locals())  # each option is a field of the request
+    fields["json"] = fields.pop("json_file")
+    fields["methods"], fields["ratios"] = options.methods(methods), options.ratios(ratios)
+    run_profile(ProfileRequest(**fields))
 
 
 def run_profile(request: ProfileRequest) -> None:

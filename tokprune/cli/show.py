@@ -38,7 +38,7 @@ def show(  # the options of the command
     from tokprune.files import read_picture, save_picture
     from tokprune.loading import LoadOptions, check_device, demo_scorer, load
     from tokprune.registry import method_class
-    from tokprune.viz.kept import joined_on_image, kept_on_image
+    from tokprune.viz.kept import kept_on_image
 
     names = options.methods(methods)
     parts = [part for name in names for part in name.split("+")]
@@ -58,12 +58,9 @@ def show(  # the options of the command
     records = {a.method: a.stream for a in answers if a.stream is not None}
     captions = {a.method: f"answer: {a.text}" for a in answers if a.text}
     note = f"{ratio:.3g} of the visual tokens kept, {asker.model.config.model_type}"
-    if maps:
-        joined = {a.method: a.maps for a in answers}
-        note = f"{note}. {MERGED}"
-        page = joined_on_image(
-            picture, records, joined, asker.processor, title=question, subtitle=note, captions=captions
-        )
-    else:
-        page = kept_on_image(picture, records, asker.processor, title=question, subtitle=note, captions=captions)
+    joined = {a.method: a.maps for a in answers} if maps else None
+    note = f"{note}. {MERGED}" if maps else note
+    page = kept_on_image(
+        picture, records, asker.processor, title=question, subtitle=note, captions=captions, maps=joined
+    )
     say_saved(console_for(), [save_picture(page, out)])

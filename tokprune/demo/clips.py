@@ -180,11 +180,12 @@ def held_out_clips(
     from .clips_video import write_clip
 
     examples: list[ClipExample] = []
-    for clip, asked in _balanced(questions, seed, long, types):
+    for clip, clip_questions in _balanced(questions, seed, long, types):
         path = write_clip(clip, Path(folder) / f"{'long' if long else 'short'}-{clip.seed}.mp4")
         frames = LONG_FRAMES if long else SHORT_FRAMES
         examples += [
-            ClipExample(path, q.text, q.answer, q.type, len(clip.takes), clip.moment(q.scenes), frames) for q in asked
+            ClipExample(path, q.text, q.answer, q.type, len(clip.takes), clip.moment(q.scenes), frames)
+            for q in clip_questions
         ]
     return examples
 

@@ -41,8 +41,8 @@ def ask_clip(
     """A question of one type about a clip whose scenes show these objects in turn, or None where none is unambiguous."""
     if question_type not in _ASKERS:
         raise ValueError(f"unknown question type {question_type!r}; choose from {', '.join(CLIP_QUESTION_TYPES)}")
-    asked = _ASKERS[question_type](objects, rng)
-    return None if asked is None else ClipQuestion(question_type, *asked)
+    question = _ASKERS[question_type](objects, rng)
+    return None if question is None else ClipQuestion(question_type, *question)
 
 
 _Asked = tuple[str, str, tuple[int, ...]]

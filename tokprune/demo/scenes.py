@@ -113,16 +113,16 @@ def questions(
         types: the wanted types, in this order; unsupported ones are left out of the result.
     """
     rng = rng or random.Random(f"questions {scene.seed}")
-    asked = (ask(scene.objects, question_type, rng) for question_type in types)
-    return [question for question in asked if question is not None]
+    possible = (ask(scene.objects, question_type, rng) for question_type in types)
+    return [question for question in possible if question is not None]
 
 
 def ask(objects: Sequence[SceneObject], question_type: QuestionType, rng: random.Random) -> Question | None:
     """A question of one type about these objects, or None where none has a unique answer."""
     if question_type not in _ASKERS:
         raise ValueError(f"unknown question type {question_type!r}; choose from {', '.join(QUESTION_TYPES)}")
-    asked = _ASKERS[question_type](objects, rng)
-    return None if asked is None else Question(question_type, *asked)
+    question = _ASKERS[question_type](objects, rng)
+    return None if question is None else Question(question_type, *question)
 
 
 def held_out(n_questions: int, seed: int = 0, types: Sequence[QuestionType] = QUESTION_TYPES) -> list[Example]:

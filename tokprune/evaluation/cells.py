@@ -77,8 +77,8 @@ class Settings:
     def options(self, method: str) -> JsonObject:
         """The options of model_args that belong to the methods that `method` names, as "<method>.<field>"."""
         names = method.split("+")
-        given = {k.removeprefix(OPTION): v for k, v in self.model_args.items() if k.startswith(OPTION)}
-        return {k: v for k, v in given.items() if k.partition(".")[0] in names}
+        fields = {k.removeprefix(OPTION): v for k, v in self.model_args.items() if k.startswith(OPTION)}
+        return {k: v for k, v in fields.items() if k.partition(".")[0] in names}
 
 
 @dataclass(frozen=True)
@@ -151,12 +151,12 @@ def plan(tasks: Sequence[str], methods: Sequence[str], ratios: Sequence[float]) 
 
     Raises OptionError for an empty list, an unknown method or a ratio that is none.
     """
-    for what, given, example in (
+    for what, values, example in (
         ("task", tasks, "--tasks tokprune_scenes"),
         ("method", methods, "--methods none,random,divprune"),
         ("ratio", ratios, "--ratios 0.5,0.1"),
     ):
-        if not given and not (what == "ratio" and set(methods) == {BASELINE}):
+        if not values and not (what == "ratio" and set(methods) == {BASELINE}):
             raise OptionError(f"no {what} given; write for example {example}.")
     for name in (part for method in methods for part in method.split("+")):
         method_class(name)

@@ -50,7 +50,7 @@ class Harness:
     def model_args(self) -> JsonObject:
         """The settings as arguments of TokpruneChat."""
         s = self.settings
-        own = {k: v for k, v in s.model_args.items() if not k.startswith(OPTION)}
+        more = {k: v for k, v in s.model_args.items() if not k.startswith(OPTION)}
         taken = {
             "pretrained",
             "method",
@@ -63,7 +63,7 @@ class Harness:
             "seed",
             "frames",
         }
-        if twice := sorted(taken & own.keys()):
+        if twice := sorted(taken & more.keys()):
             raise OptionError(f"--model-args {twice[0]}=... is an option of tokprune eval itself; use that one.")
         device = None if Team.launched().size > 1 and s.device in ("cuda", "auto") else s.device
         return {
@@ -73,7 +73,7 @@ class Harness:
             "dtype": s.dtype,
             "seed": s.seed,
             "frames": s.frames,
-            **own,
+            **more,
         }
 
     def __call__(self, cell: Cell) -> CellResult | None:
@@ -86,10 +86,10 @@ class Harness:
             logged = self.log.to(self.log_of(cell))
         with logged:
             try:
-                found = self._evaluate(cell)
+                output = self._evaluate(cell)
             finally:
                 self._tidy()
-        return None if found is None else cell_result(cell, found, self.model.records)
+        return None if output is None else cell_result(cell, output, self.model.records)
 
     def _evaluate(self, cell: Cell) -> Fields | None:
         s = self.settings

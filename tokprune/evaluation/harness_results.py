@@ -48,12 +48,12 @@ def score_of(value: object) -> float | None:
 
 def metrics_of(entry: Fields) -> dict[str, float]:
     """The aggregated numbers of a task: "exact_match,none" becomes "exact_match"; standard errors are left out."""
-    found: dict[str, float] = {}
+    numbers: dict[str, float] = {}
     for name, value in entry.items():
         metric, _, kind = name.partition(",")
         if kind and isinstance(value, bool | int | float) and "_stderr" not in metric:
-            found.setdefault(metric, float(value))
-    return found
+            numbers.setdefault(metric, float(value))
+    return numbers
 
 
 def main_metric(config: Fields, metrics: Mapping[str, float]) -> str:
@@ -88,31 +88,31 @@ def samples_of(
     return tuple(out.values())
 
 
-def cell_result(cell: Cell, found: Fields, records: Sequence[SampleRecord]) -> CellResult:
+def cell_result(cell: Cell, output: Fields, records: Sequence[SampleRecord]) -> CellResult:
     """The result of a cell from lmms-eval's results and the model's records.
 
     A group without an aggregate of its own (such as mvbench) gets the mean over its tasks of their main metric.
     """
-    configs, results = found["configs"], found["results"]
-    leaves = sorted(found["samples"])
-    own = {task: metrics_of(results.get(task, {})) for task in leaves}
+    configs, results = output["configs"], output["results"]
+    leaves = sorted(output["samples"])
+    by_task = {task: metrics_of(results.get(task, {})) for task in leaves}
     for task in leaves:
-        if not own[task]:
+        if not by_task[task]:
             raise EvaluationError(f"task {task!r} gave no number that can be compared; was a row left to score?", task)
-    mains = {task: main_metric(configs[task], own[task]) for task in leaves}
+    mains = {task: main_metric(configs[task], by_task[task]) for task in leaves}
     whole = metrics_of(results.get(cell.task, {}))
-    if cell.task in own:
+    if cell.task in by_task:
         main = mains[cell.task]
     elif whole:
         main = next((m for m in mains.values() if m in whole), next(iter(whole)))
     else:
         main = mains[leaves[0]]
-        whole = {main: sum(own[t][mains[t]] for t in leaves) / len(leaves)}
+        whole = {main: sum(by_task[t][mains[t]] for t in leaves) / len(leaves)}
     if len(leaves) > 1:
-        whole |= {f"{task}/{mains[task]}": own[task][mains[task]] for task in leaves}
-    names = dict.fromkeys(m for task in leaves for m in own[task])
-    better = found.get("higher_is_better", {}).get(leaves[0], {}).get(main)
-    samples = samples_of(found["samples"], list(names), records)
+        whole |= {f"{task}/{mains[task]}": by_task[task][mains[task]] for task in leaves}
+    names = dict.fromkeys(m for task in leaves for m in by_task[task])
+    better = output.get("higher_is_better", {}).get(leaves[0], {}).get(main)
+    samples = samples_of(output["samples"], list(names), records)
     return CellResult(
         cell,
         whole,
@@ -121,7 +121,7 @@ def cell_result(cell: Cell, found: Fields, records: Sequence[SampleRecord]) -> C
         better is not False,
         _means(records, {**COSTS, "flops": FLOPS}),
         _means(records, TIMES),
-        {task: found["versions"].get(task) for task in leaves},
+        {task: output["versions"].get(task) for task in leaves},
     )
 
 

@@ -50,11 +50,11 @@ def data_sets(manager: TaskManager, task: str) -> list[str]:
         return []
     config = _config(Path(entry["yaml_path"]))
     path, parts = config.get("dataset_path"), config.get("task")
-    found = [path] if isinstance(path, str) and path.count("/") == 1 and not Path(path).exists() else []
+    names = [path] if isinstance(path, str) and path.count("/") == 1 and not Path(path).exists() else []
     for part in parts if isinstance(parts, list) else ():
         name = part.get("task") if isinstance(part, Mapping) else part
-        found += data_sets(manager, str(name)) if name != task else []
-    return found
+        names += data_sets(manager, str(name)) if name != task else []
+    return names
 
 
 def _config(file: Path) -> JsonObject:

@@ -34,7 +34,7 @@ class Answer:
     record: SampleRecord
 
 
-def generation_options(given: Fields, longest: int | None) -> tuple[JsonObject, tuple[str, ...], list[str]]:
+def generation_options(generation_kwargs: Fields, longest: int | None) -> tuple[JsonObject, tuple[str, ...], list[str]]:
     """A task's generation_kwargs as arguments of model.generate, its stop strings, and the names that mean nothing there.
 
     Greedy unless the task sets a temperature above 0. Stop strings are those that the task names: the blank line that
@@ -44,14 +44,14 @@ def generation_options(given: Fields, longest: int | None) -> tuple[JsonObject, 
     from transformers import GenerationConfig
 
     known = GenerationConfig().to_dict()
-    options = {k: v for k, v in given.items() if k in known and v is not None}
-    ignored = sorted(k for k in given if k not in known and k not in ("until", "max_agentic_steps"))
+    options = {k: v for k, v in generation_kwargs.items() if k in known and v is not None}
+    ignored = sorted(k for k in generation_kwargs if k not in known and k not in ("until", "max_agentic_steps"))
     if options.pop("do_sample", None) is not False and float(options.get("temperature") or 0) > 0:
         options["do_sample"] = True
     else:
         options |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     options["max_new_tokens"] = int(longest or options.get("max_new_tokens") or NEW_TOKENS)
-    until = given.get("until") or []
+    until = generation_kwargs.get("until") or []
     stops = [until] if isinstance(until, str) else list(until)
     if stops == HARNESS_DEFAULT_STOP:
         stops = []

@@ -75,12 +75,12 @@ class TokpruneChat(lmms):
         """The model of a --model_args string. What stands in it goes before --batch_size and --device, which always have
         a value."""
         try:
-            given = simple_parse_args_string(arg_string)
+            arguments = simple_parse_args_string(arg_string)
         except ValueError as error:
             raise OptionError(
                 f"--model_args {arg_string!r}: write name=value pairs with commas between, such as pretrained=demo,method=none."
             ) from error
-        return cls(**{**(additional_config or {}), **given})
+        return cls(**{**(additional_config or {}), **arguments})
 
     # -- the pruning ------------------------------------------------------------------------------------------------------
 

@@ -86,13 +86,13 @@ class ModelArgs:
             raise OptionError("device and device_map are both given; device_map places the model alone.")
 
     @staticmethod
-    def parse(given: Fields) -> ModelArgs:
+    def parse(model_args: Fields) -> ModelArgs:
         """The arguments as lmms-eval hands them over: strings are converted already, but "None" is still a word."""
         names = [f.name for f in dataclasses.fields(ModelArgs) if f.name not in ("options", "processor")]
         values: JsonObject = {}
-        options: JsonObject = dict(given.get("options") or {})
-        processor: JsonObject = dict(given.get("processor") or {})
-        for name, raw in given.items():
+        options: JsonObject = dict(model_args.get("options") or {})
+        processor: JsonObject = dict(model_args.get("processor") or {})
+        for name, raw in model_args.items():
             value = None if isinstance(raw, str) and raw.lower() in ("none", "") and name != "method" else raw
             if name.startswith(OPTION):
                 options[name.removeprefix(OPTION)] = value
@@ -135,29 +135,29 @@ def pruning_config(
     """
     if isinstance(method, PruneConfig):
         return method
-    given: list[str | Method] = []
+    listed: list[str | Method] = []
     for part in [method] if isinstance(method, str | Method) or method is None else method:
-        given += part.split("+") if isinstance(part, str) else [] if part is None else [part]
-    given = [m.strip() if isinstance(m, str) else m for m in given]
-    given = [m for m in given if m != BASELINE and m != ""]
-    if not given:
+        listed += part.split("+") if isinstance(part, str) else [] if part is None else [part]
+    listed = [m.strip() if isinstance(m, str) else m for m in listed]
+    listed = [m for m in listed if m != BASELINE and m != ""]
+    if not listed:
         if options:
             raise OptionError(f"options {sorted(options)} belong to a method, and method=none has none.")
         return None
     left = dict(options or {})
     methods = []
-    for m in given:
+    for m in listed:
         if not isinstance(m, str):
             methods.append(m)
             continue
         name = method_class(m).info.name
-        own = {k.removeprefix(f"{name}."): left.pop(k) for k in list(left) if k.startswith(f"{name}.")}
-        if len(given) == 1:
-            own |= left
+        fields = {k.removeprefix(f"{name}."): left.pop(k) for k in list(left) if k.startswith(f"{name}.")}
+        if len(listed) == 1:
+            fields |= left
             left = {}
         if seed is not None and any(f.name == "seed" and f.init for f in dataclasses.fields(method_class(m))):
-            own.setdefault("seed", seed)
-        methods.append(get_method(m, **own))
+            fields.setdefault("seed", seed)
+        methods.append(get_method(m, **fields))
     if left:
         names = [m.info.name for m in methods]
         raise OptionError(

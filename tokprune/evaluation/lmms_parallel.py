@@ -22,7 +22,7 @@ class Outcome:
     counted: Counter[str] = field(default_factory=Counter)
 
 
-def gather(own: Outcome, processes: int) -> Outcome:
+def gather(outcome: Outcome, processes: int) -> Outcome:
     """The outcomes of all processes as one, in the order of tasks and rows; every process gets it.
 
     An error in one process is an error in all: else the others would wait for it for ever.
@@ -30,9 +30,9 @@ def gather(own: Outcome, processes: int) -> Outcome:
     import torch.distributed as dist
 
     if processes < 2 or not dist.is_available() or not dist.is_initialized():
-        return own
+        return outcome
     parts: list[Outcome | None] = [None] * processes
-    dist.all_gather_object(parts, own)
+    dist.all_gather_object(parts, outcome)
     return merge([p for p in parts if p is not None])
 
 

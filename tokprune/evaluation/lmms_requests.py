@@ -118,11 +118,11 @@ class RequestReader:
             for m in messages:
                 m["content"] = [p for p in m["content"] if p["type"] == "text"]
             return messages
-        own = _media(messages)
-        if not own:
+        media = _media(messages)
+        if not media:
             return messages
         total = self.count(row.task, row.split)
-        seen = [_fingerprint(p["url"]) for p in own]
+        seen = [_fingerprint(p["url"]) for p in media]
         for step in range(total - 1):
             other_id = (row.doc_id + max(1, total // 2) + step) % total
             if other_id == row.doc_id:
@@ -130,7 +130,7 @@ class RequestReader:
             other = Row(row.task, row.split, other_id)
             others = _media(self._messages(other, self.docs(row.task, row.split, other_id), messages_of))
             if others and not set(seen) & {_fingerprint(p["url"]) for p in others}:
-                for i, part in enumerate(own):  # as many as the row's own, in case the other has fewer
+                for i, part in enumerate(media):  # as many as the row's own, in case the other has fewer
                     part.update(others[i % len(others)])
                 return messages
         raise EvaluationError(

@@ -106,8 +106,12 @@ def page(sweep: Sweep, rows: Sequence[Row], plots: Sequence[Plot], reference: bo
     if reference:
         from tokprune.evaluation.reference.beside import beside
 
-        found = beside(sweep)
-        sections.append(Section(found.title, found.note, [Table(found.columns, found.rows)] if found.rows else []))
+        published = beside(sweep)
+        sections.append(
+            Section(
+                published.title, published.note, [Table(published.columns, published.rows)] if published.rows else []
+            )
+        )
     settings = {k: v for k, v in sweep.settings.to_dict().items() if v not in (None, {})}
     environment = {k: v for k, v in {**settings, **sweep.environment}.items() if v is not None}
     return Page(f"What pruning loses: {sweep.settings.model}", command_line(), environment, sections)

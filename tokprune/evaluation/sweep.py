@@ -63,16 +63,16 @@ class Survey:
 
 def survey(cells: Sequence[Cell], store: Store, retry_failed: bool = False) -> Survey:
     """What the results folder already holds of these cells."""
-    found = Survey()
+    state = Survey()
     for cell in cells:
         result, known = store.load(cell), store.failure(cell)
         if result is not None:
-            found.results[cell] = result
+            state.results[cell] = result
         elif known is not None and not retry_failed:
-            found.failures[cell] = Failure(cell, **known)
+            state.failures[cell] = Failure(cell, **known)
         else:
-            found.todo.append(cell)
-    return found
+            state.todo.append(cell)
+    return state
 
 
 def run_sweep(
@@ -93,8 +93,8 @@ def run_sweep(
     """
     watcher, team = watcher or Watcher(), team or Team()
     sweep = Sweep(store.settings, store.environment)
-    found = survey(cells, store, retry_failed) if team.leads else Survey()
-    results, failures, todo = found.results, found.failures, team.agree(found.todo)
+    state = survey(cells, store, retry_failed) if team.leads else Survey()
+    results, failures, todo = state.results, state.failures, team.agree(state.todo)
     watcher.start(cells, len(cells) - len(todo))
     for cell in todo:
         watcher.begin(cell)

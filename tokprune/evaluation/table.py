@@ -97,11 +97,11 @@ def pair(base: CellResult, other: CellResult) -> tuple[Paired | None, str]:
 
 def scores_of(result: CellResult, metric: str) -> dict[tuple[str, int], float]:
     """Question -> score by a metric; a question asked several times counts with its mean."""
-    found: dict[tuple[str, int], list[float]] = {}
+    by_question: dict[tuple[str, int], list[float]] = {}
     for sample in result.samples:
         if metric in sample.scores:
-            found.setdefault(sample.id, []).append(sample.scores[metric])
-    return {q: sum(v) / len(v) for q, v in found.items()}
+            by_question.setdefault(sample.id, []).append(sample.scores[metric])
+    return {q: sum(v) / len(v) for q, v in by_question.items()}
 
 
 def is_percent(scores: Iterable[float], value: float) -> bool:

@@ -47,10 +47,10 @@ DEVICES: dict[str, Device] = {
 
 def device(name: str) -> Device:
     """The device called `name`, or the error with the nearest name; build a Device yourself for any other."""
-    found = DEVICES.get(name.lower())
-    if found is None:
+    sheet = DEVICES.get(name.lower())
+    if sheet is None:
         raise unknown("device", name, DEVICES)
-    return found
+    return sheet
 
 
 def calibrate(report: ProfileReport) -> Device:

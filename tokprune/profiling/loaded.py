@@ -81,10 +81,10 @@ def _vision(name: str, model: VLM, inputs: Inputs) -> int:
     if encode is None:
         raise OptionError(f"{name}: {type(model).__name__} has no get_image_features; profile it and give --profile.")
     wanted = inspect.signature(encode).parameters
-    given = {key: value for key, value in inputs.items() if key in wanted}
+    arguments = {key: value for key, value in inputs.items() if key in wanted}
     pixels = {
         key: value.to("meta") if isinstance(value, Tensor) and value.is_floating_point() else value
-        for key, value in given.items()
+        for key, value in arguments.items()
     }
 
     def run() -> None:

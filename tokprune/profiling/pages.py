@@ -36,7 +36,7 @@ def _bars(report: ProfileReport) -> tuple[list[Picture], str]:
 def profile_page(report: ProfileReport, pictures: Sequence[Picture] = ()) -> Page:
     """The page of a measured profile. pictures: what each run kept, where the command drew it."""
     bars, missing = _bars(report) if report.cells else ([], "")
-    found = [
+    findings = [
         *filter(None, [report.warning]),
         *report.findings(),
         *(f"{name} failed: {why}" for name, why in report.failed.items()),
@@ -46,7 +46,7 @@ def profile_page(report: ProfileReport, pictures: Sequence[Picture] = ()) -> Pag
         f"{report.title}; {report.parameters / 1e6:.4g} M parameters, {readable(report.weight_bytes)} of weights. "
         "Times are medians over warm runs whose order changes, so that drift favours none."
     )
-    summary = "\n".join([setting, "", *(f"- {line}" for line in found)])
+    summary = "\n".join([setting, "", *(f"- {line}" for line in findings)])
     sections = [
         Section("Findings", summary),
         Section("Time", missing, [tables.time_table(report)], bars),

@@ -182,7 +182,7 @@ def preset(name: str) -> Preset:
     """The preset called `name`; a wrong name raises OptionError with the nearest one and the list."""
     presets = _all()
     wanted = str(name).lower().removeprefix("preset:").replace("_", "-")
-    found = presets.get(wanted) or next((p for p in presets.values() if wanted in p.aliases), None)
-    if found is None:
+    match = presets.get(wanted) or next((p for p in presets.values() if wanted in p.aliases), None)
+    if match is None:
         raise unknown("preset", name, presets)
-    return found
+    return match

@@ -12,7 +12,7 @@ from torch import nn
 
 import tokprune
 from tokprune.budget import check_ratio
-from tokprune.errors import TokpruneError
+from tokprune.errors import TokpruneError, UnsupportedModelError, raised_here
 from tokprune.profiling import formulas, memory
 from tokprune.profiling.report import PLAIN, ProfileReport, RunResult
 from tokprune.profiling.runs import Profiler, ProfileRun, is_out_of_memory, name_of, stages_of, visual_columns
@@ -22,6 +22,7 @@ from tokprune.types import VLM, Fields, Inputs, JsonObject, MethodLike, Options,
 
 __all__ = ["ProfileRun", "Profiler", "environment", "name_of", "profile", "visual_columns"]
 
+REFUSALS = (TypeError, ValueError, KeyError, AttributeError)  # what models raise that need more than embeddings
 ADVICE = "try a smaller batch, fewer new tokens or a lower ratio"
 
 
@@ -134,22 +135,20 @@ class _Bench:
         """The LLM fed the reduced embeddings by hand, where the model takes embeddings; else a note says why not."""
         # Which tokens they are makes no difference to the time, only how many: the cheapest exact method picks them.
         source, name = ProfileRun("uniform", "pruned", self.inputs, "uniform", ratio=ratio), f"ideal {ratio:g}"
+        run = None
         try:
             self.profiler.once(source)
-        except Exception as error:
-            if not self.excuse(name, error):
-                raise
-            return
-        try:
             run = self.profiler.ideal(source, name)
             self.profiler.once(run)
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
-            # Families differ in what they need beside embeddings; the pruned runs do not depend on it.
-            self.notes.append(
-                f"{name}: not measured, generate() from embeddings failed: {type(error).__name__}: {error}"
-            )
+        except UnsupportedModelError as error:
+            self.notes.append(f"{name}: not measured, {error}")
         except Exception as error:
-            if not self.excuse(name, error):
+            # Families differ in what they need beside embeddings; the pruned runs do not depend on it.
+            if run is not None and isinstance(error, REFUSALS) and not raised_here(error):
+                self.notes.append(
+                    f"{name}: not measured, generate() refuses bare embeddings: {type(error).__name__}: {error}"
+                )
+            elif not self.excuse(name, error):
                 raise
         else:
             self.runs.append(run)

@@ -101,9 +101,9 @@ class ProfileReport:
 
     def cell(self, name: str) -> RunResult:
         """The cell called `name`."""
-        for found in self.cells:
-            if found.name == name:
-                return found
+        for cell in self.cells:
+            if cell.name == name:
+                return cell
         why = f" It failed: {self.failed[name]}." if name in self.failed else ""
         raise OptionError(f"no cell {name!r}; there are: {', '.join(c.name for c in self.cells) or 'none'}.{why}")
 

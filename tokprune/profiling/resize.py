@@ -47,13 +47,13 @@ def at_count(
     first = full if full is not None else count(at_scale(1.0))
     factor = min(max(math.sqrt(wanted / max(first, 1)), 1 / MOST), MOST)
     low, high = 1 / MOST, MOST
-    best, found = None, 0
+    best, best_count = None, 0
     seen = {first}
     for step in range(steps):
         trial = at_scale(factor)
         got = count(trial)
-        if best is None or abs(got - wanted) < abs(found - wanted):
-            best, found = trial, got
+        if best is None or abs(got - wanted) < abs(best_count - wanted):
+            best, best_count = trial, got
         if abs(got - wanted) <= max(0.5, 0.02 * wanted):
             break
         seen.add(got)
@@ -66,7 +66,7 @@ def at_count(
         if high / low < 1.004:
             break
     assert best is not None
-    return best, found
+    return best, best_count
 
 
 def shrinking(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import tokprune
 from tokprune.adapters.dialect import cache_of
-from tokprune.errors import OptionError
+from tokprune.errors import OptionError, UnsupportedModelError
 from tokprune.profiling import flops, memory
 from tokprune.profiling.live import live_peak
 from tokprune.profiling.stages import StageModules, find_stages
@@ -115,9 +115,9 @@ class Profiler:
         rows: list[int] = []
 
         def see(module: nn.Module, args: tuple[object, ...], kwargs: JsonObject) -> None:
-            given = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-            if given and not rows:
-                rows.append(given[0].shape[:-1].numel())
+            tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+            if tensors and not rows:
+                rows.append(tensors[0].shape[:-1].numel())
 
         with self._pruned(run) as pruning, torch.no_grad():
             first = self.stages.projectors[:1]
@@ -158,6 +158,8 @@ class Profiler:
                 self._generate(source)
             finally:
                 handle.remove()
+        if "embeds" not in caught:
+            raise UnsupportedModelError(f"the LLM of {type(self.model).__name__} is not called with inputs_embeds.")
         embeds = caught["embeds"]
         mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
         run = ProfileRun(name, "ideal", {"inputs_embeds": embeds, "attention_mask": mask}, ratio=source.ratio)

@@ -43,6 +43,14 @@ def _share(cell: RunResult) -> Value:
     return Value(text if cell.visual < cell.visual_full else f"{cell.visual}", cell.visual)
 
 
+def _columns(
+    columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[object]], caption: str, shown: Sequence[int]
+) -> Table:
+    """Some columns, each a head with its unit, of the rows."""
+    heads, units = zip(*(columns[i] for i in shown), strict=True)
+    return Table(heads, [[row[i] for i in shown] for row in rows], caption, units)
+
+
 def time_table(report: ProfileReport, brief: bool = False) -> Table:
     """Where the time goes: a row per run, medians of the timed runs with half the interquartile range.
 
@@ -91,12 +99,7 @@ def time_table(report: ProfileReport, brief: bool = False) -> Table:
     lines += [f"{IDEAL}."] if any(c.kind == "ideal" for c in report.cells) else []
     lines += [f"{RESIZED}."] if any(c.kind == "resized" for c in report.cells) else []
     shown = [0, 1, 2, 3, 4, 5, 6, 8, 10] if brief else list(range(len(columns)))
-    return Table(
-        [columns[i][0] for i in shown],
-        [[row[i] for i in shown] for row in rows],
-        "\n".join(lines),
-        [columns[i][1] for i in shown],
-    )
+    return _columns(columns, rows, "\n".join(lines), shown)
 
 
 def cost_table(report: ProfileReport, brief: bool = False) -> Table:
@@ -125,7 +128,9 @@ def cost_table(report: ProfileReport, brief: bool = False) -> Table:
         total = cell.flops_total(report.new_tokens)
         cached = t.get("cached") or []
         mean = sum(cached) / len(cached) if cached else 0.0
-        spread = f"{min(cached)} to {max(cached)}, mean {mean:.0f}" if cached and min(cached) < max(cached) else None
+        least_to_most = (
+            f"{min(cached)} to {max(cached)}, mean {mean:.0f}" if cached and min(cached) < max(cached) else None
+        )
         counted: list[object] = (
             [_flops(f["vision"] + f["projector"]), *(_flops(f[k]) for k in ("select", "prefill", "decode"))]
             if f
@@ -137,7 +142,7 @@ def cost_table(report: ProfileReport, brief: bool = False) -> Table:
                 t.get("projector"),
                 cell.visual,
                 cell.prompt,
-                Value(spread or f"{mean:.0f}", mean) if cached else None,
+                Value(least_to_most or f"{mean:.0f}", mean) if cached else None,
                 *counted,
                 _flops(total) if f else None,
                 Value(f"{100 * total / whole:.3g} %", total / whole) if f and whole else None,
@@ -152,12 +157,7 @@ def cost_table(report: ProfileReport, brief: bool = False) -> Table:
     )
     shown = [0, 3, 5, 6, 7, 8, 9, 10, 11, 13] if brief else list(range(len(columns)))
     shown = [i for i in shown if i == 0 or any(row[i] is not None for row in rows)]
-    return Table(
-        [columns[i][0] for i in shown],
-        [[row[i] for i in shown] for row in rows],
-        caption,
-        [columns[i][1] for i in shown],
-    )
+    return _columns(columns, rows, caption, shown)
 
 
 def formula_table(report: ProfileReport) -> Table:

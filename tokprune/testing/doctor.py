@@ -118,9 +118,13 @@ def _requirements() -> tuple[list[Package], list[Extra], list[str]]:
             if requirement.marker is not None and not requirement.marker.evaluate({"extra": name}):
                 continue
             if name not in NOT_EXTRAS:
-                found = _package(requirement.name, requirement.specifier, optional=bool(name))
-                (extras.setdefault(name, []) if name else core).append(found)
-    return core, [Extra(name, tuple(found), f"pip install 'tokprune[{name}]'") for name, found in extras.items()], []
+                package = _package(requirement.name, requirement.specifier, optional=bool(name))
+                (extras.setdefault(name, []) if name else core).append(package)
+    return (
+        core,
+        [Extra(name, tuple(package), f"pip install 'tokprune[{name}]'") for name, package in extras.items()],
+        [],
+    )
 
 
 def _package(name: str, specifier: SpecifierSet, optional: bool) -> Package:

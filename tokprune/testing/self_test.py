@@ -118,13 +118,13 @@ class _Test:
         """Greedy tokens, none of them a placeholder, and the logits that they were taken from."""
         config = self.model.config
         names = ("image_token_id", "video_token_id", "image_token_index", "video_token_index")
-        found = {getattr(config, name, None) for name in names}
+        placeholders = {getattr(config, name, None) for name in names}
         out = self.model.generate(
             **inputs,
             max_new_tokens=STEPS,
             min_new_tokens=STEPS,
             do_sample=False,
-            suppress_tokens=sorted(i for i in found if isinstance(i, int)) or None,
+            suppress_tokens=sorted(i for i in placeholders if isinstance(i, int)) or None,
             return_dict_in_generate=True,
             output_logits=True,
             **more,
@@ -229,8 +229,8 @@ def _language_model(model: VLM) -> nn.Module:
     base = model.base_model
     for name in ("language_model", "text_model"):
         if isinstance(getattr(base, name, None), nn.Module):
-            found: nn.Module = getattr(base, name)
-            return found
+            part: nn.Module = getattr(base, name)
+            return part
     decoder: nn.Module = model.get_decoder()
     return decoder
 
@@ -263,10 +263,12 @@ class _Prompt:
     @classmethod
     def of(cls, model: VLM, call: Fields) -> _Prompt:
         embeds = call["inputs_embeds"]
-        length, given = embeds.shape[1], call.get("position_ids")
-        if given is None:
-            given = torch.arange(length, device=embeds.device)[None]
-        positions = given[-3:, 0] if given.ndim == 3 else given[:1]  # a fourth row in front only counts tokens
+        length, position_ids = embeds.shape[1], call.get("position_ids")
+        if position_ids is None:
+            position_ids = torch.arange(length, device=embeds.device)[None]
+        positions = (
+            position_ids[-3:, 0] if position_ids.ndim == 3 else position_ids[:1]
+        )  # a fourth row in front only counts tokens
         mask = call.get("attention_mask")
         masks = dict(mask) if isinstance(mask, Mapping) else {"": mask}
         square = {k: v[..., :length] if isinstance(v, Tensor) and v.ndim == 4 else None for k, v in masks.items()}
@@ -279,10 +281,10 @@ class _Prompt:
 
         keep: (L,) bool. where: (1 or 3, kept) positions.
         """
-        told, model = said.tokens[:1, :-1], _language_model(self.model)
-        tail = self.model.get_input_embeddings()(told)
+        tokens, model = said.tokens[:1, :-1], _language_model(self.model)
+        tail = self.model.get_input_embeddings()(tokens)
         embeds = torch.cat([self.embeds[:, keep], tail.to(self.embeds.dtype)], 1)
-        steps = torch.arange(1, told.shape[1] + 1, device=where.device)
+        steps = torch.arange(1, tokens.shape[1] + 1, device=where.device)
         positions = torch.cat([where, where[:, -1:].max() + steps.expand(where.shape[0], -1)], 1)
         if set(self.masks) == {""} and self.masks[""] is None:
             mask: object = embeds.new_ones(embeds.shape[:2], dtype=torch.long)
@@ -293,7 +295,7 @@ class _Prompt:
         if self.visual is not None and len(self.planes):
             visual = self.visual[:1, keep]
             stays = keep[self.visual[0]]
-            more["visual_pos_masks"] = torch.cat([visual, torch.zeros_like(told, dtype=torch.bool)], 1)
+            more["visual_pos_masks"] = torch.cat([visual, torch.zeros_like(tokens, dtype=torch.bool)], 1)
             more["deepstack_visual_embeds"] = [plane[stays] for plane in self.planes]
         out = model(
             inputs_embeds=embeds,
@@ -302,7 +304,7 @@ class _Prompt:
             use_cache=False,
             **more,
         )
-        logits = self.model.get_output_embeddings()(out.last_hidden_state[:, -told.shape[1] - 1 :]).float()
+        logits = self.model.get_output_embeddings()(out.last_hidden_state[:, -tokens.shape[1] - 1 :]).float()
         return Answer(said.tokens[:1], logits)
 
     @staticmethod

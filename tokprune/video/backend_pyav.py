@@ -24,7 +24,7 @@ SKIPPABLE = frozenset({"h264", "mpeg4", "mpeg2video", "mpeg1video"})
 # Types of pictures that refer to others: P, B, S. (Codecs without types say 0.)
 BETWEEN = frozenset({2, 3, 4})
 
-Run = tuple[int, list[int]]  # number of the key frame to start from, wanted frames from there on
+Stretch = tuple[int, list[int]]  # number of the key frame to start from, wanted frames from there on
 
 
 def decode(index: PacketIndex, wanted: Sequence[int], job: Job) -> Iterator[tuple[int, Frame]]:
@@ -39,7 +39,7 @@ def decode(index: PacketIndex, wanted: Sequence[int], job: Job) -> Iterator[tupl
     left = set(wanted)
     for skip in (True, False) if index.codec in SKIPPABLE else (False,):
         if left:
-            for i, frame in runs_of(index, sorted(left), skip, job):
+            for i, frame in stretches(index, sorted(left), skip, job):
                 left.discard(i)
                 yield i, frame
 
@@ -58,22 +58,22 @@ def counted(index: PacketIndex, wanted: Sequence[int], job: Job) -> Iterator[tup
                     return
 
 
-def plan(index: PacketIndex, wanted: Sequence[int]) -> list[Run]:
+def plan(index: PacketIndex, wanted: Sequence[int]) -> list[Stretch]:
     """Group wanted frames into stretches that are decoded in one go."""
-    runs: list[Run] = []
+    parts: list[Stretch] = []
     end = -1
     for i in wanted:
         key = max(int(np.searchsorted(index.key_pts, index.pts[i], side="right")) - 1, 0)
         start = int(index.key_position[key]) if len(index.key_position) else 0
-        if runs and start <= end + NEAR:
-            runs[-1][1].append(i)
+        if parts and start <= end + NEAR:
+            parts[-1][1].append(i)
         else:
-            runs.append((key, [i]))
+            parts.append((key, [i]))
         end = max(end, int(index.position[i]))
-    return runs
+    return parts
 
 
-def runs_of(index: PacketIndex, wanted: Sequence[int], skip: bool, job: Job) -> Iterator[tuple[int, Frame]]:
+def stretches(index: PacketIndex, wanted: Sequence[int], skip: bool, job: Job) -> Iterator[tuple[int, Frame]]:
     """One pass over the file."""
     container = open_container(index.path)
     try:
@@ -93,7 +93,7 @@ def runs_of(index: PacketIndex, wanted: Sequence[int], skip: bool, job: Job) -> 
                 yield from stretch(container, index, key, source, members, skip, job)
             except NoEntry:
                 # Not only here: where one key frame is none (gradual refresh), the others are none, either.
-                members, todo = [i for run in ((key, members), *todo) for i in run[1]], []
+                members, todo = [i for part in ((key, members), *todo) for i in part[1]], []
                 container.close()
                 container = open_container(index.path)
                 source = packets(container, stream_of(container, index.stream))

@@ -44,15 +44,15 @@ def decode(index: PacketIndex, wanted: Sequence[int], job: Job) -> Iterator[tupl
         job.check()
         part = list(wanted[at : at + BATCH])
         try:
-            found = [(part, decoder.get_frames_at(part))]
+            batches = [(part, decoder.get_frames_at(part))]
         except Exception:  # one bad frame fails the batch: take them singly
-            found = []
+            batches = []
             for i in part:
                 try:
-                    found.append(([i], decoder.get_frames_at([i])))
+                    batches.append(([i], decoder.get_frames_at([i])))
                 except Exception as error:
                     job.notes.append(f"torchcodec cannot decode frame {i}: {first_line(error)}")
-        for members, batch in found:
+        for members, batch in batches:
             times = batch.pts_seconds.numpy()
             for i, time, frame in zip(members, times, batch.data.numpy(), strict=True):
                 check_time("torchcodec", index, seconds, i, float(time))

@@ -197,20 +197,20 @@ def locate(path: str | os.PathLike[str]) -> Path:
     if not isinstance(text, str):
         text = os.fsdecode(text)
     refuse_url(text)
-    found = Path(text).expanduser()
-    if not text or not found.exists():
-        folder = found.parent
+    file = Path(text).expanduser()
+    if not text or not file.exists():
+        folder = file.parent
         close = ""
         if text and folder.is_dir():
             from tokprune.errors import nearest
 
-            close = nearest(found.name, [p.name for p in folder.iterdir()][:10_000])
+            close = nearest(file.name, [p.name for p in folder.iterdir()][:10_000])
         raise OptionError(f"there is no file {text!r}.{close}")
-    if not found.is_dir() and not found.is_file():
+    if not file.is_dir() and not file.is_file():
         raise OptionError(
             f"{text!r} is neither a file nor a folder (a pipe or device?); save the video to a file first."
         )
-    return found.resolve()
+    return file.resolve()
 
 
 def pick_backend(index: Index, backend: str) -> tuple[str, str, Decode]:

@@ -70,8 +70,8 @@ def every_second(total: int, source_fps: float, most: int | None = None) -> Indi
     """Every round(source_fps)-th frame; `linspace` to `most` frames when that gives more (LLaVA-Video)."""
     check_counts(total, 1)
     check_rate(source_fps)
-    found = np.arange(0, total, max(1, round(source_fps)), dtype=np.int64)
-    return linspace(total, most) if most is not None and len(found) > most else found
+    indices = np.arange(0, total, max(1, round(source_fps)), dtype=np.int64)
+    return linspace(total, most) if most is not None and len(indices) > most else indices
 
 
 def longvideobench(total: int, source_fps: float, most: int = 16) -> Indices:

@@ -38,8 +38,8 @@ def even_frames(total: int, count: int, by: str = "middles") -> list[int]:
     by: "middles" of equal segments, floor((i + 0.5) total / count), or a rule of `video.sampling`; where that repeats
     frames ("centers", nearly all asked for), it is the middles too.
     """
-    found: list[int] = [] if by == "middles" else sorted(set(rule(by)(total, count).tolist()))
-    return found if len(found) == count else middles(total, count)
+    frames: list[int] = [] if by == "middles" else sorted(set(rule(by)(total, count).tolist()))
+    return frames if len(frames) == count else middles(total, count)
 
 
 def frames_by_time(timestamps: Sequence[float], fps: float) -> list[int]:
@@ -71,9 +71,9 @@ def select_frames(
     method's fields. Linear in T up to sorting, so hours of candidate frames are fine.
     """
     if isinstance(method, str):
-        name, given = method, options
+        name, settings = method, options
     elif dataclasses.is_dataclass(method) and hasattr(method, "info"):
-        name, given = method.info.name, {**_fields(method), **options}
+        name, settings = method.info.name, {**_fields(method), **options}
     else:
         raise OptionError(f"method is a name, such as 'aks', or a method of the frames stage, not {method!r}.")
     if name not in SELECTORS:
@@ -82,14 +82,14 @@ def select_frames(
     known = inspect.signature(selector).parameters
     for option in options:
         if option not in known or option in ("data", "count"):
-            own = sorted(set(known) - {"data", "count"})
+            allowed = sorted(set(known) - {"data", "count"})
             raise OptionError(
-                f"frame selection by {name!r} has no option {option!r}.{nearest(option, own)} Its options: "
-                f"{', '.join(own) or 'none'}."
+                f"frame selection by {name!r} has no option {option!r}.{nearest(option, allowed)} Its options: "
+                f"{', '.join(allowed) or 'none'}."
             )
     data = _Data(name, scores, features, timestamps, total)
     check_count(count, data.total)
-    return selector(data, count, **{k: v for k, v in given.items() if k in known})
+    return selector(data, count, **{k: v for k, v in settings.items() if k in known})
 
 
 class _Data:
@@ -117,9 +117,9 @@ class _Data:
         if total is not None:
             lengths["total"] = total
         if len(set(lengths.values())) != 1:
-            found = ", ".join(f"{n} by {what}" for what, n in lengths.items())
+            counts = ", ".join(f"{n} by {what}" for what, n in lengths.items())
             raise OptionError(
-                f"the number of frames is not clear ({found})."
+                f"the number of frames is not clear ({counts})."
                 if lengths
                 else "give scores=, features=, timestamps= or total=, so that the number of frames is known."
             )
@@ -134,10 +134,10 @@ class _Data:
 
     def features(self) -> torch.Tensor:
         """The features, (T, C)."""
-        found: torch.Tensor = self._need("features", self._features, "one vector per frame")
-        if not torch.isfinite(found).all():
+        vectors: torch.Tensor = self._need("features", self._features, "one vector per frame")
+        if not torch.isfinite(vectors).all():
             raise OptionError("features hold NaN or infinity.")
-        return found
+        return vectors
 
     def optional_features(self) -> npt.NDArray[np.float64] | None:
         """The features as an array, if there are any."""
@@ -145,8 +145,8 @@ class _Data:
 
     def timestamps(self) -> Sequence[float]:
         """Seconds of each frame."""
-        found: Sequence[float] = self._need("timestamps", self._timestamps, "seconds of each frame")
-        return found
+        seconds: Sequence[float] = self._need("timestamps", self._timestamps, "seconds of each frame")
+        return seconds
 
     def _need(self, what: str, value: T | None, meaning: str) -> T:
         if value is None:

@@ -155,12 +155,12 @@ def _traced(image: Callable[..., Inputs], size: Size, layout: Layout | None, pat
         if boxes is not None:
             return boxes[:1]
     tiled = layout is None or (layout.num_groups > 1 and layout.kind == "tiles")
-    given = {} if layout is None else {name: tiled for name in SPLITTERS if hasattr(image, name)}
-    boxes = _views(image, size, patch, images=[Image.fromarray(picture)], **given)
+    splitting = {} if layout is None else {name: tiled for name in SPLITTERS if hasattr(image, name)}
+    boxes = _views(image, size, patch, images=[Image.fromarray(picture)], **splitting)
     if (
         boxes is not None and len(boxes) > 1 and not tiled
     ):  # OneVision cuts a picture only where it is the prompt's only one
-        pair = _views(image, size, patch, images=[[Image.fromarray(picture)] * 2], **given)
+        pair = _views(image, size, patch, images=[[Image.fromarray(picture)] * 2], **splitting)
         boxes = boxes if pair is None or len(pair) != 2 else pair[:1]
     return boxes
 
@@ -178,9 +178,9 @@ def _views(image: Callable[..., Inputs], size: Size, patch: int | None, **call: 
         return None
     views = pixels.double().flatten(0, -4)  # (views, 3, h, w)
     views = views / views[:, 2].max().clamp(min=1e-6)
-    found = [_box(view, size) for view in views if bool((view[2] > 0.99).any())]
-    boxes = [_covered(box, (views.shape[-2], views.shape[-1]), patch) for box in found if box is not None]
-    return boxes if boxes and len(boxes) == len(found) else None
+    cuts = [_box(view, size) for view in views if bool((view[2] > 0.99).any())]
+    boxes = [_covered(box, (views.shape[-2], views.shape[-1]), patch) for box in cuts if box is not None]
+    return boxes if boxes and len(boxes) == len(cuts) else None
 
 
 def _box(view: Tensor, size: Size) -> Box | None:

@@ -12,8 +12,8 @@ from tokprune.errors import OptionError
 from tokprune.tokens import Layout
 from tokprune.types import ImageLike
 from tokprune.viz import style
-from tokprune.viz.geometry import Geometry, of_layout, rectangles
-from tokprune.viz.overlay import _unseen, _views, beside, cell_map
+from tokprune.viz.geometry import Geometry
+from tokprune.viz.overlay import Pixels, painted, unseen
 
 LEGEND, LABEL = 14, 15
 
@@ -52,23 +52,16 @@ def draw_heatmap(
             f"values have shape {tuple(values.shape)}; give one number per token, ({len(layout.group)},), "
             "such as a signal averaged over its heads."
         )
-    picture = style.to_rgb(image)
-    where = geometry or of_layout((picture.height, picture.width), layout)
-    boxes = rectangles(where, layout)
-    large, factor = style.enlarge(picture, longest)
-    pixels = np.asarray(large, dtype=float)
-    grey = (pixels @ np.array([0.299, 0.587, 0.114]))[..., None]
     level, low, high = scaled(values)
     colours = style.ramp(level).astype(float)
-    views = []
-    for members in _views(layout, where):
-        cells = cell_map(boxes, (pixels.shape[0], pixels.shape[1]), factor, members)
-        seen = cells >= 0
-        out = _unseen(pixels)
+
+    def paint(pixels: Pixels, cells: NDArray[np.int64]) -> Pixels:
+        grey = (pixels @ np.array([0.299, 0.587, 0.114]))[..., None]
+        out, seen = unseen(pixels), cells >= 0
         out[seen] = (1 - strength) * grey[seen] + strength * colours[cells[seen]]
-        views.append(Image.fromarray(out.round().astype(np.uint8)))
-    shown = views[0] if len(views) == 1 else beside(views)
-    return _with_legend(shown, low, high, name)
+        return out
+
+    return _with_legend(painted(image, layout, geometry, longest, paint), low, high, name)
 
 
 def _with_legend(picture: Image.Image, low: float, high: float, name: str) -> Image.Image:

@@ -193,8 +193,8 @@ def _key(cell: object) -> float | None:
         return float(cell.sort)
     if isinstance(cell, int | float):
         return float(cell)
-    found = _NUMBER.match(str(cell).strip()) if cell is not None else None
-    return float(found.group(1)) if found else None
+    match = _NUMBER.match(str(cell).strip()) if cell is not None else None
+    return float(match.group(1)) if match else None
 
 
 def _shown(cell: object) -> str:

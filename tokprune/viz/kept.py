@@ -11,16 +11,12 @@ from torch import Tensor
 
 from tokprune.errors import OptionError
 from tokprune.runtime.plan import StreamRecord
-from tokprune.tokens import Selection
 from tokprune.types import ImageLike, Processor
 from tokprune.viz import style
 from tokprune.viz.geometry import of_processor
 from tokprune.viz.merge_map import draw_merge_map
-from tokprune.viz.overlay import draw_overlay
-from tokprune.viz.sheet import Panel, method_sheet, sheet
+from tokprune.viz.sheet import LONGEST, MERGES, Panel, kept_text, method_panel, method_sheet, sheet
 from tokprune.viz.strip import frame_strip
-
-LONGEST = 420  # pixels of a panel's longer side
 
 
 def kept_on_image(
@@ -31,56 +27,29 @@ def kept_on_image(
     title: str = "",
     subtitle: str = "",
     captions: Mapping[str, str] | None = None,
+    maps: Mapping[str, Sequence[Tensor]] | None = None,
 ) -> Image.Image:
-    """The picture beside what each run kept of it.
+    """The picture beside what each run kept of it, or joined inside the vision tower.
 
-    records: by the name to print, what the pruning notes of the picture (a StreamRecord of `pruning.last.streams`).
-    processor: the model's, whose resizing and cropping the patches follow.
-    """
-    if not records:
-        raise OptionError("there is no record to draw; run the pruned model on the picture first.")
-    layouts = {len(r.layout.group) for r in records.values()}
-    if len(layouts) == 1:
-        layout = next(iter(records.values())).layout
-        geometry = of_processor(processor, (image.height, image.width), None, layout)
-        kept: dict[str, Selection] = {name: record.selection for name, record in records.items()}
-        return method_sheet(image, layout, kept, geometry, title=title, subtitle=subtitle, captions=captions)
-    panels = []  # an encoder-stage method leaves fewer candidates than the others: each record has its own layout
-    for name, record in records.items():
-        geometry = of_processor(processor, (image.height, image.width), None, record.layout)
-        one = method_sheet(image, record.layout, {name: record.selection}, geometry, captions=captions)
-        panels.append(Panel(one, ""))
-    return sheet(panels, title, subtitle, 1)
-
-
-def joined_on_image(
-    image: Image.Image,
-    records: Mapping[str, StreamRecord],
-    maps: Mapping[str, Sequence[Tensor]],
-    processor: Processor,
-    title: str = "",
-    subtitle: str = "",
-    captions: Mapping[str, str] | None = None,
-) -> Image.Image:
-    """The picture beside what each run did: merge maps for methods inside the tower, kept tokens for the others.
-
-    records: as in `kept_on_image`. maps: by the same names, the run's groups of patches (`merge_map.stream_maps`); none for
-    methods that work behind the tower.
+    records: by the name to print, what the pruning notes of the picture (a StreamRecord of `pruning.last.streams`); an
+    encoder-stage method leaves fewer candidates than the others, so each is drawn on its own layout. processor: the model's,
+    whose resizing and cropping the patches follow. captions: a line per run after the count. maps: by the same names, the
+    groups of patches that a run joined (`merge_map.stream_maps`); runs without any show what they kept.
     """
     if not records:
         raise OptionError("there is no record to draw; run the pruned model on the picture first.")
     original, _ = style.enlarge(style.to_rgb(image), LONGEST)
-    first = next(iter(records.values()))
-    panels = [Panel(original, "input", f"{len(first.layout.group)} tokens")]
+    candidates = dict.fromkeys(len(r.layout.group) for r in records.values())
+    panels = [Panel(original, "input", f"{' or '.join(map(str, candidates))} tokens")]
     for name, record in records.items():
         geometry = of_processor(processor, (image.height, image.width), None, record.layout)
-        if maps.get(name):
-            picture = draw_merge_map(image, list(maps[name]), geometry, longest=LONGEST)
+        if maps is not None and maps.get(name):
+            drawn = draw_merge_map(image, maps[name], geometry, longest=LONGEST)
+            panels.append(Panel(drawn, name, kept_text(record.selection, record.layout, captions, name)))
         else:
-            picture = draw_overlay(image, record.layout, record.selection, geometry, longest=LONGEST)
-        total, count = len(record.layout.group), len(record.selection)
-        caption = [f"{count} of {total} tokens ({100 * count / total:.3g} %)", (captions or {}).get(name, "")]
-        panels.append(Panel(picture, name, ", ".join(filter(None, caption))))
+            panels.append(method_panel(image, record.layout, record.selection, geometry, name, captions))
+    if maps is None and any(r.selection.weights is not None for r in records.values()):
+        subtitle = f"{subtitle}. {MERGES}" if subtitle else MERGES
     return sheet(panels, title, subtitle)
 
 

@@ -16,8 +16,8 @@ from tokprune.runtime.plan import StreamRecord
 from tokprune.tokens import Layout
 from tokprune.types import ImageLike
 from tokprune.viz import style
-from tokprune.viz.geometry import Geometry, rectangles, whole
-from tokprune.viz.overlay import _fade, _line, _unseen, _views, beside, cell_map, outline
+from tokprune.viz.geometry import Geometry, whole
+from tokprune.viz.overlay import Pixels, fade, line_width, outline, painted, unseen
 
 
 class MergeTrace(Protocol):
@@ -89,36 +89,27 @@ def draw_merge_map(
     thumbnail. geometry: how the processor mapped the picture (`geometry.of_processor`); the whole of it when not given. What
     was cropped away is pale. longest: length of each view's longer side in pixels.
     """
-    picture = style.to_rgb(image)
     listed = [maps] if isinstance(maps, Tensor) else list(maps)
     if not listed or any(m.ndim != 2 for m in listed):
         raise OptionError("a merge map is a (height, width) tensor of group numbers, such as trace.merge_map(0).")
+    picture = style.to_rgb(image)
     where = geometry or whole((picture.height, picture.width))
-    if where.size != (picture.height, picture.width):
-        raise OptionError(
-            f"the geometry is of a {where.size[1]} x {where.size[0]} picture, this one is {picture.width} x {picture.height}."
-        )
     if len(listed) != len(where.boxes):
         raise OptionError(
             f"{len(listed)} merge maps for a geometry of {len(where.boxes)} boxes; one map per tile, in their order."
         )
     layout, labels = map_layout(listed, where.overview)
-    boxes = rectangles(where, layout)
-    large, factor = style.enlarge(picture, longest)
-    pixels = np.asarray(large, dtype=float)
-    views = []
-    for members in _views(layout, where):
-        cells = cell_map(boxes, pixels.shape[:2], factor, members)  # type: ignore[arg-type]
-        region = np.where(cells >= 0, labels.numpy()[cells], -2)  # -1 dropped, -2 never seen
-        views.append(Image.fromarray(paint_regions(pixels, region).round().clip(0, 255).astype(np.uint8)))
-    return views[0] if len(views) == 1 else beside(views)
+
+    def paint(pixels: Pixels, cells: NDArray[np.int64]) -> Pixels:
+        return paint_regions(pixels, np.where(cells >= 0, labels.numpy()[cells], -2))  # -1 dropped, -2 never seen
+
+    return painted(picture, layout, where, longest, paint)
 
 
-def paint_regions(pixels: NDArray[np.float64], region: NDArray[np.int64]) -> NDArray[np.float64]:
+def paint_regions(pixels: Pixels, region: NDArray[np.int64]) -> Pixels:
     """Every region in the mean of its pixels; those on its edge in its own colour. pixels: (H, W, 3), region: (H, W)."""
-    out = _fade(pixels)
-    unseen = region == -2
-    out[unseen] = _unseen(pixels)[unseen]
+    out, nothing = fade(pixels), region == -2
+    out[nothing] = unseen(pixels)[nothing]
     used = region >= 0
     names, compact = np.unique(region[used], return_inverse=True)
     if not len(names):
@@ -126,7 +117,7 @@ def paint_regions(pixels: NDArray[np.float64], region: NDArray[np.int64]) -> NDA
     area = np.bincount(compact, minlength=len(names))
     mean = np.stack([np.bincount(compact, pixels[used][:, c], len(names)) for c in range(3)], 1) / area[:, None]
     out[used] = mean[compact]
-    edge = outline(region, _line(pixels.shape))[used]
+    edge = outline(region, line_width(pixels.shape))[used]
     flat = out[used]
     colours = style.distinct(len(names)).astype(float)
     flat[edge] = 0.3 * flat[edge] + 0.7 * colours[compact][edge]

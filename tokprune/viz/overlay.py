@@ -5,6 +5,8 @@ Parts that the processor cropped away are pale: no token ever saw them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -18,6 +20,8 @@ from tokprune.viz import style
 from tokprune.viz.geometry import Geometry, of_layout, rectangles
 
 Mask = NDArray[np.bool_]
+Pixels = NDArray[np.float64]
+"""(H, W, 3), 0 to 255."""
 
 
 def cell_map(boxes: Tensor, size: tuple[int, int], factor: float, members: Tensor) -> NDArray[np.int64]:
@@ -53,14 +57,14 @@ def outline(labels: NDArray[np.int64] | Mask, width: int) -> Mask:
     return edge
 
 
-def _fade(pixels: NDArray[np.float64]) -> NDArray[np.float64]:
+def fade(pixels: Pixels) -> Pixels:
     """Dropped patches: half grey, then most of the way to the shade."""
     grey = pixels @ np.array([0.299, 0.587, 0.114])
     muted = 0.35 * pixels + 0.65 * grey[..., None]
     return np.asarray(0.3 * muted + 0.7 * np.array(style.SHADE, float))
 
 
-def _unseen(pixels: NDArray[np.float64]) -> NDArray[np.float64]:
+def unseen(pixels: Pixels) -> Pixels:
     """Parts that never reached the tower (cropped away): grey on the way to paper."""
     grey = pixels @ np.array([0.299, 0.587, 0.114])
     return np.asarray(0.3 * grey[..., None] + 0.7 * np.array(style.PAPER, float))
@@ -87,6 +91,34 @@ def merge_targets(selection: Selection, total: int) -> Tensor:
     return torch.where(best > 0, slot, out)
 
 
+def painted(
+    image: ImageLike,
+    layout: Layout,
+    geometry: Geometry | None,
+    longest: int,
+    paint: Callable[[Pixels, NDArray[np.int64]], Pixels],
+) -> Image.Image:
+    """The picture with `longest` pixels on its longer side, painted by where its tokens lie.
+
+    paint: pixels (H, W, 3) and the number of the token at each (H, W), -1 where there is none -> pixels. A tiled picture
+    becomes two views side by side, the tiles and the thumbnail. geometry: read off the layout when not given.
+    """
+    picture = style.to_rgb(image)
+    where = geometry or of_layout((picture.height, picture.width), layout)
+    if where.size != (picture.height, picture.width):
+        raise OptionError(
+            f"the geometry is of a {where.size[1]} x {where.size[0]} picture, this one is {picture.width} x {picture.height}."
+        )
+    boxes = rectangles(where, layout)
+    large, factor = style.enlarge(picture, longest)
+    pixels = np.asarray(large, dtype=float)
+    views = []
+    for members in _views(layout, where):
+        cells = cell_map(boxes, (large.height, large.width), factor, members)
+        views.append(Image.fromarray(paint(pixels, cells).round().clip(0, 255).astype(np.uint8)))
+    return views[0] if len(views) == 1 else beside(views)
+
+
 def _views(layout: Layout, geometry: Geometry) -> list[Tensor]:
     """Tokens of each view: groups that lie side by side share one (tiles), the thumbnail has its own, last."""
     group = layout.group.cpu()
@@ -110,65 +142,52 @@ def draw_overlay(
     merged: colour every patch by the output token it flows into; on by itself when the selection merges. Tiled pictures
     become two views, the tiles and the thumbnail. longest: length of each view's longer side in pixels.
     """
-    picture = style.to_rgb(image)
-    where = geometry or of_layout((picture.height, picture.width), layout)
-    if where.size != (picture.height, picture.width):
-        raise OptionError(
-            f"the geometry is of a {where.size[1]} x {where.size[0]} picture, this one is {picture.width} x {picture.height}."
-        )
-    total = len(layout.group)
     if layout.kind == "video":
         raise OptionError("this is the layout of a video; draw its frames with tokprune.viz.strip.frame_strip.")
+    total = len(layout.group)
     indices = _indices(kept, total)
     by_source = merged if merged is not None else isinstance(kept, Selection) and kept.weights is not None
-    boxes = rectangles(where, layout)
-    large, factor = style.enlarge(picture, longest)
-    pixels = np.asarray(large, dtype=float)
-    views = []
-    for members in _views(layout, where):
-        cells = cell_map(boxes, pixels.shape[:2], factor, members)  # type: ignore[arg-type]
-        if by_source and isinstance(kept, Selection):
-            view = _paint_merge(pixels, cells, merge_targets(kept, total), indices)
-        else:
-            view = _paint_kept(pixels, cells, indices, total)
-        views.append(Image.fromarray(view.round().astype(np.uint8)))
-    return views[0] if len(views) == 1 else beside(views)
+    target = merge_targets(kept, total) if by_source and isinstance(kept, Selection) else None
+
+    def paint(pixels: Pixels, cells: NDArray[np.int64]) -> Pixels:
+        if target is not None:
+            return _paint_merge(pixels, cells, target, indices)
+        return _paint_kept(pixels, cells, indices, total)
+
+    return painted(image, layout, geometry, longest, paint)
 
 
-def _line(shape: tuple[int, ...]) -> int:
+def line_width(shape: tuple[int, ...]) -> int:
+    """Pixels of an outline on a picture of this shape."""
     return max(1, round(max(shape) / 320))
 
 
-def _paint_kept(
-    pixels: NDArray[np.float64], cells: NDArray[np.int64], indices: Tensor, total: int
-) -> NDArray[np.float64]:
+def _paint_kept(pixels: Pixels, cells: NDArray[np.int64], indices: Tensor, total: int) -> Pixels:
     flags = np.zeros(total + 1, dtype=bool)  # the last one answers for -1: no token there
     flags[indices.numpy()] = True
     bright = flags[cells]
-    out = np.where(bright[..., None], pixels, _fade(pixels))
-    out[cells < 0] = _unseen(pixels)[cells < 0]
+    out = np.where(bright[..., None], pixels, fade(pixels))
+    out[cells < 0] = unseen(pixels)[cells < 0]
     inner = outline(np.where(bright, cells, -1), 1) & bright  # hairlines between kept neighbours
     out[inner] = 0.75 * out[inner] + 0.25 * np.array(style.SHADE, float)
-    edge = outline(bright, _line(pixels.shape)) & bright
+    edge = outline(bright, line_width(pixels.shape)) & bright
     out[edge] = style.ACCENT
     return out
 
 
-def _paint_merge(
-    pixels: NDArray[np.float64], cells: NDArray[np.int64], target: Tensor, indices: Tensor
-) -> NDArray[np.float64]:
+def _paint_merge(pixels: Pixels, cells: NDArray[np.int64], target: Tensor, indices: Tensor) -> Pixels:
     label = np.append(target.numpy(), -1)[cells]  # (H, W) output slot
     colours = style.distinct(len(indices)).astype(float)
     used = label >= 0
-    out = _fade(pixels)
-    out[cells < 0] = _unseen(pixels)[cells < 0]
+    out = fade(pixels)
+    out[cells < 0] = unseen(pixels)[cells < 0]
     out[used] = 0.45 * pixels[used] + 0.55 * colours[label[used]]
     border = outline(label, 1)
     out[border] = 0.4 * out[border] + 0.6 * np.array(style.SHADE, float)
     centre = np.zeros(len(target) + 1, dtype=bool)
     centre[indices.numpy()] = True
     anchored = centre[cells]
-    edge = outline(np.where(anchored, cells, -1), _line(pixels.shape)) & anchored
+    edge = outline(np.where(anchored, cells, -1), line_width(pixels.shape)) & anchored
     out[edge] = 255.0  # the patch whose slot survives
     return out
 

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MARKERS = "osD^vPX*<>"
+MARKERS = "osD^vPX*<>pHd8h"
+BASELINES = {"random": "x", "uniform": "+", "pool": "1"}
 
 
 @dataclass(frozen=True)
@@ -105,16 +106,19 @@ def name_axes(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set_ylabel(y, fontsize=11, color=hex_of(style.INK))
 
 
-def _looks(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Colour and marker per method; baselines are grey, so that they read as the floor."""
-    out, used = {}, 0
-    for method in methods:
-        if method in ("random", "uniform", "pool"):
-            out[method] = (hex_of(style.MUTED), MARKERS[("random", "uniform", "pool").index(method)])
-        else:
-            out[method] = (hex_of(style.SERIES[used % len(style.SERIES)]), MARKERS[used % len(MARKERS)])
-            used += 1
-    return out
+def looks(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Colour and marker per method, no two alike; baselines are grey, so that they read as the floor."""
+    others = [m for m in methods if m not in BASELINES]
+    colours = [hex_of(colour) for colour in style.series(len(others))]
+    out = {m: (colours[i], MARKERS[i % len(MARKERS)]) for i, m in enumerate(others)}
+    out |= {m: (hex_of(style.MUTED), BASELINES[m]) for m in methods if m in BASELINES}
+    return {m: out[m] for m in methods}
+
+
+def add_legend(axes: Axes) -> None:
+    """The names beside the plot, in as many columns as its height asks for."""
+    names = len(axes.get_legend_handles_labels()[1])
+    axes.legend(frameon=False, fontsize=10, loc="center left", bbox_to_anchor=(1.0, 0.5), ncols=-(-names // 16))
 
 
 def _ratio_axis(axes: Axes, ratios: Sequence[float]) -> None:
@@ -135,7 +139,7 @@ def accuracy_over_ratio(
         raise OptionError("no results to plot.")
     figure, axes = new_axes(7.5, 4.6)
     methods = list(dict.fromkeys(p.method for p in points))
-    for method, (colour, marker) in _looks(methods).items():
+    for method, (colour, marker) in looks(methods).items():
         mine = sorted((p for p in points if p.method == method), key=lambda p: -p.ratio)
         x, y = [p.ratio for p in mine], [p.score for p in mine]
         axes.plot(x, y, marker=marker, color=colour, linewidth=1.8, markersize=6, label=method)
@@ -147,7 +151,7 @@ def accuracy_over_ratio(
         axes.annotate("all tokens", (0.01, full), xycoords=("axes fraction", "data"), va="bottom", fontsize=9)
     _ratio_axis(axes, [p.ratio for p in points])
     name_axes(axes, title, "visual tokens kept", score)
-    axes.legend(frameon=False, fontsize=10, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    add_legend(axes)
     return figure
 
 
@@ -176,7 +180,7 @@ def pareto(
             "no result has a cost to plot against; add a number per result and name it: Point.read(..., cost=...)."
         )
     figure, axes = new_axes(7.5, 4.8)
-    for method, (colour, marker) in _looks(list(dict.fromkeys(p.method for p in priced))).items():
+    for method, (colour, marker) in looks(list(dict.fromkeys(p.method for p in priced))).items():
         mine = [p for p in priced if p.method == method]
         axes.scatter(
             [float(p.cost or 0.0) for p in mine],
@@ -211,7 +215,7 @@ def pareto(
         )
     axes.set_xlim(left=0)
     name_axes(axes, title, cost, score)
-    axes.legend(frameon=False, fontsize=10, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    add_legend(axes)
     return figure
 
 

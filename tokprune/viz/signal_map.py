@@ -64,11 +64,11 @@ def values_of(
     if last is None or not last.streams:
         raise OptionError("the prompt holds no picture.")
     record = last.streams[0]
-    found = record.selection.info.get(VALUES if signal is not None else "scores")
-    if found is None or found.ndim != 1 or len(found) != len(record.layout.group):
+    values = record.selection.info.get(VALUES if signal is not None else "scores")
+    if values is None or values.ndim != 1 or len(values) != len(record.layout.group):
         raise OptionError(
             f"method {method!r} gives no score per token (it chooses by distances, groups or chance); draw what it keeps with "
             "tokprune show, or a signal: --signal cls_attention."
         )
     source = record.sources.get(signal, "") if signal is not None else f"scores of {method}"
-    return found.detach().float().cpu(), record.layout, source
+    return values.detach().float().cpu(), record.layout, source

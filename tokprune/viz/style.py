@@ -29,7 +29,6 @@ SERIES: tuple[Colour, ...] = (
     (204, 121, 167),
     (86, 180, 233),
     (213, 94, 0),
-    (120, 120, 120),
     (148, 103, 189),
     (163, 143, 40),
 )
@@ -101,6 +100,13 @@ def distinct(n: int) -> NDArray[np.uint8]:
         for i in range(n)
     ]
     return (np.array(out).reshape(n, 3) * 255).round().astype(np.uint8)
+
+
+def series(n: int) -> list[Colour]:
+    """`n` different colours for as many series: those of SERIES, then further hues, dark and light in turn."""
+    more = range(max(0, n - len(SERIES)))
+    hues = [colorsys.hsv_to_rgb((0.03 + i / max(len(more), 1)) % 1.0, 0.85, (0.45, 0.75)[i % 2]) for i in more]
+    return [*SERIES[:n], *((round(255 * r), round(255 * g), round(255 * b)) for r, g, b in hues)]
 
 
 def ramp(values: NDArray[np.float64]) -> NDArray[np.uint8]:

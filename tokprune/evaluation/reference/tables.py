@@ -103,13 +103,13 @@ def select(model: str | None = None, methods: Sequence[str] = (), tasks: Sequenc
     wanted = {m.lower().replace("-", "_") for m in methods}
     _check("method", wanted, {e.method for e in rows} | {e.label.lower().replace("-", "_") for e in rows})
     columns = [b for m in everything.values() for t in m.tables for b in t.benchmarks]
-    asked = {t.lower() for t in tasks}
-    _check("task", asked, {b.name.lower() for b in columns} | {b.task for b in columns if b.task})
+    wanted_tasks = {t.lower() for t in tasks}
+    _check("task", wanted_tasks, {b.name.lower() for b in columns} | {b.task for b in columns if b.task})
     out = []
-    for found in chosen:
-        tables = [t for t in (_reduced(t, wanted, asked) for t in found.tables) if t is not None]
+    for candidate in chosen:
+        tables = [t for t in (_reduced(t, wanted, wanted_tasks) for t in candidate.tables) if t is not None]
         if tables:
-            out.append(replace(found, tables=tuple(tables)))
+            out.append(replace(candidate, tables=tuple(tables)))
     if not out:
         raise OptionError(
             "no published table has all of that together; leave --model, --methods or --tasks out to see more."
@@ -117,8 +117,8 @@ def select(model: str | None = None, methods: Sequence[str] = (), tasks: Sequenc
     return out
 
 
-def _check(what: str, asked: set[str], known: set[str]) -> None:
-    for name in sorted(asked - known):
+def _check(what: str, names: set[str], known: set[str]) -> None:
+    for name in sorted(names - known):
         raise OptionError(f"no published table has the {what} {name!r}.{nearest(name, known)}")
 
 
@@ -145,8 +145,8 @@ def models() -> dict[str, Model]:
     names = _read("names.json")
     folder = resources.files("tokprune.evaluation").joinpath("reference")
     files = sorted(f.name for f in folder.iterdir() if f.name.endswith(".json") and f.name != "names.json")
-    found = [_model(file, _read(file), names) for file in files]
-    return {m.name: m for m in found}
+    parsed = [_model(file, _read(file), names) for file in files]
+    return {m.name: m for m in parsed}
 
 
 def _read(file: str) -> JsonObject:
