@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import tokprune
-from tests.adapters.reference import language_model, shared
+from tests.adapters.reference import language_model
 from tests.spelling import cache_in
 from tokprune.budget import kept
 from tokprune.testing import TinyVLM, build
@@ -24,21 +24,6 @@ from tokprune.testing import TinyVLM, build
 def eager(family: str) -> TinyVLM:
     """The shared model of a family again, with attention maps."""
     return build(family, attn="eager")
-
-
-used: set[str] = set()
-
-
-def given(family: str) -> TinyVLM:
-    """The shared model of a family, to be given back by `give_back`."""
-    used.add(family)
-    return shared(family)
-
-
-def give_back() -> None:
-    """Take off what a failing test may have left on the shared models."""
-    for family in used:
-        tokprune.remove(shared(family).model)
 
 
 def last_layer(tiny: TinyVLM) -> int:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -50,10 +51,20 @@ VIDEO = (
 MIXED = tuple(f for f in VIDEO if f not in ("perception_lm", "glm4v", "minicpmv4_6", "molmo2"))
 
 
-@functools.lru_cache(None)
+_built = functools.lru_cache(None)(build)
+used: set[str] = set()
+"""Families whose shared model the running test was given: conftest takes off what it may have left there."""
+
+
 def shared(family: str) -> TinyVLM:
     """One model per family for all tests that leave it as they found it."""
-    return build(family)
+    used.add(family)
+    return _built(family)
+
+
+def slow_unless(quick: bool, *values: Any) -> Any:
+    """Parameters of a test, of a quick one or of one that `make test-slow` runs."""
+    return pytest.param(*values, marks=[] if quick else [pytest.mark.slow])
 
 
 def samples(kind: str) -> list[list[Part]]:
@@ -359,9 +370,14 @@ def prompt_of(tiny: TinyVLM, parts: list[list[Part]], padding_side: str = "left"
 
 
 @functools.lru_cache(None)
-def prompt(family: str, kind: str) -> Prompt:
+def _watched(family: str, kind: str) -> Prompt:
+    return prompt_of(_built(family), samples(kind))
+
+
+def prompt(family: str, kind: str = "image") -> Prompt:
     """The samples of a kind for a family, watched once for all tests."""
-    return prompt_of(shared(family), samples(kind))
+    used.add(family)
+    return _watched(family, kind)
 
 
 def cases(families: Sequence[str]) -> list[tuple[str, str]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -11,9 +10,9 @@ import pytest
 import torch
 
 import tokprune
-from tests.adapters.cache_reference import answer, give_back, given, last_layer, masked_steps
-from tests.adapters.reference import language_model, samples
-from tests.adapters.test_generation import with_text
+from tests.adapters.cache_reference import answer, last_layer, masked_steps
+from tests.adapters.reference import language_model, samples, shared
+from tests.adapters.shortened import with_text
 from tests.spelling import cache_in, with_cache
 from tokprune.budget import kept
 from tokprune.errors import OptionError, UnsupportedModelError
@@ -22,13 +21,6 @@ from tokprune.runtime.cache_record import get_state
 from tokprune.testing import build, clip, picture
 
 SHARE, NEW = 0.3, 6
-
-
-@pytest.fixture(autouse=True)
-def unpruned_afterwards() -> Iterator[None]:
-    """The models are shared: a failing test must not leave its pruning behind for the next one."""
-    yield
-    give_back()
 
 
 # -- generation modes -------------------------------------------------------------------------------------------------------
@@ -40,7 +32,7 @@ def unpruned_afterwards() -> Iterator[None]:
 )
 def test_batch_rows_answer_as_alone(family: str, options: dict[str, Any]) -> None:
     """Beams reorder what was decided; each prompt of a batch gets what it gets alone."""
-    tiny, parts = given(family), samples("image")
+    tiny, parts = shared(family), samples("image")
     method = DyCokeCache(layer=last_layer(tiny), similarity=0.95)
     with tokprune.apply(tiny.model, ["random", method], ratio=0.5):
         if "do_sample" in options:
@@ -57,7 +49,7 @@ def test_batch_rows_answer_as_alone(family: str, options: dict[str, Any]) -> Non
 
 def test_beams_follow_the_masked_reference() -> None:
     """The winning beam's scores are those of its own tokens with masked keys, through every reordering."""
-    tiny = given("llava")
+    tiny = shared("llava")
     method = DyCokeCache(layer=1, similarity=0.9)
     inputs = tiny.inputs(samples("image")[:1])
     more = {"return_dict_in_generate": True, "output_scores": True, "num_beams": 3, "length_penalty": 0.0}
@@ -79,7 +71,7 @@ def test_second_turn_on_a_kept_cache(family: str) -> None:
     """The prompt of a later turn sees all keys; its answer starts with a choice of its own, as if all came in one go."""
     from transformers import DynamicCache
 
-    tiny = given(family)
+    tiny = shared(family)
     inputs = tiny.inputs(samples("image")[:1])
     question = torch.tensor([[10, 20, 30, 40, 50]])
     with tokprune.apply(tiny.model, ["random", DyCokeCache(layer=1)], ratio=0.5) as pruning:
@@ -97,7 +89,7 @@ def test_second_turn_on_a_kept_cache(family: str) -> None:
 def test_a_new_picture_joins_the_visual_keys() -> None:
     from transformers import DynamicCache
 
-    tiny = given("llava")
+    tiny = shared("llava")
     inputs = tiny.inputs(samples("image")[:1])
     with tokprune.apply(tiny.model, ["random", DyCokeCache(layer=1)], ratio=0.5):
         cache = DynamicCache(config=tiny.model.config.get_text_config())
@@ -113,7 +105,7 @@ def test_a_new_picture_joins_the_visual_keys() -> None:
 
 @pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
 def test_interleaved_and_threaded_answers_do_not_mix(family: str) -> None:
-    tiny = given(family)
+    tiny = shared(family)
     prompts = [tiny.inputs(samples("image")[i : i + 1]) for i in range(2)]
     with tokprune.apply(tiny.model, ["random", DyCokeCache(layer=1, similarity=1.0)], ratio=0.5):
         alone = [tiny.model.generate(**p, max_new_tokens=NEW) for p in prompts]
@@ -125,7 +117,7 @@ def test_interleaved_and_threaded_answers_do_not_mix(family: str) -> None:
 
 def test_chunked_prefill_with_a_last_chunk_of_one_token() -> None:
     """A chunk of one token is prompt, not answer: it reads all keys."""
-    tiny = given("llava")
+    tiny = shared("llava")
     inputs = tiny.inputs(samples("image")[:1])
     with tokprune.apply(tiny.model, ["random", DyCokeCache(layer=1)], ratio=0.5) as pruning:
         whole, wanted = answer(tiny, inputs, NEW)
@@ -137,7 +129,7 @@ def test_chunked_prefill_with_a_last_chunk_of_one_token() -> None:
 
 
 def test_steps_without_a_picture_or_a_cache_are_left_alone() -> None:
-    tiny = given("llava")
+    tiny = shared("llava")
     text = tiny.inputs([["no picture here"]])
     inputs = tiny.inputs(samples("image")[:1])
     unpruned = tiny.model.generate(**text, max_new_tokens=4)
@@ -153,7 +145,7 @@ def test_steps_without_a_picture_or_a_cache_are_left_alone() -> None:
 
 
 def test_hand_written_loop() -> None:
-    tiny = given("internvl")
+    tiny = shared("internvl")
     inputs = tiny.inputs(samples("image")[:1])
     with tokprune.apply(tiny.model, DyCokeCache(layer=1), ratio=SHARE), torch.no_grad():
         tokens, logits = answer(tiny, inputs, NEW)
@@ -172,7 +164,7 @@ def test_hand_written_loop() -> None:
     [({"cache_implementation": "static"}, "fixed length"), ({"prompt_lookup_num_tokens": 3}, "assisted decoding")],
 )
 def test_modes_that_cannot_be_right_are_refused(options: dict[str, Any], words: str) -> None:
-    tiny = given("llava")
+    tiny = shared("llava")
     inputs = tiny.inputs(samples("image")[:1])
     before = tiny.model.generate(**inputs, max_new_tokens=4, **options)
     with tokprune.apply(tiny.model, DyCokeCache(layer=1), ratio=SHARE):
@@ -194,7 +186,7 @@ def test_flex_attention_is_refused() -> None:
 @pytest.mark.parametrize("layer", [2, 40])
 def test_layers_that_do_not_exist(layer: int) -> None:
     with pytest.raises(OptionError, match="1 <= layer <= 1"):
-        tokprune.apply(given("llava").model, DyCokeCache(layer=layer), ratio=SHARE)
+        tokprune.apply(shared("llava").model, DyCokeCache(layer=layer), ratio=SHARE)
 
 
 class Boom(Exception):
@@ -203,7 +195,7 @@ class Boom(Exception):
 
 @pytest.mark.parametrize("family", ["llava", "qwen3_5"])
 def test_remove_and_errors_leave_the_model_as_it_was(family: str) -> None:
-    tiny = given(family)
+    tiny = shared(family)
     inputs = tiny.inputs(samples("image"))
     hooks = [(m, dict(m._forward_hooks), dict(m._forward_pre_hooks)) for m in tiny.model.modules()]
     attributes = set(tiny.model.__dict__)
@@ -230,7 +222,7 @@ def test_remove_and_errors_leave_the_model_as_it_was(family: str) -> None:
 
 
 def test_share_of_all_changes_nothing() -> None:
-    tiny = given("llava")
+    tiny = shared("llava")
     inputs = tiny.inputs(samples("image"))
     _, wanted = answer(tiny, inputs, NEW)
     with tokprune.apply(tiny.model, DyCokeCache(layer=1), ratio=1.0):
@@ -251,7 +243,7 @@ def test_share_of_all_changes_nothing() -> None:
 def test_whose_the_ratio_is(stages: Any, amount: dict[str, Any], share: Any) -> None:
     names = [stages] if isinstance(stages, str) else stages
     methods = [DyCokeCache(layer=1) if n == "dycoke_cache" else tokprune.get_method(n) for n in names]
-    tiny = given("internvl")
+    tiny = shared("internvl")
     inputs = tiny.inputs([["v ", ("video", clip(4, seed=1)), " what?"]])
     with tokprune.apply(tiny.model, methods, **amount) as pruning:
         tiny.model.generate(**inputs, max_new_tokens=3)

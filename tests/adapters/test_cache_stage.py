@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,9 +9,8 @@ import torch
 from torch import Tensor
 
 import tokprune
-from tests.adapters.cache_reference import answer, eager, give_back, given, last_layer, masked_steps
-from tests.adapters.reference import HYBRID, VIDEO, language_model, samples
-from tests.adapters.test_generation import slow_unless
+from tests.adapters.cache_reference import answer, eager, last_layer, masked_steps
+from tests.adapters.reference import HYBRID, VIDEO, language_model, samples, shared, slow_unless
 from tests.spelling import cache_in
 from tokprune.methods.cache.dycoke_cache import DyCokeCache
 from tokprune.runtime.attention_row import attention_row, newest_query
@@ -23,16 +21,9 @@ QUICK = ("llava", "qwen2_5_vl", "qwen3_5", "gemma3", "aya_vision")
 SHARE, NEW = 0.3, 6
 
 
-@pytest.fixture(autouse=True)
-def unpruned_afterwards() -> Iterator[None]:
-    """The models are shared: a failing test must not leave its pruning behind for the next one."""
-    yield
-    give_back()
-
-
 def compare(family: str, parts: list[Any], method: DyCokeCache, ratio: float | None, positions: str = "auto") -> None:
     """A left-padded batch with the cache stage against each prompt alone with masks."""
-    tiny = given(family)
+    tiny = shared(family)
     inputs = tiny.inputs(parts)
     stages = method if ratio is None else ["random", method]
     with tokprune.apply(tiny.model, stages, ratio=SHARE if ratio is None else ratio, positions=positions) as pruning:
@@ -56,7 +47,7 @@ def compare(family: str, parts: list[Any], method: DyCokeCache, ratio: float | N
     [slow_unless(f in QUICK and (r is not None or f == "llava"), f, r) for f in FAMILIES for r in (None, 0.5)],
 )
 def test_steps_equal_those_with_masked_keys(family: str, ratio: float | None) -> None:
-    layer = last_layer(given(family))
+    layer = last_layer(shared(family))
     method = DyCokeCache(layer=layer, pruning_rate=1 - SHARE)
     for changed in ({}, {"similarity": 1.0}, {"compat": "published"}):
         compare(family, samples("image"), DyCokeCache(**{**vars(method), **changed}), ratio)
@@ -67,7 +58,7 @@ def test_steps_equal_those_with_masked_keys(family: str, ratio: float | None) ->
 def test_clips(family: str, kind: str) -> None:
     if kind == "mixed" and family in ("perception_lm", "glm4v", "minicpmv4_6", "molmo2"):
         pytest.skip("does not mix clips and images")
-    method = DyCokeCache(layer=last_layer(given(family)), pruning_rate=1 - SHARE)
+    method = DyCokeCache(layer=last_layer(shared(family)), pruning_rate=1 - SHARE)
     compare(family, samples(kind), method, 0.5)
 
 
@@ -79,7 +70,7 @@ def test_positions(positions: str) -> None:
 @pytest.mark.parametrize("layer", [1, 2])
 def test_sliding_layers_forget_the_first_keys(layer: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gemma 3 with a window shorter than the prompt: layers below and above have lost some visual keys."""
-    tiny = given("gemma3")
+    tiny = shared("gemma3")
     inputs = tiny.inputs([["A ", ("image", picture(60, 40, 1)), " what is this, please?"]])
     window = inputs["input_ids"].shape[1] - 10
     for model in (tiny.model, eager("gemma3").model):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 
 import tokprune
 from tests.adapters.frames_methods import Brightness, ByScore, Rising, quick
-from tests.adapters.reference import HYBRID, MIXED, VIDEO, Prompt, prompt, prompt_of, run, shared
+from tests.adapters.reference import HYBRID, MIXED, VIDEO, prompt, prompt_of, run, shared
 from tokprune.adapters.prompting import build_inputs
 from tokprune.budget import kept
 from tokprune.errors import MissingSignalError, OptionError
@@ -20,20 +19,6 @@ from tokprune.testing import clip, picture
 
 TOLERANCE, HYBRID_TOLERANCE = 1e-4, 1e-3
 CASES = [quick(f, k) for k, families in (("video", VIDEO), ("mixed", MIXED)) for f in families]
-used: dict[str, Any] = {}
-
-
-@pytest.fixture(autouse=True)
-def unpruned_afterwards() -> Iterator[None]:
-    yield
-    for tiny in used.values():
-        tokprune.remove(tiny.model)
-
-
-def given(family: str, kind: str = "video") -> Prompt:
-    case = prompt(family, kind)
-    used[family] = case.tiny
-    return case
 
 
 def rising(sizes: tuple[int, ...], keep: int) -> list[int]:
@@ -47,7 +32,7 @@ def rising(sizes: tuple[int, ...], keep: int) -> list[int]:
 @pytest.mark.parametrize(("family", "kind"), CASES)
 @pytest.mark.parametrize("positions", ["keep", "compact"])
 def test_frames_method_alone_equals_brute_force(family: str, kind: str, positions: str) -> None:
-    case = given(family, kind)
+    case = prompt(family, kind)
     tiny = case.tiny
     # With the processor, so that InternVL's frames are told from pictures.
     with tokprune.apply(tiny.model, Rising(), ratio=0.25, positions=positions, processor=tiny.processor) as pruning:
@@ -73,7 +58,7 @@ def test_frames_method_alone_equals_brute_force(family: str, kind: str, position
 
 @pytest.mark.parametrize(("family", "kind"), CASES)
 def test_a_connector_method_inside_the_frames_equals_brute_force(family: str, kind: str) -> None:
-    case = given(family, kind)
+    case = prompt(family, kind)
     tiny = case.tiny
     stages = [Rising(), "divprune"]
     with tokprune.apply(tiny.model, stages, ratio=0.25, positions="keep", processor=tiny.processor) as pruning:
@@ -91,7 +76,6 @@ def test_a_connector_method_inside_the_frames_equals_brute_force(family: str, ki
 @pytest.mark.parametrize("family", ["llava_next_video", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "internvl"])
 def test_several_videos_in_one_prompt_have_budgets_of_their_own(family: str) -> None:
     tiny = shared(family)
-    used[family] = tiny
     parts = [
         ["a ", ("video", clip(4, seed=3)), " b ", ("video", clip(4, seed=4)), " c?"],
         ["d ", ("video", clip(4, seed=5)), " e?"],
@@ -109,7 +93,7 @@ def test_several_videos_in_one_prompt_have_budgets_of_their_own(family: str) -> 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_kept_frames_stay_at_their_time(family: str) -> None:
     """Frames that vanish leave a gap on the time axis of M-RoPE; nothing moves up."""
-    case = given(family)
+    case = prompt(family, "video")
     with tokprune.apply(case.tiny.model, Rising(), ratio=0.2) as pruning:
         got = run(case.tiny, case.inputs)
         last = pruning.last
@@ -125,7 +109,7 @@ def test_kept_frames_stay_at_their_time(family: str) -> None:
 
 @pytest.mark.parametrize("family", [quick(f) for f in VIDEO])
 def test_everything_kept_is_the_unpruned_model(family: str) -> None:
-    case = given(family)
+    case = prompt(family, "video")
     tiny, scorer = case.tiny, Brightness()
     for method in (Rising(), [Rising(), "divprune"], ByScore()):
         with tokprune.apply(
@@ -141,7 +125,6 @@ def test_everything_kept_is_the_unpruned_model(family: str) -> None:
 @pytest.mark.parametrize("family", ["llava_next_video", "qwen2_5_vl", "internvl", "video_llama_3"])
 def test_rows_do_not_depend_on_their_neighbours(family: str) -> None:
     tiny = shared(family)
-    used[family] = tiny
     rows = [["a ", ("video", clip(4, seed=1)), " b?"], ["a longer one ", ("video", clip(4, seed=2)), " c?"]]
     options = {"ratio": 0.3, "query": "bright?", "processor": tiny.processor, "scorer": Brightness()}
     with tokprune.apply(tiny.model, [ByScore(), "divprune"], **options) as pruning:
@@ -154,7 +137,6 @@ def test_rows_do_not_depend_on_their_neighbours(family: str) -> None:
 
 def test_beams_score_a_video_once() -> None:
     tiny, scorer = shared("llava_next_video"), Brightness()
-    used["llava_next_video"] = tiny
     inputs = tiny.inputs([["a ", ("video", clip(4, seed=1)), " b?"]])
     with tokprune.apply(tiny.model, ByScore(), ratio=0.3, query="bright?", scorer=scorer):
         tiny.model.generate(**inputs, max_new_tokens=3, num_beams=3)
@@ -163,7 +145,6 @@ def test_beams_score_a_video_once() -> None:
 
 def test_encoder_frames_and_connector_stage_together() -> None:
     tiny = shared("llava_next_video")
-    used["llava_next_video"] = tiny
     inputs = tiny.inputs([["a ", ("video", clip(4, seed=1)), " b?"]])
     with torch.no_grad():
         before = tiny.model(**inputs).logits
@@ -182,7 +163,6 @@ def test_encoder_frames_and_connector_stage_together() -> None:
 
 def test_one_frame_gets_the_whole_budget() -> None:
     tiny, scorer = shared("llava_next_video"), Brightness()
-    used["llava_next_video"] = tiny
     inputs = tiny.inputs([["a ", ("video", clip(1, seed=1)), " b?"]])
     with tokprune.apply(tiny.model, ByScore(), ratio=0.5, query="bright?", scorer=scorer) as pruning:
         tiny.model(**inputs)
@@ -190,14 +170,14 @@ def test_one_frame_gets_the_whole_budget() -> None:
 
 
 def test_absolute_budget_is_per_video() -> None:
-    case = given("llava_onevision", "mixed")
+    case = prompt("llava_onevision", "mixed")
     with tokprune.apply(case.tiny.model, [Rising(), "random"], budget=10) as pruning:
         case.tiny.model(**case.inputs)
         assert [s.kept for s in pruning.last.streams] == [10] * 5
 
 
 def test_frames_without_a_processor_are_pictures_and_the_report_says_so() -> None:
-    case = given("internvl")
+    case = prompt("internvl", "video")
     with tokprune.apply(case.tiny.model, Rising(), ratio=0.25) as pruning:
         case.tiny.model(**case.inputs)
         assert pruning.report().kept == pruning.report().total
@@ -225,7 +205,7 @@ class PatchesOnly:
 
 @pytest.mark.parametrize("through", ["forward", "generate"])
 def test_an_exception_while_scoring_leaves_the_model_usable(through: str) -> None:
-    case = given("llava_next_video")
+    case = prompt("llava_next_video", "video")
     tiny = case.tiny
     clean = state_of(tiny.model)
     scorer = Broken()
@@ -247,7 +227,7 @@ def test_nan_scores_never_reach_the_model() -> None:
         def embed_picture(self, pixels: torch.Tensor) -> torch.Tensor:
             return super().embed_picture(pixels) * torch.nan
 
-    case = given("qwen2_5_vl")
+    case = prompt("qwen2_5_vl", "video")
     with tokprune.apply(case.tiny.model, ByScore(), ratio=0.25, query="bright?", scorer=Nan()) as pruning:
         got = run(case.tiny, case.inputs)
         assert torch.isfinite(got.logits).all()
@@ -255,7 +235,7 @@ def test_nan_scores_never_reach_the_model() -> None:
 
 
 def test_what_is_missing_is_named() -> None:
-    case = given("llava_next_video")
+    case = prompt("llava_next_video", "video")
     model, processor = case.tiny.model, case.tiny.processor
     with (
         tokprune.apply(model, ByScore(), ratio=0.2, query="q"),
@@ -306,7 +286,6 @@ def test_methods_that_are_none_are_refused() -> None:
 def test_budgets_of_pictures_beside_a_video() -> None:
     """A picture beside a video keeps all its tokens, and the report says why; a connector method prunes it."""
     tiny = shared("qwen2_vl")
-    used["qwen2_vl"] = tiny
     frames = np.repeat(clip(1, seed=9), 4, 0)
     inputs = build_inputs(tiny.model, tiny.processor, "what?", videos=[frames], images=[picture(60, 40)])
     with tokprune.apply(tiny.model, Rising(), ratio=0.1) as pruning:

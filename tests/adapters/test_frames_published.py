@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,26 +9,12 @@ import torch
 
 import tokprune
 from tests.adapters.frames_methods import Brightness, quick
-from tests.adapters.reference import HYBRID, MIXED, VIDEO, Prompt, prompt, run, shared
+from tests.adapters.reference import HYBRID, MIXED, VIDEO, prompt, run, shared
 from tokprune.adapters.prompting import build_inputs
 from tokprune.budget import kept
 from tokprune.testing import clip
 
 TOLERANCE, HYBRID_TOLERANCE = 1e-4, 1e-3
-used: dict[str, Any] = {}
-
-
-@pytest.fixture(autouse=True)
-def unpruned_afterwards() -> Iterator[None]:
-    yield
-    for tiny in used.values():
-        tokprune.remove(tiny.model)
-
-
-def given(family: str, kind: str = "video") -> Prompt:
-    case = prompt(family, kind)
-    used[family] = case.tiny
-    return case
 
 
 def merged(last: Any) -> Any:
@@ -49,7 +34,7 @@ def merged(last: Any) -> Any:
 @pytest.mark.parametrize("family", [quick(f) for f in VIDEO])
 @pytest.mark.parametrize("method", ["quota", "uniform_frames", "aks"])
 def test_published_methods_equal_brute_force(family: str, method: str) -> None:
-    case = given(family, "mixed" if family in MIXED else "video")
+    case = prompt(family, "mixed" if family in MIXED else "video")
     tiny = case.tiny
     options = {"ratio": 0.3, "query": "what is this bright thing?", "processor": tiny.processor}
     with tokprune.apply(tiny.model, method, **options) as pruning:
@@ -71,7 +56,6 @@ def test_published_methods_equal_brute_force(family: str, method: str) -> None:
 def test_frames_that_the_model_itself_emptied(method: str) -> None:
     """VideoLLaMA 3 leaves repeated frames out before any method sees them: frames without tokens get none, and nothing breaks."""
     tiny = shared("video_llama_3")
-    used["video_llama_3"] = tiny
     frames = clip(6, seed=4)
     frames[2:4] = frames[1]
     inputs = build_inputs(tiny.model, tiny.processor, "what is bright?", videos=[frames])
@@ -89,7 +73,6 @@ def test_frames_that_the_model_itself_emptied(method: str) -> None:
 def test_quota_follows_the_scores(score: str) -> None:
     """A clip with one bright scene: the scorer's verdict decides where the budget goes."""
     tiny = shared("qwen2_5_vl")
-    used["qwen2_5_vl"] = tiny
     frames = clip(8, seed=2) // 8
     frames[4:6] += 200
     inputs = build_inputs(tiny.model, tiny.processor, "what is bright?", videos=[frames])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,20 +19,6 @@ from tokprune.runtime.frames.asking import Asking
 from tokprune.runtime.frames.scores import question_sentence
 from tokprune.runtime.frames.text_answer import text_answer
 from tokprune.testing import build, clip
-
-used: dict[str, Any] = {}
-
-
-@pytest.fixture(autouse=True)
-def unpruned_afterwards() -> Iterator[None]:
-    yield
-    for tiny in used.values():
-        tokprune.remove(tiny.model)
-
-
-def tiny_of(family: str) -> Any:
-    used[family] = shared(family)
-    return used[family]
 
 
 @pytest.mark.parametrize(
@@ -53,7 +38,7 @@ def test_the_question_without_options_and_instructions(text: str, wanted: str) -
 
 @pytest.mark.parametrize("family", ["llava_next_video", "qwen2_vl", "qwen3_5", "internvl"])
 def test_a_text_answer_is_what_generate_says(family: str) -> None:
-    tiny = tiny_of(family)
+    tiny = shared(family)
     inputs = build_inputs(tiny.model, tiny.processor, "name things")
     length = inputs["input_ids"].shape[1]
     with torch.no_grad():
@@ -64,7 +49,7 @@ def test_a_text_answer_is_what_generate_says(family: str) -> None:
 
 
 def test_decoupling_takes_what_the_model_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny, scorer = tiny_of("llava_next_video"), Brightness()
+    tiny, scorer = shared("llava_next_video"), Brightness()
     inputs = build_inputs(tiny.model, tiny.processor, "q", videos=[lit([10, 128, 250])])
     monkeypatch.setattr(decouple, "decoupled", lambda adapter, processor, text: (("bright sun",), "entities named"))
     _, report = scores_of(tiny, inputs, ByScore(decouple=True), scorer=scorer)
@@ -113,7 +98,7 @@ def test_what_the_model_says_is_read_as_a_list(monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_tiny_model_decouples_without_an_accident() -> None:
     """A random model says nonsense: the question serves, the report says so, and the answer is that of the pruned model."""
-    tiny = tiny_of("qwen2_vl")
+    tiny = shared("qwen2_vl")
     inputs = build_inputs(tiny.model, tiny.processor, "bright?", videos=[clip(4, seed=1)])
     (scores,), report = scores_of(tiny, inputs, ByScore(source="self", decouple=True))
     assert torch.isfinite(scores).all()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -22,24 +21,11 @@ from tokprune.runtime.streams import Encoded, Prompts, build_streams
 from tokprune.testing import clip, picture
 
 PICTURES_KNOWN = [f for f in VIDEO if f not in ("molmo2", "minicpmv4_6")]
-used: dict[str, Any] = {}
-
-
-@pytest.fixture(autouse=True)
-def unpruned_afterwards() -> Iterator[None]:
-    yield
-    for tiny in used.values():
-        tokprune.remove(tiny.model)
-
-
-def tiny_of(family: str) -> Any:
-    used[family] = shared(family)
-    return used[family]
 
 
 @pytest.mark.parametrize("family", PICTURES_KNOWN)
 def test_a_scorer_sees_every_frame_in_order(family: str) -> None:
-    tiny, scorer = tiny_of(family), Watch()
+    tiny, scorer = shared(family), Watch()
     levels = [40, 200, 90, 10, 160, 120]
     inputs = build_inputs(tiny.model, tiny.processor, "bright?", videos=[lit(levels)])
     (scores,), report = scores_of(tiny, inputs, ByScore(), scorer=scorer)
@@ -61,7 +47,7 @@ def test_a_scorer_sees_every_frame_in_order(family: str) -> None:
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "video_llama_3"])
 def test_packed_patches_become_the_very_pictures(family: str) -> None:
     """At a size that the processor leaves alone, the pictures are the frames, normalised."""
-    tiny, scorer = tiny_of(family), Watch()
+    tiny, scorer = shared(family), Watch()
     frames = clip(4, 48, 32, seed=3)
     inputs = build_inputs(tiny.model, tiny.processor, "q", videos=[frames])
     video = tiny.processor.video_processor
@@ -79,7 +65,7 @@ def test_packed_patches_become_the_very_pictures(family: str) -> None:
 
 def test_several_videos_and_a_picture_are_told_apart() -> None:
     for family in ("qwen2_5_vl", "internvl", "llava_onevision"):
-        tiny, scorer = tiny_of(family), Watch()
+        tiny, scorer = shared(family), Watch()
         videos = [lit([10, 20, 200, 210]), lit([250, 240, 30, 40])]
         inputs = build_inputs(tiny.model, tiny.processor, "bright?", videos=videos, images=[picture(60, 40)])
         (first, second), _ = scores_of(tiny, inputs, ByScore(), scorer=scorer)
@@ -88,7 +74,7 @@ def test_several_videos_and_a_picture_are_told_apart() -> None:
 
 
 def test_entities_are_asked_as_captions_and_the_best_counts() -> None:
-    tiny, scorer = tiny_of("llava_next_video"), Brightness()
+    tiny, scorer = shared("llava_next_video"), Brightness()
     inputs = build_inputs(tiny.model, tiny.processor, "q", videos=[lit([10, 128, 250])])
     method = ByScore(entities=("a bright lamp", "night"))
     (scores,), report = scores_of(tiny, inputs, method, scorer=scorer)
@@ -99,7 +85,7 @@ def test_entities_are_asked_as_captions_and_the_best_counts() -> None:
 
 
 def test_pixels_are_brought_to_the_scorers_normalisation() -> None:
-    tiny, scorer = tiny_of("llava_onevision"), Watch()
+    tiny, scorer = shared("llava_onevision"), Watch()
     scorer.mean, scorer.std = torch.zeros(3, 1, 1), torch.ones(3, 1, 1)  # type: ignore[attr-defined]
     inputs = build_inputs(tiny.model, tiny.processor, "q", videos=[lit([0, 100, 200])])
     scores_of(tiny, inputs, ByScore(), scorer=scorer)
@@ -109,7 +95,7 @@ def test_pixels_are_brought_to_the_scorers_normalisation() -> None:
 
 @pytest.mark.parametrize("family", ["molmo2", "minicpmv4_6"])
 def test_families_whose_pictures_are_not_at_hand_say_so(family: str) -> None:
-    tiny = tiny_of(family)
+    tiny = shared(family)
     inputs = build_inputs(tiny.model, tiny.processor, "q", videos=[clip(4)])
     with pytest.raises(MissingSignalError, match="score in another way"):
         scores_of(tiny, inputs, ByScore(), scorer=Brightness())
@@ -143,7 +129,7 @@ def native_answer(tiny: Any, rows: torch.Tensor, planes: list[torch.Tensor], gri
 )
 @torch.no_grad()
 def test_asking_is_the_models_own_forward(family: str) -> None:
-    tiny = tiny_of(family)
+    tiny = shared(family)
     words = "Is it bright? A. yes B. no"
     inputs = build_inputs(tiny.model, tiny.processor, "q", videos=[clip(6, seed=4)])
     caught: list[Any] = []
@@ -173,7 +159,7 @@ def test_asking_is_the_models_own_forward(family: str) -> None:
 
 @torch.no_grad()
 def test_smolvlm_is_asked_about_frames_not_about_tiles() -> None:
-    tiny = tiny_of("smolvlm")
+    tiny = shared("smolvlm")
     inputs = build_inputs(tiny.model, tiny.processor, "q", videos=[clip(4, seed=4)])
     (scores,), report = scores_of(tiny, inputs, ByScore(source="self"))
     assert scores.shape == (4,)
@@ -188,7 +174,7 @@ def test_smolvlm_is_asked_about_frames_not_about_tiles() -> None:
 
 @torch.no_grad()
 def test_larger_frames_are_averaged() -> None:
-    tiny = tiny_of("llava_next_video")
+    tiny = shared("llava_next_video")
     inputs = build_inputs(tiny.model, tiny.processor, "q", videos=[clip(2, seed=4)])
     with tokprune.apply(tiny.model, "random", ratio=0.5):
         tiny.model(**inputs)
@@ -217,7 +203,7 @@ def test_larger_frames_are_averaged() -> None:
 @torch.no_grad()
 def test_frames_that_the_model_itself_thinned_out() -> None:
     """VideoLLaMA 3 leaves repeated patches out: fewer tokens of a frame mean filler, and a frame without any its predecessor's score."""
-    tiny = tiny_of("video_llama_3")
+    tiny = shared("video_llama_3")
     frames = clip(6, seed=4)
     frames[2] = frames[1]  # a repeated frame
     frames[4, :, :20] = frames[3, :, :20]  # half a frame repeated
@@ -243,7 +229,7 @@ def test_pair_and_vocabulary() -> None:
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_next_video"])
 def test_asking_while_generating_changes_nothing_but_the_choice(family: str) -> None:
     """The scoring passes leave no trace in caches and position records of the generation around them."""
-    tiny = tiny_of(family)
+    tiny = shared(family)
     inputs = build_inputs(tiny.model, tiny.processor, "bright?", videos=[clip(6, seed=4)])
     scores: list[torch.Tensor] = []
 
@@ -270,7 +256,7 @@ def test_asking_is_not_taken_for_the_prefill() -> None:
     """Who watches the language model's hooks, as the profile does, sees one call per new token, however the frames are scored."""
     from tokprune.profiling.stages import find_stages, watch
 
-    tiny = tiny_of("llava_next_video")
+    tiny = shared("llava_next_video")
     inputs = build_inputs(tiny.model, tiny.processor, "is it bright?", videos=[clip(4)])
     seen: list[str] = []
     with (

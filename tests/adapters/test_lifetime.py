@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import tokprune
-from tests.encoder.test_towers import TOWERS, hooks, pixels
+from tests.encoder.all_towers import TOWERS, hooks, pixels
 from tokprune.errors import MissingSignalError, OptionError, TokpruneError, UnsupportedModelError
 from tokprune.runtime.encoder import apply_encoder
 from tokprune.testing import build, clip, picture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ from torch import Tensor
 
 import tokprune
 from tests.adapters.conversations import encode
-from tests.adapters.reference import QUICK, prompt, shared
+from tests.adapters.reference import QUICK, prompt
 from tokprune.testing import FAMILIES, build
 
 
@@ -19,21 +18,9 @@ def families(*quick: str) -> list[Any]:
     return [pytest.param(f, marks=[] if f in quick else [pytest.mark.slow]) for f in FAMILIES]
 
 
-@pytest.fixture(autouse=True)
-def unpruned_afterwards() -> Iterator[None]:
-    yield
-    for family in FAMILIES:
-        if shared.cache_info().currsize and family in used:
-            tokprune.remove(shared(family).model)
-
-
-used: set[str] = set()
-
-
 @pytest.mark.parametrize("family", families(*QUICK, "gemma3", "qwen3_5"))
 def test_hidden_states_have_the_prompts_width_everywhere(family: str) -> None:
     """forward() and generate() alike; attentions have that of the kept tokens."""
-    used.add(family)
     case = prompt(family, "image")
     model, length = case.tiny.model, case.real.shape[1]
     more = {"output_hidden_states": True, "output_attentions": True}
@@ -132,7 +119,6 @@ def _sizes(features: Any) -> Any:
 def test_picture_features_keep_their_container(family: str) -> None:
     """One entry per picture, as natively, in what a forward returns of them."""
     case = prompt(family, "image")
-    used.add(family)
     seen: list[Any] = []
     plain = case.tiny.model.base_model(**case.inputs)
     with tokprune.apply(case.tiny.model, "random", ratio=0.3) as pruning:

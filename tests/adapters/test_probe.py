@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import functools
-import sys
 from typing import Any
 
 import pytest
@@ -12,72 +9,12 @@ import torch
 from torch import Tensor, nn
 
 import tokprune.runtime.probe as probe_module
+from tests.adapters.probed import TOLERANCE, call, eager_maps, run, seen_by, signals, tiny
 from tokprune.adapters.towers import tower_blocks, tower_of
 from tokprune.errors import MissingSignalError, OptionError
 from tokprune.runtime.probe import AttentionProbe
-from tokprune.runtime.signals import SignalSet, block_index, compute_signals, required_blocks
-from tokprune.testing import TinyVLM, build, clip, picture
-
-TOLERANCE = 1e-6
-
-
-@functools.cache
-def tiny(family: str) -> TinyVLM:
-    return build(family)
-
-
-def hooks(module: nn.Module) -> dict[str, tuple[int, int]]:
-    """How many hooks every part of a model has (transformers puts some of its own there)."""
-    return {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in module.named_modules()}
-
-
-def call(family: str, vlm: TinyVLM | None = None) -> tuple[Any, dict[str, Any]]:
-    """A base model and the arguments of get_image_features for pictures of several sizes."""
-    vlm = vlm or tiny(family)
-    inputs = vlm.inputs([["a", ("image", picture(60, 40, 1)), "b", ("image", picture(40, 40, 2)), "c"]])
-    base: Any = vlm.model.base_model
-    names = ("pixel_values", "image_sizes", "image_grid_thw", "image_merge_sizes", "target_sizes", "batch_num_images")
-    names += ("pixel_attention_mask", "image_token_pooling", "image_grids")
-    return base, {name: inputs[name] for name in names if name in inputs}
-
-
-@torch.no_grad()
-def run(base: Any, kwargs: dict[str, Any], **more: Any) -> Any:
-    return base.get_image_features(**kwargs, **more, return_dict=True)
-
-
-def signals(base: Any, kwargs: dict[str, Any], *needs: str, **more: Any) -> SignalSet:
-    with required_blocks(base, needs) as probe:
-        output = run(base, kwargs)
-        return compute_signals(base, "image", kwargs, output, probe, needs, **more)
-
-
-def eager_maps(base: Any, kwargs: dict[str, Any]) -> list[Tensor]:
-    """What `eager_attention_forward` of the tower's module hands back at every call, (B, H, n, n) in calling order."""
-    tower: Any = tower_of(base)
-    module, before, found = sys.modules[type(tower).__module__], tower.config._attn_implementation, []
-    original = module.eager_attention_forward  # type: ignore[attr-defined]
-
-    def listen(*args: Any, **more: Any) -> Any:
-        result = original(*args, **more)
-        found.append(result[1].detach())
-        return result
-
-    module.eager_attention_forward = listen  # type: ignore[attr-defined]
-    tower.set_attn_implementation("eager")
-    try:
-        run(base, kwargs)
-    finally:
-        module.eager_attention_forward = original  # type: ignore[attr-defined]
-        tower.set_attn_implementation(before)
-    return found
-
-
-def seen_by(base: Any, kwargs: dict[str, Any], blocks: list[int]) -> AttentionProbe:
-    """A probe after a run under SDPA."""
-    probe = AttentionProbe(tower_of(base), blocks).install()
-    run(base, kwargs)
-    return probe
+from tokprune.runtime.signals import block_index, compute_signals, required_blocks
+from tokprune.testing import build, clip
 
 
 @pytest.mark.parametrize(
@@ -257,114 +194,6 @@ def test_query_chunks_do_not_change_the_sum(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(probe_module, "_CHUNK", 2 * 4 * 65 * 7)  # seven queries at a time
     torch.testing.assert_close(probe.projections(3).received(), whole, atol=TOLERANCE, rtol=0)
     probe.remove()
-
-
-def test_nothing_is_copied_and_nothing_stays_behind() -> None:
-    base, kwargs = call("llava")
-    tower: Any = tower_of(base)
-    run(base, kwargs)
-    before, names = hooks(tower), {name: set(module.__dict__) for name, module in tower.named_modules()}
-    outputs: list[Tensor] = []
-    layer = tower_blocks(tower)[2].self_attn.k_proj
-    probe = AttentionProbe(tower, [2], [1])
-    with probe:
-        handle = layer.register_forward_hook(lambda m, a, out: outputs.append(out))
-        run(base, kwargs)
-        handle.remove()
-        assert probe.projections(2).k.data_ptr() == outputs[0].data_ptr()
-        assert probe.output(1).shape == (2, 65, 32)
-    assert hooks(tower) == before
-    assert {name: set(module.__dict__) for name, module in tower.named_modules()} == names
-    with pytest.raises(MissingSignalError, match="nothing was seen of block 2"):
-        probe.projections(2)
-    with pytest.raises(MissingSignalError, match=r"listens to blocks \[2\]"):
-        probe.projections(0)
-
-
-def test_no_needs_no_hooks() -> None:
-    base, kwargs = call("llava")
-    before = hooks(base)
-    probe = required_blocks(base, ["clip_text", "frame_scores"])
-    assert hooks(base) == before
-    assert compute_signals(base, "image", kwargs, None, probe, ["clip_text"]) == SignalSet()
-    assert compute_signals(base, "image", kwargs, None, None, []) == SignalSet()
-
-
-def test_half_precision_scores_are_computed_in_float32() -> None:
-    base, kwargs = call("llava", build("llava", dtype=torch.bfloat16))
-    values = signals(base, kwargs, "cls_attention", "keys:0", "encoder_features").values
-    assert all(value.dtype == torch.float32 for value in values.values())
-    exact, more = call("llava")
-    reference = signals(exact, more, "cls_attention").values["cls_attention"]
-    torch.testing.assert_close(values["cls_attention"], reference, atol=2e-3, rtol=0)
-
-
-def test_checkpointing_leaves_nothing_after_its_second_pass() -> None:
-    base, kwargs = call("llava", build("llava"))
-    base.train()
-    base.vision_tower.gradient_checkpointing_enable()
-    probe = required_blocks(base, ["cls_attention"])
-    output = base.get_image_features(**kwargs, return_dict=True)
-    values = compute_signals(base, "image", kwargs, output, probe, ["cls_attention"]).values["cls_attention"]
-    assert not values.requires_grad
-    probe.clear()
-    sum(f.sum() for f in output.pooler_output).backward()
-    assert not probe._threads.now.outputs
-    probe.remove()
-
-
-def test_adapters_put_on_later_are_seen() -> None:
-    peft = pytest.importorskip("peft")
-    base, kwargs = call("llava", build("llava"))
-    probe = required_blocks(base, ["cls_attention"])
-    config = peft.LoraConfig(target_modules=["q_proj", "k_proj"], init_lora_weights=False)
-    peft.inject_adapter_in_model(config, base)
-    output = run(base, kwargs)
-    found = compute_signals(base, "image", kwargs, output, probe, ["cls_attention"]).values["cls_attention"]
-    probe.remove()
-    expected = eager_maps(base, kwargs)[2].mean(1)[:, 0, 1:].flatten()
-    torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
-    assert all(count == (0, 0) for name, count in hooks(base).items() if "_proj" in name)
-
-
-def test_offloaded_weights_are_not_touched() -> None:
-    accelerate = pytest.importorskip("accelerate")
-    base, kwargs = call("qwen2_5_vl", build("qwen2_5_vl"))
-    expected = signals(base, kwargs, "cls_attention", "keys:0").values
-    accelerate.cpu_offload(base.visual, execution_device=torch.device("cpu"))
-    assert base.visual.blocks[0].attn.qkv.weight.device.type == "meta"
-    found = signals(base, kwargs, "cls_attention", "keys:0").values
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name])
-
-
-@pytest.mark.parametrize("first", ["compile", "probe"])
-def test_compiled_towers(first: str) -> None:
-    base, kwargs = call("llava", build("llava"))
-    expected = signals(base, kwargs, "cls_attention").values["cls_attention"]
-    torch._dynamo.reset()
-    if first == "compile":
-        base.vision_tower = torch.compile(base.vision_tower, backend="eager", fullgraph=True)
-        run(base, kwargs)
-        probe = required_blocks(base, ["cls_attention"])
-    else:
-        probe = required_blocks(base, ["cls_attention"])
-        base.vision_tower = torch.compile(base.vision_tower, backend="eager", fullgraph=True)
-    for _ in range(2):
-        probe.clear()
-        output = run(base, kwargs)
-        found = compute_signals(base, "image", kwargs, output, probe, ["cls_attention"]).values["cls_attention"]
-        torch.testing.assert_close(found, expected)
-    probe.remove()
-
-
-def test_a_copied_model_has_a_probe_of_its_own() -> None:
-    base, kwargs = call("llava", build("llava"))
-    probe = required_blocks(base, ["cls_attention"])
-    run(copy.deepcopy(base), kwargs)
-    assert not probe._threads.now.outputs
-    run(base, kwargs)
-    assert probe._threads.now.outputs
 
 
 def test_block_numbers() -> None:

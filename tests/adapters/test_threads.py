@@ -229,7 +229,7 @@ def fail_inside(pruning: Any, heard: Callable[[], int]) -> None:
 
 def test_training_in_threads_on_one_tower() -> None:
     """Gradient checkpointing recomputes the blocks of the right run, whoever else is under way."""
-    from tests.encoder.test_towers import TOWERS, pixels
+    from tests.encoder.all_towers import TOWERS, pixels
 
     model = TOWERS["clip"]().train()
     dawdling(model)

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import tokprune
-from tests.adapters.reference import Prompt, prompt, shared
-from tests.adapters.test_generation import slow_unless, with_text
+from tests.adapters.reference import Prompt, prompt, shared, slow_unless
+from tests.adapters.shortened import with_text
 from tests.spelling import cache_in, with_cache
 from tokprune.adapters.foreign import GENERATE_STEP
 from tokprune.errors import TokpruneError, TranslationError
@@ -76,10 +76,6 @@ MUTATIONS: dict[str, Mutation] = {
 }
 
 
-def given(family: str) -> Prompt:
-    return prompt(family, "image")
-
-
 def answer(case: Prompt, **options: Any) -> Any:
     with torch.no_grad():
         return case.tiny.model.generate(**case.inputs, max_new_tokens=NEW, do_sample=False, **options)
@@ -88,7 +84,7 @@ def answer(case: Prompt, **options: Any) -> Any:
 @pytest.mark.parametrize("mutation", MUTATIONS)
 @pytest.mark.parametrize("family", FAMILIES_ALL)
 def test_a_lost_translation_raises(family: str, mutation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = given(family)
+    case = prompt(family)
     with tokprune.apply(case.tiny.model, "random", ratio=0.3, positions="compact"):
         answer(case)  # as it should be
         MUTATIONS[mutation](monkeypatch)
@@ -106,7 +102,7 @@ def test_a_lost_translation_raises(family: str, mutation: str, monkeypatch: pyte
 def test_a_lost_translation_raises_over_a_static_cache(
     family: str, mutation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = given(family)
+    case = prompt(family)
     with tokprune.apply(case.tiny.model, "random", ratio=0.3, positions="compact"):
         answer(case, cache_implementation="static")
         MUTATIONS[mutation](monkeypatch)
@@ -120,7 +116,7 @@ def test_decode_steps_around_prepare_are_right_or_refused(
     family: str, cache: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without prepare's help a decode step is one of a hand-written loop: translated at the model, or refused."""
-    case, prepare = given(family), ConnectorStage._prepare
+    case, prepare = prompt(family), ConnectorStage._prepare
     options = {} if cache is None else {"cache_implementation": cache}
     with tokprune.apply(case.tiny.model, "random", ratio=0.3, positions="compact"):
         wanted = answer(case, **options)
@@ -139,7 +135,7 @@ def test_decode_steps_around_prepare_are_right_or_refused(
 
 @pytest.mark.parametrize("family", QUICK)
 def test_chunks_that_were_not_shortened_raise(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = given(family)
+    case = prompt(family)
     with tokprune.apply(case.tiny.model, "random", ratio=0.3):
         answer(case, prefill_chunk_size=16)
         own_chunks(monkeypatch)
@@ -158,7 +154,7 @@ def test_chunks_that_were_not_shortened_raise(family: str, monkeypatch: pytest.M
 @pytest.mark.parametrize("family", QUICK)
 def test_a_call_that_is_changed_on_its_way_raises(family: str) -> None:
     """Hooks of others stand for a model that counts or builds in another way than today's."""
-    model = given(family).tiny.model
+    model = prompt(family).tiny.model
     base = model.base_model
     text = base.language_model if hasattr(base, "language_model") else base.text_model
 
@@ -179,7 +175,7 @@ def test_a_call_that_is_changed_on_its_way_raises(family: str) -> None:
             return args, kwargs
         return args, {**kwargs, "inputs_embeds": kwargs["inputs_embeds"][:, 1:]}
 
-    case = given(family)
+    case = prompt(family)
     for module, change in ((base, drop_keyword), (text, move), (text, longer), (text, fewer)):
         handle = module.register_forward_pre_hook(change, with_kwargs=True)  # before those of the pruning
         try:
@@ -193,7 +189,7 @@ def turns(family: str) -> tuple[Prompt, Any, Any]:
     """A prompt, a cache that its pruned answer filled, and the call of a second turn."""
     from transformers import DynamicCache
 
-    case = given(family)
+    case = prompt(family)
     cache = DynamicCache(config=case.tiny.model.config.get_text_config())
     first = answer(case, **with_cache(cache))
     return case, cache, with_text(case.inputs, first, torch.tensor([[10, 20, 30]] * 2))
@@ -220,7 +216,7 @@ def test_a_cache_cut_without_its_record_raises(family: str) -> None:
 def test_a_cache_emptied_without_its_record_raises(family: str) -> None:
     from transformers import StaticCache
 
-    case = given(family)
+    case = prompt(family)
     cache = StaticCache(config=case.tiny.model.config.get_text_config(), max_cache_len=700)
     with tokprune.apply(case.tiny.model, "random", ratio=0.3):
         answer(case, **with_cache(cache))
@@ -247,7 +243,7 @@ def test_a_cache_that_no_pruning_reads_raises(family: str, monkeypatch: pytest.M
 @torch.no_grad()
 def test_a_prompt_that_was_not_finished_is_not_answered(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A loop by hand: the hook behind the model is left out; the cache that came back is refused, an emptied one is not."""
-    case = given(family)
+    case = prompt(family)
     model = case.tiny.model
     with tokprune.apply(model, "random", ratio=0.3):
         monkeypatch.setattr(ConnectorStage, "_after_base", lambda self, *args: None)
@@ -262,7 +258,7 @@ def test_a_prompt_that_was_not_finished_is_not_answered(family: str, monkeypatch
 @pytest.mark.parametrize("family", ["llava", "internvl"])
 def test_positions_that_stay_hidden_from_rotation_raise(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where attention is given contiguous positions (flash), the rotary embedding must have asked for the kept ones."""
-    case = given(family)
+    case = prompt(family)
     monkeypatch.setattr(ConnectorStage, "_hide_positions", lambda self: True)
     with tokprune.apply(case.tiny.model, "random", ratio=0.3, positions="keep"):
         answer(case)

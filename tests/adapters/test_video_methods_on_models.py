@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 import tokprune
-from tests.adapters.reference import HYBRID, MIXED, VIDEO, Change, Prompt, prompt, prompt_of, run, shared
-from tests.adapters.test_generation import slow_unless
+from tests.adapters.reference import HYBRID, MIXED, VIDEO, Change, Prompt, prompt, prompt_of, run, shared, slow_unless
 from tokprune.budget import kept
 from tokprune.registry import list_methods, method_class
 from tokprune.testing import Part, clip, picture
@@ -27,16 +26,6 @@ RATIO = 0.4
 QUICK = ("llava_next_video", "qwen2_5_vl", "internvl", "qwen3_vl")
 # Methods of each kind: picked from all frames, merged over time by target, merged by dense rows.
 KINDS = ("vidcom2", "holitom", "fastvid")
-
-used: dict[str, Any] = {}
-
-
-@pytest.fixture(autouse=True)
-def unpruned_afterwards() -> Iterator[None]:
-    """The models are shared: a failing test must not leave its pruning behind for the next one."""
-    yield
-    for model in used.values():
-        tokprune.remove(model)
 
 
 def moving(frames: int, seed: int) -> Any:
@@ -74,9 +63,9 @@ _cases: dict[tuple[str, str], Prompt] = {}
 
 def given(family: str, kind: str) -> Prompt:
     """The prompts of a kind, watched once for all methods."""
+    tiny = shared(family)
     if (family, kind) not in _cases:
-        _cases[family, kind] = prompt_of(shared(family), parts(family, kind))
-    used[family] = shared(family).model
+        _cases[family, kind] = prompt_of(tiny, parts(family, kind))
     return _cases[family, kind]
 
 
@@ -136,7 +125,6 @@ def test_what_merges_over_time_does_merge_in_models(family: str) -> None:
 def test_a_clip_is_pruned_as_alone(family: str) -> None:
     """A second clip in the batch changes nothing of what a method keeps of the first."""
     tiny = shared(family)
-    used[family] = tiny.model
     one = [["v ", ("video", moving(4, 1)), " what?"]]
     for method in KINDS:
         with tokprune.apply(tiny.model, method, ratio=RATIO, processor=tiny.processor) as pruning:
@@ -150,7 +138,6 @@ def test_a_clip_is_pruned_as_alone(family: str) -> None:
 def test_samples_of_the_reference_are_clips() -> None:
     """The shared samples are watched elsewhere with methods that look at single tokens; here they must be streams of frames."""
     case = prompt("llava_onevision", "video")
-    used["llava_onevision"] = case.tiny.model
     with tokprune.apply(case.tiny.model, "evs", ratio=RATIO) as pruning:
         case.tiny.model.generate(**case.inputs, max_new_tokens=1)
     assert [s.layout.kind for s in pruning.last.streams] == ["video", "video"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import tokprune
-from tests.encoder.test_towers import TOWERS, output, pixels, timm_vit
+from tests.encoder.all_towers import TOWERS, output, pixels, timm_vit
 from tests.golden_vectors import GoldenCase, claims
 from tokprune.adapters.patch_sizes import positions
 from tokprune.errors import OptionError, UnsupportedModelError

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tokprune
-from tests.encoder.test_towers import TOWERS, output, pixels
+from tests.encoder.all_towers import TOWERS, output, pixels
 from tests.encoder.test_vlm_towers import two_images
 from tokprune.errors import UnsupportedModelError
 from tokprune.runtime.encoder import apply_encoder

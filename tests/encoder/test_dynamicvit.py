@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.encoder.test_towers import output, pixels, timm_vit
+from tests.encoder.all_towers import output, pixels, timm_vit
 from tokprune.errors import OptionError
 from tokprune.methods.encoder.dynamicvit import (
     Predictor,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.encoder.test_towers import hooks, output, pixels, settle
+from tests.encoder.all_towers import hooks, output, pixels, settle
 from tests.published.bipartite import unmerge
 from tokprune.errors import UnsupportedModelError
 from tokprune.ops.merge import bipartite_matching, merge_weighted

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.encoder.test_towers import TOWERS, hooks, pixels, settle, timm_vit
+from tests.encoder.all_towers import TOWERS, hooks, pixels, settle, timm_vit
 from tokprune.errors import BudgetError, OptionError, UnsupportedModelError
 from tokprune.methods.encoder.auroracap import AuroraCap
 from tokprune.methods.encoder.tome import ToMe

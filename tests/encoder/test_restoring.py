@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.encoder.test_towers import TOWERS, output, parts, pixels, timm_vit
+from tests.encoder.all_towers import TOWERS, output, parts, pixels, timm_vit
 from tests.encoder.test_vlm_towers import PACKED, encode, rows, two_images
 from tokprune import apply
 from tokprune.errors import OptionError, UnsupportedModelError

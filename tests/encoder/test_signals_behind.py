@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import tokprune
-from tests.encoder.test_towers import parts
+from tests.encoder.all_towers import parts
 from tests.encoder.test_vlm_towers import dense_qwen, encode, two_images
 from tests.published.bipartite import unmerge
 from tokprune.errors import MissingSignalError

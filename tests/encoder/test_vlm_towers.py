@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.encoder.test_towers import hooks, written_out
+from tests.encoder.all_towers import hooks, written_out
 from tests.published.bipartite import unmerge
 from tokprune.adapters.tower_kinds import block_order
 from tokprune.errors import OptionError

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 import tokprune
-from tests.encoder.test_towers import timm_vit
+from tests.encoder.all_towers import timm_vit
 from tests.methods.frames.test_frames_contract import VARIANTS
 from tests.methods.streams import LAYOUTS, stream
 from tokprune.errors import OptionError, TokpruneError
