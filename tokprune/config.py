@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tokprune.budget import check_budget, check_ratio, keep_count
 from tokprune.errors import BudgetError, OptionError, unknown
-from tokprune.files import read_json, write_json
+from tokprune.files import checked, read_json, write_json
 from tokprune.methods.base import Method
 from tokprune.registry import get_method
 from tokprune.types import JsonObject
@@ -133,12 +133,7 @@ class PruneConfig:
     @staticmethod
     def from_dict(data: object) -> PruneConfig:
         """The config that `to_dict` wrote; refuses other types, newer versions and unknown fields."""
-        if not isinstance(data, dict) or data.get("type") != TYPE:
-            raise OptionError(f'not a pruning config: expected an object with "type": "{TYPE}".')
-        if data.get("version") != VERSION:
-            raise OptionError(
-                f"config version {data.get('version')!r} is not readable; this tokprune reads version {VERSION}."
-            )
+        data = checked(data, TYPE, VERSION, "a pruning config")
         known = {"type", "version", "methods", "ratio", "budget", "positions", "query"}
         for key in data:
             if key not in known:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tokprune.errors import OptionError
+from tokprune.types import JsonObject
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -133,6 +134,17 @@ def read_json(path: str | os.PathLike[str], what: str) -> object:
         data: object = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise OptionError(f"cannot read the {what} {path}: {reason(error)}") from error
+    return data
+
+
+def checked(data: object, kind: str, version: int, what: str) -> JsonObject:
+    """`data` as the JSON object of a kind and version that it has to be. what: names it in the error: "a profile"."""
+    if not isinstance(data, dict) or data.get("type") != kind:
+        raise OptionError(f'not {what}: expected an object with "type": "{kind}".')
+    if data.get("version") != version:
+        raise OptionError(
+            f"{what}, version {data.get('version')!r} is not readable; this tokprune reads version {version}."
+        )
     return data
 
 

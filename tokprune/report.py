@@ -72,33 +72,33 @@ class Report:
             return Report(model, methods, asked, config.positions, notes=(*notes, "no picture has been seen yet"))
         streams = tuple(
             StreamReport(
-                s.row,
-                s.modality,
-                s.total,
-                s.kept,
-                s.separators,
-                s.separators_kept,
-                s.question,
-                s.question_source,
-                dict(s.sources),
-                s.note,
-                s.frame_tokens(),
-                s.layout.timestamps,
+                row=s.row,
+                modality=s.modality,
+                total=s.total,
+                kept=s.kept,
+                separators=s.separators,
+                separators_kept=s.separators_kept,
+                question=s.question,
+                question_source=s.question_source,
+                signals=dict(s.sources),
+                note=s.note,
+                frames=s.frame_tokens(),
+                timestamps=s.layout.timestamps,
             )
             for s in last.streams
         )
         return Report(
-            model,
-            methods,
-            asked,
-            last.policy,
-            streams,
-            last.keep.shape[1],
-            last.length,
-            last.encode_ms,
-            last.select_ms,
-            last.score_ms,
-            tuple(notes),
+            model=model,
+            methods=methods,
+            asked=asked,
+            positions=last.policy,
+            streams=streams,
+            prompt_tokens=last.keep.shape[1],
+            physical_tokens=last.length,
+            encode_ms=last.encode_ms,
+            select_ms=last.select_ms,
+            score_ms=last.score_ms,
+            notes=tuple(notes),
         )
 
     @property

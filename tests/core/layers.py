@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "errors": set[str](),
     "types": set[str](),
     "environment": set[str](),
-    "files": {"errors"},
+    "files": {"errors", "types"},
     "tokens": {"errors"},
     "budget": {"errors"},
     "ops": CORE,

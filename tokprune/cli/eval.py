@@ -79,7 +79,16 @@ def evaluate(  # the options of the command
     check_device(device)
     check_dtype(dtype)
     settings = Settings(
-        model or "demo", count(limit), batch_size, device, dtype, seed, frames, positions, prompts, pairs(model_args)
+        model=model or "demo",
+        limit=count(limit),
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+        seed=seed,
+        frames=frames,
+        positions=positions,
+        prompts=prompts,
+        model_args=pairs(model_args),
     )
     request = EvalRequest(
         cells=plan(

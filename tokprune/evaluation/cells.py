@@ -135,14 +135,14 @@ class CellResult:
     def from_dict(data: Fields, samples: Sequence[Fields], timing: Mapping[str, float] | None = None) -> CellResult:
         """The result that `to_dict` wrote, with its samples and times."""
         return CellResult(
-            Cell(data["task"], data["method"], data["ratio"]),
-            dict(data["metrics"]),
-            data["main"],
-            tuple(Sample(**s) for s in samples),
-            data["higher_is_better"],
-            dict(data["costs"]),
-            dict(timing or {}),
-            dict(data["versions"]),
+            cell=Cell(data["task"], data["method"], data["ratio"]),
+            metrics=dict(data["metrics"]),
+            main=data["main"],
+            samples=tuple(Sample(**s) for s in samples),
+            higher_is_better=data["higher_is_better"],
+            costs=dict(data["costs"]),
+            timing=dict(timing or {}),
+            versions=dict(data["versions"]),
         )
 
 

@@ -20,34 +20,43 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, Group, RenderableType
     from rich.table import Table
 
-#: Heads of the table for people; those without any entry are left out.
-HEADS = ("task", "method", "keep", "tokens", "score", "difference [95 % CI]", "p", "p (Holm)", "FLOPs", "TTFT")
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table for people."""
+
+    head: str
+    text: Callable[[Row], str]
+    number: Callable[[Row], float | None] = lambda row: None
+    """What the column sorts by."""
+
+
+COLUMNS = (
+    Column("task", lambda r: r.task),
+    Column("method", lambda r: r.method),
+    Column("keep", lambda r: f"{100 * r.ratio:.4g} %", lambda r: r.ratio),
+    Column("tokens", tokens_text, lambda r: r.kept),
+    Column("score", score_text, lambda r: r.score),
+    Column("difference [95 % CI]", difference_text, lambda r: r.paired.difference if r.paired else None),
+    Column("p", lambda r: p_text(r.paired.p if r.paired else None), lambda r: r.paired.p if r.paired else None),
+    Column("p (Holm)", lambda r: p_text(r.p_holm), lambda r: r.p_holm),
+    Column("FLOPs", lambda r: "" if r.flops is None else flops_text(r.flops).removesuffix("FLOPs"), lambda r: r.flops),
+    Column("TTFT", lambda r: "" if r.ttft_ms is None else f"{r.ttft_ms:.3g} ms", lambda r: r.ttft_ms),
+)
 LEFT = ("task", "method")
 BESIDE = 2  # characters that a column takes beside its text
 NARROW = ("task", "p")  # not in the terminal: the task stands above, and one p is enough there
 
 
-def cells_of(row: Row) -> list[str]:
-    """A row as the texts under HEADS."""
-    return [
-        row.task,
-        row.method,
-        f"{100 * row.ratio:.4g} %",
-        tokens_text(row),
-        score_text(row),
-        difference_text(row),
-        "" if row.paired is None else p_text(row.paired.p),
-        p_text(row.p_holm),
-        "" if row.flops is None else flops_text(row.flops).removesuffix("FLOPs"),
-        "" if row.ttft_ms is None else f"{row.ttft_ms:.3g} ms",
-    ]
+def used_columns(rows: Sequence[Row], without: Sequence[str] = ()) -> list[Column]:
+    """The columns with any entry."""
+    return [c for c in COLUMNS if c.head not in without and any(c.text(row) for row in rows)]
 
 
 def texts(rows: Sequence[Row], without: Sequence[str] = ()) -> tuple[list[str], list[list[str]]]:
     """Heads and texts of the table, without empty columns."""
-    body = [cells_of(row) for row in rows]
-    used = [i for i, head in enumerate(HEADS) if head not in without and any(line[i] for line in body)]
-    return [HEADS[i] for i in used], [[line[i] for i in used] for line in body]
+    columns = used_columns(rows, without)
+    return [c.head for c in columns], [[c.text(row) for c in columns] for row in rows]
 
 
 @dataclass(frozen=True)

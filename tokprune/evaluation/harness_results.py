@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from tokprune.evaluation.cells import Cell, CellResult, Sample
 from tokprune.evaluation.errors import EvaluationError
-from tokprune.evaluation.lmms_meter import SampleRecord
+from tokprune.evaluation.lmms_meter import SampleRecord, averages
 from tokprune.evaluation.table import FLOPS, KEPT, TOTAL, TTFT
 from tokprune.types import Fields
 
@@ -114,25 +114,15 @@ def cell_result(cell: Cell, output: Fields, records: Sequence[SampleRecord]) -> 
     better = output.get("higher_is_better", {}).get(leaves[0], {}).get(main)
     samples = samples_of(output["samples"], list(names), records)
     return CellResult(
-        cell,
-        whole,
-        main,
-        samples,
-        better is not False,
-        _means(records, {**COSTS, "flops": FLOPS}),
-        _means(records, TIMES),
-        {task: output["versions"].get(task) for task in leaves},
+        cell=cell,
+        metrics=whole,
+        main=main,
+        samples=samples,
+        higher_is_better=better is not False,
+        costs=averages(records, {**COSTS, "flops": FLOPS}),
+        timing=averages(records, TIMES),
+        versions={task: output["versions"].get(task) for task in leaves},
     )
-
-
-def _means(records: Sequence[SampleRecord], names: Mapping[str, str]) -> dict[str, float]:
-    """Means over the records that have a value."""
-    out = {}
-    for old, new in names.items():
-        values = [v for r in records if (v := getattr(r, old, None)) is not None]
-        if values:
-            out[new] = float(sum(values)) / len(values)
-    return out
 
 
 def _text(value: object) -> str:

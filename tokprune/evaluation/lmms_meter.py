@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,14 +80,18 @@ def clock_times(clock: StageClock, share: int) -> JsonObject:
     return {field: times[name] / share for name, field in _FROM_CLOCK.items()}
 
 
-def means(records: Sequence[SampleRecord]) -> dict[str, float]:
-    """Mean of everything measured, over the records that have it, and the share of visual tokens kept."""
-    out: dict[str, float] = {}
-    for name in MEASURED:
-        values = [v for r in records if (v := getattr(r, name)) is not None]
+def averages(records: Sequence[SampleRecord], names: Mapping[str, str]) -> dict[str, float]:
+    """Means of some fields over the records that have them. names: field -> its name in the result."""
+    out = {}
+    for field, name in names.items():
+        values = [v for r in records if (v := getattr(r, field)) is not None]
         if values:
             out[name] = float(sum(values)) / len(values)
-    total = sum(r.total_tokens for r in records)
-    if total:
-        out["keep_ratio"] = sum(r.kept_tokens for r in records) / total
     return out
+
+
+def means(records: Sequence[SampleRecord]) -> dict[str, float]:
+    """Mean of everything measured, over the records that have it, and the share of visual tokens kept."""
+    out = averages(records, {name: name for name in MEASURED})
+    total = sum(r.total_tokens for r in records)
+    return out | ({"keep_ratio": sum(r.kept_tokens for r in records) / total} if total else {})

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from tokprune.environment import command_line
 from tokprune.evaluation.cells import BASELINE
-from tokprune.evaluation.export import caption, details, texts
+from tokprune.evaluation.export import Column, caption, details, used_columns
 from tokprune.evaluation.sweep import Sweep
 from tokprune.evaluation.table import Row, scale
 from tokprune.viz.plots import Point, accuracy_over_ratio, pareto, png
@@ -92,8 +92,8 @@ def page(sweep: Sweep, rows: Sequence[Row], plots: Sequence[Plot], reference: bo
     """The report as a page."""
     from tokprune.viz.html import Page, Picture, Section, Table
 
-    heads, body = texts(rows)
-    table = Table(heads, [_sortable(row, heads, line) for row, line in zip(rows, body, strict=True)])
+    columns = used_columns(rows)
+    table = Table([c.head for c in columns], [[_sortable(c, row) for c in columns] for row in rows])
     notes = "\n".join(f"- {note}" for note in caption(rows).splitlines())
     tables = [table, *(Table(names, lines, f"{task}, other metrics") for task, names, lines in details(sweep))]
     sections = [Section("Results", notes, tables)]
@@ -117,22 +117,9 @@ def page(sweep: Sweep, rows: Sequence[Row], plots: Sequence[Plot], reference: bo
     return Page(f"What pruning loses: {sweep.settings.model}", command_line(), environment, sections)
 
 
-def _sortable(row: Row, heads: Sequence[str], line: Sequence[str]) -> list[object]:
-    """The texts of a row with the numbers to sort them by."""
+def _sortable(column: Column, row: Row) -> object:
+    """The text of a cell with the number to sort it by."""
     from tokprune.viz.html import Value
 
-    numbers = {
-        "keep": row.ratio,
-        "tokens": row.kept,
-        "score": row.score,
-        "difference [95 % CI]": None if row.paired is None else row.paired.difference,
-        "p": None if row.paired is None else row.paired.p,
-        "p (Holm)": row.p_holm,
-        "FLOPs": row.flops,
-        "TTFT": row.ttft_ms,
-    }
-    cells: list[object] = []
-    for head, text in zip(heads, line, strict=True):
-        number = numbers.get(head)
-        cells.append(Value(text, float(number)) if number is not None else text or None)
-    return cells
+    text, number = column.text(row), column.number(row)
+    return text or None if number is None else Value(text, float(number))

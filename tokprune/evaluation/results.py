@@ -7,13 +7,12 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tokprune.errors import OptionError
 from tokprune.evaluation.cells import BASELINE, Cell, CellResult, Settings, build_methods, key
 from tokprune.evaluation.failures import Failure
 from tokprune.evaluation.store import dump
 from tokprune.evaluation.sweep import Sweep
 from tokprune.evaluation.table import Row, rows_of
-from tokprune.files import read_json
+from tokprune.files import checked, read_json
 from tokprune.types import JsonObject
 
 TYPE, VERSION = "tokprune.eval", 1
@@ -80,11 +79,7 @@ def load(path: str | Path) -> Sweep:
     """Read a results.json, or the one in a folder."""
     file = Path(path)
     file = file / "results.json" if file.is_dir() else file
-    data = read_json(file, "results")
-    if not isinstance(data, dict) or data.get("type") != TYPE:
-        raise OptionError(f'{file} holds no results of tokprune eval: expected an object with "type": "{TYPE}".')
-    if data.get("version") != VERSION:
-        raise OptionError(f"{file} has version {data.get('version')!r}; this tokprune reads version {VERSION}.")
+    data = checked(read_json(file, "results"), TYPE, VERSION, f"results of tokprune eval ({file})")
     timing = _times(file.with_name("timing.json"))
     results = []
     for cell in data["cells"]:

@@ -129,7 +129,19 @@ def compare(
         p, exact = permutation_test(d.tolist(), rounds, seed)
         test = "sign flips" if exact else "permutation"
     unpaired = len(base) + len(other) - 2 * len(both)
-    return Paired(len(both), unpaired, float(a.mean()), float(b.mean()), low, high, p, better, worse, test, level)
+    return Paired(
+        n=len(both),
+        unpaired=unpaired,
+        base=float(a.mean()),
+        mean=float(b.mean()),
+        low=low,
+        high=high,
+        p=p,
+        better=better,
+        worse=worse,
+        test=test,
+        level=level,
+    )
 
 
 def _floats(values: Sequence[float]) -> NDArray[np.float64]:

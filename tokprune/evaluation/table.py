@@ -64,19 +64,19 @@ def row_of(result: CellResult, paired: Paired | None = None, note: str = "") -> 
     if blind:  # text-only rows belong to some benchmarks; in others they are a fault of the data
         note = "; ".join(part for part in (note, f"{blind} questions came without a picture") if part)
     return Row(
-        result.cell.task,
-        result.cell.method,
-        result.cell.ratio,
-        result.main,
-        100 * value if percent else value,
-        percent,
-        len({s.id for s in result.samples}),
-        result.costs.get(KEPT),
-        result.costs.get(TOTAL),
-        result.costs.get(FLOPS),
-        result.timing.get(TTFT),
-        result.timing.get("seconds"),
-        paired,
+        task=result.cell.task,
+        method=result.cell.method,
+        ratio=result.cell.ratio,
+        metric=result.main,
+        score=100 * value if percent else value,
+        percent=percent,
+        questions=len({s.id for s in result.samples}),
+        kept=result.costs.get(KEPT),
+        total=result.costs.get(TOTAL),
+        flops=result.costs.get(FLOPS),
+        ttft_ms=result.timing.get(TTFT),
+        seconds=result.timing.get("seconds"),
+        paired=paired,
         note=note,
     )
 

@@ -132,6 +132,12 @@ class Arithmetic:
         return Group(*parts)
 
 
+def _tower(preset: Preset, size: Size, frames: int | None, dtype: torch.dtype) -> tuple[int, int, int]:
+    """FLOPs of tower and projector, and the parameters of the whole model, all counted on the meta device."""
+    model = build_meta(preset, dtype)
+    return *vision_calls(model, preset, size, frames), sum(p.numel() for p in model.parameters())
+
+
 def arithmetic(
     preset: Preset,
     ratios: Sequence[float] = (0.5, 0.25, 0.1),
@@ -153,12 +159,9 @@ def arithmetic(
     """
     size = size or preset.default_size
     visual = preset.count(size, frames)
-    if seen is None:
-        model = build_meta(preset, dtype)
-        vision, projector = vision_calls(model, preset, size, frames)
-        parameters = sum(p.numel() for p in model.parameters())
-    else:
-        vision, projector, parameters = round(seen), 0, preset.parameters
+    vision, projector, parameters = (
+        _tower(preset, size, frames, dtype) if seen is None else (round(seen), 0, preset.parameters)
+    )
     shape, config = preset.decoder, config_of(preset)
     rows = []
     for ratio in [1.0, *[r for r in map(check_ratio, ratios) if r < 1.0]]:
@@ -166,30 +169,32 @@ def arithmetic(
         prompt = text + keep + min(visual.separators, keep)
         rows.append(
             ArithmeticRow(
-                ratio,
-                keep,
-                visual.tokens,
-                prompt,
-                batch * vision,
-                batch * projector,
-                batch * formulas.exact_prefill(shape, prompt),
-                batch * formulas.exact_decode(shape, prompt),
-                kv_cache_bytes_of(config, prompt + new_tokens - 1, batch, dtype),
-                {name: batch * formulas.formula_total(f, keep, shape) for name, f in formulas.FORMULAS.items()},
+                ratio=ratio,
+                visual=keep,
+                visual_full=visual.tokens,
+                prompt=prompt,
+                vision=batch * vision,
+                projector=batch * projector,
+                prefill=batch * formulas.exact_prefill(shape, prompt),
+                decode=batch * formulas.exact_decode(shape, prompt),
+                cache_bytes=kv_cache_bytes_of(config, prompt + new_tokens - 1, batch, dtype),
+                formulas={
+                    name: batch * formulas.formula_total(f, keep, shape) for name, f in formulas.FORMULAS.items()
+                },
             )
         )
     return Arithmetic(
-        preset.name,
-        preset.title,
-        size,
-        frames,
-        text,
-        batch,
-        new_tokens,
-        str(dtype).removeprefix("torch."),
-        parameters,
-        parameters * dtype.itemsize,
-        tuple(rows),
-        tuple(comparison(preset.published, shape, vision + projector)),
-        preset.sources,
+        preset=preset.name,
+        title=preset.title,
+        size=size,
+        frames=frames,
+        text=text,
+        batch=batch,
+        new_tokens=new_tokens,
+        dtype=str(dtype).removeprefix("torch."),
+        parameters=parameters,
+        weight_bytes=parameters * dtype.itemsize,
+        rows=tuple(rows),
+        published=tuple(comparison(preset.published, shape, vision + projector)),
+        sources=preset.sources,
     )

@@ -252,18 +252,18 @@ def plan(
     stops = costs.stops_paying()
     others = [_alternative(bigger, costs, full, towers.get(bigger.name)) for bigger in larger(known)] if compare else []
     made = Plan(
-        known.name,
-        place.name,
-        work,
-        full,
-        tuple((r, costs.at(kept(n, r))) for r in ratios),
-        target,
-        limit,
-        connector,
-        decoder,
-        decoder_layer,
-        stops,
-        tuple(others),
+        preset=known.name,
+        device=place.name,
+        work=work,
+        full=full,
+        rows=tuple((r, costs.at(kept(n, r))) for r in ratios),
+        target=target,
+        limit=limit,
+        connector=connector,
+        decoder=decoder,
+        decoder_layer=decoder_layer,
+        stops=stops,
+        alternatives=tuple(others),
     )
     return replace(made, advice=tuple(_advice(made, costs)))
 

@@ -14,6 +14,7 @@ from importlib import resources
 from types import SimpleNamespace
 
 from tokprune.errors import OptionError, unknown
+from tokprune.files import checked
 from tokprune.profiling import resolution as res
 from tokprune.profiling.formulas import DecoderShape
 from tokprune.profiling.published import Published
@@ -156,19 +157,17 @@ def _all() -> dict[str, Preset]:
     out = {}
     for file in sorted(resources.files("tokprune.profiling").joinpath("presets").iterdir(), key=lambda f: f.name):
         if file.name.endswith(".json"):
-            data = json.loads(file.read_text(encoding="utf-8"))
-            if data.get("type") != "tokprune.Preset" or data.get("version") != 1:
-                raise OptionError(f"{file.name} is not a preset of version 1.")
+            data = checked(json.loads(file.read_text(encoding="utf-8")), "tokprune.Preset", 1, file.name)
             out[data["name"]] = Preset(
-                data["name"],
-                data["title"],
-                data["family"],
-                int(data["parameters"]),
-                data["image"],
-                data["config"],
-                tuple(data["sources"]),
-                tuple(data.get("aliases", ())),
-                tuple(Published.from_dict(row) for row in data.get("published", ())),
+                name=data["name"],
+                title=data["title"],
+                family=data["family"],
+                parameters=int(data["parameters"]),
+                image=data["image"],
+                config=data["config"],
+                sources=tuple(data["sources"]),
+                aliases=tuple(data.get("aliases", ())),
+                published=tuple(Published.from_dict(row) for row in data.get("published", ())),
             )
     return out
 

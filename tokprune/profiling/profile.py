@@ -95,16 +95,16 @@ def profile(
         times = bench.time(repeats, warmup)
     stages = bench.profiler.stages
     return ProfileReport(
-        name or type(model).__name__,
-        tuple(_row(bench.profiler, run, times[run.name], bench.full) for run in bench.runs if run.name in times),
-        new_tokens,
-        int(inputs["input_ids"].shape[0]),
-        environment(model, device, repeats, warmup),
-        sum(p.numel() for p in model.parameters()),
-        memory.weight_bytes(model),
-        memory.weight_bytes(nn.ModuleList([stages.vision, *stages.projectors])),
-        bench.failed,
-        tuple(bench.notes),
+        model=name or type(model).__name__,
+        cells=tuple(_row(bench.profiler, run, times[run.name], bench.full) for run in bench.runs if run.name in times),
+        new_tokens=new_tokens,
+        batch=int(inputs["input_ids"].shape[0]),
+        environment=environment(model, device, repeats, warmup),
+        parameters=sum(p.numel() for p in model.parameters()),
+        weight_bytes=memory.weight_bytes(model),
+        vision_bytes=memory.weight_bytes(nn.ModuleList([stages.vision, *stages.projectors])),
+        failed=bench.failed,
+        notes=tuple(bench.notes),
         config=_without_paths(json.loads(bench.profiler.model.config.to_json_string(use_diff=False))),
     )
 
@@ -214,18 +214,18 @@ def _row(profiler: Profiler, run: ProfileRun, times: dict[str, Measurement], ful
     per_layer = not run.before_llm and len(run.cached) == shape.layers
     tokens = [n - fed for n in run.cached] if per_layer else run.prompt
     return RunResult(
-        run.name,
-        run.kind,
-        times,
-        run.visual,
-        full,
-        run.prompt,
-        run.label,
-        run.ratio,
-        run.counted.to_dict() if run.counted else {},
-        {name: formulas.formula_total(layer, tokens, shape) for name, layer in formulas.FORMULAS.items()},
-        run.cache_bytes,
-        expected,
-        run.peak,
+        name=run.name,
+        kind=run.kind,
+        times=times,
+        visual=run.visual,
+        visual_full=full,
+        prompt=run.prompt,
+        method=run.label,
+        ratio=run.ratio,
+        flops=run.counted.to_dict() if run.counted else {},
+        formulas={name: formulas.formula_total(layer, tokens, shape) for name, layer in formulas.FORMULAS.items()},
+        cache_bytes=run.cache_bytes,
+        cache_expected=expected,
+        peak_bytes=run.peak,
         tokens={"projector": run.projected, "llm": run.visual, "prompt": run.prompt, "cached": run.cached},
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tokprune.errors import OptionError
-from tokprune.files import read_json, write_json
+from tokprune.files import checked, read_json, write_json
 from tokprune.profiling.stages import STAGES
 from tokprune.profiling.timing import Measurement
 from tokprune.types import Fields, JsonObject
@@ -191,12 +191,7 @@ class ProfileReport:
     @staticmethod
     def from_dict(data: object) -> ProfileReport:
         """The report that `to_dict` wrote; refuses other types and newer versions."""
-        if not isinstance(data, dict) or data.get("type") != TYPE:
-            raise OptionError(f'not a profile: expected an object with "type": "{TYPE}".')
-        if data.get("version") != VERSION:
-            raise OptionError(
-                f"profile version {data.get('version')!r} is not readable; this tokprune reads {VERSION}."
-            )
+        data = checked(data, TYPE, VERSION, "a profile")
         rest = {k: v for k, v in data.items() if k not in ("type", "version")}
         cells = tuple(RunResult.from_dict(c) for c in data["cells"])
         return ProfileReport(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from importlib import resources
 
 from tokprune.errors import OptionError, nearest, unknown
+from tokprune.files import checked
 from tokprune.types import JsonObject
 
 TYPE, VERSION = "tokprune.reference", 1
@@ -156,8 +157,7 @@ def _read(file: str) -> JsonObject:
 
 
 def _model(file: str, data: JsonObject, names: JsonObject) -> Model:
-    if data.get("type") != TYPE or data.get("version") != VERSION:
-        raise OptionError(f"{file} is not a reference table of version {VERSION}.")
+    checked(data, TYPE, VERSION, f"a reference table ({file})")
     tables = []
     for t in data["tables"]:
         benchmarks = tuple(_benchmark(c, names["benchmarks"].get(c, {})) for c in t["columns"])
