@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -339,3 +341,15 @@ def test_a_users_own_stand_in_comes_back() -> None:
     inputs = tiny.inputs([["a ", ("image", picture(60, 40)), " b"]])
     with torch.no_grad():
         assert model(**inputs).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["tome", "hired"])
+@pytest.mark.parametrize("end", ["pruning.remove()", "pass"])
+def test_a_script_ends_quietly(method: str, end: str) -> None:
+    """The model and the handle are still there when Python takes its modules apart."""
+    script = (
+        f"import tokprune; from tokprune.testing import build; tiny = build('llava')\n"
+        f"pruning = tokprune.apply(tiny.model, {method!r}, ratio=0.5); {end}"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True)
+    assert "Exception" not in done.stderr

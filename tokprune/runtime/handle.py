@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import sys
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
@@ -111,9 +112,9 @@ class Installed:
         return {**vars(self), "_gone": None}
 
 
-def _release(removed: weakref.ref[Installed], _: object) -> None:
-    """A removed pruning whose model is gone lets go of the model's parts."""
-    installed = removed()
+def _release(removed: weakref.ref[Installed], _: object, ending: Callable[[], bool] = sys.is_finalizing) -> None:
+    """A removed pruning whose model is gone lets go of the model's parts, unless Python ends and modules are gone, too."""
+    installed = None if ending() else removed()
     for part in [] if installed is None else installed.parts:
         part.release()
 
