@@ -136,3 +136,16 @@ def test_flat_is_what_the_placeholders_get() -> None:
     inputs = tiny.inputs([[("image", PICTURES[0]), " What?"]])
     marks = int((inputs["input_ids"] == tiny.model.config.image_token_id).sum())
     assert len(flat(encode(tiny, inputs).pooler_output)) == marks
+
+
+@pytest.mark.parametrize("family", QUICK)
+@pytest.mark.parametrize("ratio", [0.3, 1.0])
+def test_pixels_beside_their_own_outputs_are_refused(family: str, ratio: float) -> None:
+    """As natively: nothing says which of the two is meant."""
+    tiny = shared(family)
+    inputs = tiny.inputs([[("image", PICTURES[0]), " What?"]])
+    output = {"image": encode(tiny, tiny.inputs([[("image", PICTURES[1]), " What?"]]))}
+    with pytest.raises(ValueError, match="mm_encoder_outputs"):
+        tiny.model(**inputs, mm_encoder_outputs=dict(output))
+    with tokprune.apply(tiny.model, "divprune", ratio=ratio), pytest.raises(ValueError, match="mm_encoder_outputs"):
+        tiny.model(**inputs, mm_encoder_outputs=dict(output))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tokprune.adapters.dialect import arguments_from, cache_in, logical_length, parameters
 from tokprune.adapters.families import Family, family_named
 from tokprune.adapters.hooks import Ref
-from tokprune.errors import UnsupportedModelError
+from tokprune.errors import PromptError, UnsupportedModelError
 
 # Raw inputs of each modality, as transformers names them.
 RAW = {"image": ("pixel_values", "pixel_values_images", "image_patches"), "video": ("pixel_values_videos",)}
@@ -131,8 +131,12 @@ class Adapter:
         encoded = dict(call.get("mm_encoder_outputs") or {})
         for modality, keys in RAW.items():
             key = next((k for k in keys if call.get(k) is not None), None)
-            if key is None or encoded.get(modality) is not None:
+            if key is None:
                 continue
+            if encoded.get(modality) is not None:  # transformers refuses both, too: they may be of different pictures
+                raise PromptError(
+                    f"{key} and mm_encoder_outputs[{modality!r}] were given for the same pictures; pass one."
+                )
             encoder = self.family.encoder(self.base, modality)
             if encoder is None:
                 raise UnsupportedModelError(
