@@ -226,10 +226,11 @@ def check_reachable(name: str, revision: str | None = None, kind: str = "model")
 
 
 def needs_scorer(methods: Sequence[Method | str]) -> bool:
-    """Whether one of the methods compares the question with what is seen."""
+    """Whether one of the methods compares the question with what is seen. methods: names may be joined by "+"."""
     from tokprune.registry import method_class
 
-    return any((method_class(m) if isinstance(m, str) else m).info.query_aware for m in methods)
+    parts = [part for m in methods for part in (m.split("+") if isinstance(m, str) else (m,))]
+    return any((method_class(m) if isinstance(m, str) else m).info.query_aware for m in parts)
 
 
 def demo_scorer(loaded: Loaded, methods: Sequence[Method | str]) -> object:

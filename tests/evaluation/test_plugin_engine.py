@@ -12,7 +12,7 @@ import tokprune.demo
 from tokprune.budget import kept
 from tokprune.evaluation.lmms_engine import Engine
 from tokprune.evaluation.lmms_options import pruning_config
-from tokprune.evaluation.lmms_requests import Prompt, Row
+from tokprune.evaluation.lmms_requests import Prompt, TaskRow
 from tokprune.loading import Loaded
 from tools.demo.evaluation import answer
 
@@ -29,7 +29,7 @@ def prompt(i: int, target: str | None = None, picture: bool = True, **generation
     example = EXAMPLES[i]
     parts: list[dict[str, Any]] = [{"type": "image", "image": example.image}] if picture else []
     chat = [{"role": "user", "content": [*parts, {"type": "text", "text": example.question}]}]
-    return Prompt(Row("t", "test", i), chat, example.question, "image" if picture else "text", generation, target)
+    return Prompt(TaskRow("t", "test", i), chat, example.question, "image" if picture else "text", generation, target)
 
 
 @pytest.fixture

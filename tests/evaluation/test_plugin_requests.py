@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tokprune.evaluation.errors import EvaluationError
-from tokprune.evaluation.lmms_requests import MediaRules, RequestReader, Row
+from tokprune.evaluation.lmms_requests import MediaRules, RequestReader, TaskRow
 from tokprune.evaluation.question import question_of
 from tokprune.testing import picture
 
@@ -32,7 +32,7 @@ def parts(prompt: Any, kind: str) -> list[Any]:
 
 
 def test_a_row_becomes_a_chat_with_its_picture_and_question() -> None:
-    prompt = reader().read(Row("t", "test", 2), messages_of, {})
+    prompt = reader().read(TaskRow("t", "test", 2), messages_of, {})
     assert prompt.kind == "image"
     assert prompt.query == "what is 2 ?"
     assert parts(prompt, "text") == ["what is 2 ?\nOne word."]
@@ -40,28 +40,28 @@ def test_a_row_becomes_a_chat_with_its_picture_and_question() -> None:
 
 
 def test_system_prompt_and_bare_questions() -> None:
-    prompt = reader(system_prompt="Be brief.", bare=True).read(Row("t", "test", 1), messages_of, {})
+    prompt = reader(system_prompt="Be brief.", bare=True).read(TaskRow("t", "test", 1), messages_of, {})
     assert [m["role"] for m in prompt.chat] == ["system", "user"]
     assert parts(prompt, "text") == ["Be brief.", "what is 1 ?"]
     assert len(parts(prompt, "image")) == 1
 
 
 def test_control_without_pictures() -> None:
-    prompt = reader(control="no_image").read(Row("t", "test", 1), messages_of, {})
+    prompt = reader(control="no_image").read(TaskRow("t", "test", 1), messages_of, {})
     assert prompt.kind == "text"
     assert parts(prompt, "image") == []
 
 
 def test_control_with_the_picture_of_another_row() -> None:
     for doc_id in range(len(DOCS)):  # rows 0 and 4 show the same picture
-        prompt = reader(control="shuffled").read(Row("t", "test", doc_id), messages_of, {})
+        prompt = reader(control="shuffled").read(TaskRow("t", "test", doc_id), messages_of, {})
         shown = parts(prompt, "image")[0]
         assert not np.array_equal(shown, DOCS[doc_id]["image"])
         assert any(np.array_equal(shown, d["image"]) for d in DOCS)
         assert prompt.query == DOCS[doc_id]["question"]
     same = [DOCS[0], DOCS[4]]
     with pytest.raises(EvaluationError, match="show the same"):
-        reader(same, control="shuffled").read(Row("t", "test", 0), messages_of, {})
+        reader(same, control="shuffled").read(TaskRow("t", "test", 0), messages_of, {})
 
 
 @pytest.mark.parametrize(
@@ -88,14 +88,14 @@ def test_errors_name_the_row() -> None:
     with pytest.raises(
         EvaluationError, match=r"task 'pope', doc_id 2: .*empty fields of this row: image.*no image"
     ) as caught:
-        reader(empty).read(Row("pope", "test", 2), messages_of, {})
+        reader(empty).read(TaskRow("pope", "test", 2), messages_of, {})
     assert (caught.value.task, caught.value.doc_id) == ("pope", 2)
 
     def ends_the_program(doc: dict[str, Any]) -> Any:
         raise SystemExit("video path:x.mp4 does not exist")
 
     with pytest.raises(EvaluationError, match=r"doc_id 1: .*x\.mp4 does not exist"):
-        reader().read(Row("videomme", "test", 1), ends_the_program, {})
+        reader().read(TaskRow("videomme", "test", 1), ends_the_program, {})
 
 
 def test_missing_files_are_named_with_the_nearest(tmp_path: Path) -> None:
@@ -106,15 +106,17 @@ def test_missing_files_are_named_with_the_nearest(tmp_path: Path) -> None:
         return lambda doc: [{"role": "user", "content": [{"type": kind, "url": str(tmp_path / name)}]}]
 
     with pytest.raises(EvaluationError, match=r"doc_id 3: cannot read its media: .*clip2\.mp4.*clip1\.mp4"):
-        reader().read(Row("t", "test", 3), show("video", "clip2.mp4"), {})
+        reader().read(TaskRow("t", "test", 3), show("video", "clip2.mp4"), {})
     with pytest.raises(EvaluationError, match=r"b\.png.*a\.png"):
-        reader().read(Row("t", "test", 3), show("image", "b.png"), {})
-    assert parts(reader().read(Row("t", "test", 3), show("image", "a.png"), {}), "image")[0].size == (8, 8)
+        reader().read(TaskRow("t", "test", 3), show("image", "b.png"), {})
+    assert parts(reader().read(TaskRow("t", "test", 3), show("image", "a.png"), {}), "image")[0].size == (8, 8)
 
 
 def test_audio_is_refused() -> None:
     with pytest.raises(EvaluationError, match="audio input is not supported"):
-        reader().read(Row("t", "test", 0), lambda d: [{"role": "user", "content": [{"type": "audio", "url": "x"}]}], {})
+        reader().read(
+            TaskRow("t", "test", 0), lambda d: [{"role": "user", "content": [{"type": "audio", "url": "x"}]}], {}
+        )
 
 
 def test_neighbouring_rows_share_a_decoded_video(tmp_path: Path) -> None:
@@ -129,7 +131,7 @@ def test_neighbouring_rows_share_a_decoded_video(tmp_path: Path) -> None:
         return [{"role": "user", "content": [{"type": "video", "url": doc["video"]}]}]
 
     source = reader(docs)
-    clips = [parts(source.read(Row("t", "test", i), show, {}), "video")[0] for i in range(3)]
+    clips = [parts(source.read(TaskRow("t", "test", i), show, {}), "video")[0] for i in range(3)]
     assert clips[0] is clips[1]
     assert clips[2] is not clips[0]
     assert len(clips[0].frames) == 4

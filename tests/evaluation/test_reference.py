@@ -51,7 +51,7 @@ def test_every_table_names_its_source_and_is_in_range():
         assert table.source
         for entry in table.entries:
             assert any(v is not None for v in entry.values), (table.id, entry)
-            assert entry.keep is None or 0 < entry.keep <= 1
+            assert entry.ratio is None or 0 < entry.ratio <= 1
             for benchmark, value in zip(table.benchmarks, entry.values, strict=True):
                 if value is None or not benchmark.task:
                     continue

@@ -156,8 +156,7 @@ def open_asker(request: DemoRequest) -> Asker:
 
     with no_bars(request.quiet):
         loaded = load(request.model, LoadOptions(request.device), request.video)
-    parts = [part for method in request.methods for part in method.split("+")]
-    return Asker(loaded.model, loaded.processor, loaded.embedded, demo_scorer(loaded, parts))
+    return Asker(loaded.model, loaded.processor, loaded.embedded, demo_scorer(loaded, request.methods))
 
 
 def _sweep(request: DemoRequest) -> None:

@@ -29,7 +29,7 @@ FRAMES = 8
 
 @dataclass
 class Work:
-    """One model and one prompt. resized: share of tokens -> inputs of a smaller picture. compare: report -> published rows.
+    """One model and one prompt. resized: keep ratio -> inputs of a smaller picture. compare: report -> published rows.
     image, frames: what the model was shown, for pictures of what was kept; None for made-up pixels."""
 
     model: VLM
@@ -149,8 +149,8 @@ def from_preset(request: ProfileRequest) -> Work:
 
     full = known.tokens(case.size, case.frames)
 
-    def resized(share: float) -> JsonObject:
-        return inputs(preset_size(known, max(1, round(share * full)), case.frames)[0])
+    def resized(ratio: float) -> JsonObject:
+        return inputs(preset_size(known, max(1, round(ratio * full)), case.frames)[0])
 
     clip = f", {case.frames} frames" if case.frames else ""
     notes = [
@@ -195,7 +195,7 @@ def from_model(request: ProfileRequest) -> Work:
     with no_bars(request.quiet):
         loaded = load(request.model, LoadOptions(request.device, request.dtype, request.attn), clip is not None)
     work = _image_work(request, loaded, picture) if clip is None else _clip_work(request, loaded, clip)
-    scorer = demo_scorer(loaded, [part for name in request.methods for part in name.split("+")])
+    scorer = demo_scorer(loaded, request.methods)
     work.options = {} if scorer is None else {"scorer": scorer}
     return work
 

@@ -41,8 +41,7 @@ def show(  # the options of the command
     from tokprune.viz.kept import kept_on_image
 
     names = options.methods(methods)
-    parts = [part for name in names for part in name.split("+")]
-    maps = any(method_class(part).stage == "encoder" for part in parts)
+    maps = any(method_class(part).stage == "encoder" for name in names for part in name.split("+"))
     if merge_map and not maps:
         raise OptionError(
             f"--merge-map draws what is joined inside the vision tower, and none of {', '.join(names)} works there; "
@@ -53,7 +52,7 @@ def show(  # the options of the command
     check_ratio(ratio)
     picture = read_picture(image)
     loaded = load(model, LoadOptions(device))
-    asker = Asker(loaded.model, loaded.processor, loaded.embedded, demo_scorer(loaded, parts))
+    asker = Asker(loaded.model, loaded.processor, loaded.embedded, demo_scorer(loaded, names))
     answers = [asker.ask(question, picture, name, ratio, maps=maps) for name in names]
     records = {a.method: a.stream for a in answers if a.stream is not None}
     captions = {a.method: f"answer: {a.text}" for a in answers if a.text}

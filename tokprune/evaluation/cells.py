@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tokprune.budget import check_ratio
+from tokprune.config import POSITIONS
 from tokprune.errors import OptionError, unknown
 from tokprune.methods.base import Method
 from tokprune.registry import method_class
 from tokprune.types import Fields, JsonObject
 
 BASELINE = "none"
-POSITIONS = ("auto", "keep", "compact")
 OPTION = "option."
 
 

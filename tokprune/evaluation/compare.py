@@ -28,9 +28,9 @@ class Comparison:
         body = []
         for a, b in zip(self.first, self.rows, strict=True):
             p = "" if b.paired is None else p_text(b.paired.p)
-            keep = f"{b.ratio:.4g}" if a.ratio == b.ratio else f"{a.ratio:.4g}, {b.ratio:.4g}"
+            ratios = f"{b.ratio:.4g}" if a.ratio == b.ratio else f"{a.ratio:.4g}, {b.ratio:.4g}"
             method = b.method if a.method == b.method else f"{a.method}, {b.method}"
-            body.append([b.task, method, keep, score_text(a), score_text(b), difference_text(b), p, p_text(b.p_holm)])
+            body.append([b.task, method, ratios, score_text(a), score_text(b), difference_text(b), p, p_text(b.p_holm)])
         notes = [
             f"first: {first}",
             f"second: {second}",

@@ -74,10 +74,10 @@ def token_counts(model: VLM, inputs: Inputs, keep: Tensor | None) -> list[tuple[
     return [(int(a), int(b), int(c)) for a, b, c in rows.tolist()]
 
 
-def clock_times(clock: StageClock, share: int) -> JsonObject:
-    """The clock's times as fields of a record, divided among `share` prompts."""
+def clock_times(clock: StageClock, prompts: int) -> JsonObject:
+    """The clock's times as fields of a record, divided among so many prompts."""
     times = clock.times()
-    return {field: times[name] / share for name, field in _FROM_CLOCK.items()}
+    return {field: times[name] / prompts for name, field in _FROM_CLOCK.items()}
 
 
 def averages(records: Sequence[SampleRecord], names: Mapping[str, str]) -> dict[str, float]:

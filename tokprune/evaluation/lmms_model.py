@@ -33,7 +33,7 @@ from tokprune.evaluation.lmms_loading import frames_for, load_for, pick_device, 
 from tokprune.evaluation.lmms_meter import SampleRecord, means
 from tokprune.evaluation.lmms_options import ModelArgs, pruning_config
 from tokprune.evaluation.lmms_parallel import Outcome, gather
-from tokprune.evaluation.lmms_requests import MediaRules, Messages, Prompt, RequestReader, Row
+from tokprune.evaluation.lmms_requests import MediaRules, Messages, Prompt, RequestReader, TaskRow
 from tokprune.loading import DEMO
 from tokprune.types import Fields, JsonObject, MethodLike
 
@@ -252,14 +252,14 @@ class TokpruneChat(lmms):
 
     # -- requests to batches ----------------------------------------------------------------------------------------------
 
-    def _request(self, request: Instance) -> tuple[Row, Messages, Fields, object]:
+    def _request(self, request: Instance) -> tuple[TaskRow, Messages, Fields, object]:
         """Row, doc -> messages, generation settings and target of a chat request."""
         _, messages_of, generation, doc_id, task, split = request.args
         return self._row(request, task, split, doc_id), messages_of, generation, None
 
     @staticmethod
-    def _row(request: Instance, task: str, split: str, doc_id: int) -> Row:
-        return Row(task, split, int(doc_id), bool((request.metadata or {}).get("__padding_only__")))
+    def _row(request: Instance, task: str, split: str, doc_id: int) -> TaskRow:
+        return TaskRow(task, split, int(doc_id), bool((request.metadata or {}).get("__padding_only__")))
 
     def _batches(self, requests: Sequence[Instance], outcome: Outcome) -> Iterator[tuple[list[int], list[Prompt]]]:
         """Neighbouring prompts with equal generation settings and media, up to the batch size, with their places.
@@ -283,7 +283,7 @@ class TokpruneChat(lmms):
         if batch:
             yield [p for p, _ in batch], [p for _, p in batch]
 
-    def _failed_row(self, row: Row, error: Exception, outcome: Outcome) -> None:
+    def _failed_row(self, row: TaskRow, error: Exception, outcome: Outcome) -> None:
         """Raise the error with its row's name, or note it when the run is to go on."""
         if not isinstance(error, EvaluationError):
             cause, error = error, at_row(row.task, row.doc_id, "answering failed", error)
@@ -314,7 +314,7 @@ class TokpruneSimple(TokpruneChat):
 
     is_simple = True
 
-    def _request(self, request: Instance) -> tuple[Row, Messages, Fields, object]:
+    def _request(self, request: Instance) -> tuple[TaskRow, Messages, Fields, object]:
         """Row, doc -> messages, generation settings and target of a simple request: the context is one user turn."""
         target: object = None
         generation: Fields = {}

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from tokprune.config import PruneConfig
 from tokprune.errors import OptionError, nearest, unknown
+from tokprune.evaluation.cells import BASELINE, OPTION
 from tokprune.methods.base import Method
 from tokprune.registry import get_method, method_class
 from tokprune.types import Fields, JsonObject, Options
@@ -15,8 +16,7 @@ from tokprune.video.sampling import frames_by_length
 
 CONTROLS = ("", "no_image", "shuffled")
 ON_ERROR = ("raise", "continue")
-BASELINE = "none"
-OPTION, PROCESSOR = "option.", "processor."
+PROCESSOR = "processor."
 _FROM_HARNESS = ("batch_size", "max_batch_size", "device")
 
 

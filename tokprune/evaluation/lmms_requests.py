@@ -25,7 +25,7 @@ Messages = Callable[[Fields], Sequence[Fields]]
 
 
 @dataclass(frozen=True)
-class Row:
+class TaskRow:
     """Which row of a task a request belongs to. padding: it only evens out the processes and its answer is thrown away."""
 
     task: str
@@ -42,7 +42,7 @@ class Prompt:
     likelihood request, None in a generation request.
     """
 
-    row: Row
+    row: TaskRow
     chat: list[JsonObject]
     query: str
     kind: str
@@ -81,7 +81,7 @@ class RequestReader:
 
     def read(
         self,
-        row: Row,
+        row: TaskRow,
         messages_of: Messages,
         generation: Fields,
         target: object = None,
@@ -104,7 +104,7 @@ class RequestReader:
             target = str(target(doc) if callable(target) else target)
         return Prompt(row, chat, query, kind, generation, target)
 
-    def _messages(self, row: Row, doc: Fields, messages_of: Messages) -> list[JsonObject]:
+    def _messages(self, row: TaskRow, doc: Fields, messages_of: Messages) -> list[JsonObject]:
         try:
             return [{"role": str(m["role"]), "content": _parts(m["content"])} for m in messages_of(doc)]
         except (Exception, SystemExit) as error:  # some tasks end the program when a file is missing
@@ -112,7 +112,7 @@ class RequestReader:
             hint = f" (empty fields of this row: {', '.join(empty)})" if empty else ""
             raise at_row(row.task, row.doc_id, f"the task cannot make a prompt of this row{hint}", error) from error
 
-    def _controlled(self, row: Row, messages: list[JsonObject], messages_of: Messages) -> list[JsonObject]:
+    def _controlled(self, row: TaskRow, messages: list[JsonObject], messages_of: Messages) -> list[JsonObject]:
         """The same messages without media, or with those of another row."""
         if self.control == "no_image":
             for m in messages:
@@ -127,7 +127,7 @@ class RequestReader:
             other_id = (row.doc_id + max(1, total // 2) + step) % total
             if other_id == row.doc_id:
                 continue
-            other = Row(row.task, row.split, other_id)
+            other = TaskRow(row.task, row.split, other_id)
             others = _media(self._messages(other, self.docs(row.task, row.split, other_id), messages_of))
             if others and not set(seen) & {_fingerprint(p["url"]) for p in others}:
                 for i, part in enumerate(media):  # as many as the row's own, in case the other has fewer

@@ -71,7 +71,7 @@ def profile(
     """Measure one prompt plain and with every method at every ratio; the model is given back unpruned.
 
     inputs: what `model.generate(**inputs)` takes, on the model's device. methods: names, method objects, or lists of them
-    for several stages. processor: for query-aware methods. resized: share of tokens -> inputs made from a smaller picture
+    for several stages. processor: for query-aware methods. resized: keep ratio -> inputs made from a smaller picture
     (see `resize.shrinking`), the rival of pruning. options: more arguments of `apply` (query, positions, scorer).
     progress: called with each step. on_pruned: given each pruned run's name and what its pruning did, for pictures. A run
     that gets out of memory is reported and left out, the plain one too, and so is a method that cannot work on this model

@@ -72,13 +72,13 @@ def at_count(
 def shrinking(
     at_scale: AtScale, count: Callable[[Inputs], int], full: int | None = None, whole: int | None = None
 ) -> AtScale:
-    """A function from a share of tokens to inputs of the picture or clip scaled down until it gives about so many.
+    """A function from a keep ratio to inputs of the picture or clip scaled down until it gives about so many.
 
-    full: the count at factor 1, where it is known. whole: what shares are of, `full` unless told otherwise. Processors that
+    full: the count at factor 1, where it is known. whole: the count that ratios are of, `full` unless told otherwise. Processors that
     make a fixed number of tokens give that at any size.
     """
     known = count(at_scale(1.0)) if full is None else full
-    return lambda share: at_count(at_scale, count, max(1.0, share * (whole or known)), known)[0]
+    return lambda ratio: at_count(at_scale, count, max(1.0, ratio * (whole or known)), known)[0]
 
 
 def preset_size(known: Preset, wanted: int, frames: int | None = None) -> tuple[Size, int]:

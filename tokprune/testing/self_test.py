@@ -44,20 +44,20 @@ class Check:
 
 
 @dataclass
-class Answer:
+class Generated:
     """What generate() gave. tokens: (B, T). logits: (B, T, V)."""
 
     tokens: Tensor
     logits: Tensor
 
-    def apart(self, other: Answer, row: int = 0, other_row: int = 0) -> float:
+    def apart(self, other: Generated, row: int = 0, other_row: int = 0) -> float:
         """Largest difference of the logits of two answers, up to the step at which they say different tokens."""
         mine, yours = self.tokens[row].tolist(), other.tokens[other_row].tolist()
         same = next((i for i, pair in enumerate(zip(mine, yours, strict=True)) if pair[0] != pair[1]), len(mine))
         steps = slice(0, min(same + 1, len(mine)))
         return float((self.logits[row, steps] - other.logits[other_row, steps]).abs().max())
 
-    def equals(self, other: Answer) -> bool:
+    def equals(self, other: Generated) -> bool:
         """Whether two answers agree bit for bit."""
         return torch.equal(self.tokens, other.tokens) and torch.equal(self.logits, other.logits)
 
@@ -114,7 +114,7 @@ class _Test:
         rounding = torch.finfo(self.model.dtype).eps * float(self.plain.logits.abs().max())
         self.allowed = max(NOISE * noise, ROUNDING * rounding)
 
-    def answer(self, inputs: Inputs, **more: object) -> Answer:
+    def answer(self, inputs: Inputs, **more: object) -> Generated:
         """Greedy tokens, none of them a placeholder, and the logits that they were taken from."""
         config = self.model.config
         names = ("image_token_id", "video_token_id", "image_token_index", "video_token_index")
@@ -129,7 +129,7 @@ class _Test:
             output_logits=True,
             **more,
         )
-        return Answer(out.sequences[:, -STEPS:], torch.stack(out.logits, 1).float())
+        return Generated(out.sequences[:, -STEPS:], torch.stack(out.logits, 1).float())
 
     def pruned(self, **options: Any) -> Pruning:
         """The model pruned inside a with block."""
@@ -175,7 +175,7 @@ class _Test:
             pruning.remove()
             self.by_hand(name, positions, keep, calls[0], cached)
 
-    def by_hand(self, name: str, positions: str, keep: Tensor, seen: Fields, got: Answer) -> None:
+    def by_hand(self, name: str, positions: str, keep: Tensor, seen: Fields, got: Generated) -> None:
         """Compare `got` with what the language model says about the kept embeddings. seen: its first pruned call."""
         with _watched(self.model) as calls:
             self.answer(self.inputs)
@@ -276,7 +276,7 @@ class _Prompt:
             model, embeds, positions, square, call.get("visual_pos_masks"), call.get("deepstack_visual_embeds") or ()
         )
 
-    def answer(self, keep: Tensor, where: Tensor, said: Answer) -> Answer:
+    def answer(self, keep: Tensor, where: Tensor, said: Generated) -> Generated:
         """Logits of the prompt's kept columns followed by the tokens of `said`, in one call without a cache.
 
         keep: (L,) bool. where: (1 or 3, kept) positions.
@@ -305,7 +305,7 @@ class _Prompt:
             **more,
         )
         logits = self.model.get_output_embeddings()(out.last_hidden_state[:, -tokens.shape[1] - 1 :]).float()
-        return Answer(said.tokens[:1], logits)
+        return Generated(said.tokens[:1], logits)
 
     @staticmethod
     def grown(mask: Tensor | None, keep: Tensor, length: int) -> Tensor | None:

@@ -57,8 +57,8 @@ def values_of(
         raise OptionError(f"signal={signal!r}, method={method!r}; give one of them.")
     chosen = SignalProbe(signal) if signal is not None else method or ""
     # Half of the tokens for a signal: with all of them nothing would be asked.
-    share = 0.5 if signal is not None else ratio
-    with tokprune.apply(model, chosen, ratio=share, processor=processor, scorer=scorer) as pruning, torch.no_grad():
+    ratio = 0.5 if signal is not None else ratio
+    with tokprune.apply(model, chosen, ratio=ratio, processor=processor, scorer=scorer) as pruning, torch.no_grad():
         model.generate(**inputs, max_new_tokens=1, do_sample=False)
         last = pruning.last
     if last is None or not last.streams:

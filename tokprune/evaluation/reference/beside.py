@@ -88,4 +88,4 @@ def same_cell(entry: Entry, result: CellResult) -> bool:
     kept = result.costs.get(KEPT)
     if entry.tokens is not None and kept is not None:
         return abs(kept - entry.tokens) <= NEAR * entry.tokens
-    return entry.keep is not None and abs(result.cell.ratio - entry.keep) <= NEAR * entry.keep
+    return entry.ratio is not None and abs(result.cell.ratio - entry.ratio) <= NEAR * entry.ratio

@@ -17,13 +17,13 @@ TYPE, VERSION = "tokprune.reference", 1
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of a published table. method: our name where we have the method. tokens: visual tokens kept; keep: their share."""
+    """A row of a published table. method: our name where we have the method. tokens: visual tokens kept; ratio: their share."""
 
     label: str
     method: str
     values: tuple[float | None, ...]
     tokens: int | None = None
-    keep: float | None = None
+    ratio: float | None = None
     note: str = ""
 
     @property
@@ -31,7 +31,7 @@ class Entry:
         """ "64" or "22.2 %", as published."""
         if self.tokens is not None:
             return str(self.tokens)
-        return "" if self.keep is None else f"{100 * self.keep:.4g} %"
+        return "" if self.ratio is None else f"{100 * self.ratio:.4g} %"
 
 
 @dataclass(frozen=True)
@@ -189,8 +189,8 @@ def _benchmark(name: str, about: JsonObject) -> Benchmark:
 
 
 def _entry(row: JsonObject, methods: JsonObject, full: int | None) -> Entry:
-    tokens, keep = row.get("tokens"), row.get("keep")
-    if keep is None and tokens is not None and full:
-        keep = tokens / full
+    tokens, ratio = row.get("tokens"), row.get("keep")
+    if ratio is None and tokens is not None and full:
+        ratio = tokens / full
     method = methods.get(row["label"], row["label"].lower().replace("-", "_").replace(" ", "_"))
-    return Entry(row["label"], method, tuple(row["values"]), tokens, keep, row.get("note", ""))
+    return Entry(row["label"], method, tuple(row["values"]), tokens, ratio, row.get("note", ""))
