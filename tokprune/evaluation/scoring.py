@@ -1,4 +1,4 @@
-"""Right or wrong for one-word answers, and the mean over question types."""
+"""What the offline tasks share: right or wrong for one-word answers, and the mean over question types."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 
-from tokprune.types import JsonObject
+from tokprune.types import Fields, JsonObject
 
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _WORD = re.compile(r"[a-z0-9]+")
@@ -48,3 +48,14 @@ def macro(rows: Sequence[JsonObject]) -> float:
     for row in rows:
         hits[row["type"]].append(row["hit"])
     return sum(sum(h) / len(h) for h in hits.values()) / len(hits) if hits else 0.0
+
+
+def doc_to_text(doc: Fields, lmms_eval_specific_kwargs: Fields | None = None) -> str:
+    """The question of a row between what is said before and after every question."""
+    words = lmms_eval_specific_kwargs or {}
+    return f"{words.get('pre_prompt', '')}{doc['question']}{words.get('post_prompt', '')}"
+
+
+def process_results(doc: Fields, results: Sequence[str]) -> JsonObject:
+    """1 or 0 for the whole and for the row's type."""
+    return score(results[0], doc["answer"], doc["type"])
