@@ -14,6 +14,15 @@ from tokprune.ops.grid import centres, even_cells, even_runs, middles, region_of
 from tokprune.tokens import Layout
 
 
+def test_cells_of_flat_and_of_tall_pictures_lie_along_them() -> None:
+    halves = even_cells(Layout.grid(2, 12), [2]).view(2, 12)
+    assert halves[:, :6].eq(0).all()
+    assert halves[:, 6:].eq(1).all()
+    assert (
+        even_cells(Layout.grid(12, 2), [3]).view(12, 2).unique(dim=1).flatten().tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    )
+
+
 def test_groups_that_share_everything_share_a_call() -> None:
     found = stacks([2, 3, 2, 3, 0, 3], [1, 2, 1, 1, 0, 2], "cpu")
     assert [(s.where.tolist(), s.keep) for s in found] == [

@@ -33,6 +33,8 @@ def test_pooling_is_the_mean_over_time_and_cells() -> None:
     tokens = video(features, (6, 6))
     chosen = Storm(stride=4, mode="pool").select(tokens, 2 * 36)
     torch.testing.assert_close(chosen.apply(tokens.features), temporal_pool(features, 4).flatten(0, 1))
+    chosen = Storm(stride=2, mode="pool").select(tokens, 4 * 36)
+    torch.testing.assert_close(chosen.apply(tokens.features), temporal_pool(features, 2).flatten(0, 1))
     chosen = Storm(stride=4, mode="pool").select(tokens, 2 * 9)
     expected = spatial_pool(temporal_pool(features, 4), (6, 6), 2).flatten(0, 1)
     torch.testing.assert_close(chosen.apply(tokens.features), expected)
