@@ -103,6 +103,11 @@ class AttentionReader:
         return x * cos + turned * sin
 
 
+def no_scale() -> None:
+    """The parameter behind the MLP of a block that has none there; a function with a name, so that handles can be pickled."""
+    return None
+
+
 @dataclass(frozen=True)
 class BlockParts:
     """One transformer block, `x += attention(entry(x)); x += after * tail(...(middle(x)))`, by its modules."""
@@ -116,7 +121,7 @@ class BlockParts:
     """Norm before the MLP."""
     tail: nn.Module
     """Last module of the MLP branch."""
-    after: Callable[[], Tensor | None] = lambda: None
+    after: Callable[[], Tensor | None] = no_scale
     """Parameter that multiplies the branch behind `tail`, if any."""
 
     @property
