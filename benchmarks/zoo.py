@@ -2,21 +2,21 @@
 
     python benchmarks/zoo.py --questions 525 --out benchmarks/results/zoo.json
 
-Cells already in the output file are not run again.
+Cells already in the output file are not run again, but for those of --methods. Each cell names the commit that it was
+measured at.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import tokprune.demo
 from tokprune.demo.asking import Asker
 from tokprune.demo.scenes import held_out
 from tokprune.demo.sweep import plan_cells, run_cell
-from tokprune.environment import machine
+from tokprune.environment import commit, machine
 from tokprune.registry import list_methods, method_class
 
 
@@ -26,18 +26,16 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=525)
     parser.add_argument("--ratios", default="0.25,0.1,0.05")
     parser.add_argument(
-        "--methods", default="", help="default: all of the connector stage that are no wrappers and not made for video"
+        "--methods", default="", help="measure these again, separated by commas; default: what is missing"
     )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/zoo.json"))
     args = parser.parse_args()
     ratios = [float(r) for r in args.ratios.split(",")]
-    names = (
-        args.methods.split(",")
-        if args.methods
-        else [
-            n for n in list_methods("connector") if not method_class(n).info.wrapper and not method_class(n).info.video
-        ]
-    )
+    infos = {name: method_class(name).info for name in list_methods("connector")}
+    names = [name for name, info in infos.items() if not info.wrapper and not info.video]
+    again = set(filter(None, args.methods.split(",")))
+    if unknown := again - set(names):
+        parser.error(f"no method for pictures is called {', '.join(sorted(unknown))}; there are {', '.join(names)}")
     first = [n for n in ("none", "random", "uniform") if n in names]
     names = first + [n for n in names if n not in first]
     model, processor = tokprune.demo.load()
@@ -48,7 +46,7 @@ def main() -> None:
         "version": 1,
         "model": "demo",
         "questions": len(examples),
-        "command": " ".join(["python", *sys.argv]),
+        "command": f"python benchmarks/zoo.py --questions {args.questions}",
         "environment": machine(),
         "cells": [],
     }
@@ -56,13 +54,14 @@ def main() -> None:
         old = json.loads(args.out.read_text(encoding="utf-8"))
         if old["questions"] == data["questions"]:
             data["cells"] = [c for c in old["cells"] if c["method"] in names]
-    done = {(c["method"], c["ratio"]) for c in data["cells"]}
+    done = {(c["method"], c["ratio"]) for c in data["cells"] if c["method"] not in again}
     plan = plan_cells(names, ratios)
     for method, ratio in plan:
         if (method, ratio) in done:
             continue
         cell = run_cell(Asker(model, processor, scorer=scorer), examples, method, ratio)
-        data["cells"].append(cell.to_dict())
+        data["cells"] = [c for c in data["cells"] if (c["method"], c["ratio"]) != (method, ratio)]
+        data["cells"].append(cell.to_dict() | {"commit": commit()})
         order = {key: i for i, key in enumerate(plan)}
         data["cells"].sort(key=lambda c: order.get((c["method"], c["ratio"]), len(order)))
         args.out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
