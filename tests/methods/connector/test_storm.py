@@ -8,6 +8,7 @@ import torch
 from tests.methods.connector.clips import clip, video
 from tokprune.errors import OptionError
 from tokprune.methods.connector.storm import Storm
+from tokprune.tokens import Layout, VisualTokens
 
 
 def temporal_pool(features: torch.Tensor, stride: int) -> torch.Tensor:
@@ -59,3 +60,19 @@ def test_options_are_checked() -> None:
         Storm(stride=0)
     with pytest.raises(OptionError, match="mode"):
         Storm(mode="average")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("widths", [(3, 2), (2, 3)])
+def test_frames_of_different_sizes_are_averaged_where_both_have_a_token(widths: tuple[int, int]) -> None:
+    places = [(t, r, c) for t, width in enumerate(widths) for r in range(2) for c in range(width)]
+    group, row, col = torch.tensor(places).T
+    layout = Layout(group, row, col, tuple((2, w) for w in widths), "video")
+    features = torch.randn(len(places), 4)
+    chosen = Storm(stride=2, mode="pool").select(VisualTokens(features, layout), 2 * widths[0])
+    at = dict(zip(places, features, strict=True))
+    expected = [
+        torch.stack([at[t, r, c] for t in (0, 1) if (t, r, c) in at]).mean(0)
+        for r in range(2)
+        for c in range(widths[0])
+    ]
+    torch.testing.assert_close(chosen.apply(features), torch.stack(expected))
