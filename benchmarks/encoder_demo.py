@@ -12,8 +12,8 @@ from encoder_record import flops, wall
 
 import tokprune
 import tokprune.demo
+from tokprune.demo.asking import BATCH, Asker
 from tokprune.runtime.encoder import apply_encoder
-from tools.demo.evaluation import accuracy, correct
 
 TOLERANCE = 0.02
 PICTURES = 8  # on which FLOPs and time are measured
@@ -76,7 +76,7 @@ def run(questions: int, targets: list[float], rounds: int) -> list[dict[str, Any
     alternate with the unreduced tower, whose median in these rounds stands beside.
     """
     model, processor = tokprune.demo.load()
-    tower = model.model.vision_tower
+    asker, tower = Asker(model, processor), model.model.vision_tower
     examples = tokprune.demo.held_out(questions)
     pixels = processor.image_processor([e.image for e in examples[:PICTURES]], return_tensors="pt")["pixel_values"]
 
@@ -85,7 +85,9 @@ def run(questions: int, targets: list[float], rounds: int) -> list[dict[str, Any
             return tower(pixels)
 
     def right() -> float:
-        return accuracy(examples, correct(model, processor, examples))["micro"]
+        batches = [examples[at : at + BATCH] for at in range(0, len(examples), BATCH)]
+        words = [word for batch in batches for word in asker.answers(asker.inputs(batch))]
+        return sum(word == example.answer for word, example in zip(words, examples, strict=True)) / len(examples)
 
     whole = flops(encode)
     encode()
