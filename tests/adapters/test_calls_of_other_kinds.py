@@ -187,20 +187,64 @@ BROKEN = {
     "a list": lambda n, k: list(range(k)),
     "two dimensions": lambda n, k: Selection(torch.arange(k)[:, None]),
     "features of another width": lambda n, k: Selection(torch.arange(k), features=torch.zeros(k, 3)),
+    "features as a list": lambda n, k: Selection(torch.arange(k), features=[[0.0]]),
     "merge rows of another shape": lambda n, k: Selection(torch.arange(k), weights=Merge(rows=torch.zeros(k, n - 1))),
+    "weights that are no Merge": lambda n, k: Selection(torch.arange(k), weights=torch.zeros(k, n)),
+    "an empty Merge": lambda n, k: Selection(torch.arange(k), weights=Merge()),
+    "weights beside features": lambda n, k: Selection(
+        torch.arange(k), weights=Merge(rows=torch.zeros(k, n)), features=torch.zeros(k, 64)
+    ),
+    "targets beyond the slots": lambda n, k: merged(torch.full((n,), k), torch.ones(n)),
+    "targets as a mask": lambda n, k: merged(torch.ones(n, dtype=torch.bool), torch.ones(n)),
+    "targets as floats": lambda n, k: merged(torch.zeros(n), torch.ones(n)),
+    "scales of the slots": lambda n, k: merged(torch.zeros(n, dtype=torch.long), torch.ones(k)),
 }
+WRONG_COUNTS = {
+    "none": lambda keeps: None,
+    "one too few": lambda keeps: keeps[:-1],
+    "zero": lambda keeps: [0] * len(keeps),
+    "more than asked": lambda keeps: [k + 1 for k in keeps],
+    "more than there are": lambda keeps: [10**6] * len(keeps),
+    "a fraction": lambda keeps: [k + 0.5 for k in keeps],
+}
+WRONG_LISTS = {
+    "none": lambda right: None,
+    "one too few": lambda right: right[:-1],
+    "one too many": lambda right: [*right, right[0]],
+    "a single one": lambda right: right[0],
+    "a generator": lambda right: (s for s in right),
+}
+
+
+def merged(target: torch.Tensor, scale: torch.Tensor) -> Selection:
+    """A decision for 19 slots, which ratio 0.3 gives of 64 tokens."""
+    return Selection(torch.arange(19), weights=Merge(target=target, scale=scale))
 
 
 @pytest.mark.parametrize("kind", BROKEN)
 def test_decisions_that_break_the_contract_are_refused(kind: str) -> None:
+    refused(select=lambda self, tokens, keep: BROKEN[kind](len(tokens), keep))
+
+
+@pytest.mark.parametrize("kind", WRONG_COUNTS)
+def test_budgets_that_break_the_contract_are_refused(kind: str) -> None:
+    refused(
+        select=lambda self, tokens, keep: Selection(torch.arange(keep)),
+        budgets=lambda self, batch, keeps: WRONG_COUNTS[kind](list(keeps)),
+    )
+
+
+@pytest.mark.parametrize("kind", WRONG_LISTS)
+def test_batches_of_decisions_that_break_the_contract_are_refused(kind: str) -> None:
+    refused(select_batch=lambda self, batch, keeps: WRONG_LISTS[kind]([Selection(torch.arange(k)) for k in keeps]))
+
+
+def refused(**members: Any) -> None:
+    """A method with these members is refused when it is asked, and leaves the model as it was."""
     from tokprune import registry
 
-    @register_method("breaks_it", paper="a test")
-    @dataclass(frozen=True)
-    class Breaks(ConnectorMethod):
-        def select(self, tokens, keep):
-            return BROKEN[kind](len(tokens), keep)
-
+    plug_in = type("Breaks", (ConnectorMethod,), members)
+    register_method("breaks_it", paper="a test", adaptive=True)(dataclass(frozen=True)(plug_in))
     case = prompt("llava", "image")
     try:
         with tokprune.apply(case.tiny.model, "breaks_it", ratio=0.3), pytest.raises(TokpruneError):

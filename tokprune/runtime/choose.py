@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import index
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from tokprune.errors import TokpruneError
 from tokprune.methods.base import ConnectorMethod
 from tokprune.runtime.records import StreamRecord
-from tokprune.tokens import Selection
+from tokprune.tokens import Merge, Selection
 
 
 def choose(method: ConnectorMethod, streams: Sequence[StreamRecord], count: Callable[[int], int]) -> None:
@@ -29,7 +30,13 @@ def choose(method: ConnectorMethod, streams: Sequence[StreamRecord], count: Call
             stream.selection = Selection(torch.arange(n, device=stream.tokens.features.device))
     if not active:
         return
-    selections = method.select_batch([stream.tokens for stream, _ in active], [keep for _, keep in active])
+    selections: object = method.select_batch([stream.tokens for stream, _ in active], [keep for _, keep in active])
+    if not isinstance(selections, list | tuple) or len(selections) != len(active):
+        given = f"{len(selections)} of them" if isinstance(selections, list | tuple) else type(selections).__name__
+        raise TokpruneError(
+            f"method {method.info.name!r} returned {given} for {len(active)} streams; select_batch must return a list with "
+            "a Selection per stream."
+        )
     for (stream, keep), selection in zip(active, selections, strict=True):
         check_form(method, selection, stream)
         n, k = len(stream.tokens), len(selection)
@@ -45,9 +52,29 @@ def _keep_counts(method: ConnectorMethod, streams: Sequence[StreamRecord], count
     for i, stream in enumerate(streams):
         by_prompt.setdefault(stream.row, []).append(i)
     for members in by_prompt.values():
-        balanced = method.budgets([streams[i].tokens for i in members], [keeps[i] for i in members])
+        asked = [keeps[i] for i in members]
+        tokens = [streams[i].tokens for i in members]
+        balanced = _checked(method, method.budgets(tokens, list(asked)), asked, [len(t) for t in tokens])
         for i, keep in zip(members, balanced, strict=True):
-            keeps[i] = int(keep)
+            keeps[i] = keep
+    return keeps
+
+
+def _checked(method: ConnectorMethod, balanced: object, asked: list[int], sizes: list[int]) -> list[int]:
+    """Budgets as whole numbers; refuses those that are none, leave a stream out or give more than there is to give.
+
+    Frames methods leave pictures beside a video whole, whatever they cost; these do not count.
+    """
+    try:
+        keeps = [index(keep) for keep in balanced]  # type: ignore[attr-defined]
+    except TypeError:
+        keeps = []
+    fits = len(keeps) == len(sizes) and all(1 <= keep <= size for keep, size in zip(keeps, sizes, strict=True))
+    if not fits or sum(k for k, n in zip(keeps, sizes, strict=True) if k < n) > sum(asked):
+        raise TokpruneError(
+            f"method {method.info.name!r} gave budgets {balanced!r} for streams of {sizes} tokens; one whole number for "
+            f"each is needed, from 1 to its tokens, in sum {sum(asked)} as in {asked}."
+        )
     return keeps
 
 
@@ -65,16 +92,26 @@ def check_form(method: ConnectorMethod, selection: object, stream: StreamRecord)
             form = f"{indices.dtype} of shape {tuple(indices.shape)}"
         raise TokpruneError(f"method {name!r} gave indices as {form}; they must be a (K,) tensor of torch.int64.")
     k, width = len(selection), stream.tokens.features.shape[1]
-    if selection.features is not None and tuple(selection.features.shape) != (k, width):
-        raise TokpruneError(
-            f"method {name!r} gave features of shape {tuple(selection.features.shape)} for {k} slots of width {width}."
-        )
-    merge = selection.weights
-    rows, target = (None, None) if merge is None else (merge.rows, merge.target)
-    if rows is not None and tuple(rows.shape) != (k, n):
-        raise TokpruneError(f"method {name!r} gave merge rows of shape {tuple(rows.shape)}; {(k, n)} is needed.")
-    if target is not None and tuple(target.shape) != (n,):
-        raise TokpruneError(f"method {name!r} gave merge targets of shape {tuple(target.shape)}; {(n,)} is needed.")
+    merge: object = selection.weights
+    if merge is not None and not isinstance(merge, Merge):
+        raise TokpruneError(f"method {name!r} gave weights as {type(merge).__name__}; a Merge is needed.")
+    if merge is not None and selection.features is not None:
+        raise TokpruneError(f"method {name!r} gave features and weights; one of them says what the tokens become.")
+    parts: list[tuple[str, object, tuple[int, ...]]] = [("features", selection.features, (k, width))]
+    if merge is not None:
+        parts += [("merge rows", merge.rows, (k, n)), ("merge targets", merge.target, (n,))]
+        parts += [("merge scales", merge.scale, (n,))]
+        if merge.rows is None and (merge.target is None or merge.scale is None):
+            raise TokpruneError(f"method {name!r} gave a Merge with neither rows nor both target and scale.")
+    for part, given, shape in parts:
+        whole = part == "merge targets"
+        if given is None or (
+            isinstance(given, Tensor) and tuple(given.shape) == shape and (not whole or given.dtype == torch.int64)
+        ):
+            continue
+        form = f"{given.dtype} of shape {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
+        kind = "torch.int64 of shape " if whole else "shape "
+        raise TokpruneError(f"method {name!r} gave {part} as {form}; a tensor of {kind}{shape} is needed.")
 
 
 def check_values(indices: Tensor, n: int) -> None:
@@ -96,7 +133,13 @@ def kept_rows(stream: StreamRecord) -> tuple[Tensor, Tensor, int]:
     how many separators are among them (a newline stays iff a token of its line does).
     """
     geometry = stream.geometry
-    indices = stream.selection.indices.to(geometry.rows.device)
+    indices, merge = stream.selection.indices, stream.selection.weights
+    if merge is not None and merge.target is not None:  # both in one look at the device
+        both = torch.cat([indices, merge.target.amax()[None].to(indices)]).to(geometry.rows.device)
+        indices, highest = both[:-1], int(both[-1])
+        if highest >= len(indices):
+            raise TokpruneError(f"a method merges tokens into slot {highest}, but keeps {len(indices)} slots.")
+    indices = indices.to(geometry.rows.device)
     check_values(indices, stream.total)
     slots = geometry.rows[indices]  # (K,)
     keep = torch.zeros(geometry.total, dtype=torch.bool, device=geometry.rows.device)
