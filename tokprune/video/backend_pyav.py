@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 
 from tokprune.video.errors import VideoError
-from tokprune.video.index import Packet, PacketIndex, decode_all, import_av, open_container, packets, stream_of
+from tokprune.video.index import (
+    Packet,
+    PacketIndex,
+    close_container,
+    decode_all,
+    import_av,
+    open_container,
+    opened,
+    packets,
+    stream_of,
+)
 from tokprune.video.job import Job
 from tokprune.video.picture import Frame, Orientation
 
@@ -47,7 +57,7 @@ def decode(index: PacketIndex, wanted: Sequence[int], job: Job) -> Iterator[tupl
 def counted(index: PacketIndex, wanted: Sequence[int], job: Job) -> Iterator[tuple[int, Frame]]:
     """The same for files without times: count frames as they come."""
     want = set(wanted)
-    with open_container(index.path) as container:
+    with opened(index.path) as container:
         stream = stream_of(container, index.stream)
         for i, frame in enumerate(decode_all(container, stream)):
             job.check()
@@ -85,7 +95,7 @@ def stretches(index: PacketIndex, wanted: Sequence[int], skip: bool, job: Job) -
                 source, fresh = sought(container, index, key, job), False
             if source is None:
                 if not fresh:
-                    container.close()
+                    close_container(container)
                     container = open_container(index.path)
                 source = from_start(container, index, key, job)
             fresh = False
@@ -94,12 +104,12 @@ def stretches(index: PacketIndex, wanted: Sequence[int], skip: bool, job: Job) -
             except NoEntry:
                 # Not only here: where one key frame is none (gradual refresh), the others are none, either.
                 members, todo = [i for part in ((key, members), *todo) for i in part[1]], []
-                container.close()
+                close_container(container)
                 container = open_container(index.path)
                 source = packets(container, stream_of(container, index.stream))
                 yield from stretch(container, index, None, source, members, skip, job)
     finally:
-        container.close()
+        close_container(container)
 
 
 class NoEntry(Exception):

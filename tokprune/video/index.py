@@ -102,6 +102,29 @@ def open_container(path: Path) -> InputContainer:
         ) from error
 
 
+def close_container(container: InputContainer) -> None:
+    """Close a file once its decoders' threads rest.
+
+    PyAV frees a decoder with Python's lock in hand, and FFmpeg then waits for the decoder's threads. One that has something
+    to report waits for that lock, if anybody lets FFmpeg report to Python (importing torchvision below 0.22 does): for
+    ever. Emptying the decoder first waits for the threads without the lock.
+    """
+    for stream in container.streams.video:
+        if stream.codec_context is not None:
+            stream.codec_context.flush_buffers()
+    container.close()
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[InputContainer]:
+    """A local file, open for the length of a with-block."""
+    container = open_container(path)
+    try:
+        yield container
+    finally:
+        close_container(container)
+
+
 def pick_stream(container: InputContainer, path: Path) -> VideoStream:
     """The main video stream; cover art of audio files is none."""
     name = container.format.name
@@ -219,7 +242,7 @@ def scan_packets(path: Path) -> PacketIndex:
     warnings: list[str] = []
     trouble: list[str] = []
     seen = _Seen()
-    with open_container(path) as container:
+    with opened(path) as container:
         stream = pick_stream(container, path)
         codec, time_base = stream.codec_context.name, stream.time_base or Fraction(1)
         # Read now: a closed container's streams are dangling.
@@ -282,7 +305,7 @@ def _check_decodable(path: Path, seen: _Seen, trouble: list[str], warnings: list
 
 def count_frames(path: Path, rate: float, warnings: list[str], common: JsonObject) -> PacketIndex:
     """The index of a file whose packets carry no times (raw streams, some AVI files): decode all, keep none, count."""
-    with open_container(path) as container:
+    with opened(path) as container:
         stream = stream_of(container, common["stream"])
         total = sum(1 for _ in decode_all(container, stream))
     warnings.append(f"the file carries no timestamps; frames are taken to be 1/{rate:g} s apart")
