@@ -1,7 +1,8 @@
-"""Asks the demo VLM for clips the same questions at many settings, quickly: what does not depend on the setting is done once.
+"""Asks the demo VLM for clips the same questions at many settings, quickly: what does not depend on the setting is done
+once.
 
-Used by video_qa.py and query_vs_uniform.py. Frames are decoded and processed once for all settings; the features of a batch of
-clips and the scorer's view of its frames are remembered, except for methods that watch the vision tower work.
+Used by video_qa.py and query_vs_uniform.py. Frames are decoded and processed once for all settings; the features of a
+batch of clips and the scorer's view of its frames are remembered, except for methods that watch the vision tower work.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class Setting:
 
 @dataclass
 class Cell:
-    """What came of a setting. kept, total: visual tokens per question. hits: 1 or 0 per question. gflops: of one answer."""
+    """What came of a setting. kept, total: visual tokens per question. hits: 1 or 0 per question. gflops: of one
+    answer."""
 
     method: str
     ratio: float

@@ -1,4 +1,5 @@
-"""Encoder methods on the demo VLM at matched FLOPs of its tower: accuracy and encoder time. Run by encoder_speed.py --demo."""
+"""Encoder methods on the demo VLM at matched FLOPs of its tower: accuracy and encoder time. Run by encoder_speed.py
+--demo."""
 
 from __future__ import annotations
 
@@ -71,9 +72,9 @@ def matched(count: Callable[[float], float], target: float, steps: int = 10) -> 
 def run(questions: int, targets: list[float], rounds: int) -> list[dict[str, Any]]:
     """One row per method and target.
 
-    places: the LLM sees one token per group (methods that restore the sequence: all tokens). copies: it sees all places,
-    merged tokens repeated; None for methods that drop tokens. encoder_ms: one picture in the tower, median over rounds that
-    alternate with the unreduced tower, whose median in these rounds stands beside.
+    places: the LLM sees one token per group (methods that restore the sequence: all tokens). copies: it sees all
+    places, merged tokens repeated; None for methods that drop tokens. encoder_ms: one picture in the tower, median over
+    rounds that alternate with the unreduced tower, whose median in these rounds stands beside.
     """
     model, processor = tokprune.demo.load()
     asker, tower = Asker(model, processor), model.model.vision_tower
@@ -113,8 +114,10 @@ def run(questions: int, targets: list[float], rounds: int) -> list[dict[str, Any
             row = measure(setting, target, model, processor, encode, right, whole, rounds)
             rows.append(row)
             print(
-                f"{setting.name:32} FLOPs {row['flops']:.3f}{'' if row['matched'] else ' (not matched)'}  left {row['left']:.2f}  "
-                f"accuracy {row['places']:.3f} ({row['copies'] or '-'} with copies)  {row['encoder_ms']:.2f} ms  x{row['speedup']:.2f}",
+                f"{setting.name:32} FLOPs {row['flops']:.3f}{'' if row['matched'] else ' (not matched)'}  "
+                f"left {row['left']:.2f}  "
+                f"accuracy {row['places']:.3f} ({row['copies'] or '-'} with copies)  {row['encoder_ms']:.2f} ms  "
+                f"x{row['speedup']:.2f}",
                 flush=True,
             )
     return rows

@@ -1,12 +1,15 @@
-"""Encoder stage on a plain ViT: CPU time of one thread, ours by hooks against the published formulation written into the forward.
+"""Encoder stage on a plain ViT: CPU time of one thread, ours by hooks against the published formulation written into
+the forward.
 
     python benchmarks/encoder_speed.py --out benchmarks/results/encoder_speed.json
     python benchmarks/encoder_speed.py --demo 160 --out benchmarks/results/encoder_demo.json
 
-Weights are random: only time is measured, and time does not depend on them. CPU seconds of one thread, the least of several rounds
-that alternate between the variants, are stable on a shared machine where wall time is not. The written-out variant computes what the
-published patch computes (explicit attention with size bias, bipartite matching on mean keys, weighted merge) without hooks.
---demo is another measurement (encoder_demo.py): accuracy and encoder time of every method on the demo VLM at equal FLOPs.
+Weights are random: only time is measured, and time does not depend on them. CPU seconds of one thread, the least of
+several rounds that alternate between the variants, are stable on a shared machine where wall time is not. The
+written-out variant computes what the published patch computes (explicit attention with size bias, bipartite matching on
+mean keys, weighted merge) without hooks.
+--demo is another measurement (encoder_demo.py): accuracy and encoder time of every method on the demo VLM at equal
+FLOPs.
 """
 
 from __future__ import annotations

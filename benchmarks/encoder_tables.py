@@ -19,7 +19,10 @@ PAGE = ROOT / "docs" / "encoder.md"
 
 def source(data: dict[str, Any]) -> str:
     """Where a table's numbers come from."""
-    return f"`{data['command']}` at commit {data['commit']}, {data['environment']['machine']}, torch {data['environment']['torch']}."
+    return (
+        f"`{data['command']}` at commit {data['commit']}, {data['environment']['machine']}, "
+        f"torch {data['environment']['torch']}."
+    )
 
 
 def speed(data: dict[str, Any]) -> str:
@@ -29,8 +32,8 @@ def speed(data: dict[str, Any]) -> str:
     cost, plain = data["hook_seconds_per_block"], data["rows"][0]["cpu_seconds"]
     share = cost * data["blocks"] / plain
     note = (
-        f"{data['model']}, batch {data['batch']}, one thread, least of {data['rounds']} rounds. The hooks themselves cost "
-        f"{cost * 1e6:.0f} µs per block ({share:.2%} of the plain forward). "
+        f"{data['model']}, batch {data['batch']}, one thread, least of {data['rounds']} rounds. The hooks themselves "
+        f"cost {cost * 1e6:.0f} µs per block ({share:.2%} of the plain forward). "
     )
     return "\n".join([*lines, "", note + source(data)])
 
@@ -38,20 +41,24 @@ def speed(data: dict[str, Any]) -> str:
 def demo(data: dict[str, Any]) -> str:
     """Accuracy and encoder time at matched FLOPs."""
     lines = [
-        "| method | tower FLOPs | left | accuracy, one token per group | accuracy, all places | encoder, ms per picture | unreduced, same rounds |",
+        "| method | tower FLOPs | left | accuracy, one token per group | accuracy, all places | encoder, ms per "
+        "picture | unreduced, same rounds |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for r in data["rows"]:
         mark = "" if r["matched"] else " *"
         copies = "" if r["copies"] is None else f"{r['copies']:.3f}"
         lines.append(
-            f"| {r['method']} | {r['flops']:.1%}{mark} | {r['left']:.0%} | {r['places']:.3f} | {copies} | {r['encoder_ms']:.2f} | "
+            f"| {r['method']} | {r['flops']:.1%}{mark} | {r['left']:.0%} | {r['places']:.3f} | {copies} "
+            f"| {r['encoder_ms']:.2f} | "
             f"{r['baseline_ms']:.2f} |"
         )
     targets = " and ".join(f"{t:.0%}" for t in dict.fromkeys(r["target"] for r in data["rows"][1:]))
     note = (
-        f"Strengths set so that the tower's FLOPs are {targets} of the unreduced tower's, to within {data['tolerance']:.0%} (* where a method "
-        f"cannot). {data['questions']} questions, so one is {1 / data['questions']:.3f}; times are medians of {data['rounds']} rounds, in turns with "
+        f"Strengths set so that the tower's FLOPs are {targets} of the unreduced tower's, to "
+        f"within {data['tolerance']:.0%} (* where a method "
+        f"cannot). {data['questions']} questions, so one is {1 / data['questions']:.3f}; times are medians "
+        f"of {data['rounds']} rounds, in turns with "
         f"the unreduced tower, {data['pictures']} pictures a batch, one thread. "
     )
     return "\n".join([*lines, "", note + source(data)])
@@ -62,7 +69,8 @@ def images(data: dict[str, Any]) -> str:
     lines = ["| model | batch | method | images/s | speed-up | FLOPs |", "|---|---:|---|---:|---:|---:|"]
     for r in data["rows"]:
         lines.append(
-            f"| {r['model']} | {r['batch']} | {r['variant']} | {r['images_per_second']:.2f} | ×{r['speedup']:.2f} | {r['flops']:.0%} |"
+            f"| {r['model']} | {r['batch']} | {r['variant']} | {r['images_per_second']:.2f} | ×{r['speedup']:.2f} "
+            f"| {r['flops']:.0%} |"
         )
     note = f"Random weights, {data['device']}, {data['dtype']}, median of {data['rounds']} rounds. "
     return "\n".join([*lines, "", note + source(data)])

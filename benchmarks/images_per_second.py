@@ -3,9 +3,9 @@
     python benchmarks/images_per_second.py --out benchmarks/results/encoder_images.json
     python benchmarks/images_per_second.py --device cuda --models vit_large_patch16_224 --batch 64 --half
 
-Models of timm with random weights on random pictures: only time is measured, and time does not depend on either (APT, which
-chooses by the picture, is left out for that reason). Every method leaves the same share of patches at the end; ToMe runs with
-its published r as well. Medians of rounds that go through all variants in turn.
+Models of timm with random weights on random pictures: only time is measured, and time does not depend on either (APT,
+which chooses by the picture, is left out for that reason). Every method leaves the same share of patches at the end;
+ToMe runs with its published r as well. Medians of rounds that go through all variants in turn.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def measure(name: str, batch: int, wanted: list[Variant], rounds: int, device: s
         }
         rows.append(row)
         print(
-            f"{name:24} batch {batch:3}  {variant.name:22} {row['images_per_second']:8.2f} images/s  x{row['speedup']:.2f}"
-            f"  (FLOPs {row['flops']:.2f})",
+            f"{name:24} batch {batch:3}  {variant.name:22} {row['images_per_second']:8.2f} images/s  "
+            f"x{row['speedup']:.2f}  (FLOPs {row['flops']:.2f})",
             flush=True,
         )
     return rows

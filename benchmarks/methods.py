@@ -4,8 +4,8 @@
     python benchmarks/methods.py --quick                                    one small size, seconds: what CI runs
     python benchmarks/methods.py --methods divprune,scope                   some of them
 
-Both run on one thread, warmed up, in turns (A B, B A, ...), so that whatever else the machine does hits both alike. The exit
-code is 1 when a method is slower than its published formulation beyond the noise; RULE says what that means.
+Both run on one thread, warmed up, in turns (A B, B A, ...), so that whatever else the machine does hits both alike. The
+exit code is 1 when a method is slower than its published formulation beyond the noise; RULE says what that means.
 """
 
 from __future__ import annotations
@@ -39,9 +39,10 @@ QUICK_TILES = Case("small, 36 of 5 x 144", 5, 180, side=12, heads=8, C=512, D=10
 MARGIN = 1.05
 FLOOR_MS = 0.2
 RULE = (
-    f"slower: in three of four rounds more than {MARGIN - 1:.0%} above the published formulation, and by more than {FLOOR_MS} ms "
-    "of CPU time in the median (below that, the dispatch of a few dozen torch operations decides, not arithmetic; one image "
-    "costs a vision tower seconds on this machine)"
+    f"slower: in three of four rounds more than {MARGIN - 1:.0%} above the published formulation, and by more "
+    f"than {FLOOR_MS} ms "
+    "of CPU time in the median (below that, the dispatch of a few dozen torch operations decides, not arithmetic; one "
+    "image costs a vision tower seconds on this machine)"
 )
 
 
@@ -57,7 +58,8 @@ class Clock:
 
 @dataclass(frozen=True)
 class Row:
-    """One method at one size. ratio: ours / published, median and quartiles over the rounds. same: share of equal choices."""
+    """One method at one size. ratio: ours / published, median and quartiles over the rounds. same: share of equal
+    choices."""
 
     method: str
     case: str
@@ -79,7 +81,8 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def verdict(published: Sequence[float], ours: Sequence[float]) -> str:
-    """`faster`, `even`, `slower` by RULE, or `dispatch`: slower, but by less than FLOOR_MS. published, ours: CPU milliseconds of each round, paired."""
+    """`faster`, `even`, `slower` by RULE, or `dispatch`: slower, but by less than FLOOR_MS. published, ours: CPU
+    milliseconds of each round, paired."""
     low, _, high = quartiles([b / a for a, b in zip(published, ours, strict=True)])
     gap = statistics.median(ours) - statistics.median(published)
     if low > MARGIN:

@@ -3,8 +3,8 @@
     python benchmarks/offline_controls.py --json benchmarks/results/offline_controls.json
     python benchmarks/offline_controls.py --questions 70 --tasks tokprune_scenes
 
-Runs lmms-eval with the demo VLM, unpruned, offline. `constant` needs no model: always the most frequent answer of a type. A
-benchmark that measures what pruning loses has its own pictures far above the other three, type by type.
+Runs lmms-eval with the demo VLM, unpruned, offline. `constant` needs no model: always the most frequent answer of a
+type. A benchmark that measures what pruning loses has its own pictures far above the other three, type by type.
 """
 
 from __future__ import annotations

@@ -1,12 +1,14 @@
-"""Makes the data of the offline benchmark tasks that come with the package: drawn scenes and clips, with balanced answers.
+"""Makes the data of the offline benchmark tasks that come with the package: drawn scenes and clips, with balanced
+answers.
 
     python benchmarks/offline_tasks.py                       both tasks, into tokprune/evaluation/tasks
     python benchmarks/offline_tasks.py --out DIR --tasks scenes
 
-Equal versions of the generator give equal questions. Their scenes have seeds that neither the training of the demo VLM nor
-`tokprune demo` uses (SEED; the demo's default is 0). The pictures are lossless WebP, one copy per scene (lossy ones cost the
-demo VLM seven points, because they halve the resolution of colours); the clips are the H.264 files that tokprune.demo.clips
-writes.
+Equal versions of the generator give equal questions. Their scenes have seeds that neither the training of the demo VLM
+nor
+`tokprune demo` uses (SEED; the demo's default is 0). The pictures are lossless WebP, one copy per scene (lossy ones
+cost the demo VLM seven points, because they halve the resolution of colours); the clips are the H.264 files that
+tokprune.demo.clips writes.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ SEARCH = 20_000  # scenes or clips to look at; a few hundred do
 SCENE_QUESTIONS = 1120
 CLIP_QUESTIONS = 540
 QUESTIONS_PER_SOURCE = 4
-# How many answers a type has, by which no answer comes much more often than its share; "find", "order": two kinds of names.
+# How many answers a type has, by which no answer comes much more often than its share; "find", "order": two kinds of
+# names.
 # "count" is asked of few large numbers, so fewer answers share it.
 _NAMES = len(COLOR_NAMES) + len(SHAPES)
 SCENE_ANSWERS = {
@@ -60,7 +63,8 @@ def balanced(
 ) -> list[tuple[Any, Any]]:
     """`total` pairs of (source, question): equally many per type, no answer of a type much more often than its share.
 
-    answers: number of answers there are, by type. make: the scene or clip of a seed. ask_of: a question about it, or None.
+    answers: number of answers there are, by type. make: the scene or clip of a seed. ask_of: a question about it, or
+    None.
     """
     share, extra = divmod(total, len(answers))
     missing: Counter[str] = Counter({kind: share + (i < extra) for i, kind in enumerate(answers)})

@@ -2,10 +2,11 @@
 
     python benchmarks/query_vs_uniform.py --out benchmarks/results/query_vs_uniform.json
 
-Generated 32 s clips of 16 to 32 scenes, each question about one of them, 32 frames of 64 tokens: 2,048 visual tokens. Every method
-gets the same budget of tokens per video. Uniform sampling comes in two kinds, few whole frames and a few tokens of every frame;
-methods are compared with the better of the two at that budget, question by question (paired bootstrap, exact McNemar test,
-Holm's correction). The scorer is the demo's own CLIP, trained on the same kind of drawings: a good one, as scorers go.
+Generated 32 s clips of 16 to 32 scenes, each question about one of them, 32 frames of 64 tokens: 2,048 visual tokens.
+Every method gets the same budget of tokens per video. Uniform sampling comes in two kinds, few whole frames and a few
+tokens of every frame; methods are compared with the better of the two at that budget, question by question (paired
+bootstrap, exact McNemar test, Holm's correction). The scorer is the demo's own CLIP, trained on the same kind of
+drawings: a good one, as scorers go.
 """
 
 from __future__ import annotations
@@ -76,8 +77,8 @@ def measure(clips: Clips, budgets: list[int], own: bool) -> tuple[list[Cell], li
             found["verdict"] = verdict(found)
             comparisons.append(found)
             print(
-                f"       {found['method']:22s} {found['difference']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}] against "
-                f"{found['against']!r}: {found['verdict']} (p {found['p_holm']:.2g})"
+                f"       {found['method']:22s} {found['difference']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}] "
+                f"against {found['against']!r}: {found['verdict']} (p {found['p_holm']:.2g})"
             )
         cells += got
     return cells, comparisons

@@ -2,8 +2,9 @@
 
     python benchmarks/video_decoding.py --out benchmarks/results/video_decoding.json
 
-CPU seconds count the backend's child process, too. Runs are interleaved, so that a busy machine hits all backends alike. A backend
-counts only where every frame it returns is the right one; one that cannot run here is left out with the reason.
+CPU seconds count the backend's child process, too. Runs are interleaved, so that a busy machine hits all backends
+alike. A backend counts only where every frame it returns is the right one; one that cannot run here is left out with
+the reason.
 """
 
 from __future__ import annotations
@@ -95,7 +96,8 @@ def measure(path: Path, frames: int, backends: list[str], repeats: int) -> list[
 
 
 def verdicts(cells: list[dict[str, Any]], default: str = "auto") -> list[dict[str, Any]]:
-    """Per file and number of frames: the fastest backend that is right, in CPU seconds, and how the default compares."""
+    """Per file and number of frames: the fastest backend that is right, in CPU seconds, and how the default
+    compares."""
     out = []
     for gop, frames in dict.fromkeys((c["gop"], c["frames"]) for c in cells):
         rows = [c for c in cells if (c["gop"], c["frames"]) == (gop, frames)]
@@ -157,7 +159,8 @@ def main(arguments: list[str] | None = None) -> None:
                         f"{k} {row[f'median_{k}']:.2f}" for k in ("wall_s", "cpu_s") if row[f"median_{k}"] is not None
                     )
                     print(
-                        f"gop {gop:3d}  {frames:3d} frames  {row['backend']:10s} {took}  wrong {row.get('wrong')}/{row.get('returned')}  {row.get('error', '')}",
+                        f"gop {gop:3d}  {frames:3d} frames  {row['backend']:10s} {took}  "
+                        f"wrong {row.get('wrong')}/{row.get('returned')}  {row.get('error', '')}",
                         flush=True,
                     )
     data: dict[str, Any] = {
@@ -178,8 +181,8 @@ def main(arguments: list[str] | None = None) -> None:
     for found in data["verdicts"]:
         if found["ratio"] is not None:
             print(
-                f"gop {found['gop']}, {found['frames']} frames: fastest right backend {found['fastest_right']}; the default takes "
-                f"{found['ratio']:.2f} times its CPU seconds"
+                f"gop {found['gop']}, {found['frames']} frames: fastest right backend {found['fastest_right']}; the "
+                f"default takes {found['ratio']:.2f} times its CPU seconds"
             )
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")

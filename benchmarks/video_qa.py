@@ -3,9 +3,10 @@
     python benchmarks/video_qa.py                                   # all methods, the package's own questions
     python benchmarks/video_qa.py --methods evs,vidcom2 --ratios 0.25,0.1 --limit 30
 
-Writes benchmarks/results/video_qa.json, video_qa_accuracy.png and video_qa_pareto.png. Every setting answers the same questions, so
-that methods are compared question by question with random pruning at the same ratio. The published video benchmarks (Video-MME, MLVU
-and others) on a real model are one-liners of lmms-eval: docs/lmms_eval.md; how to read the numbers: docs/video_benchmarks.md.
+Writes benchmarks/results/video_qa.json, video_qa_accuracy.png and video_qa_pareto.png. Every setting answers the same
+questions, so that methods are compared question by question with random pruning at the same ratio. The published video
+benchmarks (Video-MME, MLVU and others) on a real model are one-liners of lmms-eval: docs/lmms_eval.md; how to read the
+numbers: docs/video_benchmarks.md.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ BY_QUESTION = ("quota", "aks", "wfs_sb")  # frames methods that need a scorer
 
 
 def catalogue() -> dict[str, tuple[str | Method, ...]]:
-    """Every method by the name that tables give it: the baselines, the frames stage, the video methods, image methods per frame."""
+    """Every method by the name that tables give it: the baselines, the frames stage, the video methods, image methods
+    per frame."""
     get = tokprune.get_method
     frames = {
         name: (get(name, score="clip") if name in BY_QUESTION else get(name),)
@@ -62,8 +64,8 @@ def measure(clips: Clips, names: list[str], ratios: list[float]) -> tuple[list[C
                 continue
             got.append(cell)
             print(
-                f"{name:18s} {ratio:.2f}  {cell.accuracy:.3f} [{cell.low:.3f}, {cell.high:.3f}]  {cell.kept:.1f} tokens  "
-                f"{cell.gflops:.2f} GFLOPs  {time.perf_counter() - started:.0f} s",
+                f"{name:18s} {ratio:.2f}  {cell.accuracy:.3f} [{cell.low:.3f}, {cell.high:.3f}]  {cell.kept:.1f} "
+                f"tokens  {cell.gflops:.2f} GFLOPs  {time.perf_counter() - started:.0f} s",
                 flush=True,
             )
         base = next((c for c in got if c.method == "random"), None)

@@ -125,7 +125,10 @@ def table(data: dict[str, Any]) -> str:
         cells += [""] * (len(frames) - len(cells)) + [grows, memory, row["maths"]]
         lines.append(f"| `{row['method']}` | {row['stage']} | " + " | ".join(cells) + " |")
     machine = data.get("environment", {}).get("machine", "")
-    note = f"CPU time of one thread, {data['tokens_per_frame']} tokens of width {data['width']} per frame, {data['ratio']:.0%} kept. {machine}"
+    note = (
+        f"CPU time of one thread, {data['tokens_per_frame']} tokens of width {data['width']} per "
+        f"frame, {data['ratio']:.0%} kept. {machine}"
+    )
     return "\n".join([*lines, "", note.strip()])
 
 

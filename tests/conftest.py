@@ -1,4 +1,5 @@
-"""Set-up shared by all tests. Its place beside `__init__.py` also makes `tests.golden_vectors` importable from every folder."""
+"""Set-up shared by all tests. Its place beside `__init__.py` also makes `tests.golden_vectors` importable from every
+folder."""
 
 from __future__ import annotations
 

@@ -6,14 +6,15 @@
     def test_golden(case: GoldenCase) -> None:
         assert ours(case["hidden_states"], case.number("contextual")) ...
 
-A test must read every array of its case, so that none that returns early or forgets an output passes: arrays that it has no use
-for are named with the reason, `@claims("visionzip", unused={"seed*": "the inputs are stored"})`. A further test of the same
-vectors that looks at a part of them says so, `@claims("visionzip", part="the choice alone")`; one of them must see it all.
+A test must read every array of its case, so that none that returns early or forgets an output passes: arrays that it
+has no use for are named with the reason, `@claims("visionzip", unused={"seed*": "the inputs are stored"})`. A further
+test of the same vectors that looks at a part of them says so, `@claims("visionzip", part="the choice alone")`; one of
+them must see it all.
 
-`claims("visionzip")` takes every `visionzip.npz` and `visionzip_*.npz` under the folder TOKPRUNE_GOLDEN (default: golden/
-beside this file), searched recursively. It may stand above several tests. Files and cases that are dropped in are run
-without a change here; a prefix without a file in the default folder, or a file without a case, fails. When two prefixes fit a file, the longer
-claimed one gets it. `unclaimed()` lists the files that no test claims.
+`claims("visionzip")` takes every `visionzip.npz` and `visionzip_*.npz` under the folder TOKPRUNE_GOLDEN (default:
+golden/ beside this file), searched recursively. It may stand above several tests. Files and cases that are dropped in
+are run without a change here; a prefix without a file in the default folder, or a file without a case, fails. When two
+prefixes fit a file, the longer claimed one gets it. `unclaimed()` lists the files that no test claims.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ def folder() -> Path:
 class GoldenCase:
     """One case of one file: a read-only view of its arrays, loaded when asked for.
 
-    name: of the case inside the file, empty when the file is the case. prefix: what stands before the array names of this
-    case. Arrays are torch tensors; an array that the case lacks is looked up in the file's shared ones (such as weights
-    that several cases use).
+    name: of the case inside the file, empty when the file is the case. prefix: what stands before the array names of
+    this case. Arrays are torch tensors; an array that the case lacks is looked up in the file's shared ones (such as
+    weights that several cases use).
     """
 
     path: Path
@@ -122,7 +123,8 @@ def _claims() -> Iterator[tuple[str, ast.Call]]:
 
 @functools.cache
 def claimed() -> dict[str, tuple[str, ...]]:
-    """Prefix -> test files that claim it, read from the source of the tests: no import, so one file alone runs the same."""
+    """Prefix -> test files that claim it, read from the source of the tests: no import, so one file alone runs the
+    same."""
     found: dict[str, list[str]] = {}
     for source in sorted(TESTS.rglob("test_*.py")):
         text = source.read_text(encoding="utf-8")
@@ -158,9 +160,9 @@ def unclaimed(planned: frozenset[str] = frozenset()) -> list[str]:
 def cases_of(path: Path, anchor: str | tuple[str, ...] | None = None) -> list[GoldenCase]:
     """The cases inside a file.
 
-    anchor: name of an array that every case has, or several of which each case has one. Keys are then read as `anchor` (the
-    file is one case), `case/anchor` or `case_anchor`; a file with both has its named cases, and one of what belongs to none of
-    them. Without an anchor the file is one case.
+    anchor: name of an array that every case has, or several of which each case has one. Keys are then read as `anchor`
+    (the file is one case), `case/anchor` or `case_anchor`; a file with both has its named cases, and one of what
+    belongs to none of them. Without an anchor the file is one case.
     """
     anchors = (anchor,) if isinstance(anchor, str) else anchor or ()
     keys = _keys(path)
@@ -195,7 +197,8 @@ def find(prefix: str, anchor: str | tuple[str, ...] | None = None) -> Iterator[G
         yield from cases
 
 
-# Arrays that no test reads. How narrow the closest decision was when the vector was made; and what others say as well, which
+# Arrays that no test reads. How narrow the closest decision was when the vector was made; and what others say as well,
+# which
 # tests/test_golden.py holds true.
 MARGINS = ("min_margin", "min_rel_margin")
 REPEATED = {"mask": "kept_sorted", "kept_idx_sorted": "kept_idx_topk_order"}
@@ -216,7 +219,8 @@ def claims(
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Decorator: run the test once per case of these prefixes, as its argument `case`. The prefixes must be literals.
 
-    unused: names (or patterns) of arrays that the test does not read, and why; any other that it leaves unread fails it.
+    unused: names (or patterns) of arrays that the test does not read, and why; any other that it leaves unread fails
+    it.
     part: which part of the arrays this test is about, for one beside another test that reads them all.
     """
     found = [case for prefix in prefixes for case in find(prefix, anchor)]
@@ -234,8 +238,8 @@ def claims(
                 pytest.fail(f"{case}: the test read nothing of it.")
             if left and not part:
                 pytest.fail(
-                    f"{case} holds arrays that the test did not read: {', '.join(left)}. Compare with them, or say why not: "
-                    f"@claims(..., unused={{{left[0]!r}: 'the reason'}})"
+                    f"{case} holds arrays that the test did not read: {', '.join(left)}. Compare with them, or say "
+                    f"why not: @claims(..., unused={{{left[0]!r}: 'the reason'}})"
                 )
 
         return pytest.mark.parametrize("case", found, ids=ids)(run)

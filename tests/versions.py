@@ -23,7 +23,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / ".versions"
 PLANS = ("lowest", "5.23", "newest", "prerelease")
-# What touches the libraries: models of every family against brute force, towers, the demo, the command line, the video reader.
+# What touches the libraries: models of every family against brute force, towers, the demo, the command line, the video
+# reader.
 QUICK = ("tests/core", "tests/adapters", "tests/encoder", "tests/demo", "tests/testing", "tests/video")
 SHARED = {"torch", "torchvision", "tokprune"}  # an overlay takes these from below
 

@@ -34,23 +34,24 @@ def apply(
     tokens kept per image or video. positions: "keep" leaves the kept tokens' position ids, "compact" re-numbers, "auto"
     re-numbers for one-dimensional RoPE and keeps for M-RoPE, as the published implementations do. query: the question,
     for query-aware methods (one, or one per prompt); with `processor` it is cut out of the prompt. These methods need a
-    tokenizer: without `processor` the one saved beside the model's weights is taken, if there is one. scorer: an object with
-    embed_text and embed_image (embed_picture, for frames), or "open_clip:<model>/<weights>", for methods that compare text with
-    pictures; or a second VLM, scorer=(model, processor) or "vlm:<hub id or folder>", which frames methods of score="self" ask in
-    place of `model`. options: the method's own fields.
+    tokenizer: without `processor` the one saved beside the model's weights is taken, if there is one. scorer: an object
+    with embed_text and embed_image (embed_picture, for frames), or "open_clip:<model>/<weights>", for methods that
+    compare text with pictures; or a second VLM, scorer=(model, processor) or "vlm:<hub id or folder>", which frames
+    methods of score="self" ask in place of `model`. options: the method's own fields.
 
-    A method of the frames stage shares a video's budget out over its frames: method="quota", or ["quota", "divprune"] to choose
-    by the second inside each frame; images of the same prompt go to the second alone, or stay whole.
+    A method of the frames stage shares a video's budget out over its frames: method="quota", or ["quota", "divprune"]
+    to choose by the second inside each frame; images of the same prompt go to the second alone, or stay whole.
 
-    A method of the encoder stage reduces the vision tower itself, and a VLM's LLM then gets one token per group. Stages compose:
-    method=[get_method("tome", r=1), "divprune"]; the ratio is the connector's then. `model` may also be a timm or open_clip
+    A method of the encoder stage reduces the vision tower itself, and a VLM's LLM then gets one token per group. Stages
+    compose: method=[get_method("tome", r=1), "divprune"]; the ratio is the connector's then. `model` may also be a timm
+    or open_clip
     ViT: ratio is optional for methods with a schedule of their own (`apply(vit, "tome", r=8)`), the handle is the same.
 
-    A method of the cache stage lets each new token read a part of the visual keys: method=["dycoke", "dycoke_cache"]. Its share
-    is its own there; alone, the ratio is.
+    A method of the cache stage lets each new token read a part of the visual keys: method=["dycoke", "dycoke_cache"].
+    Its share is its own there; alone, the ratio is.
 
-    Applying again replaces. Raises UnsupportedModelError for models that cannot be pruned, OptionError and BudgetError for
-    arguments that cannot be used; the model is then as it was.
+    Applying again replaces. Raises UnsupportedModelError for models that cannot be pruned, OptionError and BudgetError
+    for arguments that cannot be used; the model is then as it was.
     """
     if isinstance(method, PruneConfig):
         if ratio is not None or budget is not None or options or query is not None or positions != "auto":

@@ -91,7 +91,8 @@ class PruneConfig:
         for stage in stages:
             if stages.count(stage) > 1:
                 raise OptionError(
-                    f"two methods for the stage {stage!r}: {', '.join(m.info.name for m in self.methods)}; give one per stage."
+                    f"two methods for the stage {stage!r}: {', '.join(m.info.name for m in self.methods)}; give one "
+                    f"per stage."
                 )
 
     @staticmethod

@@ -41,7 +41,8 @@ def environment(device: str = "cpu") -> dict[str, object]:
 def commit() -> str | None:
     """The commit that this package is checked out at, or None where it was installed from a wheel.
 
-    A virtual environment may lie inside some other project's checkout, so the package's own file has to be tracked there.
+    A virtual environment may lie inside some other project's checkout, so the package's own file has to be tracked
+    there.
     """
     here = Path(__file__).parent
     if _git(here, "ls-files", "--error-unmatch", "__init__.py") is None:

@@ -28,7 +28,8 @@ class UnsupportedModelError(TokpruneError, TypeError):
 
 
 class TranslationError(TokpruneError, RuntimeError):
-    """A call would have reached the language model in lengths that are not those of its cache; answering would be wrong."""
+    """A call would have reached the language model in lengths that are not those of its cache; answering would be
+    wrong."""
 
 
 class MissingSignalError(TokpruneError, RuntimeError):

@@ -34,7 +34,8 @@ def refuse_url(path: str | os.PathLike[str]) -> None:
         raise OptionError(f"{url!r} is a URL; give the path itself: '/{text[match.end() :]}'.")
     name = url.split("?")[0].rstrip("/").rpartition("/")[2] or "file"
     raise OptionError(
-        f"{url!r} is a URL; tokprune reads local files only. Download it first: curl -L -o {name} '{url}', then give {name}."
+        f"{url!r} is a URL; tokprune reads local files only. Download it first: curl -L -o {name} '{url}', then "
+        f"give {name}."
     )
 
 
@@ -44,8 +45,8 @@ def refuse_url(path: str | os.PathLike[str]) -> None:
 def read_picture(path: str | os.PathLike[str]) -> Image:
     """A picture file as upright 8-bit RGB. Raises OptionError that says how to get a file that can be read.
 
-    The EXIF orientation is applied, 16-bit grey is scaled to 8 bits, transparent parts become white, and of an animation
-    the first picture is read.
+    The EXIF orientation is applied, 16-bit grey is scaled to 8 bits, transparent parts become white, and of an
+    animation the first picture is read.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -69,7 +70,8 @@ def read_picture(path: str | os.PathLike[str]) -> Image:
 def rgb(image: Image, on_white: bool = True) -> Image:
     """A Pillow picture as 8-bit RGB: 16-bit grey is scaled, where Pillow's own conversion clips it to white.
 
-    on_white: transparent parts become white, as a viewer shows them; else they show the colour under them, as processors do.
+    on_white: transparent parts become white, as a viewer shows them; else they show the colour under them, as
+    processors do.
     """
     from PIL import Image as pillow
 
@@ -150,7 +152,8 @@ def checked(data: object, kind: str, version: int, what: str) -> JsonObject:
 
 @contextmanager
 def writing(path: str | os.PathLike[str], folder: bool = False) -> Iterator[Path]:
-    """Make the folder that `path` lies in (folder: that it is) and let the caller write; what fails ends in an OptionError.
+    """Make the folder that `path` lies in (folder: that it is) and let the caller write; what fails ends in an
+    OptionError.
 
     with writing(out) as target: picture.save(target)
     """

@@ -1,4 +1,5 @@
-"""Opens what a command names: a device, a dtype, any Hugging Face VLM or the embedded demo, and its text-image scorer."""
+"""Opens what a command names: a device, a dtype, any Hugging Face VLM or the embedded demo, and its text-image
+scorer."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ HUB_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model in evaluation mode with its processor. embedded: a demo VLM, which knows some eighty words and answers in one."""
+    """A model in evaluation mode with its processor. embedded: a demo VLM, which knows some eighty words and answers in
+    one."""
 
     model: VLM
     processor: Processor
@@ -43,8 +45,9 @@ class Loaded:
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How a model is opened. dtype: None or "auto" as stored. attn: sdpa, eager, flash_attention_2 ...; None as the model
-    says. device_map: places the parts of a large model, in place of `device`. processor: arguments of the processor.
+    """How a model is opened. dtype: None or "auto" as stored. attn: sdpa, eager, flash_attention_2 ...; None as the
+    model says. device_map: places the parts of a large model, in place of `device`. processor: arguments of the
+    processor.
     random_weights: build the model from its config; its weights are not read.
     """
 
@@ -104,8 +107,8 @@ def split_methods(text: str) -> list[str]:
 def load(name: str, options: LoadOptions | None = None, video: bool = False) -> Loaded:
     """The model called `name`: a hub id, a folder, "demo" or "demo-clips". video: for questions about clips.
 
-    Raises OptionError, within seconds, for a name that neither this machine nor the hub has, and for a model that takes no
-    pictures; MissingExtraError for a processor whose package is not installed.
+    Raises OptionError, within seconds, for a name that neither this machine nor the hub has, and for a model that takes
+    no pictures; MissingExtraError for a processor whose package is not installed.
     """
     options = options or LoadOptions()
     dtype = check_dtype(options.dtype)
@@ -184,7 +187,8 @@ def _no_vlm(error: BaseException) -> str:
 def check_reachable(name: str, revision: str | None = None, kind: str = "model") -> JsonObject:
     """Say in seconds what a load would find out after minutes of retries: that nobody has the model or data set `name`.
 
-    Returns {"local_files_only": True} where the hub does not answer but this machine has a copy. kind: "model" or "dataset".
+    Returns {"local_files_only": True} where the hub does not answer but this machine has a copy. kind: "model" or
+    "dataset".
     """
     from huggingface_hub import HfApi, constants, errors
 
@@ -211,15 +215,16 @@ def check_reachable(name: str, revision: str | None = None, kind: str = "model")
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
         if not cached:
             raise OptionError(
-                f"the hub has no {kind} {name!r}{'' if revision is None else f' at {revision!r}'}, or it is private; check "
-                "the spelling, or log in: hf auth login."
+                f"the hub has no {kind} {name!r}{'' if revision is None else f' at {revision!r}'}, or it is private; "
+                f"check the spelling, or log in: hf auth login."
             ) from error
     except Exception as error:  # a proxy, a firewall, no network: of many libraries
         if not cached:
             words = str(error).strip().partition("\n")[0] or type(error).__name__
             raise OptionError(
-                f"the {kind} {name!r} is not on this machine and the hub cannot be reached ({words}); connect, or download "
-                f"it elsewhere (hf download {name}{'' if kind == 'model' else ' --repo-type dataset'}) and give its folder."
+                f"the {kind} {name!r} is not on this machine and the hub cannot be reached ({words}); connect, or "
+                f"download it elsewhere (hf download {name}{'' if kind == 'model' else ' --repo-type dataset'}) and "
+                f"give its folder."
             ) from error
         return {"local_files_only": True}
     return {}

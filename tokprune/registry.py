@@ -25,8 +25,8 @@ ENTRY_POINTS = "tokprune.methods"
 class Checked:
     """What a method was compared with; docs/methods.md prints a row of it.
 
-    repository: the official one as "owner/name", "" when there is no public code. agrees: what came out identical, and on
-    which inputs. differs: what does not, and why (a defect mended, ties, noise, a stage that is not ours).
+    repository: the official one as "owner/name", "" when there is no public code. agrees: what came out identical, and
+    on which inputs. differs: what does not, and why (a defect mended, ties, noise, a stage that is not ours).
     """
 
     repository: str = ""
@@ -38,10 +38,11 @@ class Checked:
 class MethodInfo:
     """What a user wants to know of a method before choosing it; the generated tables are made of this.
 
-    complexity is for N tokens of width D with K kept. adaptive: the image, not the user, chooses the count unless an exact
-    budget is asked for. wrapper: it runs another method. video: it is made for frames; a single picture is one frame to it.
-    checked: the published code it was run against; None for baselines and parts of our own. presets: settings of the official
-    code for a model family, by name, where they are not the defaults: get_method(name, preset="qwen2_5_vl").
+    complexity is for N tokens of width D with K kept. adaptive: the image, not the user, chooses the count unless an
+    exact budget is asked for. wrapper: it runs another method. video: it is made for frames; a single picture is one
+    frame to it.
+    checked: the published code it was run against; None for baselines and parts of our own. presets: settings of the
+    official code for a model family, by name, where they are not the defaults: get_method(name, preset="qwen2_5_vl").
     """
 
     name: str

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 class StreamReport:
     """One image or video: kept of total candidate tokens, newline separators beside them, what the choice was based on.
 
-    frames: tokens kept of each frame of a video (of a temporal patch, where the model joins two), None for what is none.
+    frames: tokens kept of each frame of a video (of a temporal patch, where the model joins two), None for what is
+    none.
     timestamps: their seconds, where the model's inputs tell.
     """
 

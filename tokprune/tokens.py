@@ -21,8 +21,8 @@ Kind = Literal["image", "tiles", "video"]
 class Layout:
     """Where each token of a stream lies; one entry per candidate token (newline rows are not among them).
 
-    group: (N,) tile or frame number, 0-based, ascending. row, col: (N,) place in its group's grid. grids: (height, width)
-    of each group's full grid; unpadding may leave holes in it. canvas: for tiles, how many lie down and across.
+    group: (N,) tile or frame number, 0-based, ascending. row, col: (N,) place in its group's grid. grids: (height,
+    width) of each group's full grid; unpadding may leave holes in it. canvas: for tiles, how many lie down and across.
     thumbnail: group 0 shows the whole picture. timestamps: for video, seconds of each group.
     """
 
@@ -51,7 +51,8 @@ class Layout:
         return (0, *accumulate(self.group_sizes))
 
     def group_slices(self) -> list[slice]:
-        """Slices of the stream, one per group; groups are contiguous only when `group` ascends, which Layout demands."""
+        """Slices of the stream, one per group; groups are contiguous only when `group` ascends, which Layout
+        demands."""
         return [slice(start, stop) for start, stop in pairwise(self.group_starts)]
 
     def to(self, device: torch.device | str) -> Layout:
@@ -79,9 +80,10 @@ class Layout:
 class Query:
     """The question about the picture, without chat template and system prompt.
 
-    text: the words, when known. embeddings: (T, D) rows of the LLM's embedding table for the question's tokens. pieces: the
-    word that each row belongs to, when known (a long word may have several rows).
-    clip: (E,) or (S, E) text embedding of a scorer, when one made it. source: how the question was found, for the report.
+    text: the words, when known. embeddings: (T, D) rows of the LLM's embedding table for the question's tokens. pieces:
+    the word that each row belongs to, when known (a long word may have several rows).
+    clip: (E,) or (S, E) text embedding of a scorer, when one made it. source: how the question was found, for the
+    report.
     """
 
     text: str | None = None
@@ -121,13 +123,15 @@ class VisualTokens:
         if self.query is None:
             raise MissingQueryError(
                 "this method chooses tokens by the question, and none is known. Give it: "
-                'apply(..., query="what is the colour of the car?"), or with pruning.query("..."): model.generate(...), '
+                'apply(..., query="what is the colour of the car?"), or with pruning.query("..."): '
+                "model.generate(...), "
                 "or apply(..., processor=processor) to have it cut out of the prompt."
             )
         return self.query
 
     def part(self, where: slice | Tensor) -> VisualTokens:
-        """The sub-stream at `where` (a slice or ascending indices) as a stream of its own, with groups renumbered from 0."""
+        """The sub-stream at `where` (a slice or ascending indices) as a stream of its own, with groups renumbered from
+        0."""
         lay = self.layout
         group = lay.group[where]
         if isinstance(where, slice) and where.step in (None, 1):  # known without asking the device
@@ -159,8 +163,8 @@ class VisualTokens:
 class Merge:
     """Which inputs flow into which output, and how much: out[k] = sum over n of weight[k, n] * x[n].
 
-    Either `target` (N,) with the output row of each input (-1: into none) and `scale` (N,) its weight, for merges where an
-    input goes to one output; or `rows` (K, N), dense or sparse COO, for the general case.
+    Either `target` (N,) with the output row of each input (-1: into none) and `scale` (N,) its weight, for merges where
+    an input goes to one output; or `rows` (K, N), dense or sparse COO, for the general case.
     """
 
     target: Tensor | None = None
@@ -198,8 +202,8 @@ class Merge:
 class Selection:
     """What a method decided: which slots survive and, when it merges, what flows into them.
 
-    indices: (K,) ascending positions in the stream. weights: merge rows aligned with `indices`. features: (K, D) explicit
-    replacement, last resort (DeepStack planes cannot follow it). info: tensors for pictures and reports.
+    indices: (K,) ascending positions in the stream. weights: merge rows aligned with `indices`. features: (K, D)
+    explicit replacement, last resort (DeepStack planes cannot follow it). info: tensors for pictures and reports.
     """
 
     indices: Tensor

@@ -1,8 +1,10 @@
-"""Does lmms-eval run end to end with the plug-in, offline? Its own exit code is 0 after a crash, so its files are checked.
+"""Does lmms-eval run end to end with the plug-in, offline? Its own exit code is 0 after a crash, so its files are
+checked.
 
     python -m tools.eval_smoke --out out/eval_smoke
 
-One run of the lmms-eval program: the demo VLM, pruned, on both offline tasks. The exit code is 1 when anything is missing or
+One run of the lmms-eval program: the demo VLM, pruned, on both offline tasks. The exit code is 1 when anything is
+missing or
 implausible: results, rows, answers, scores well above guessing, the measured number of visual tokens.
 """
 

@@ -1,10 +1,11 @@
-"""Does a method choose what its official code chooses? Runs both on many inputs, with the official code from a checkout.
+"""Does a method choose what its official code chooses? Runs both on many inputs, with the official code from a
+checkout.
 
     python -m tools.official gprune --checkout ../G-Prune
 
-A comparison knows the files and entry functions of the official repository and nothing else of it: functions are taken out
-of their file by name, so that what the file imports need not be installed. It runs code of the checkout; read it first. The next
-method is one function here, with @compares above it.
+A comparison knows the files and entry functions of the official repository and nothing else of it: functions are taken
+out of their file by name, so that what the file imports need not be installed. It runs code of the checkout; read it
+first. The next method is one function here, with @compares above it.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ class Checkout:
         return ast.parse(path.read_text(encoding="utf-8"))
 
     def entry(self, file: str, *names: str, **given: Any) -> SimpleNamespace:
-        """Functions and classes of a file, also those inside classes, without the rest of it. given: what they use by name."""
+        """Functions and classes of a file, also those inside classes, without the rest of it. given: what they use by
+        name."""
         names_used = {"torch": torch, "nn": torch.nn, "F": F, "np": np, "math": math, **given}
         found = []
         for node in ast.walk(self.tree(file)):
@@ -63,7 +65,8 @@ class Checkout:
         return SimpleNamespace(**{name: names_used[name] for name in names})
 
     def steps(self, file: str, function: str, first: str, last: str, leave: str = "") -> Callable[..., dict[str, Any]]:
-        """The statements of a long function from the first assignment to `first` to the last one to `last`, without those to `leave`."""
+        """The statements of a long function from the first assignment to `first` to the last one to `last`, without
+        those to `leave`."""
         body = next(n for n in ast.walk(self.tree(file)) if isinstance(n, ast.FunctionDef) and n.name == function).body
         names = [ast.unparse(n.targets[0]) if isinstance(n, ast.Assign) else "" for n in body]
         if first not in names or last not in names:
@@ -243,7 +246,8 @@ def globalcom2(checkout: Checkout, inputs: Inputs) -> Iterator[Pair]:
 
 @compares("apt", "delude729/apt")
 def apt(checkout: Checkout, inputs: Inputs) -> Iterator[Pair]:
-    """Entropies of coloured pictures from normalised pixels. The commit must be one without a divergence in the score."""
+    """Entropies of coloured pictures from normalised pixels. The commit must be one without a divergence in the
+    score."""
     from tokprune.methods.encoder.apt import patch_entropy
 
     file = "src/models/entropy_utils.py"
@@ -261,7 +265,8 @@ def apt(checkout: Checkout, inputs: Inputs) -> Iterator[Pair]:
 
 
 def agreement(theirs: Tensor, ours: Tensor) -> float:
-    """1 where both are the same: numbers within rounding, indices as sets; else the share of indices in common, or 0."""
+    """1 where both are the same: numbers within rounding, indices as sets; else the share of indices in common, or
+    0."""
     if theirs.is_floating_point():
         same = theirs.shape == ours.shape and torch.allclose(theirs, ours.to(theirs), atol=1e-4, rtol=1e-4)
         return float(same)
@@ -290,7 +295,8 @@ def main(arguments: list[str] | None = None) -> None:
             worst[kind] = min(share, worst.get(kind, 1.0))
     for kind in sorted(runs):
         print(
-            f"{asked.method} against {repository}, {kind}: {same[kind]} of {runs[kind]} identical, least {worst[kind]:.3f}"
+            f"{asked.method} against {repository}, {kind}: {same[kind]} of {runs[kind]} identical, "
+            f"least {worst[kind]:.3f}"
         )
     if same != runs:
         sys.exit(1)

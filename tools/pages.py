@@ -1,6 +1,7 @@
 """Makes the generated pages: docs/methods.md from the registry, and the tables of README.md from benchmarks/results/.
 
-`python -m tools.pages` (or `make docs`) writes them; with --check it only says whether they are current (a test runs that).
+`python -m tools.pages` (or `make docs`) writes them; with --check it only says whether they are current (a test runs
+that).
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def methods_page() -> str:
     lines = [
         "# Methods",
         "",
-        "Made by `make docs` from the registry and the docstrings; do not edit. `tokprune methods NAME` explains one in the",
+        "Made by `make docs` from the registry and the docstrings; do not edit. `tokprune methods NAME` explains one "
+        "in the",
         "terminal. N tokens of width D, K kept.",
         "",
     ]
@@ -44,7 +46,8 @@ def methods_page() -> str:
         lines += [
             f"## Stage `{stage}`",
             "",
-            "| method | what it does | signals | reads the question | merges | deterministic | adaptive count | complexity | paper |",
+            "| method | what it does | signals | reads the question | merges | deterministic | adaptive count | "
+            "complexity | paper |",
             "|---|---|---|---|---|---|---|---|---|",
         ]
         for r in rows:
@@ -90,7 +93,8 @@ def checked_table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def cells_table(data: dict[str, Any], times: bool = True) -> str:
-    """A sweep as accuracy per method and keep ratio, what is worse than random marked. times: measured alone on the machine."""
+    """A sweep as accuracy per method and keep ratio, what is worse than random marked. times: measured alone on the
+    machine."""
     cells = data["cells"]
     base = next(c for c in cells if c["method"] == "none")
     ratios = sorted({c["ratio"] for c in cells if c["method"] != "none" and c["ratio"] < 1}, reverse=True)
@@ -120,8 +124,8 @@ def cells_table(data: dict[str, Any], times: bool = True) -> str:
         )
     prefill = f", prefill {base['prefill_ms']:.2f} ms" if times else ""
     note = (
-        f"All {base['total']:.0f} tokens: {base['accuracy']:.1%} right{prefill}. {data['questions']} held-out questions per cell; "
-        f"`{data['command']}`, {data['environment']['machine']}."
+        f"All {base['total']:.0f} tokens: {base['accuracy']:.1%} right{prefill}. {data['questions']} held-out "
+        f"questions per cell; `{data['command']}`, {data['environment']['machine']}."
     )
     if any("↓" in line for line in lines):
         note += " ↓ marks what is below random."
@@ -186,8 +190,8 @@ def pages() -> dict[Path, str]:
     if zoo.exists():
         data = json.loads(zoo.read_text(encoding="utf-8"))
         out[ROOT / "docs" / "zoo.md"] = (
-            "# All connector methods on the demo VLM\n\nMade by `make docs` from benchmarks/results/zoo.json; do not edit.\n"
-            "Random and uniform stand beside every method; a method below random is marked, not hidden.\n\n"
+            "# All connector methods on the demo VLM\n\nMade by `make docs` from benchmarks/results/zoo.json; do not "
+            "edit.\nRandom and uniform stand beside every method; a method below random is marked, not hidden.\n\n"
             + cells_table(data, times=False)
             + "\n\n"
             + types_table(data)

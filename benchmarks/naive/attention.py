@@ -21,8 +21,8 @@ def fastervlm(rows: Tensor, keep: int) -> Tensor:
 def hired(early: Tensor, late: Tensor, keep: int, alpha: float = 0.5) -> Tensor:
     """HiRED: hits of an early row decide budgets, a late row decides tokens.
 
-    early: (N,) of the thumbnail. late: (T, N), thumbnail first. Both summed over heads. Returns ascending positions in the
-    stream, possibly fewer than `keep`.
+    early: (N,) of the thumbnail. late: (T, N), thumbnail first. Both summed over heads. Returns ascending positions in
+    the stream, possibly fewer than `keep`.
     """
     tiles, n = late.shape
     mask = torch.zeros(tiles, n, dtype=torch.bool)
@@ -125,7 +125,8 @@ def flowcut_scores(attention: Tensor, likeness: Tensor, norm: Tensor) -> Tensor:
 def flowcut(attention: Tensor, likeness: Tensor, norm: Tensor, keep: int) -> Tensor:
     """FlowCut with its schedule: every second block drops tokens, as many as the entropy of its attention says.
 
-    Three times (L, N), the signals of an unpruned tower -> (keep,) ascending. (In the tower, features would change too.)
+    Three times (L, N), the signals of an unpruned tower -> (keep,) ascending. (In the tower, features would change
+    too.)
     """
     blocks, n = attention.shape
     left = torch.arange(n)
@@ -159,8 +160,9 @@ def globalcom2(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """GlobalCom2: crop by crop.
 
-    thumbnail: (N,), crops: (T, N) scores. features: (T, N, D). tiles: (down, across). size: (width, height). Returns scales (T,),
-    the thumbnail's tokens, best first, and the crops' tokens with newlines in canvas order, rounded to float16.
+    thumbnail: (N,), crops: (T, N) scores. features: (T, N, D). tiles: (down, across). size: (width, height). Returns
+    scales (T,), the thumbnail's tokens, best first, and the crops' tokens with newlines in canvas order, rounded to
+    float16.
     """
     down, across = tiles
     count, n, width = features.shape

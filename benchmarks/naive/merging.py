@@ -13,8 +13,8 @@ def visionzip(
 ) -> tuple[Tensor, Tensor]:
     """VisionZip: masks cut the stream apart, a one-hot matrix adds the rest to the context tokens.
 
-    attention: (B, H, N). hidden: (B, N + 1, C), metric: (B, N + 1, d), [CLS] first. dominant counts [CLS]. Returns tokens
-    (B, dominant + contextual, C) and kept indices (B, dominant), [CLS] = 0, best first.
+    attention: (B, H, N). hidden: (B, N + 1, C), metric: (B, N + 1, d), [CLS] first. dominant counts [CLS]. Returns
+    tokens (B, dominant + contextual, C) and kept indices (B, dominant), [CLS] = 0, best first.
     """
     batch, length, channels = hidden.shape
     best = attention.sum(1).topk(dominant - 1, dim=1).indices + 1
@@ -36,7 +36,8 @@ def visionzip(
 
 
 def _merge(x: Tensor, attention: Tensor, keys: Tensor, kept: Tensor, neighbours: int) -> Tensor:
-    """Kept tokens one by one: the stream without the token, its 32 nearest, their sum by attention; the dropped ones' sum last."""
+    """Kept tokens one by one: the stream without the token, its 32 nearest, their sum by attention; the dropped ones'
+    sum last."""
     keys = keys / keys.norm(dim=-1, keepdim=True)
     dropped = torch.ones(len(x), dtype=torch.bool)
     dropped[kept] = False
@@ -113,7 +114,8 @@ def local_outliers(values: Tensor, neighbours: int = 20, threshold: float = 1.5)
 
 
 def recoverable(attention: Tensor, relevance: Tensor, neighbours: int = 20) -> tuple[Tensor, Tensor]:
-    """Recoverable Compression, the choice: visual outliers, then those that the question brings back. (N,) -> two (N,) masks."""
+    """Recoverable Compression, the choice: visual outliers, then those that the question brings back. (N,) -> two (N,)
+    masks."""
     n = len(attention)
     share = int(local_outliers(attention, neighbours).sum()) / n
     visual = torch.zeros(n, dtype=torch.bool)

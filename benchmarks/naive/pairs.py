@@ -39,7 +39,8 @@ from . import merging, similarity
 
 @dataclass(frozen=True)
 class Case:
-    """How large the input is. tiles: of n = side * side tokens each. keep: of all tokens. D: LLM width, C: tower width."""
+    """How large the input is. tiles: of n = side * side tokens each. keep: of all tokens. D: LLM width, C: tower
+    width."""
 
     name: str
     tiles: int
@@ -74,9 +75,9 @@ CASES = {
 class Pair:
     """Two ways to the same result.
 
-    inputs: arguments of both, made for a case by a seeded generator. naive: the published formulation. ours: the same job
-    with the functions of tokprune.methods. differs: why the results need not be the same; empty when they must be. tiled:
-    the method needs tiles.
+    inputs: arguments of both, made for a case by a seeded generator. naive: the published formulation. ours: the same
+    job with the functions of tokprune.methods. differs: why the results need not be the same; empty when they must be.
+    tiled: the method needs tiles.
     """
 
     name: str
@@ -92,7 +93,8 @@ class Pair:
 
 
 def scene(n: int, width: int, seed: torch.Generator) -> Tensor:
-    """Features like those of a picture: a few dozen things, each seen by many tokens that differ a little. (n, width)."""
+    """Features like those of a picture: a few dozen things, each seen by many tokens that differ a little. (n,
+    width)."""
     things = torch.randn(40, width, generator=seed)
     which = torch.randint(40, (n,), generator=seed)
     return 0.3 * things[0] + things[which] + 0.7 * torch.randn(n, width, generator=seed)
@@ -109,7 +111,8 @@ def tiles_of(case: Case, width: int, seed: torch.Generator) -> Tensor:
 
 
 def each_tile(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Run a formulation for one image on every tile; tensors are cut along their first dimension, the rest is handed on."""
+    """Run a formulation for one image on every tile; tensors are cut along their first dimension, the rest is handed
+    on."""
 
     def run(*arguments: Any) -> list[Any]:
         count = next(len(a) for a in arguments if isinstance(a, Tensor))

@@ -13,7 +13,8 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def divprune(features: Tensor, keep: int) -> Tensor:
-    """DivPrune: at every step the rows of all chosen tokens are gathered and reduced anew. (N, D) -> (keep,) ascending."""
+    """DivPrune: at every step the rows of all chosen tokens are gathered and reduced anew. (N, D) -> (keep,)
+    ascending."""
     x = _rows(features)
     distance = 1 - x @ x.T
     chosen = distance.topk(2, dim=0, largest=False).values[1].argmax().view(1)
@@ -100,8 +101,8 @@ def dart(
 ) -> Tensor:
     """DART inside the LLM: Python sets of what is chosen and what is left, the host waiting at every pivot.
 
-    hidden: (S, D). keys: (H, S, hd). The visit goes in the order given, by default image pivots, then text pivots. Returns
-    ascending positions.
+    hidden: (S, D). keys: (H, S, hd). The visit goes in the order given, by default image pivots, then text pivots.
+    Returns ascending positions.
     """
     flat = keys.transpose(0, 1).reshape(keys.shape[1], -1)
     strength = flat.abs().sum(-1)
@@ -159,7 +160,8 @@ def prunesid_survivors(features: Tensor, attention: Tensor, group: Tensor, thres
 
 
 def prunesid(features: Tensor, attention: Tensor, keep: int) -> Tensor:
-    """PruneSID: groups by principal component, suppression inside them, budgets by survivors. (N, C), (N,) -> (keep,)."""
+    """PruneSID: groups by principal component, suppression inside them, budgets by survivors. (N, C), (N,) ->
+    (keep,)."""
     slots, n = keep + 1, len(features)  # with [CLS]
     _, _, loadings = torch.pca_lowrank(torch.sigmoid(features).T, q=max(1, slots // 4))
     group = loadings.abs().argmax(-1)

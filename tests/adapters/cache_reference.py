@@ -1,7 +1,7 @@
 """What a model with a cache method must compute, worked out with masks on an eager twin, one prompt at a time.
 
-Nothing is gathered, and the attention that tells comes from the twin's own attention maps. The connector stage, which has a
-reference of its own, may have pruned the twin before.
+Nothing is gathered, and the attention that tells comes from the twin's own attention maps. The connector stage, which
+has a reference of its own, may have pruned the twin before.
 """
 
 from __future__ import annotations
@@ -42,8 +42,9 @@ def answer(tiny: TinyVLM, inputs: Any, new: int, **options: Any) -> tuple[Tensor
 class Masked:
     """Decode steps in which attention layers from `layer` on do not see the dropped visual keys.
 
-    visual: physical positions of the visual keys of the one prompt. keep: how many of them a step sees. Below `similarity` to
-    the attention of the step before a new set is chosen, the `full` cache or the earlier set is taken above it.
+    visual: physical positions of the visual keys of the one prompt. keep: how many of them a step sees. Below
+    `similarity` to the attention of the step before a new set is chosen, the `full` cache or the earlier set is taken
+    above it.
     """
 
     model: Any

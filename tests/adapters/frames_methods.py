@@ -64,7 +64,8 @@ class ByScore(ScoredFrames):
 
 
 class Brightness:
-    """A scorer of pictures: a bright one is near to the text "bright", a dark one to all others. Angles, so cosines are exact."""
+    """A scorer of pictures: a bright one is near to the text "bright", a dark one to all others. Angles, so cosines are
+    exact."""
 
     logit_scale = 4.0
     logit_bias = 0.5

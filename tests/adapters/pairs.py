@@ -11,7 +11,7 @@ from tokprune.methods.base import ConnectorMethod
 from tokprune.registry import MethodInfo
 from tokprune.tokens import Merge, Selection, VisualTokens
 
-# -- merging ----------------------------------------------------------------------------------------------------------------
+# -- merging -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

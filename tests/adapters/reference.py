@@ -2,8 +2,8 @@
 
 The language model inside an unpruned model is watched once: the embeddings, positions and DeepStack planes that it is
 given are the full prompt. From them and a decision `keep` the answer follows in two ways that share nothing with the
-adapters: a sequence cut by hand with positions counted by hand ("compact"), or the whole sequence with the dropped tokens
-masked for everybody else and all positions as they were ("keep").
+adapters: a sequence cut by hand with positions counted by hand ("compact"), or the whole sequence with the dropped
+tokens masked for everybody else and all positions as they were ("keep").
 """
 
 from __future__ import annotations
@@ -88,15 +88,15 @@ def samples(kind: str) -> list[list[Part]]:
     ]
 
 
-# -- the unpruned prompt --------------------------------------------------------------------------------------------------
+# -- the unpruned prompt -----------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Native:
     """What the language model of the unpruned model is given for a prompt.
 
-    ids, real, visual, types: (B, L); real: not padding. embeds: (B, L, D). positions: (B, L) or (3, B, L). planes: DeepStack
-    features as (B, L, D) each, zero at text.
+    ids, real, visual, types: (B, L); real: not padding. embeds: (B, L, D). positions: (B, L) or (3, B, L). planes:
+    DeepStack features as (B, L, D) each, zero at text.
     """
 
     ids: Tensor
@@ -127,7 +127,8 @@ def placeholder_ids(config: Any) -> set[int]:
 
 @torch.no_grad()
 def observe(tiny: TinyVLM, inputs: Any, through: str = "generate") -> Native:
-    """Watch the unpruned model read a prompt, through generate() or through forward (they number positions differently)."""
+    """Watch the unpruned model read a prompt, through generate() or through forward (they number positions
+    differently)."""
     calls: list[dict[str, Any]] = []
     hook = language_model(tiny.model).register_forward_pre_hook(
         lambda module, args, kwargs: calls.append(dict(kwargs)), with_kwargs=True
@@ -165,14 +166,15 @@ def newlines(tiny: TinyVLM, native: Native) -> Tensor:
     return native.visual & (native.embeds == vector.detach()).all(-1)
 
 
-# -- counting positions by hand -------------------------------------------------------------------------------------------
+# -- counting positions by hand ----------------------------------------------------------------------------------------
 
 
 def recount(native: Native, keep: Tensor, row: int) -> tuple[Tensor, int]:
     """Positions of one prompt's kept tokens after re-numbering, (1 or 3, K), and the position after the last token.
 
-    One axis: consecutive numbers from where the prompt starts. Three axes: inside a run of visual tokens each axis counts
-    the distinct coordinates that are left, and the text after it starts right behind what is left of height or width.
+    One axis: consecutive numbers from where the prompt starts. Three axes: inside a run of visual tokens each axis
+    counts the distinct coordinates that are left, and the text after it starts right behind what is left of height or
+    width.
     """
     columns = native.real[row].nonzero().flatten().tolist()
     if not native.mrope:
@@ -233,7 +235,7 @@ def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)[None, None]
 
 
-# -- the answers ----------------------------------------------------------------------------------------------------------
+# -- the answers -------------------------------------------------------------------------------------------------------
 
 Change = Callable[[int, Tensor], Tensor]
 """(row, (L, D) embeddings or DeepStack plane of that prompt) -> the same with merged tokens written in."""
@@ -253,8 +255,9 @@ def reference(
 ) -> Answer:
     """Logits of the pruned prompt and of `forced` (B, T) tokens after it; every row is computed alone, without padding.
 
-    keep: (B, L) bool columns that survive. positions: "keep" or "compact". change: writes merged features. Recurrent layers
-    know no masking (a masked token still decays their state), so hybrid models run the cut sequence in both modes.
+    keep: (B, L) bool columns that survive. positions: "keep" or "compact". change: writes merged features. Recurrent
+    layers know no masking (a masked token still decays their state), so hybrid models run the cut sequence in both
+    modes.
     """
     from transformers import DynamicCache
 
@@ -310,12 +313,13 @@ def reference(
     return Answer(prompt, torch.stack(steps))
 
 
-# -- the pruned model's side ----------------------------------------------------------------------------------------------
+# -- the pruned model's side -------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Run:
-    """What a model gave for a prompt. logits: (B, L, V) of a forward. tokens: (B, T). steps: (B, T, V) logits of generate()."""
+    """What a model gave for a prompt. logits: (B, L, V) of a forward. tokens: (B, T). steps: (B, T, V) logits of
+    generate()."""
 
     logits: Tensor
     tokens: Tensor
@@ -353,7 +357,8 @@ class Prompt:
         self.visual = self.generate.visual
 
     def distance(self, keep: Tensor, positions: str, got: Run, change: Change | None = None) -> float:
-        """How far `got` is from the reference: logits at kept prompt columns, first logits of generate(), decode steps."""
+        """How far `got` is from the reference: logits at kept prompt columns, first logits of generate(), decode
+        steps."""
         forward = reference(self.tiny, self.forward, keep, positions, got.tokens[:, :0], change)
         generate = reference(self.tiny, self.generate, keep, positions, got.tokens[:, :-1], change)
         return max(

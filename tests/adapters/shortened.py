@@ -30,7 +30,7 @@ NEW = 6
 TYPES = ("token_type_ids", "mm_token_type_ids")
 
 
-# -- a prompt shortened by hand ------------------------------------------------------------------------------------------------
+# -- a prompt shortened by hand ----------------------------------------------------------------------------------------
 
 
 def shorten(case: Prompt, keep: Tensor, positions: str, native: Native | None = None) -> dict[str, Tensor]:
@@ -108,7 +108,8 @@ NO_EMBEDS = ("gemma3", "paligemma")  # their generate() does not take inputs_emb
 
 
 def oracle(case: Prompt, keep: Tensor, positions: str, options: dict[str, Any]) -> Any:
-    """Native generate() on the shortened prompt. Its embeddings go in directly, or as encoder rows where planes follow."""
+    """Native generate() on the shortened prompt. Its embeddings go in directly, or as encoder rows where planes
+    follow."""
     options = dict(options)
     short = shorten(case, keep, positions)
     call = {
@@ -142,7 +143,7 @@ def generate(case: Prompt, inputs: Any, options: dict[str, Any]) -> Any:
     return out.sequences[:, length:], getattr(out, "sequences_scores", None)
 
 
-# -- later turns ------------------------------------------------------------------------------------------------------------------
+# -- later turns -------------------------------------------------------------------------------------------------------
 
 
 def with_text(inputs: Any, sequences: Tensor, new: Tensor, types: Tensor | None = None) -> dict[str, Tensor]:

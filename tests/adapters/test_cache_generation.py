@@ -23,7 +23,7 @@ from tokprune.testing import build, clip, picture
 SHARE, NEW = 0.3, 6
 
 
-# -- generation modes -------------------------------------------------------------------------------------------------------
+# -- generation modes --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_5"])
@@ -68,7 +68,8 @@ def test_beams_follow_the_masked_reference() -> None:
 
 @pytest.mark.parametrize("family", ["llava", "internvl", "qwen2_5_vl"])
 def test_second_turn_on_a_kept_cache(family: str) -> None:
-    """The prompt of a later turn sees all keys; its answer starts with a choice of its own, as if all came in one go."""
+    """The prompt of a later turn sees all keys; its answer starts with a choice of its own, as if all came in one
+    go."""
     from transformers import DynamicCache
 
     tiny = shared(family)
@@ -156,7 +157,7 @@ def test_hand_written_loop() -> None:
             torch.testing.assert_close(out.logits[:, -1], logits[:, step + 1], rtol=0, atol=1e-5)
 
 
-# -- refusals and cleanliness ---------------------------------------------------------------------------------------------
+# -- refusals and cleanliness ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,7 @@ def test_softcapped_and_masked_row() -> None:
         torch.testing.assert_close(attention_row(query, keys, 0.5, given_mask, softcap=3.0), wanted)
 
 
-# -- masks of kernels that are not at hand ----------------------------------------------------------------------------------
+# -- masks of kernels that are not at hand -----------------------------------------------------------------------------
 
 
 def test_masks_are_cut_as_each_kernel_takes_them() -> None:
@@ -147,7 +147,8 @@ def test_masks_are_cut_as_each_kernel_takes_them() -> None:
 
 
 def test_flash_like_kernel_gets_two_dimensional_masks() -> None:
-    """A kernel that takes what flash attention takes (keys' 2-D mask, no causal mask for one query) answers as SDPA does."""
+    """A kernel that takes what flash attention takes (keys' 2-D mask, no causal mask for one query) answers as SDPA
+    does."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 

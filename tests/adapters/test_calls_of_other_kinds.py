@@ -1,5 +1,5 @@
-"""Calls that are right natively and must be right pruned: embeddings beside pixels, chunks, smaller static caches, packs of
-questions, prompts that no template knows, plug-ins that break their contract."""
+"""Calls that are right natively and must be right pruned: embeddings beside pixels, chunks, smaller static caches,
+packs of questions, prompts that no template knows, plug-ins that break their contract."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ def test_embeddings_beside_pixels(family: str) -> None:
 @pytest.mark.parametrize("ratio", [0.3, 1.0])
 @pytest.mark.parametrize("family", families(*QUICK, but=CHUNKS_FAIL))
 def test_chunked_prefill_of_a_batch_and_on_a_filled_cache(family: str, ratio: float) -> None:
-    """Two prompts in chunks, alone and after a system prompt that is in the cache already, equal the prefill in one go."""
+    """Two prompts in chunks, alone and after a system prompt that is in the cache already, equal the prefill in one
+    go."""
     from transformers import DynamicCache
 
     case = prompt(family, "image")
@@ -85,7 +86,8 @@ def test_chunked_prefill_of_a_batch_and_on_a_filled_cache(family: str, ratio: fl
 
 @pytest.mark.parametrize("family", ["llava", "llava_next", "llava_onevision"])
 def test_smaller_static_cache(family: str) -> None:
-    """As long as the kept prompt, newline tokens included, and what is generated; a shorter one is refused with the number."""
+    """As long as the kept prompt, newline tokens included, and what is generated; a shorter one is refused with the
+    number."""
     from transformers import StaticCache
 
     case = prompt(family, "image")
@@ -99,7 +101,7 @@ def test_smaller_static_cache(family: str) -> None:
             new_tokens(model, **case.inputs, **with_cache(StaticCache(config=config, max_cache_len=length - 2)))
 
 
-# -- questions ---------------------------------------------------------------------------------------------------------------
+# -- questions ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -174,7 +176,7 @@ def test_a_template_that_raises_what_it_likes() -> None:
     assert "no known chat template" in source
 
 
-# -- plug-ins ---------------------------------------------------------------------------------------------------------------
+# -- plug-ins ----------------------------------------------------------------------------------------------------------
 
 
 BROKEN = {

@@ -1,4 +1,5 @@
-"""The conventions of transformers that pruning rests on: this release keeps them, and a release that breaks one is refused."""
+"""The conventions of transformers that pruning rests on: this release keeps them, and a release that breaks one is
+refused."""
 
 from __future__ import annotations
 
@@ -87,7 +88,8 @@ def breaks() -> dict[str, tuple[Any, str, Any, str]]:
 
 @pytest.mark.parametrize("change", sorted(breaks()))
 def test_a_release_that_breaks_a_convention_is_refused(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """apply() names the convention, what works, and what to install; the model stays as it was, also when it was pruned."""
+    """apply() names the convention, what works, and what to install; the model stays as it was, also when it was
+    pruned."""
     owner, name, new, words = breaks()[change]
     model = shared("qwen2_5_vl" if change == "positions" else "llava").model
     with tokprune.apply(model, "random", ratio=0.5) as before:

@@ -1,4 +1,5 @@
-"""crop() of a pruned cache counts tokens as they were written, back over pictures, too; pickled caches come back as they were."""
+"""crop() of a pruned cache counts tokens as they were written, back over pictures, too; pickled caches come back as
+they were."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What a pruning leaves on models, caches, outputs and calls is what `tokprune.adapters.foreign` declares, and it goes away."""
+"""What a pruning leaves on models, caches, outputs and calls is what `tokprune.adapters.foreign` declares, and it goes
+away."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from tests.adapters.reference import (
 from tests.adapters.shortened import RATIO, TOLERANCE
 from tokprune.testing import FAMILIES, build, clip
 
-# -- outputs and inputs of other kinds ----------------------------------------------------------------------------------------------
+# -- outputs and inputs of other kinds ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", [slow_unless(f in QUICK, f) for f in (*QUICK, "gemma3", "qwen3_5")])

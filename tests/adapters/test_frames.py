@@ -184,7 +184,7 @@ def test_frames_without_a_processor_are_pictures_and_the_report_says_so() -> Non
         assert "processor=processor" in str(pruning.report())
 
 
-# -- errors ------------------------------------------------------------------------------------------------------------------
+# -- errors ------------------------------------------------------------------------------------------------------------
 
 
 class Broken(Brightness):

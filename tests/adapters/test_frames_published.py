@@ -1,4 +1,5 @@
-"""The frames methods of the house in real models: equal to brute force, also where they merge, and led by the scores."""
+"""The frames methods of the house in real models: equal to brute force, also where they merge, and led by the
+scores."""
 
 from __future__ import annotations
 
@@ -54,7 +55,8 @@ def test_published_methods_equal_brute_force(family: str, method: str) -> None:
 
 @pytest.mark.parametrize("method", ["quota", "uniform_frames", "aks", "scenetilling", "wfs_sb", "fps_frames"])
 def test_frames_that_the_model_itself_emptied(method: str) -> None:
-    """VideoLLaMA 3 leaves repeated frames out before any method sees them: frames without tokens get none, and nothing breaks."""
+    """VideoLLaMA 3 leaves repeated frames out before any method sees them: frames without tokens get none, and nothing
+    breaks."""
     tiny = shared("video_llama_3")
     frames = clip(6, seed=4)
     frames[2:4] = frames[1]

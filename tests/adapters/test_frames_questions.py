@@ -1,4 +1,5 @@
-"""What frames are scored by: the question's sentence, the things that the model names, and a scorer before any model."""
+"""What frames are scored by: the question's sentence, the things that the model names, and a scorer before any
+model."""
 
 from __future__ import annotations
 
@@ -97,7 +98,8 @@ def test_what_the_model_says_is_read_as_a_list(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_tiny_model_decouples_without_an_accident() -> None:
-    """A random model says nonsense: the question serves, the report says so, and the answer is that of the pruned model."""
+    """A random model says nonsense: the question serves, the report says so, and the answer is that of the pruned
+    model."""
     tiny = shared("qwen2_vl")
     inputs = build_inputs(tiny.model, tiny.processor, "bright?", videos=[clip(4, seed=1)])
     (scores,), report = scores_of(tiny, inputs, ByScore(source="self", decouple=True))

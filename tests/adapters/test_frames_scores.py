@@ -1,4 +1,5 @@
-"""The signal `frame_scores`: the right frames reach a scorer, and the VLM itself is asked as its own forward would be."""
+"""The signal `frame_scores`: the right frames reach a scorer, and the VLM itself is asked as its own forward would
+be."""
 
 from __future__ import annotations
 
@@ -101,7 +102,7 @@ def test_families_whose_pictures_are_not_at_hand_say_so(family: str) -> None:
         scores_of(tiny, inputs, ByScore(), scorer=Brightness())
 
 
-# -- the VLM itself ----------------------------------------------------------------------------------------------------------
+# -- the VLM itself ----------------------------------------------------------------------------------------------------
 
 
 def native_answer(tiny: Any, rows: torch.Tensor, planes: list[torch.Tensor], grid: tuple[int, int], words: str) -> Any:
@@ -202,7 +203,8 @@ def test_larger_frames_are_averaged() -> None:
 
 @torch.no_grad()
 def test_frames_that_the_model_itself_thinned_out() -> None:
-    """VideoLLaMA 3 leaves repeated patches out: fewer tokens of a frame mean filler, and a frame without any its predecessor's score."""
+    """VideoLLaMA 3 leaves repeated patches out: fewer tokens of a frame mean filler, and a frame without any its
+    predecessor's score."""
     tiny = shared("video_llama_3")
     frames = clip(6, seed=4)
     frames[2] = frames[1]  # a repeated frame
@@ -253,7 +255,8 @@ def test_asking_while_generating_changes_nothing_but_the_choice(family: str) -> 
 
 
 def test_asking_is_not_taken_for_the_prefill() -> None:
-    """Who watches the language model's hooks, as the profile does, sees one call per new token, however the frames are scored."""
+    """Who watches the language model's hooks, as the profile does, sees one call per new token, however the frames are
+    scored."""
     from tokprune.profiling.stages import find_stages, watch
 
     tiny = shared("llava_next_video")

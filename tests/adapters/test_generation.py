@@ -153,7 +153,8 @@ def test_streamer_and_stopping_see_the_prompt_as_written() -> None:
 
 
 def test_placeholders_are_never_generated() -> None:
-    """What keeps the turns above honest: a random model that wrote a placeholder would break its next turn, natively too."""
+    """What keeps the turns above honest: a random model that wrote a placeholder would break its next turn, natively
+    too."""
     for family in QUICK:
         model = prompt(family).tiny.model
         assert placeholder_ids(model.config) <= set(model.generation_config.suppress_tokens)

@@ -70,7 +70,8 @@ def test_text_turn_on_a_kept_cache(family: str, batch: int) -> None:
                     assert torch.equal(model.generate(**call, max_new_tokens=5, **with_cache(kept_copy)), whole)
 
 
-# Not Qwen: transformers wants the grids of all pictures but the pixels of the new one only. Not OneVision: a picture's tiling
+# Not Qwen: transformers wants the grids of all pictures but the pixels of the new one only. Not OneVision: a picture's
+# tiling
 # depends on how many there are. Not Molmo 2: its pictures attend to each other across turns when they come in one go.
 NEW_IMAGE = ["llava", "llava_next", "internvl", "vipllava", "gemma3", "idefics3", "mistral3"]
 

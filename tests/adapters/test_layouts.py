@@ -1,4 +1,5 @@
-"""Layouts against the models themselves: what a layout says about a token must be what the encoder did with the picture."""
+"""Layouts against the models themselves: what a layout says about a token must be what the encoder did with the
+picture."""
 
 from __future__ import annotations
 
@@ -111,7 +112,8 @@ def silenced(family: str) -> TinyVLM:
 @pytest.mark.parametrize("place", [(0.28, 0.2), (0.6, 0.8)])
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "fast_vlm"])
 def test_a_painted_spot_changes_the_token_the_layout_names(family: str, place: tuple[float, float]) -> None:
-    """Features and signals both: the token that changes lies where the picture changed, in thumbnail and tiles alike."""
+    """Features and signals both: the token that changes lies where the picture changed, in thumbnail and tiles
+    alike."""
     vlm = silenced(family)
     crops = family in ("llava", "vipllava")  # their processors cut the middle out
     before = [picture(64, 64, 1)] if crops else media(family, "image")

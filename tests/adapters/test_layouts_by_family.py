@@ -46,7 +46,8 @@ def test_anyres_tokens_are_the_patches_the_layout_names(family: str, size: tuple
 
 
 def test_onevision_shrinks_large_canvases() -> None:
-    """Above the anyres_max limit the canvas is resized: fewer tokens than patches, each at the patch that holds its point."""
+    """Above the anyres_max limit the canvas is resized: fewer tokens than patches, each at the patch that holds its
+    point."""
     options = {"vision_aspect_ratio": "anyres_max_1"}
     encoded = encode(tiny("llava_onevision"), prompts([picture(64, 64)], "image"), **options)
     (stream,) = encoded.layouts(runs=None)
@@ -72,7 +73,8 @@ def test_onevision_leaves_several_images_untiled_and_ends_videos_with_one_newlin
 
 
 def test_llava_keeps_cls_apart_when_the_model_hands_it_on() -> None:
-    """With the strategy "full" [CLS] reaches the LLM: no candidate, kept with its image, and no patch is shifted by it."""
+    """With the strategy "full" [CLS] reaches the LLM: no candidate, kept with its image, and no patch is shifted by
+    it."""
     vlm = tiny("llava")
     inputs = vlm.inputs([["a", ("image", picture()), "b"]])
     base: Any = vlm.model.base_model

@@ -1,4 +1,5 @@
-"""A deleted model is freed at once, with all its weights; a failing apply changes nothing; remove finds the model it is meant for."""
+"""A deleted model is freed at once, with all its weights; a failing apply changes nothing; remove finds the model it is
+meant for."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from tests.adapters.shortened import NEW, RATIO, TOLERANCE, generate
 from tests.spelling import cache_in, with_cache
 from tokprune.testing import FAMILIES, picture
 
-# -- loops written by hand ----------------------------------------------------------------------------------------------------------
+# -- loops written by hand ---------------------------------------------------------------------------------------------
 
 
 def loop(case: Prompt, explicit: bool, steps: int) -> Iterator[Tensor]:

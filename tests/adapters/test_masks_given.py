@@ -1,5 +1,5 @@
-"""Masks of the caller's own: four dimensions, dicts, hidden pictures. Right is the plain model on the prompt shortened by hand,
-rows and columns of the mask cut by hand."""
+"""Masks of the caller's own: four dimensions, dicts, hidden pictures. Right is the plain model on the prompt shortened
+by hand, rows and columns of the mask cut by hand."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_mask_of_four_dimensions_on_a_kept_cache(family: str) -> None:
     assert apart([logits[0]], [logits[1]]) < 1e-5
 
 
-# -- hidden pictures -------------------------------------------------------------------------------------------------------
+# -- hidden pictures ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", families(*QUICK))

@@ -31,10 +31,11 @@ from tokprune.tokens import Selection, VisualTokens
 
 
 def columns_of(case: Prompt, record: Any, features: Tensor) -> Tensor:
-    """(N,) prompt column of each of a stream's candidates, found again by comparing features with the unpruned prompt's.
+    """(N,) prompt column of each of a stream's candidates, found again by comparing features with the unpruned
+    prompt's.
 
-    A stream may order its candidates otherwise than the prompt does (thumbnail first). Models may scale features on the way
-    to the embedding, and Molmo 2 adds them to the placeholder's.
+    A stream may order its candidates otherwise than the prompt does (thumbnail first). Models may scale features on the
+    way to the embedding, and Molmo 2 adds them to the placeholder's.
     """
     native = case.generate
     columns = record.columns[~newlines(case.tiny, native)[record.row, record.columns]]

@@ -1,4 +1,5 @@
-"""Prompts of whole videos for every family: what the processor is given, and that it is what the family's own way gives."""
+"""Prompts of whole videos for every family: what the processor is given, and that it is what the family's own way
+gives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What a question needs beside its words: a tokenizer, found beside the model or asked for; and a second VLM that judges frames."""
+"""What a question needs beside its words: a tokenizer, found beside the model or asked for; and a second VLM that
+judges frames."""
 
 from __future__ import annotations
 

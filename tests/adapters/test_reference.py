@@ -42,7 +42,7 @@ def matrix() -> Iterator[Any]:
             yield slow_unless(kind == "image" or positions == "keep", family, kind, "random", positions)
 
 
-# -- the reference itself --------------------------------------------------------------------------------------------------
+# -- the reference itself ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_reference_tells_right_from_wrong(family: str) -> None:
     assert apart(got.steps[:, 0], case.unpruned.steps[:, 0]) > blind, "pruning must show"
 
 
-# -- pruned models against brute force -------------------------------------------------------------------------------------
+# -- pruned models against brute force ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("family", "kind", "method", "positions"), matrix())

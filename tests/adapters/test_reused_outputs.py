@@ -1,4 +1,5 @@
-"""Encoder outputs made once and used for several questions: every use keeps what the same picture keeps with its pixels."""
+"""Encoder outputs made once and used for several questions: every use keeps what the same picture keeps with its
+pixels."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A later turn's picture on a cache that a pruned prefill made, against the whole conversation by brute force.
 
-The second picture may keep all its tokens, or some: either way the cache's columns and keys differ, and the turn has to be
-translated.
+The second picture may keep all its tokens, or some: either way the cache's columns and keys differ, and the turn has to
+be translated.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ SECOND: dict[str, dict[str, Any]] = {
 }
 
 
-# Their prompts are read both ways from end to end, so that a turn in two steps is another thing than in one, natively too.
+# Their prompts are read both ways from end to end, so that a turn in two steps is another thing than in one, natively
+# too.
 ONE_GO = ("paligemma", "molmo2")
 
 

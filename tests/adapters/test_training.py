@@ -19,11 +19,12 @@ from tests.adapters.reference import (
 from tests.adapters.shortened import RATIO, TOLERANCE, encoder_rows, shorten, type_names
 from tokprune.testing import build
 
-# -- training -------------------------------------------------------------------------------------------------------------------------
+# -- training ----------------------------------------------------------------------------------------------------------
 
 
 def labels_of(case: Prompt) -> Tensor:
-    """Every text token is a target; pictures and padding are not, nor a first token, which only padding could foretell."""
+    """Every text token is a target; pictures and padding are not, nor a first token, which only padding could
+    foretell."""
     first = torch.nn.functional.pad(case.real, (1, 0))[:, :-1] < case.real
     return case.inputs["input_ids"].masked_fill(case.visual | ~case.real | first, -100)
 

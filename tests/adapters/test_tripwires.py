@@ -242,7 +242,8 @@ def test_a_cache_that_no_pruning_reads_raises(family: str, monkeypatch: pytest.M
 @pytest.mark.parametrize("family", QUICK)
 @torch.no_grad()
 def test_a_prompt_that_was_not_finished_is_not_answered(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A loop by hand: the hook behind the model is left out; the cache that came back is refused, an emptied one is not."""
+    """A loop by hand: the hook behind the model is left out; the cache that came back is refused, an emptied one is
+    not."""
     case = prompt(family)
     model = case.tiny.model
     with tokprune.apply(model, "random", ratio=0.3):

@@ -1,4 +1,5 @@
-"""A model is unharmed by pruning: bit for bit when all is kept or pruning was removed, after errors, and in what is not pruned."""
+"""A model is unharmed by pruning: bit for bit when all is kept or pruning was removed, after errors, and in what is not
+pruned."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ from tests.adapters.reference import (
 from tests.spelling import with_cache
 from tokprune.testing import FAMILIES, build, picture
 
-# -- the model unharmed ------------------------------------------------------------------------------------------------------
+# -- the model unharmed ------------------------------------------------------------------------------------------------
 
 
 def traces(model: torch.nn.Module) -> dict[str, tuple[Any, ...]]:
@@ -157,7 +158,7 @@ def test_exception_inside_generate_leaves_the_model_clean(family: str, place: st
     assert same(run(case.tiny, case.inputs), case.unpruned)
 
 
-# -- one result, however it is computed --------------------------------------------------------------------------------------
+# -- one result, however it is computed --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", [slow_unless(f in QUICK, f) for f in MAIN])

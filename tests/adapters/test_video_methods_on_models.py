@@ -1,7 +1,8 @@
-"""The video methods in real models, end to end: several videos, videos and pictures, against a reference of their own decisions.
+"""The video methods in real models, end to end: several videos, videos and pictures, against a reference of their own
+decisions.
 
-What a method decides is tested beside it; here its decision, merges included, is worked out by hand on what the unpruned model's
-language model saw, and must give the pruned model's logits at the prompt and in every decode step.
+What a method decides is tested beside it; here its decision, merges included, is worked out by hand on what the
+unpruned model's language model saw, and must give the pruned model's logits at the prompt and in every decode step.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from tokprune.testing import Part, clip, picture
 METHODS = [n for n in list_methods("connector") if method_class(n).info.video]
 RATIO = 0.4
 
-# A family of each kind of video: frames as features, with time in M-RoPE, as pictures between words, and with DeepStack.
+# A family of each kind of video: frames as features, with time in M-RoPE, as pictures between words, and with
+# DeepStack.
 QUICK = ("llava_next_video", "qwen2_5_vl", "internvl", "qwen3_vl")
 # Methods of each kind: picked from all frames, merged over time by target, merged by dense rows.
 KINDS = ("vidcom2", "holitom", "fastvid")
@@ -136,7 +138,8 @@ def test_a_clip_is_pruned_as_alone(family: str) -> None:
 
 
 def test_samples_of_the_reference_are_clips() -> None:
-    """The shared samples are watched elsewhere with methods that look at single tokens; here they must be streams of frames."""
+    """The shared samples are watched elsewhere with methods that look at single tokens; here they must be streams of
+    frames."""
     case = prompt("llava_onevision", "video")
     with tokprune.apply(case.tiny.model, "evs", ratio=RATIO) as pruning:
         case.tiny.model.generate(**case.inputs, max_new_tokens=1)

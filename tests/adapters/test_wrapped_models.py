@@ -20,7 +20,7 @@ from tests.adapters.shortened import RATIO, TOLERANCE
 from tests.adapters.test_training import gradients
 from tokprune.testing import TinyVLM, build
 
-# -- copies and wrappers --------------------------------------------------------------------------------------------------------------
+# -- copies and wrappers -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", QUICK)

@@ -1,4 +1,5 @@
-"""Every connector method in real models: exact budgets, exact references for merges, and rows that ignore their neighbours."""
+"""Every connector method in real models: exact budgets, exact references for merges, and rows that ignore their
+neighbours."""
 
 from __future__ import annotations
 
@@ -98,7 +99,8 @@ def test_merged_tokens_are_what_the_language_model_sees(family, name):
 
 
 def rows_of(stream):
-    """Encoder row of each candidate; single-group streams are in row order, InternVL's thumbnail comes last in the encoder."""
+    """Encoder row of each candidate; single-group streams are in row order, InternVL's thumbnail comes last in the
+    encoder."""
     layout = stream.layout
     if layout.kind == "tiles" and layout.thumbnail:
         first = layout.group_sizes[0]

@@ -1,4 +1,5 @@
-"""The published formulations that benchmarks/methods.py races against: right by the golden vectors, and equal to ours."""
+"""The published formulations that benchmarks/methods.py races against: right by the golden vectors, and equal to
+ours."""
 
 from __future__ import annotations
 

@@ -105,7 +105,8 @@ def test_every_video_method_is_in_the_catalogue(scripts: Any) -> None:
 
 
 def test_what_is_remembered_changes_nothing(scripts: Any) -> None:
-    """Remembered features and scorer embeddings give the answers and counts of a fresh run; watched towers are run anew."""
+    """Remembered features and scorer embeddings give the answers and counts of a fresh run; watched towers are run
+    anew."""
     cells = scripts["clip_cells"]
     examples = cells.packaged_clips()[:2]
     if not examples:

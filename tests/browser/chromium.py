@@ -1,4 +1,5 @@
-"""A headless Chromium driven over its debugging pipe: enough to open a page, ask it things, click and take screenshots."""
+"""A headless Chromium driven over its debugging pipe: enough to open a page, ask it things, click and take
+screenshots."""
 
 from __future__ import annotations
 
@@ -136,7 +137,8 @@ class Browser:
     def click(self, selector: str, nth: int = 0) -> None:
         """A real mouse click in the middle of an element."""
         x, y = self.ask(
-            f"(() => {{ const e = document.querySelectorAll({json.dumps(selector)})[{nth}]; e.scrollIntoView({{block: 'center'}});"
+            f"(() => {{ const e = document.querySelectorAll({json.dumps(selector)})[{nth}]; e.scrollIntoView({{block: "
+            f"'center'}});"
             "const b = e.getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2]; })()"
         )
         for kind in ("mousePressed", "mouseReleased"):

@@ -124,7 +124,10 @@ def test_the_command_can_be_copied(browser: Browser, file: Path) -> None:
 def test_it_fits_a_phone(browser: Browser, file: Path) -> None:
     browser.open(file, 390, 844, phone=True)
     assert browser.ask("document.documentElement.scrollWidth") <= 390  # the page itself never scrolls sideways
-    wide = "[...document.querySelectorAll('.table .scroll')].map(s => [s.scrollWidth > s.clientWidth, s.clientWidth <= 390])"
+    wide = (
+        "[...document.querySelectorAll('.table .scroll')].map(s => [s.scrollWidth > s.clientWidth, s.clientWidth "
+        "<= 390])"
+    )
     assert browser.ask(wide)[1] == [True, True]  # the wide table scrolls inside its frame
     assert browser.ask("document.querySelector('img').getBoundingClientRect().width") <= 390
     shot = np.asarray(browser.screenshot(), dtype=int)

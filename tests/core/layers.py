@@ -1,4 +1,5 @@
-"""The layers of the package: what each may import, what it does import, and the table of CONTRIBUTING.md made from that."""
+"""The layers of the package: what each may import, what it does import, and the table of CONTRIBUTING.md made from
+that."""
 
 from __future__ import annotations
 

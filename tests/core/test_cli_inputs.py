@@ -1,4 +1,5 @@
-"""What users really give: photos on their side, URLs, devices by other names, names that nobody has, a full disk, a pipe."""
+"""What users really give: photos on their side, URLs, devices by other names, names that nobody has, a full disk, a
+pipe."""
 
 from __future__ import annotations
 
@@ -35,10 +36,34 @@ def sideways(tmp_path_factory) -> Path:
 COMMANDS = {
     "run": ["run", "--question", QUESTION, "--json", "{out}/x.json", "--image"],
     "show": ["show", "--methods", "divprune", "--question", QUESTION, "-o", "{out}/x.png", "--image"],
-    "demo": ["demo", "--methods", "divprune", "--ratios", "0.1", "--question", QUESTION, "--overlays", "{out}", "--image"],
+    "demo": [
+        "demo",
+        "--methods",
+        "divprune",
+        "--ratios",
+        "0.1",
+        "--question",
+        QUESTION,
+        "--overlays",
+        "{out}",
+        "--image",
+    ],
     "heatmap": ["heatmap", "--signals", "cls_attention", "-o", "{out}/x.png", "--image"],
-    "profile": ["profile", "--methods", "divprune", "--ratios", "0.5", "--repeats", "1", "--new-tokens", "2", "--plots", "{out}", "--image"],
-}  # fmt: skip
+    "profile": [
+        "profile",
+        "--methods",
+        "divprune",
+        "--ratios",
+        "0.5",
+        "--repeats",
+        "1",
+        "--new-tokens",
+        "2",
+        "--plots",
+        "{out}",
+        "--image",
+    ],
+}
 
 
 @pytest.mark.parametrize("name", COMMANDS)

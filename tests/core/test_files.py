@@ -1,4 +1,5 @@
-"""Pictures are read upright, in their true grey levels, or refused with a way out; what cannot be written ends in a sentence."""
+"""Pictures are read upright, in their true grey levels, or refused with a way out; what cannot be written ends in a
+sentence."""
 
 from __future__ import annotations
 

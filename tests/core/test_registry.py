@@ -198,7 +198,8 @@ def test_presets_are_options_of_their_method() -> None:
 
 
 def test_a_published_method_says_what_it_was_checked_against() -> None:
-    """A paper has a row: the official code and what agrees, or, where none was found, what the method follows instead."""
+    """A paper has a row: the official code and what agrees, or, where none was found, what the method follows
+    instead."""
     classes = [method_class(name) for name in list_methods()]
     infos = [cls.info for cls in classes if cls.__module__.startswith("tokprune.")]  # not those of other tests
     papers = [info for info in infos if info.year is not None and not info.wrapper]

@@ -1,4 +1,5 @@
-"""Gradient checkpointing under every method: the same gradients, or a refusal; never gradients that are missing without a word."""
+"""Gradient checkpointing under every method: the same gradients, or a refusal; never gradients that are missing without
+a word."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""EViT's and ATS's arithmetic against the published functions; their blocks as whole models are in test_golden_models.py."""
+"""EViT's and ATS's arithmetic against the published functions; their blocks as whole models are in
+test_golden_models.py."""
 
 from __future__ import annotations
 

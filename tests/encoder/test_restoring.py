@@ -175,7 +175,8 @@ def test_vlm_towers_give_all_tokens_and_do_not_mix_images(family: str, method: A
 
 @torch.no_grad()
 def test_ipcv_in_a_packed_tower_equals_a_written_out_forward() -> None:
-    """Units of four tokens leave behind the first block; the rest attends within its image; DeepStack sees rebuilt rows."""
+    """Units of four tokens leave behind the first block; the rest attends within its image; DeepStack sees rebuilt
+    rows."""
     tiny = build("qwen3_vl")
     inputs = two_images(tiny)
     tower = tiny.model.base_model.visual
@@ -365,7 +366,7 @@ def test_gradients_flow_through_the_detour(method: Any) -> None:
     assert all(g > 0 and g.isfinite() for g in every)
 
 
-# -- DToP ----------------------------------------------------------------------------------------------------------------
+# -- DToP --------------------------------------------------------------------------------------------------------------
 
 
 def test_decided_tokens_stop_but_for_the_surest_of_each_class() -> None:

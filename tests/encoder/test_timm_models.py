@@ -1,4 +1,5 @@
-"""timm's own kinds of models and what its users do with them: unchanged at r=0, reduced at r=4, or a refusal with the reason."""
+"""timm's own kinds of models and what its users do with them: unchanged at r=0, reduced at r=4, or a refusal with the
+reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The splice on every kind of tower: nothing merged changes nothing, removal leaves no trace, merging equals a written-out forward."""
+"""The splice on every kind of tower: nothing merged changes nothing, removal leaves no trace, merging equals a
+written-out forward."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Encoder-stage methods inside VLMs: the tower's output still fits the connector and equals a dense forward without hooks."""
+"""Encoder-stage methods inside VLMs: the tower's output still fits the connector and equals a dense forward without
+hooks."""
 
 from __future__ import annotations
 
@@ -163,8 +164,8 @@ def dense_qwen(
 ) -> tuple[Tensor, list[Tensor]]:
     """Rows (S, C) that leave each block under ToMe of units, at full length; attention by a mask over all pairs.
 
-    calls: what each block was given without any pruning. frames: units of each frame, in order. looks: gets, per block, its
-    attention (H, S, S), keys (S, H, hd), the frame of each token, and the row (unit) of every original unit.
+    calls: what each block was given without any pruning. frames: units of each frame, in order. looks: gets, per block,
+    its attention (H, S, S), keys (S, H, hd), the frame of each token, and the row (unit) of every original unit.
     """
 
     def segments(cu: Tensor) -> Tensor:
@@ -218,7 +219,8 @@ def dense_qwen(
 @pytest.mark.parametrize("what", ["images", "clip"])
 @torch.no_grad()
 def test_packed_towers_equal_a_dense_forward(family: str, what: str) -> None:
-    """Images of different sizes in one call, or a clip: windows, frames, DeepStack and the merger see the right rows."""
+    """Images of different sizes in one call, or a clip: windows, frames, DeepStack and the merger see the right
+    rows."""
     tiny = build(family)
     if what == "images":
         inputs, modality = two_images(tiny), "image"
@@ -267,7 +269,8 @@ def test_an_image_does_not_depend_on_its_neighbours(family: str) -> None:
 
 @torch.no_grad()
 def test_flash_kernels_get_borders_of_the_rows_that_are_left() -> None:
-    """The packed borders that a block receives add up to its rows, with the longest segment beside them where it was given."""
+    """The packed borders that a block receives add up to its rows, with the longest segment beside them where it was
+    given."""
     tiny = build("qwen2_5_vl")
     calls: list[dict[str, Any]] = []
     with apply_encoder(tiny.model, "tome", ratio=0.3):
@@ -307,7 +310,8 @@ def test_padded_batches_are_refused() -> None:
 @pytest.mark.parametrize("family", ["llava", "internvl", "qwen2_vl", "qwen2_5_vl"])
 @torch.no_grad()
 def test_merge_maps_lie_on_the_grid(family: str) -> None:
-    """Cells of a group carry the same feature at their places on the grid, also where the tower reorders them by windows."""
+    """Cells of a group carry the same feature at their places on the grid, also where the tower reorders them by
+    windows."""
     tiny = build(family)
     with apply_encoder(tiny.model, "tome", ratio=0.3) as pruning:
         features = encode(tiny, two_images(tiny))

@@ -1,4 +1,5 @@
-"""Small tasks that the tests of the plug-in write: pictures of drawn scenes, rows, and the YAML that lmms-eval reads."""
+"""Small tasks that the tests of the plug-in write: pictures of drawn scenes, rows, and the YAML that lmms-eval
+reads."""
 
 from __future__ import annotations
 

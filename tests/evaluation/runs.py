@@ -1,4 +1,5 @@
-"""A stand-in for lmms-eval in the tests of the sweep: answers follow from the cell alone, so that any order gives the same."""
+"""A stand-in for lmms-eval in the tests of the sweep: answers follow from the cell alone, so that any order gives the
+same."""
 
 from __future__ import annotations
 

@@ -205,7 +205,8 @@ def test_killed_on_the_demo_and_started_again(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_find_the_same(tmp_path):
-    """torchrun with two gloo processes: the cells of one process, question by question, also where one rank has fewer."""
+    """torchrun with two gloo processes: the cells of one process, question by question, also where one rank has
+    fewer."""
     pytest.importorskip("lmms_eval")
     words = ["--methods", "none,divprune", "--ratios", "0.1", "--limit", "7"]
     environment = {**ONE_THREAD, "ACCELERATE_USE_CPU": "true"}

@@ -41,7 +41,8 @@ def pope_question(example: Any) -> str:
 
 
 def write_pope(folder: Path) -> list[Any]:
-    """test-*.parquet with the columns of lmms-lab/POPE; half of the questions about drawn scenes have the answer yes."""
+    """test-*.parquet with the columns of lmms-lab/POPE; half of the questions about drawn scenes have the answer
+    yes."""
     examples = [e for e in tokprune.demo.held_out(84, seed=6) if e.type == "exist"]
     rows = [
         {

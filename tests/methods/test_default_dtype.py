@@ -1,4 +1,5 @@
-"""People load models under torch.set_default_dtype(torch.bfloat16) or float64: every method decides as under float32."""
+"""People load models under torch.set_default_dtype(torch.bfloat16) or float64: every method decides as under
+float32."""
 
 from __future__ import annotations
 

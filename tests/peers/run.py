@@ -4,10 +4,10 @@
     python tests/peers/run.py --timm DIR --r 0,4
 
 DIR is a source checkout; its tests are run where they are and never copied. Of transformers it should be the installed
-version; what fails is run again without tokprune, so that a neighbour tells much, too. The source archive on the package
-index holds tests/test_*.py alone; to use it, add tests/models, tests/generation and conftest.py of a checkout to the unpacked
-archive. timm's tests need nothing else. Exit code 1 when a test passes plainly and fails with tokprune, without a reason
-in expected.py.
+version; what fails is run again without tokprune, so that a neighbour tells much, too. The source archive on the
+package index holds tests/test_*.py alone; to use it, add tests/models, tests/generation and conftest.py of a checkout
+to the unpacked archive. timm's tests need nothing else. Exit code 1 when a test passes plainly and fails with tokprune,
+without a reason in expected.py.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def outcomes(folder: Path, tests: list[str], options: list[str]) -> dict[str, st
 
 
 def compare(what: str, folder: Path, tests: list[str], common: list[str], setting: list[str]) -> list[str]:
-    """Tests that fail with tokprune and pass without, printed with the counts; only the failed ones run a second time."""
+    """Tests that fail with tokprune and pass without, printed with the counts; only the failed ones run a second
+    time."""
     pruned = outcomes(folder, tests, [*common, *setting])
     failed = sorted(test for test, outcome in pruned.items() if outcome == "failed")
     plain = outcomes(folder, failed, common[:2]) if failed else {}

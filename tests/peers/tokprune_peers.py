@@ -1,7 +1,8 @@
 """A pytest plug-in that puts tokprune on every model which another project's tests build; for `tests/peers/run.py`.
 
-    PYTHONPATH=<this folder> pytest -p tokprune_peers --tokprune-ratio 0.5 tests/models/llava   # in a checkout of transformers
-    PYTHONPATH=<this folder> pytest -p tokprune_peers --tokprune-r 4 tests/test_models.py       # in one of timm
+    PYTHONPATH=<this folder> pytest -p tokprune_peers --tokprune-ratio 0.5 tests/models/llava   # in a checkout of
+    transformers PYTHONPATH=<this folder> pytest -p tokprune_peers --tokprune-r 4 tests/test_models.py       # in one of
+    timm
 
 Only the test process is changed: classes are wrapped as they are defined there, nothing of tokprune works that way.
 """

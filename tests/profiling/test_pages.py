@@ -62,7 +62,8 @@ def report() -> ProfileReport:
     known = preset("llava-1.5-7b")
     environment = {"torch": "2", "device_name": "a <made-up> device", "dtype": "bfloat16", "repeats": 3}
     return ProfileReport(
-        "llava <7b>", cells, 4, 1, environment, 7_000_000_000, 14 * 10**9, 10**9, {"hired 0.1": "out of memory on cuda"},
+        "llava <7b>", cells, 4, 1, environment, 7_000_000_000, 14 * 10**9, 10**9, {"hired 0.1": "out of memory on "
+        "cuda"},
         ("a note",), tuple(comparison(known.published, known.decoder)), "tokprune profile --model 'x y' --html r.html",
     )  # fmt: skip
 

@@ -1,4 +1,5 @@
-"""`tokprune profile`, `plan`, `plots` and `heatmap` as typed: refusals, arithmetic, and (slow) the embedded model in full."""
+"""`tokprune profile`, `plan`, `plots` and `heatmap` as typed: refusals, arithmetic, and (slow) the embedded model in
+full."""
 
 from __future__ import annotations
 

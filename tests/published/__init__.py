@@ -1,1 +1,2 @@
-"""Published procedures in full, where a method of the package does only a part of them or in another order: for tests and benchmarks."""
+"""Published procedures in full, where a method of the package does only a part of them or in another order: for tests
+and benchmarks."""

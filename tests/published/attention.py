@@ -1,4 +1,5 @@
-"""What one layer's q, k and v tell about each token: a row of the attention map in O(N C), not the O(H N²) of the whole map."""
+"""What one layer's q, k and v tell about each token: a row of the attention map in O(N C), not the O(H N²) of the whole
+map."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ def _heads(x: Tensor, heads: int) -> Tensor:
 def cls_logits(q: Tensor, k: Tensor, heads: int) -> Tensor:
     """Scaled scores of the first query ([CLS]) with all keys, before the softmax.
 
-    q, k: (..., S, C) outputs of the layer's projections, unscaled, [CLS] first. heads: 1 takes all channels as one head.
-    Returns (..., H, S) in float32.
+    q, k: (..., S, C) outputs of the layer's projections, unscaled, [CLS] first. heads: 1 takes all channels as one
+    head. Returns (..., H, S) in float32.
     """
     first, keys = _heads(q[..., :1, :], heads), _heads(k, heads)
     return (first @ keys.transpose(-1, -2))[..., 0, :] * keys.shape[-1] ** -0.5

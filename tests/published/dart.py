@@ -10,7 +10,8 @@ from tokprune.ops.numeric import wide
 
 
 def picks_per_pivot(image_tokens: int, pivots: int, reduction: float | None, max_tokens: int | None = None) -> int:
-    """How many tokens each pivot takes in the published code; max_tokens, when given, silently wins over `reduction`."""
+    """How many tokens each pivot takes in the published code; max_tokens, when given, silently wins over
+    `reduction`."""
     wanted = image_tokens * (1 - reduction) if max_tokens is None and reduction is not None else max_tokens or 0
     return int(wanted // pivots)
 
@@ -27,10 +28,10 @@ def dart_in_llm(
 ) -> Tensor:
     """The published selection inside the LLM: which image tokens of a sequence stay, as ascending absolute positions.
 
-    hidden: (S, D) normalised hidden states. keys: (H, S, hd) after the rotation; their L1 norm over heads and channels ranks
-    tokens. Pivots are the strongest image tokens and the strongest tokens after the image. visit: (P,) order of the visit;
-    the published code takes whatever order a Python set has, the default is image pivots, then text pivots, each by
-    descending norm. Kept: the image pivots and per_pivot tokens per pivot.
+    hidden: (S, D) normalised hidden states. keys: (H, S, hd) after the rotation; their L1 norm over heads and channels
+    ranks tokens. Pivots are the strongest image tokens and the strongest tokens after the image. visit: (P,) order of
+    the visit; the published code takes whatever order a Python set has, the default is image pivots, then text pivots,
+    each by descending norm. Kept: the image pivots and per_pivot tokens per pivot.
     """
     norms = wide(keys).abs().sum((0, 2))  # (S,)
     end = image_start + image_tokens

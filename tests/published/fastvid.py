@@ -30,8 +30,8 @@ def fastvid(
 ) -> tuple[Tensor, Tensor]:
     """The published code, for LLaVA-OneVision or ("video") for LLaVA-Video, which loses no remainder.
 
-    features: (T, N, C). attention: (T, N). frames: (T, D), one vector per frame. Returns kept positions (K,), ascending, and
-    their tokens (K, C).
+    features: (T, N, C). attention: (T, N). frames: (T, D), one vector per frame. Returns kept positions (K,),
+    ascending, and their tokens (K, C).
     """
     count, n, _ = features.shape
     x, per_frame = wide(features).flatten(0, 1), int(ratio * n)

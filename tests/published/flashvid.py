@@ -25,8 +25,8 @@ def flashvid(
 ) -> tuple[Tensor, Tensor]:
     """The published code. features: (T, N, C), attention: (T, N).
 
-    Returns positions (K,), ascending, and their tokens (K, C). In scenes of one frame a position may come twice: as the token that
-    stays, and as a cluster.
+    Returns positions (K,), ascending, and their tokens (K, C). In scenes of one frame a position may come twice: as the
+    token that stays, and as a cluster.
     """
     frames, n, _ = features.shape
     x = wide(features).flatten(0, 1)

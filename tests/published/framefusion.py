@@ -1,4 +1,5 @@
-"""FrameFusion as its authors run it: one call before the first layer of the LLM and one behind the attention of each."""
+"""FrameFusion as its authors run it: one call before the first layer of the LLM and one behind the attention of
+each."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ def framefusion_sparsity(done: Sequence[float], cost: float, layers: int = 28) -
 
 
 def framefusion_merge(hidden: Tensor, heads: Tensor) -> tuple[Tensor, Tensor]:
-    """The tokens that are left, each the mean of those that flow into it. heads: (L,) -> positions (K,), tokens (K, C)."""
+    """The tokens that are left, each the mean of those that flow into it. heads: (L,) -> positions (K,), tokens (K,
+    C)."""
     at = torch.arange(len(heads), device=heads.device)
     kept = (heads == at).nonzero()[:, 0]
     slot = torch.searchsorted(kept, heads)
@@ -60,9 +62,10 @@ def framefusion_step(
 ) -> tuple[Tensor, Tensor, Fusion]:
     """One call of the published procedure: before the first layer of the LLM, and behind the attention of each.
 
-    hidden: (L, C), patch: (L,). attention: (L,) mean over heads and queries of what each token receives; read by the one call
-    that prunes. While it merges: the tokens of at least `threshold`, or, when these are more than have to go, the most similar ones as
-    many as that, and all is over. Merging ends when less than the share `least` is above. The call after that prunes.
+    hidden: (L, C), patch: (L,). attention: (L,) mean over heads and queries of what each token receives; read by the
+    one call that prunes. While it merges: the tokens of at least `threshold`, or, when these are more than have to go,
+    the most similar ones as many as that, and all is over. Merging ends when less than the share `least` is above. The
+    call after that prunes.
 
     Returns the positions that are left (K,), their tokens (K, C) and the new state.
     """

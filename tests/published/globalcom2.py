@@ -10,7 +10,8 @@ from tokprune.methods.connector.globalcom2 import crop_scales
 
 
 def unpadded(canvas: tuple[int, int], size: tuple[int, int]) -> tuple[slice, slice]:
-    """Rows and columns of a canvas that show the picture, not the padding around it. size: (width, height) of the picture."""
+    """Rows and columns of a canvas that show the picture, not the padding around it. size: (width, height) of the
+    picture."""
     height, width = canvas
     if size[0] / size[1] > width / height:
         pad = (height - int(size[1] * (width / size[0]))) // 2
@@ -31,10 +32,11 @@ def globalcom2_published(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What the published code keeps of one tiled image on square grids.
 
-    thumbnail: (N,) and crops: (T, N) scores. features: (T, N, D) of the crops. tiles: (down, across). size: (width, height) of
-    the picture. newline: (D,). Returns the scales (T,), the thumbnail's kept tokens, best first, and the crops' tokens in
-    raster order of the canvas with a newline after every canvas row, padded ones too, rounded to float16. In a padded crop
-    that order numbers the unpadded tokens alone, so they lie further up and left than in the picture (a defect of the code).
+    thumbnail: (N,) and crops: (T, N) scores. features: (T, N, D) of the crops. tiles: (down, across). size: (width,
+    height) of the picture. newline: (D,). Returns the scales (T,), the thumbnail's kept tokens, best first, and the
+    crops' tokens in raster order of the canvas with a newline after every canvas row, padded ones too, rounded to
+    float16. In a padded crop that order numbers the unpadded tokens alone, so they lie further up and left than in the
+    picture (a defect of the code).
     Counts follow from values: the host waits for them.
     """
     down, across = tiles

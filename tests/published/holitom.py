@@ -23,8 +23,8 @@ def holitom(
 ) -> tuple[Tensor, Tensor, list[int], float]:
     """The published outer stage without its contextual share (D = 0). features: (T, N, C), attention: (T, N).
 
-    Returns the merged tokens (K, C), scene by scene the still ones, then each frame's; the position of each in the video;
-    the scenes' lengths; the ratio applied within them.
+    Returns the merged tokens (K, C), scene by scene the still ones, then each frame's; the position of each in the
+    video; the scenes' lengths; the ratio applied within them.
     """
     frames, n, _ = features.shape
     x = wide(features).flatten(0, 1)

@@ -19,7 +19,8 @@ def mmtok(
     vision_temperature: float = 0.2,
     exclude: Tensor | None = None,
 ) -> Tensor:
-    """Greedy maximum coverage of words and visual tokens. Shapes as in `coverage_rows` -> (keep,) in the order of choice.
+    """Greedy maximum coverage of words and visual tokens. Shapes as in `coverage_rows` -> (keep,) in the order of
+    choice.
 
     exclude: indices of tokens (padding) that are picked only when no other is left.
     """

@@ -16,8 +16,8 @@ def spatial_step(n: int, count: int) -> int:
 def prumerge_plus_order(attention: Tensor, count: int, step: int) -> Tensor:
     """What the published code keeps of one image, at the count that the image chose.
 
-    attention: (N,). The `count` best, best first, then every step-th token up to but without the last one, ascending, as far
-    as not among the best. Returns (K,); the host waits for K.
+    attention: (N,). The `count` best, best first, then every step-th token up to but without the last one, ascending,
+    as far as not among the best. Returns (K,); the host waits for K.
     """
     n = attention.shape[0]
     top = best(attention[None], count)[0]

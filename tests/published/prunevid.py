@@ -18,8 +18,8 @@ def prunevid(
 ) -> tuple[Tensor, Tensor, Tensor, list[int]]:
     """The published first stage. features: (T, N, C).
 
-    Returns the merged tokens (K, C) in the published order (scene by scene the still ones, then each frame's; clusters by
-    score, best first), how many each scene has of the still and of the moving ones, and the scenes' lengths.
+    Returns the merged tokens (K, C) in the published order (scene by scene the still ones, then each frame's; clusters
+    by score, best first), how many each scene has of the still and of the moving ones, and the scenes' lengths.
     """
     frames, n, _ = features.shape
     x = wide(features).flatten(0, 1)
@@ -30,7 +30,8 @@ def prunevid(
     counts = prunevid_counts(groups, cluster_ratio)
     into, weight, score = prunevid_clusters(x, groups, counts)
     target, much = groups.flow(into, weight)
-    # Tokens in the order in which they leave: pool after pool, clusters by score where there are clusters, else in place.
+    # Tokens in the order in which they leave: pool after pool, clusters by score where there are clusters, else in
+    # place.
     cell = torch.arange(n, device=x.device)
     rank = torch.where((counts < groups.sizes)[:, None], -score, cell.to(score))[groups.order]
     centre = (into == cell)[groups.order]
@@ -43,9 +44,11 @@ def prunevid(
 
 
 def prunevid_second_stage(attention: Tensor, groups: Sequence[int], alpha: float = 0.4) -> Tensor:
-    """Which of the merged tokens the LLM goes on with: int(alpha n) of each group, by the question's attention (section 3.3).
+    """Which of the merged tokens the LLM goes on with: int(alpha n) of each group, by the question's attention (section
+    3.3).
 
-    attention: (heads, text, K) of one layer, from the words behind the video to the video. groups: sizes of the runs of tokens
+    attention: (heads, text, K) of one layer, from the words behind the video to the video. groups: sizes of the runs of
+    tokens
     that compete, in order: each scene's still ones and each frame's. Returns ascending indices.
     """
     kept, begin = [], 0

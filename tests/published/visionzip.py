@@ -14,8 +14,9 @@ def visionzip(
 ) -> tuple[Tensor, Tensor]:
     """The published token set before the projector: [CLS], dominant patches in raster order, context tokens.
 
-    attention: (B, H, N) [CLS] rows. hidden: (B, N + 1, C) and metric: (B, N + 1, d) head-mean keys, [CLS] first. dominant
-    counts [CLS]. Returns tokens (B, dominant + contextual, C) and the kept indices (B, dominant) with [CLS] = 0, best first.
+    attention: (B, H, N) [CLS] rows. hidden: (B, N + 1, C) and metric: (B, N + 1, d) head-mean keys, [CLS] first.
+    dominant counts [CLS]. Returns tokens (B, dominant + contextual, C) and the kept indices (B, dominant) with [CLS] =
+    0, best first.
     """
     patches = hidden[:, 1:]
     best, targets, into, weight = visionzip_plan(
@@ -30,10 +31,11 @@ def visionzip(
 
 
 def visionzip_canvas(tokens: Tensor, kept: Tensor, tiles: tuple[int, int], side: int = 24) -> Tensor:
-    """The published order of a tiled image: patches of all tiles in raster order of the canvas, all [CLS], all context tokens.
+    """The published order of a tiled image: patches of all tiles in raster order of the canvas, all [CLS], all context
+    tokens.
 
-    tokens: (T, P, D), per tile as `visionzip` returns them. kept: (T, K) with [CLS] = 0. tiles: across, down. side: of a tile's
-    grid. Returns (T * P, D).
+    tokens: (T, P, D), per tile as `visionzip` returns them. kept: (T, K) with [CLS] = 0. tiles: across, down. side: of
+    a tile's grid. Returns (T * P, D).
     """
     across, _ = tiles
     k = kept.shape[1]

@@ -15,7 +15,8 @@ def vscan_published(
 ) -> tuple[Tensor, Tensor]:
     """What the published code feeds to the LLM; fewer tokens than `keep` where it rounds the windows' shares down.
 
-    features: (B, N, D) projected, N a full grid. shallow, deep: (B, N). Returns kept indices (B, K) and tokens (B, K, D).
+    features: (B, N, D) projected, N a full grid. shallow, deep: (B, N). Returns kept indices (B, K) and tokens (B, K,
+    D).
     """
     cell = torch.arange(grid[0] * grid[1], device=features.device)
     window = window_of(cell // grid[1], cell % grid[1], grid, windows)

@@ -26,7 +26,8 @@ def test_every_check_holds(family: str) -> None:
 
 
 def broken(monkeypatch: pytest.MonkeyPatch, spoil: Any, only: Any) -> dict[str, Check]:
-    """The checks on a model whose language model is spoiled while it is pruned. only: for which calls, by their width."""
+    """The checks on a model whose language model is spoiled while it is pruned. only: for which calls, by their
+    width."""
     tiny = build("llava")
     real = tokprune.apply
 

@@ -1,4 +1,5 @@
-"""The comparison with official checkouts itself, on stand-ins for one: what agrees passes, what differs is said and fails."""
+"""The comparison with official checkouts itself, on stand-ins for one: what agrees passes, what differs is said and
+fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Painted patches, the real processors, and the claimed rectangles: the light must arrive in exactly the claimed cells."""
+"""Painted patches, the real processors, and the claimed rectangles: the light must arrive in exactly the claimed
+cells."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ def clip(**more: Any) -> Any:
 
 
 def tiles_of(name: str, features: Any) -> torch.Tensor:
-    """(tiles, H, W) brightness of all views that a processor made of one image, the thumbnail first as layouts count."""
+    """(tiles, H, W) brightness of all views that a processor made of one image, the thumbnail first as layouts
+    count."""
     pixels = torch.as_tensor(np.asarray(features["pixel_values"])).float()
     views = pixels.reshape(-1, *pixels.shape[-3:]).mean(1)
     last = name.startswith(("internvl", "smolvlm"))

@@ -1,4 +1,5 @@
-"""Processor, layout and geometry of every family agree: light in a token's rectangle changes that token's features most."""
+"""Processor, layout and geometry of every family agree: light in a token's rectangle changes that token's features
+most."""
 
 from __future__ import annotations
 
@@ -53,7 +54,8 @@ def seen_by(tiny: TinyVLM, image: np.ndarray) -> VisualTokens:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_token_at_a_rectangle_is_the_one_that_sees_it(family: str) -> None:
-    """Through processor, tower, projector, merge and shuffle: light in a rectangle changes that token's features most."""
+    """Through processor, tower, projector, merge and shuffle: light in a rectangle changes that token's features
+    most."""
     tiny = build(family)
     width, height = 90, 60
     rng = np.random.default_rng(0)

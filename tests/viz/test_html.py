@@ -1,4 +1,5 @@
-"""The report page without a browser: escaping, self-containment, cells and refusals. tests/browser opens it for real."""
+"""The report page without a browser: escaping, self-containment, cells and refusals. tests/browser opens it for
+real."""
 
 from __future__ import annotations
 

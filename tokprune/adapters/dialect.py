@@ -94,7 +94,8 @@ def _signature(function: Callable[..., Any]) -> inspect.Signature:
 
 
 def arguments_from(call: Mapping[str, Any], function: Callable[..., Any]) -> dict[str, Any]:
-    """What `function` names of the arguments in `call`, None where there is none; the KV cache by its own name for it."""
+    """What `function` names of the arguments in `call`, None where there is none; the KV cache by its own name for
+    it."""
     return {name: cache_in(call) if name in CACHE else call.get(name) for name in parameters(function)}
 
 

@@ -237,8 +237,8 @@ class _Row:
             kind, shown, wanted = missing
             raise UnsupportedModelError(
                 f"the prompt of {type(processor).__name__} shows {shown} of {wanted} {kind}s: it takes no more. Give "
-                "fewer "
-                f"{'frames or pictures' if kind == 'image' else 'clips'}, or take a model that reads more of them."
+                f"fewer {'frames or pictures' if kind == 'image' else 'clips'}, or take a model that reads more of "
+                f"them."
             )
         return text
 
@@ -254,7 +254,8 @@ class _Row:
         return None
 
     def _templated(self, processor: Processor) -> list[str]:
-        """What the chat templates at hand make of the messages: with parts, then with strings; none without a template."""
+        """What the chat templates at hand make of the messages: with parts, then with strings; none without a
+        template."""
         strings = [{"role": m["role"], "content": _flat(processor, m["content"])} for m in self.messages]
         out, refusal, tokenizer = [], None, tokenizer_of(processor)
         for source, messages in ((processor, self.messages), (processor, strings), (tokenizer, strings)):

@@ -1,4 +1,5 @@
-"""Longer sequences than a language model was trained on, without training: NTK-aware scaling of its rotary embedding."""
+"""Longer sequences than a language model was trained on, without training: NTK-aware scaling of its rotary
+embedding."""
 
 from __future__ import annotations
 

@@ -104,7 +104,8 @@ class AttentionReader:
 
 
 def no_scale() -> None:
-    """The parameter behind the MLP of a block that has none there; a function with a name, so that handles can be pickled."""
+    """The parameter behind the MLP of a block that has none there; a function with a name, so that handles can be
+    pickled."""
     return None
 
 

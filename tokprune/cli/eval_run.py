@@ -42,7 +42,8 @@ class Outputs:
     html: Path | None = None
 
     def check(self) -> None:
-        """Say now what would fail after hours of computing: packages that are missing, places that cannot be written."""
+        """Say now what would fail after hours of computing: packages that are missing, places that cannot be
+        written."""
         from importlib.util import find_spec
 
         if (self.plots or self.html) and find_spec("matplotlib") is None:
@@ -182,8 +183,8 @@ def check_options(cells: Sequence[Cell], settings: Settings) -> None:
     for name in settings.model_args:
         if name.startswith(OPTION) and name.removeprefix(OPTION).partition(".")[0] not in names:
             raise OptionError(
-                f"--model-args {name}=... belongs to no method of this sweep; write option.<method>.<field>, with a method "
-                f"of {', '.join(sorted(names))}."
+                f"--model-args {name}=... belongs to no method of this sweep; write option.<method>.<field>, with a "
+                f"method of {', '.join(sorted(names))}."
             )
 
 
@@ -221,8 +222,8 @@ def _print_failures(sweep: Sweep) -> None:
         )
     if sweep.failures:
         errors.print(
-            f"{len(sweep.failures)} of {len(sweep.failures) + len(sweep.results)} cells failed; mend what they name and add "
-            "--retry-failed to the same command"
+            f"{len(sweep.failures)} of {len(sweep.failures) + len(sweep.results)} cells failed; mend what they name "
+            f"and add --retry-failed to the same command"
         )
 
 

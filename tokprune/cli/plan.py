@@ -1,4 +1,5 @@
-"""`tokprune plan`: which ratio reaches a latency or memory target on a GPU, by roofline arithmetic or from a measured profile."""
+"""`tokprune plan`: which ratio reaches a latency or memory target on a GPU, by roofline arithmetic or from a measured
+profile."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ class Subject:
 
 
 def find_subject(preset_name: str | None, model: str | None, gpu: str | None, measured: Path | None) -> Subject:
-    """Model and device: of a preset, a model's config or a profile, on a data sheet or on the machine that was measured."""
+    """Model and device: of a preset, a model's config or a profile, on a data sheet or on the machine that was
+    measured."""
     from tokprune.profiling.devices import calibrate, device
     from tokprune.profiling.loaded import preset_of_folder, preset_of_report
     from tokprune.profiling.presets import preset

@@ -25,7 +25,8 @@ WIDTH = 120  # of tables that go into a file or a pipe
 
 @dataclass(frozen=True)
 class ProfileRequest:
-    """The options of `tokprune profile`. methods: names, each of one method or of several of different stages with "+"."""
+    """The options of `tokprune profile`. methods: names, each of one method or of several of different stages with
+    "+"."""
 
     model: str = "demo"
     preset: str | None = None
@@ -91,7 +92,8 @@ def profile(  # the options of the command
     plots: Annotated[Path | None, typer.Option(help="Save plots and pictures of the kept tokens here.")] = None,
     quiet: options.Quiet = False,
 ) -> None:
-    """Measure where the time goes and what pruning saves: stages, memory, FLOPs, beside the ideal and a smaller picture."""
+    """Measure where the time goes and what pruning saves: stages, memory, FLOPs, beside the ideal and a smaller
+    picture."""
     fields = dict(locals())  # each option is a field of the request
     fields["json"] = fields.pop("json_file")
     fields["methods"], fields["ratios"] = options.methods(methods), options.ratios(ratios)
@@ -137,8 +139,8 @@ def _check(request: ProfileRequest) -> None:
         raise OptionError("--random-weights needs a known model: --preset llava-1.5-7b --random-weights.")
     if request.preset is not None and not (request.flops_only or request.random_weights):
         raise OptionError(
-            f"--preset {request.preset} has no weights: add --flops-only (arithmetic, any machine) or --random-weights (builds "
-            "it for real time and memory)."
+            f"--preset {request.preset} has no weights: add --flops-only (arithmetic, any machine) or "
+            f"--random-weights (builds it for real time and memory)."
         )
     if request.flops_only and request.random_weights:
         raise OptionError("--flops-only counts without running, --random-weights runs; give one of them.")

@@ -1,4 +1,5 @@
-"""What `tokprune profile` measures: a model with its prompt, made from a picture, a clip or a wanted number of tokens."""
+"""What `tokprune profile` measures: a model with its prompt, made from a picture, a clip or a wanted number of
+tokens."""
 
 from __future__ import annotations
 
@@ -70,7 +71,8 @@ def _clip(path: Path, frames: int | None) -> Video:
 
 @dataclass(frozen=True)
 class Case:
-    """A preset with the picture size (height, width) or clip that it is request about. seen: its tower's FLOPs, where known."""
+    """A preset with the picture size (height, width) or clip that it is request about. seen: its tower's FLOPs, where
+    known."""
 
     preset: Preset
     size: tuple[int, int]
@@ -99,7 +101,8 @@ def config_case(request: ProfileRequest) -> Case:
 
 
 def preset_case(request: ProfileRequest) -> Case:
-    """The preset and size of a request: of its picture or clip, of the wanted number of tokens, or the preset's usual one."""
+    """The preset and size of a request: of its picture or clip, of the wanted number of tokens, or the preset's usual
+    one."""
     from tokprune.files import read_picture
     from tokprune.profiling.presets import preset
     from tokprune.profiling.resize import preset_size
@@ -140,8 +143,8 @@ def from_preset(request: ProfileRequest) -> Work:
             raise
         need = readable(known.parameters * dtype.itemsize)
         raise OptionError(
-            f"{known.name} needs {need} for its weights as {str(dtype).removeprefix('torch.')}, more than {place} has free; "
-            "take a smaller preset, or --flops-only."
+            f"{known.name} needs {need} for its weights as {str(dtype).removeprefix('torch.')}, more than {place} has "
+            f"free; take a smaller preset, or --flops-only."
         ) from error
 
     def inputs(size: tuple[int, int]) -> JsonObject:

@@ -168,8 +168,8 @@ def _check(
         raise OptionError("--frames, --fps, --start, --end and --select are about --video, and none is given.")
     if model == "demo" and video and image:
         raise OptionError(
-            "the embedded demo has one model for clips and one for pictures; give --video or --image, or a --model that "
-            "knows both."
+            "the embedded demo has one model for clips and one for pictures; give --video or --image, or a --model "
+            "that knows both."
         )
 
 
@@ -279,7 +279,8 @@ def _draw(
     if stream is None:
         kind = "video" if reads else "image"
         raise OptionError(
-            f"--strip: the model was given the {kind} in another form (frames as pictures), so there is no strip to draw."
+            f"--strip: the model was given the {kind} in another form (frames as pictures), so there is no strip to "
+            f"draw."
         )
     if reads:
         drawn = kept_on_clip(reads[0].video.frames, {question: [stream]}, processor)[0][1]

@@ -37,7 +37,8 @@ class Reading:
 
 @dataclass(frozen=True)
 class VideoRead:
-    """A video as read. seconds: for decoding; select_seconds: for scoring candidates. how: of the candidates, if there were any."""
+    """A video as read. seconds: for decoding; select_seconds: for scoring candidates. how: of the candidates, if there
+    were any."""
 
     video: Video
     seconds: float
@@ -65,8 +66,9 @@ class VideoRead:
         height, width = v.size
         spans = f"{v.timestamps[0]:.1f} to {v.timestamps[-1]:.1f} s" if len(v) else "no frames"
         text = (
-            f"{v.path.name}: {len(v)} of {v.total} frames ({spans} of {v.duration:.1f} s, {height}×{width}, {v.fps:.4g} fps), "
-            f"rule {self.how or v.rule}, {v.backend} ({v.reason}), {self.seconds:.2f} s"
+            f"{v.path.name}: {len(v)} of {v.total} frames ({spans} of {v.duration:.1f} "
+            f"s, {height}×{width}, {v.fps:.4g} fps), rule {self.how or v.rule}, {v.backend} "
+            f"({v.reason}), {self.seconds:.2f} s"
         )
         if self.select_seconds:
             text += f" and {self.select_seconds:.2f} s to choose"
@@ -132,8 +134,8 @@ def _selected(
     name, count = reading.select
     if scorer is None and name in (*SCORED, *FEATURED):
         raise OptionError(
-            f"--select {name} looks at the frames with a text-image scorer: add --scorer open_clip:ViT-B-32/laion2b_s34b_b79k, "
-            "or take uniform_frames or fps_frames."
+            f"--select {name} looks at the frames with a text-image scorer: add --scorer "
+            f"open_clip:ViT-B-32/laion2b_s34b_b79k, or take uniform_frames or fps_frames."
         )
     began = time.perf_counter()
     short = min(index.size)

@@ -88,7 +88,8 @@ def held_out_clips(
 ) -> list[ClipExample]:
     """A balanced list of questions about clips that the model was not trained on; writes the mp4 files to `folder`.
 
-    long: clips of 16 to 32 scenes with questions about the one that has a color or shape of its own, instead of 3 to 8 scenes.
+    long: clips of 16 to 32 scenes with questions about the one that has a color or shape of its own, instead of 3 to 8
+    scenes.
     """
     from . import clips
 

@@ -1,4 +1,5 @@
-"""A model as the demo asks it: questions about pictures or clips, with or without pruning, through processor and generate()."""
+"""A model as the demo asks it: questions about pictures or clips, with or without pruning, through processor and
+generate()."""
 
 from __future__ import annotations
 
@@ -122,7 +123,8 @@ class Asker:
         new_tokens: int | None = None,
         maps: bool = False,
     ) -> Answered:
-        """One answer about one picture or clip under one method, and what was kept. maps: of a picture, what was joined, too."""
+        """One answer about one picture or clip under one method, and what was kept. maps: of a picture, what was
+        joined, too."""
         from tokprune.viz.merge_map import stream_maps
 
         with self.pruned(method.split("+"), ratio) as pruning:

@@ -4,7 +4,8 @@
     needles = held_out_clips(40, folder="clips", long=True)    # 31 s, 16 to 32 scenes; read them with frames=32
     examples[0].path, examples[0].question, examples[0].answer
 
-Equal seeds give equal clips and equal questions. Every scene is on screen at one of `example.frames` evenly spread frames.
+Equal seeds give equal clips and equal questions. Every scene is on screen at one of `example.frames` evenly spread
+frames.
 """
 
 from __future__ import annotations
@@ -162,14 +163,15 @@ def held_out_clips(
 ) -> list[ClipExample]:
     """A balanced list of questions about clips that training never sees; their files are written to `folder`.
 
-    Every type gets the same number of questions (give or take one); no answer takes more than half of "exist" or a sixth
-    of "count". At most four questions share a clip. A file that is already there is not written again.
+    Every type gets the same number of questions (give or take one); no answer takes more than half of "exist" or a
+    sixth of "count". At most four questions share a clip. A file that is already there is not written again.
 
     Args:
         questions: how many.
         seed: which ones, 0 to 999.
         folder: made if it is not there; needs PyAV (`pip install 'tokprune[video]'`).
-        long: clips of 16 to 32 scenes, each question about one that has a color or a shape of its own, instead of 3 to 8.
+        long: clips of 16 to 32 scenes, each question about one that has a color or a shape of its own, instead of 3 to
+        8.
         types: the wanted types; by default all that suit the length.
     """
     types = types or (NEEDLE_TYPES if long else CLIP_QUESTION_TYPES)

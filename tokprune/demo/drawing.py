@@ -1,4 +1,5 @@
-"""Pixels of the demo scenes: textured background, clutter, and the objects with their characters (Pillow and NumPy only)."""
+"""Pixels of the demo scenes: textured background, clutter, and the objects with their characters (Pillow and NumPy
+only)."""
 
 from __future__ import annotations
 

@@ -55,8 +55,8 @@ def load_clip_model(
 class DemoScorer:
     """The demo VLM's open CLIP: texts and patches in one space, for methods that look at the question.
 
-    It shares the vision tower with the demo VLM, so patch n here is visual token n there. Texts are lower-cased; words that
-    the scorer has never seen are left out.
+    It shares the vision tower with the demo VLM, so patch n here is visual token n there. Texts are lower-cased; words
+    that the scorer has never seen are left out.
     """
 
     def __init__(self, clip: CLIPModel, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -118,6 +118,7 @@ def _existing(folder: str | Path | None, trainer: str = "train") -> Path:
     folder = WEIGHTS if folder is None else Path(folder)
     if not (folder / "model.safetensors").exists():
         raise FileNotFoundError(
-            f"no demo weights in {folder}; reinstall tokprune, or train them in a checkout: python -m tools.demo.{trainer} --out DIR"
+            f"no demo weights in {folder}; reinstall tokprune, or train them in a checkout: python -m "
+            f"tools.demo.{trainer} --out DIR"
         )
     return folder

@@ -22,7 +22,8 @@ OPTION = "option."
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a sweep. method: a name, or names of several stages joined by "+". ratio: share of visual tokens kept."""
+    """One run of a sweep. method: a name, or names of several stages joined by "+". ratio: share of visual tokens
+    kept."""
 
     task: str
     method: str
@@ -46,10 +47,10 @@ class Cell:
 class Settings:
     """What all cells of a sweep share and what may change an answer; two cells with different settings never mix.
 
-    limit: questions per task, None for all. frames: video frames per question, None for the model's own number. prompts:
-    whose wording of the questions, a model name of lmms-eval such as qwen3_vl; None for the tasks' default. model_args:
-    further arguments of the lmms-eval model `tokprune`, such as {"processor.max_pixels": 602112}; "option.hired.alpha" goes
-    to the method of that name.
+    limit: questions per task, None for all. frames: video frames per question, None for the model's own number.
+    prompts: whose wording of the questions, a model name of lmms-eval such as qwen3_vl; None for the tasks' default.
+    model_args: further arguments of the lmms-eval model `tokprune`, such as {"processor.max_pixels": 602112};
+    "option.hired.alpha" goes to the method of that name.
     """
 
     model: str
@@ -106,7 +107,8 @@ class CellResult:
     """What a cell found.
 
     metrics: the task's aggregated numbers; main: the one to show. higher_is_better: of main. versions: of the tasks.
-    costs: means that do not depend on the clock (visual tokens kept and total, FLOPs). timing: what does, such as ttft_ms and
+    costs: means that do not depend on the clock (visual tokens kept and total, FLOPs). timing: what does, such as
+    ttft_ms and
     seconds: kept apart, so that results.json of a repeated run is the same file.
     """
 

@@ -15,7 +15,8 @@ from tokprune.types import JsonObject
 
 @dataclass(frozen=True)
 class Comparison:
-    """Rows of the second run with the first as their base, the rows of the first beside them, and what found no partner."""
+    """Rows of the second run with the first as their base, the rows of the first beside them, and what found no
+    partner."""
 
     rows: list[Row]
     first: list[Row]

@@ -6,7 +6,8 @@ from tokprune.errors import TokpruneError
 
 
 class EvaluationError(TokpruneError, RuntimeError):
-    """A benchmark row that could not be asked or answered. task and doc_id name the row; doc_id is None for a whole task."""
+    """A benchmark row that could not be asked or answered. task and doc_id name the row; doc_id is None for a whole
+    task."""
 
     def __init__(self, message: str, task: str = "", doc_id: int | None = None) -> None:
         super().__init__(message)

@@ -19,8 +19,9 @@ Tick = Callable[[int, int], None]
 class Harness:
     """lmms-eval with one model and the tasks of a sweep; call it with a cell.
 
-    folders: more places with task YAMLs. log_of: where what is printed during a cell goes. tick: told (done, total) as a cell
-    goes on. Raises OptionError for tasks that do not exist and models that cannot be opened, before anything runs.
+    folders: more places with task YAMLs. log_of: where what is printed during a cell goes. tick: told (done, total) as
+    a cell goes on. Raises OptionError for tasks that do not exist and models that cannot be opened, before anything
+    runs.
     """
 
     def __init__(

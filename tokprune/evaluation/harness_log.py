@@ -10,10 +10,11 @@ from typing import TextIO
 
 
 class CellLog(io.TextIOBase):
-    """Stands in for stdout and stderr. What is written goes to the file of the cell in work; between cells it is dropped.
+    """Stands in for stdout and stderr. What is written goes to the file of the cell in work; between cells it is
+    dropped.
 
-    One object for the whole sweep, since loggers keep the stream they first saw. Lines of progress bars, which begin with a
-    carriage return, are left out.
+    One object for the whole sweep, since loggers keep the stream they first saw. Lines of progress bars, which begin
+    with a carriage return, are left out.
     """
 
     def __init__(self) -> None:

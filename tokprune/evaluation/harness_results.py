@@ -11,7 +11,8 @@ from tokprune.evaluation.lmms_meter import SampleRecord, averages
 from tokprune.evaluation.table import FLOPS, KEPT, TOTAL, TTFT
 from tokprune.types import Fields
 
-#: Fields of a per-question dict that hold its score, and pairs whose equality is the score, as lmms-eval's tasks name them.
+#: Fields of a per-question dict that hold its score, and pairs whose equality is the score, as lmms-eval's tasks name
+# them.
 SCORE_FIELDS = ("score", "correct", "is_correct", "accuracy", "acc", "exact_match")
 ANSWER_PAIRS = (
     ("pred_answer", "gt_answer"),
@@ -63,15 +64,16 @@ def main_metric(config: Fields, metrics: Mapping[str, float]) -> str:
         if name in metrics:
             return str(name)
     raise EvaluationError(
-        f"task {config.get('task')!r} gave no number: its metrics are {', '.join(map(str, listed)) or 'none'}. Tasks that only "
-        "write a file for a test server cannot be compared; choose their validation split."
+        f"task {config.get('task')!r} gave no number: its metrics are {', '.join(map(str, listed)) or 'none'}. Tasks "
+        f"that only write a file for a test server cannot be compared; choose their validation split."
     )
 
 
 def samples_of(
     samples: Mapping[str, Sequence[Fields]], metrics: Sequence[str], records: Sequence[SampleRecord]
 ) -> tuple[Sample, ...]:
-    """The questions of a cell in the order of tasks and rows; with several answer filters, as the first one reads them."""
+    """The questions of a cell in the order of tasks and rows; with several answer filters, as the first one reads
+    them."""
     costs = {(r.task, r.doc_id): r.to_dict() for r in records}
     out: dict[tuple[str, int], Sample] = {}
     for task in sorted(samples):

@@ -21,8 +21,8 @@ SUGGESTED = 5
 def task_manager(tasks: Sequence[str], folders: Sequence[str | Path] = (), prompts: str | None = None) -> TaskManager:
     """lmms-eval's TaskManager for these tasks; raises OptionError, with the nearest names, for one that is not there.
 
-    folders: more places with task YAMLs. prompts: whose wording of the questions, a model name of lmms-eval such as qwen3_vl.
-    lmms-eval's own index takes some eight seconds; it is read only if a task is not found without.
+    folders: more places with task YAMLs. prompts: whose wording of the questions, a model name of lmms-eval such as
+    qwen3_vl. lmms-eval's own index takes some eight seconds; it is read only if a task is not found without.
     """
     from lmms_eval.tasks import TaskManager
 

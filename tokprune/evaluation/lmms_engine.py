@@ -35,11 +35,12 @@ class Answer:
 
 
 def generation_options(generation_kwargs: Fields, longest: int | None) -> tuple[JsonObject, tuple[str, ...], list[str]]:
-    """A task's generation_kwargs as arguments of model.generate, its stop strings, and the names that mean nothing there.
+    """A task's generation_kwargs as arguments of model.generate, its stop strings, and the names that mean nothing
+    there.
 
     Greedy unless the task sets a temperature above 0. Stop strings are those that the task names: the blank line that
-    lmms-eval adds to tasks without any is not one, since it would cut answers that begin with reasoning. longest: in place
-    of the task's max_new_tokens.
+    lmms-eval adds to tasks without any is not one, since it would cut answers that begin with reasoning. longest: in
+    place of the task's max_new_tokens.
     """
     from transformers import GenerationConfig
 
@@ -129,7 +130,8 @@ class Engine:
 
     @torch.no_grad()
     def count_flops(self, prompt: Prompt, record: SampleRecord) -> SampleRecord:
-        """The record with the FLOPs of its answer, by asking once more; unchanged where torch cannot count this model."""
+        """The record with the FLOPs of its answer, by asking once more; unchanged where torch cannot count this
+        model."""
         if self._stages is None or not self._countable:
             return record
         inputs = inputs_of(self.model, self.processor, [prompt.chat])
@@ -144,7 +146,8 @@ class Engine:
 
     @torch.no_grad()
     def score(self, prompt: Prompt) -> tuple[float, bool, SampleRecord]:
-        """Mean negative log-likelihood of the target after the prompt, whether greedy decoding would give it, the cost."""
+        """Mean negative log-likelihood of the target after the prompt, whether greedy decoding would give it, the
+        cost."""
         inputs = inputs_of(self.model, self.processor, [prompt.chat])
         tail = self._target_ids(inputs["input_ids"][0], prompt.target or "")
         if not len(tail):
@@ -169,7 +172,8 @@ class Engine:
         return float(loss), greedy, record
 
     def _target_ids(self, prompt_ids: Tensor, target: str) -> Tensor:
-        """The target as the tokenizer would write it right after the prompt, with a space where the prompt ends in a word."""
+        """The target as the tokenizer would write it right after the prompt, with a space where the prompt ends in a
+        word."""
         tokenizer = tokenizer_of(self.processor)
         before = tokenizer.decode(prompt_ids[-8:])
         joined = target if not before or before[-1].isspace() or target[:1].isspace() else f" {target}"

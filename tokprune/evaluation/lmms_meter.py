@@ -19,9 +19,9 @@ from tokprune.types import VLM, Inputs, JsonObject
 class SampleRecord:
     """One answered request. Times in ms; those of a batch are divided by its size, so that they add up.
 
-    total_tokens, kept_tokens: visual tokens (separators included) in the prompt, and of these the ones that reach the LLM's
-    first layer. prompt_tokens: everything that does. ttft_ms: from pixels in the model to the first token; prefill_ms: of the
-    LLM alone. flops: from pixels to the last token; None where it was not counted.
+    total_tokens, kept_tokens: visual tokens (separators included) in the prompt, and of these the ones that reach the
+    LLM's first layer. prompt_tokens: everything that does. ttft_ms: from pixels in the model to the first token;
+    prefill_ms: of the LLM alone. flops: from pixels to the last token; None where it was not counted.
     """
 
     task: str
@@ -65,7 +65,8 @@ def stages_of(model: VLM) -> StageModules | None:
 
 
 def token_counts(model: VLM, inputs: Inputs, keep: Tensor | None) -> list[tuple[int, int, int]]:
-    """Visual tokens in the prompt, visual tokens kept, and tokens that reach the LLM, for each row. keep: (B, L) or None."""
+    """Visual tokens in the prompt, visual tokens kept, and tokens that reach the LLM, for each row. keep: (B, L) or
+    None."""
     visual = placeholders(model, inputs["input_ids"])
     mask = inputs.get("attention_mask")
     real = torch.ones_like(visual) if mask is None else mask.bool()

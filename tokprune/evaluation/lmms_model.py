@@ -72,17 +72,18 @@ class TokpruneChat(lmms):
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: JsonObject | None = None) -> TokpruneChat:
-        """The model of a --model_args string. What stands in it goes before --batch_size and --device, which always have
-        a value."""
+        """The model of a --model_args string. What stands in it goes before --batch_size and --device, which always
+        have a value."""
         try:
             arguments = simple_parse_args_string(arg_string)
         except ValueError as error:
             raise OptionError(
-                f"--model_args {arg_string!r}: write name=value pairs with commas between, such as pretrained=demo,method=none."
+                f"--model_args {arg_string!r}: write name=value pairs with commas between, such as "
+                f"pretrained=demo,method=none."
             ) from error
         return cls(**{**(additional_config or {}), **arguments})
 
-    # -- the pruning ------------------------------------------------------------------------------------------------------
+    # -- the pruning ---------------------------------------------------------------------------------------------------
 
     def set_pruning(
         self,
@@ -94,9 +95,9 @@ class TokpruneChat(lmms):
     ) -> None:
         """Prune by this from now on, on the model that is loaded; "none" gives it back untouched.
 
-        method: "none", a name, names joined by "+", a method object, a list of those, or a PruneConfig. options: fields of
-        the one method named, or "<method>.<field>" for several. Raises OptionError and BudgetError as tokprune.apply does;
-        records and failures start anew.
+        method: "none", a name, names joined by "+", a method object, a list of those, or a PruneConfig. options: fields
+        of the one method named, or "<method>.<field>" for several. Raises OptionError and BudgetError as tokprune.apply
+        does; records and failures start anew.
         """
         self.config = pruning_config(method, ratio, budget, positions, options, self.args.seed)
         for engine in self.engines.values():
@@ -122,7 +123,7 @@ class TokpruneChat(lmms):
         frames = a.frames or (None if a.fps is not None else frames_for(self.args, kind))
         return MediaRules(frames, a.fps, a.frame_rule, a.video_backend)
 
-    # -- what a run leaves behind -----------------------------------------------------------------------------------------
+    # -- what a run leaves behind --------------------------------------------------------------------------------------
 
     def reset(self) -> None:
         """Forget the records and failures of earlier runs."""
@@ -149,7 +150,7 @@ class TokpruneChat(lmms):
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    # -- what lmms-eval asks for ------------------------------------------------------------------------------------------
+    # -- what lmms-eval asks for ---------------------------------------------------------------------------------------
 
     @property
     def device(self) -> torch.device:
@@ -219,7 +220,8 @@ class TokpruneChat(lmms):
     def _answers(self, prompts: Sequence[Prompt], outcome: Outcome) -> list[Answer | None]:
         """The answers to a batch; None for rows that fail with on_error="continue".
 
-        A batch that fails is asked row by row: what is too large together may fit alone, and else the failing row is known.
+        A batch that fails is asked row by row: what is too large together may fit alone, and else the failing row is
+        known.
         """
         engine = self.engine(prompts[0].kind)
         started = time.perf_counter()
@@ -239,18 +241,18 @@ class TokpruneChat(lmms):
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
         """Refused: lmms-eval gives likelihood tasks to simple models only."""
         raise TokpruneError(
-            "this task compares the likelihoods of its options, which lmms-eval gives to simple models only; add --force_simple "
-            "(Python: simple_evaluate(..., force_simple=True), or TokpruneSimple)."
+            "this task compares the likelihoods of its options, which lmms-eval gives to simple models only; add "
+            "--force_simple (Python: simple_evaluate(..., force_simple=True), or TokpruneSimple)."
         )
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
         """Refused: there is no multi-round mode."""
         raise TokpruneError(
-            f"task {requests[0].task_name if requests else '?'!r} asks in several rounds (generate_until_multi_round), which "
-            "tokprune does not run; choose a task of one question per row."
+            f"task {requests[0].task_name if requests else '?'!r} asks in several rounds "
+            f"(generate_until_multi_round), which tokprune does not run; choose a task of one question per row."
         )
 
-    # -- requests to batches ----------------------------------------------------------------------------------------------
+    # -- requests to batches -------------------------------------------------------------------------------------------
 
     def _request(self, request: Instance) -> tuple[TaskRow, Messages, Fields, object]:
         """Row, doc -> messages, generation settings and target of a chat request."""
@@ -327,8 +329,8 @@ class TokpruneSimple(TokpruneChat):
     def loglikelihood(self, requests: Sequence[Instance]) -> list[GenerationResult]:
         """(mean loss of the continuation, whether it is the greedy one) per request, wrapped as results.
 
-        lmms-eval's scorer takes the smallest number, so a loss is what it wants; and it turns bare tuples into text, which
-        the wrapper prevents.
+        lmms-eval's scorer takes the smallest number, so a loss is what it wants; and it turns bare tuples into text,
+        which the wrapper prevents.
         """
         return self._run(requests, self._scored, GenerationResult(text=(float("inf"), False)))
 

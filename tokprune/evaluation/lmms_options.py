@@ -1,4 +1,5 @@
-"""The model_args of the lmms-eval model `tokprune`: which there are, what they may be, and the pruning they describe."""
+"""The model_args of the lmms-eval model `tokprune`: which there are, what they may be, and the pruning they
+describe."""
 
 from __future__ import annotations
 
@@ -27,12 +28,13 @@ class ModelArgs:
     pretrained: a Hugging Face name or folder, or "demo" (the embedded VLM; questions on clips go to its sibling), or
     "demo-clips". method: "none", a name, or names of several stages joined by "+". ratio, budget, positions: as in
     tokprune.apply. scorer: "demo" or "open_clip:<model>/<weights>". seed: of methods that draw, and of sampled answers.
-    option.<field>: a method's own field; with several methods option.<method>.<field>. processor.<field>: of the processor,
-    such as processor.max_pixels.
-    frames: at most so many frames of a video (None: 32, or what the demo was made for), or "quota" (96, and 64 more per hour). fps: one frame per 1/fps seconds.
+    option.<field>: a method's own field; with several methods option.<method>.<field>. processor.<field>: of the
+    processor, such as processor.max_pixels.
+    frames: at most so many frames of a video (None: 32, or what the demo was made for), or "quota" (96, and 64 more per
+    hour). fps: one frame per 1/fps seconds.
     frame_rule: how `frames` are spread. video_backend: who decodes. system_prompt: a text, or a file that holds it.
-    max_new_tokens: longest answer, in place of the tasks' own. flops_samples: questions per task whose FLOPs are counted
-    (each costs one more short answer). control: "no_image" leaves pictures out, "shuffled" shows another row's.
+    max_new_tokens: longest answer, in place of the tasks' own. flops_samples: questions per task whose FLOPs are
+    counted (each costs one more short answer). control: "no_image" leaves pictures out, "shuffled" shows another row's.
     on_error: "raise" ends the run at the first row that fails; "continue" goes on and lists it under `failures`.
     """
 
@@ -130,8 +132,8 @@ def pruning_config(
 ) -> PruneConfig | None:
     """The PruneConfig that the arguments describe, or None for the unpruned baseline (method "none").
 
-    method: names may be joined by "+". options: fields of the one method named, or "<method>.<field>" for several. seed: for
-    methods that have a field of that name and were not given one.
+    method: names may be joined by "+". options: fields of the one method named, or "<method>.<field>" for several.
+    seed: for methods that have a field of that name and were not given one.
     """
     if isinstance(method, PruneConfig):
         return method

@@ -12,8 +12,8 @@ from tokprune.evaluation.lmms_meter import SampleRecord
 
 @dataclass
 class Outcome:
-    """What a process did in one call. fatal: what ended it. seconds: spent in the model. counted: answers per task whose FLOPs
-    were counted."""
+    """What a process did in one call. fatal: what ended it. seconds: spent in the model. counted: answers per task
+    whose FLOPs were counted."""
 
     records: list[SampleRecord] = field(default_factory=list)
     failures: list[EvaluationError] = field(default_factory=list)

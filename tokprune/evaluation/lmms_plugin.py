@@ -1,4 +1,5 @@
-"""What lmms-eval finds under the entry point `lmms_eval.models`. It is imported with every lmms-eval run, so it stays light."""
+"""What lmms-eval finds under the entry point `lmms_eval.models`. It is imported with every lmms-eval run, so it stays
+light."""
 
 from __future__ import annotations
 

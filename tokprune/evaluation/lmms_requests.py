@@ -26,7 +26,8 @@ Messages = Callable[[Fields], Sequence[Fields]]
 
 @dataclass(frozen=True)
 class TaskRow:
-    """Which row of a task a request belongs to. padding: it only evens out the processes and its answer is thrown away."""
+    """Which row of a task a request belongs to. padding: it only evens out the processes and its answer is thrown
+    away."""
 
     task: str
     split: str
@@ -36,10 +37,11 @@ class TaskRow:
 
 @dataclass
 class Prompt:
-    """One request, ready for a model. chat: messages with decoded media. query: the question alone, for query-aware methods.
+    """One request, ready for a model. chat: messages with decoded media. query: the question alone, for query-aware
+    methods.
 
-    kind: "video", "image" or "text", by its media. generation: the task's generation_kwargs. target: what is scored in a
-    likelihood request, None in a generation request.
+    kind: "video", "image" or "text", by its media. generation: the task's generation_kwargs. target: what is scored in
+    a likelihood request, None in a generation request.
     """
 
     row: TaskRow
@@ -63,7 +65,8 @@ class MediaRules:
 class RequestReader:
     """Turns requests of one run into prompts.
 
-    docs: (task, split, doc_id) -> the dataset's row. count: (task, split) -> how many rows. bare: ask the question alone.
+    docs: (task, split, doc_id) -> the dataset's row. count: (task, split) -> how many rows. bare: ask the question
+    alone.
     """
 
     def __init__(

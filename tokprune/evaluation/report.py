@@ -40,7 +40,8 @@ class Plot:
 
 
 def figures(rows: Sequence[Row]) -> list[Plot]:
-    """Score over keep ratio, and score against tokens, FLOPs and time to first token, for each task with pruned cells."""
+    """Score over keep ratio, and score against tokens, FLOPs and time to first token, for each task with pruned
+    cells."""
     out = []
     rows = [row for row in rows if math.isfinite(row.score)]  # a metric may have failed
     for task in dict.fromkeys(r.task for r in rows):
@@ -54,7 +55,10 @@ def figures(rows: Sequence[Row]) -> list[Plot]:
         figure = accuracy_over_ratio(
             [_point(r) for r in pruned], None if base is None else base.score, title=task, score=label
         )
-        text = "Score over the share of visual tokens kept; bars are the 95 % interval of the paired difference to all tokens."
+        text = (
+            "Score over the share of visual tokens kept; bars are the 95 % interval of the paired difference to "
+            "all tokens."
+        )
         out.append(Plot(f"{name}_ratio", task, figure, text))
         for price, (field, axis, by) in PRICES.items():
             points = [_point(r, field, by) for r in pruned]

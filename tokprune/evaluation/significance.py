@@ -1,8 +1,9 @@
 """Is a difference between two runs real? Paired statistics over the same questions, in a few lines of numpy.
 
-Two runs are compared question by question: the difficulty of the questions cancels, so that far fewer of them are needed than
-for two separate intervals. Intervals come from a paired bootstrap, p values from the exact McNemar test where every score is 0
-or 1 and from a sign-flip permutation test otherwise; Holm's rule corrects for looking at many cells at once.
+Two runs are compared question by question: the difficulty of the questions cancels, so that far fewer of them are
+needed than for two separate intervals. Intervals come from a paired bootstrap, p values from the exact McNemar test
+where every score is 0 or 1 and from a sign-flip permutation test otherwise; Holm's rule corrects for looking at many
+cells at once.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ _CHUNK = 4_000_000  # numbers drawn at once
 class Paired:
     """The outcome of a paired comparison, in the unit of the scores.
 
-    n: questions both runs answered; unpaired: questions only one of them has, left out. base, mean: mean scores over the n.
-    low, high: confidence interval of the difference. better, worse: questions with a higher or lower score than the base.
+    n: questions both runs answered; unpaired: questions only one of them has, left out. base, mean: mean scores over
+    the n.
+    low, high: confidence interval of the difference. better, worse: questions with a higher or lower score than the
+    base.
     test: what p comes from, "mcnemar", "permutation" (sampled sign flips) or "sign flips" (all of them).
     """
 
@@ -54,7 +57,8 @@ def paired_bootstrap(
 ) -> tuple[float, float]:
     """Percentile interval of the mean difference over resampled questions (Efron and Tibshirani, 1993, section 13.3).
 
-    Resampling n questions with replacement is a multinomial draw over the distinct differences, which are few for 0/1 scores.
+    Resampling n questions with replacement is a multinomial draw over the distinct differences, which are few for 0/1
+    scores.
     """
     values, counts = np.unique(_floats(differences), return_counts=True)
     n = int(counts.sum())
@@ -66,13 +70,15 @@ def paired_bootstrap(
 
 
 def mcnemar(better: int, worse: int) -> float:
-    """Two-sided exact McNemar test: p of a split at least as uneven, when each changed answer is a fair coin (a sign test)."""
+    """Two-sided exact McNemar test: p of a split at least as uneven, when each changed answer is a fair coin (a sign
+    test)."""
     n, k = better + worse, min(better, worse)
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
 
 
 def permutation_test(differences: Sequence[float], rounds: int = ROUNDS, seed: int = SEED) -> tuple[float, bool]:
-    """Two-sided p of the mean difference when the sign of each is a fair coin, and whether all sign patterns were counted.
+    """Two-sided p of the mean difference when the sign of each is a fair coin, and whether all sign patterns were
+    counted.
 
     Sampled p values count the observed pattern as one draw (Phipson and Smyth, 2010), so that none is zero.
     """
@@ -111,11 +117,13 @@ def compare(
     rounds: int = ROUNDS,
     seed: int = SEED,
 ) -> Paired:
-    """Compare two runs that map each question to its score; questions that only one run has are counted and left out."""
+    """Compare two runs that map each question to its score; questions that only one run has are counted and left
+    out."""
     both = [q for q in base if q in other]
     if not both:
         raise OptionError(
-            f"the two runs share no question: one has {len(base)}, the other {len(other)}, none with the same task and doc_id."
+            f"the two runs share no question: one has {len(base)}, the other {len(other)}, none with the same task "
+            f"and doc_id."
         )
     if not 0 < level < 1:
         raise OptionError(f"level={level!r} is not a confidence level; write for example level=0.95.")

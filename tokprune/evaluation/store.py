@@ -1,4 +1,5 @@
-"""Where a sweep keeps its results: a folder per cell, written so that a kill at any moment loses at most the cell in work.
+"""Where a sweep keeps its results: a folder per cell, written so that a kill at any moment loses at most the cell in
+work.
 
 OUT/results.json            everything that a repeated run reproduces: settings, environment, cells with raw samples
 OUT/timing.json             what the clock decides: seconds, time to first token, when it was written
@@ -46,7 +47,8 @@ class Store:
         return self.folder / "cells" / key(cell, self.settings)
 
     def open(self) -> Store:
-        """Make the folder, see that it can be written, and keep a second sweep out until `close` or the end of the process."""
+        """Make the folder, see that it can be written, and keep a second sweep out until `close` or the end of the
+        process."""
         try:
             (self.folder / "cells").mkdir(parents=True, exist_ok=True)
             self._lock = (self.folder / ".lock").open("a")
@@ -100,8 +102,8 @@ class Store:
         ]
         if other:
             raise OptionError(
-                f"{self.folder} holds a finished cell ({cell}) made with other versions: {'; '.join(other)}. Cells of one "
-                f"table must agree: give another --out, or delete {self.path(cell)} to run it again."
+                f"{self.folder} holds a finished cell ({cell}) made with other versions: {'; '.join(other)}. Cells of "
+                f"one table must agree: give another --out, or delete {self.path(cell)} to run it again."
             )
 
     def save(self, result: CellResult) -> None:

@@ -1,4 +1,5 @@
-"""Runs the cells of a sweep one after another: resumes, lets the others go on when one fails, and writes what was found."""
+"""Runs the cells of a sweep one after another: resumes, lets the others go on when one fails, and writes what was
+found."""
 
 from __future__ import annotations
 
@@ -86,10 +87,10 @@ def run_sweep(
 ) -> Sweep:
     """Run what is not finished yet and return everything, on rank 0; other ranks get an empty sweep.
 
-    A cell that failed before is not run again unless retry_failed. An error in one cell is noted and the next one starts; a
-    folder that cannot be written ends the sweep (StoreError). Under torchrun a row that fails (EvaluationError) fails on all
-    ranks, and the sweep goes on; any other error ends the whole run, since the other ranks might wait for ever for the one
-    that failed. The same command then goes on behind the failed cell.
+    A cell that failed before is not run again unless retry_failed. An error in one cell is noted and the next one
+    starts; a folder that cannot be written ends the sweep (StoreError). Under torchrun a row that fails
+    (EvaluationError) fails on all ranks, and the sweep goes on; any other error ends the whole run, since the other
+    ranks might wait for ever for the one that failed. The same command then goes on behind the failed cell.
     """
     watcher, team = watcher or Watcher(), team or Team()
     sweep = Sweep(store.settings, store.environment)

@@ -17,9 +17,10 @@ KEPT, TOTAL, FLOPS, TTFT = "visual_tokens_kept", "visual_tokens_total", "flops",
 class Row:
     """A cell as numbers.
 
-    score: the task's main metric, in percent where questions score between 0 and 1. paired: the comparison with the baseline of
-    the same task, in points (hundredths) where `percent`; None for the baseline, without one, or where single questions have no
-    score. p_holm: its p corrected for all comparisons of the table. note: why a number is missing.
+    score: the task's main metric, in percent where questions score between 0 and 1. paired: the comparison with the
+    baseline of the same task, in points (hundredths) where `percent`; None for the baseline, without one, or where
+    single questions have no score. p_holm: its p corrected for all comparisons of the table. note: why a number is
+    missing.
     """
 
     task: str

@@ -1,4 +1,5 @@
-"""A preset's cost at several ratios without weights: tokens, FLOPs by stage, the papers' formulas, cache and weight bytes."""
+"""A preset's cost at several ratios without weights: tokens, FLOPs by stage, the papers' formulas, cache and weight
+bytes."""
 
 from __future__ import annotations
 
@@ -48,7 +49,8 @@ class ArithmeticRow:
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """Rows of one preset and picture size. published: what others report, with ours beside it (`published.comparison`)."""
+    """Rows of one preset and picture size. published: what others report, with ours beside it
+    (`published.comparison`)."""
 
     preset: str
     title: str
@@ -111,8 +113,9 @@ class Arithmetic:
                 ]
             )
         notes = [
-            "FLOPs are exact, 2 per multiply-add: torch's counter on the meta device for the tower, closed form for the LLM. "
-            "Nothing was run; a method's own scoring is not in it. Connector stage: each layer sees the kept tokens.",
+            "FLOPs are exact, 2 per multiply-add: torch's counter on the meta device for the tower, closed form for "
+            "the LLM. Nothing was run; a method's own scoring is not in it. Connector stage: each layer sees the kept "
+            "tokens.",
             f"all: from pixels to {self.new_tokens} new tokens. Last column: the papers' {first}, visual tokens alone.",
         ]
         return Table([c for c, _ in columns], rows, "\n".join(notes), [u for _, u in columns])
@@ -153,7 +156,8 @@ def arithmetic(
     """The cost of a preset's model at ratio 1 and at `ratios`, in seconds on any machine.
 
     size: (height, width) of the picture, the preset's usual one by default. frames: pictures of a clip. text: tokens
-    around the picture. Separators (newline tokens) shrink with the rows that lose all their tokens; here they are counted
+    around the picture. Separators (newline tokens) shrink with the rows that lose all their tokens; here they are
+    counted
     as if kept tokens lay evenly: all of them while a row keeps one, else one per kept token. Connector-stage pruning.
     seen: FLOPs of tower and projector, where they are known already (models that are no preset, `loaded`).
     """

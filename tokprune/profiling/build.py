@@ -1,4 +1,5 @@
-"""Models from presets: on the meta device for arithmetic in seconds, or with random weights for real latency and memory."""
+"""Models from presets: on the meta device for arithmetic in seconds, or with random weights for real latency and
+memory."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ def _from_config(preset: Preset, dtype: torch.dtype, attn: str) -> VLM:
 
 
 def build_meta(preset: Preset, dtype: torch.dtype = torch.bfloat16) -> VLM:
-    """The model without weights (meta device): shapes, parameter counts and FLOPs, also of 78 billion parameters, in seconds."""
+    """The model without weights (meta device): shapes, parameter counts and FLOPs, also of 78 billion parameters, in
+    seconds."""
     with torch.device("meta"):
         return _from_config(preset, dtype, "sdpa")
 
@@ -70,7 +72,8 @@ def build_random(
 
 
 class _ToMeta(TorchDispatchMode):
-    """Moves host tensors (grids, positions) to the meta device where they meet meta tensors; alone they keep their values."""
+    """Moves host tensors (grids, positions) to the meta device where they meet meta tensors; alone they keep their
+    values."""
 
     def __torch_dispatch__(
         self,
@@ -91,7 +94,8 @@ def _host_to_meta(value: object) -> object:
 
 
 def vision_calls(model: VLM, preset: Preset, size: Size, frames: int | None = None) -> tuple[int, int]:
-    """FLOPs of vision tower and projector of a meta model for one picture of `size`, or a clip of `frames` such pictures."""
+    """FLOPs of vision tower and projector of a meta model for one picture of `size`, or a clip of `frames` such
+    pictures."""
     stages = find_stages(model)
     base: Any = stages.base
     image, views = preset.image, preset.count(size, frames).views

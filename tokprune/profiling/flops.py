@@ -1,8 +1,8 @@
 """Exact FLOPs per stage of a real or meta model: every matrix product, attention and convolution that torch runs.
 
-A multiply-add counts as 2 FLOPs. Counted are matrix products, convolutions and attention (its full square: torch computes
-masked halves too, or skips them by kernel); element-wise work is not. The papers' own formulas, which leave out other
-things, are in `formulas`.
+A multiply-add counts as 2 FLOPs. Counted are matrix products, convolutions and attention (its full square: torch
+computes masked halves too, or skips them by kernel); element-wise work is not. The papers' own formulas, which leave
+out other things, are in `formulas`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class StageFlops:
     unit: str = "FLOPs"
 
     def total(self, new_tokens: int = 1) -> int:
-        """FLOPs from pixels to `new_tokens` generated tokens; the first comes with the prefill, later steps cost `decode` each.
+        """FLOPs from pixels to `new_tokens` generated tokens; the first comes with the prefill, later steps cost
+        `decode` each.
 
         Decode steps grow by a few FLOPs per cached token; the first step's cost is taken for all of them.
         """
@@ -98,7 +99,8 @@ class _Booking:
 def stage_flops(model: nn.Module, inputs: Inputs, stages: StageModules | None = None) -> StageFlops:
     """FLOPs of `model.generate(**inputs)` by stage, the decode stage being the second token's step.
 
-    The call is really made (greedy, two new tokens) with whatever pruning is applied to the model, so the count is of what
+    The call is really made (greedy, two new tokens) with whatever pruning is applied to the model, so the count is of
+    what
     runs: a selection's own products appear under `select`. Not for meta models: see `vision_flops`.
     """
     stages = stages or find_stages(model)

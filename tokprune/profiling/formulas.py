@@ -1,7 +1,7 @@
 """FLOPs in closed form: our exact count of a decoder, and the formulas that pruning papers print, each under its name.
 
-The papers' numbers count a multiply-add once ("FLOPs" there are multiply-adds) and leave out the vision tower, the head and
-often the text. Use `exact_*` for real FLOPs and the `formula_*` functions only beside a paper's table.
+The papers' numbers count a multiply-add once ("FLOPs" there are multiply-adds) and leave out the vision tower, the head
+and often the text. Use `exact_*` for real FLOPs and the `formula_*` functions only beside a paper's table.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from tokprune.types import ModelConfig
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """What the cost of a decoder depends on. ffn_matrices: 3 for a gated MLP (LLaMA, Qwen, Gemma), 2 for a plain one."""
+    """What the cost of a decoder depends on. ffn_matrices: 3 for a gated MLP (LLaMA, Qwen, Gemma), 2 for a plain
+    one."""
 
     layers: int
     width: int
@@ -73,7 +74,8 @@ def exact_decode(shape: DecoderShape, past: int | Sequence[int], head: bool = Tr
 
 
 def formula_fastv(n: int, d: int, m: int) -> int:
-    """One layer over n tokens after FastV (Chen et al., ECCV 2024, section 4.1): 4nd² + 2n²d + 2ndm multiply-adds, a two-matrix MLP.
+    """One layer over n tokens after FastV (Chen et al., ECCV 2024, section 4.1): 4nd² + 2n²d + 2ndm multiply-adds, a
+    two-matrix MLP.
 
     d: width, m: MLP width. DivPrune's tables use the same.
     """

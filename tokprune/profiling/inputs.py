@@ -1,4 +1,5 @@
-"""Made-up inputs for a preset: right in every shape, random in content, so that no processor and no tokenizer is needed."""
+"""Made-up inputs for a preset: right in every shape, random in content, so that no processor and no tokenizer is
+needed."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ def random_inputs(
     frames: int | None = None,
     seed: int = 0,
 ) -> JsonObject:
-    """What `model.generate(**inputs)` takes for prompts of `text` random tokens around one picture of `size`, or one clip.
+    """What `model.generate(**inputs)` takes for prompts of `text` random tokens around one picture of `size`, or one
+    clip.
 
     Half of the text stands before the picture. Clips are made for the families that take them as videos (Qwen-VL,
     LLaVA-OneVision); the others see a clip as so many pictures.

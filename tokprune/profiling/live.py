@@ -1,4 +1,5 @@
-"""Peak of live tensor bytes on devices whose allocator keeps no count (CPU): what `torch.cuda.max_memory_allocated` is to a GPU."""
+"""Peak of live tensor bytes on devices whose allocator keeps no count (CPU): what `torch.cuda.max_memory_allocated` is
+to a GPU."""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ R = TypeVar("R")
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of all tensors alive while the context is open. peak: the most at any moment.
 
-    Each storage counts once, however many views it has. Scratch memory inside one operator is not seen; nor is anything that
-    is not a tensor (Python, libraries).
+    Each storage counts once, however many views it has. Scratch memory inside one operator is not seen; nor is anything
+    that is not a tensor (Python, libraries).
     """
 
     def __init__(self, existing: Iterable[Tensor] = ()) -> None:

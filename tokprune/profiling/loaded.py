@@ -1,4 +1,5 @@
-"""Models that are no preset, as presets: from a profile's JSON, or from a model's config and processor without its weights."""
+"""Models that are no preset, as presets: from a profile's JSON, or from a model's config and processor without its
+weights."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ def preset_of_report(report: ProfileReport) -> Known:
     cell = report.plain
     if not cell.flops or not report.config:
         raise OptionError(
-            "this profile holds no config or no FLOPs of the plain run; measure it again with this tokprune profile --json."
+            "this profile holds no config or no FLOPs of the plain run; measure it again with this tokprune profile "
+            "--json."
         )
     item = _ITEM.get(str(report.environment.get("dtype")), 2)
     known = _fixed(report.model, report.config, report.parameters, cell.visual_full, "a measured profile")
@@ -45,9 +47,11 @@ def preset_of_report(report: ProfileReport) -> Known:
 
 
 def preset_of_folder(name: str, folder: str | Path | None = None, size: tuple[int, int] = (768, 1024)) -> Known:
-    """A model on disk or on the hub, by its config and processor alone, asked about one picture of `size` (height, width).
+    """A model on disk or on the hub, by its config and processor alone, asked about one picture of `size` (height,
+    width).
 
-    name: what to call it, and where it is unless `folder` says so. Raises OptionError where they cannot be read, or where the tower cannot be counted without weights.
+    name: what to call it, and where it is unless `folder` says so. Raises OptionError where they cannot be read, or
+    where the tower cannot be counted without weights.
     """
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
@@ -63,7 +67,8 @@ def preset_of_folder(name: str, folder: str | Path | None = None, size: tuple[in
 
     from tokprune.adapters.prompting import build_inputs
 
-    # The processor needs to know the family, the device of its tensors and their dtype; a meta device would lose the ids.
+    # The processor needs to know the family, the device of its tensors and their dtype; a meta device would lose the
+    # ids.
     outside = cast("VLM", SimpleNamespace(config=config, device=torch.device("cpu"), dtype=torch.float32))
     picture = Image.new("RGB", (size[1], size[0]), (128, 128, 128))
     inputs = build_inputs(outside, processor, "?", images=[picture])
@@ -95,6 +100,6 @@ def _vision(name: str, model: VLM, inputs: Inputs) -> int:
         return sum(flops.vision_flops(run, stages))
     except (NotImplementedError, RuntimeError) as error:  # a tower that looks at its pixels' values
         raise OptionError(
-            f"{name}: its tower cannot be counted without weights ({str(error)[:80]}). Measure it instead: tokprune profile "
-            f"--model {name} --json profile.json, then tokprune plan --profile profile.json."
+            f"{name}: its tower cannot be counted without weights ({str(error)[:80]}). Measure it instead: tokprune "
+            f"profile --model {name} --json profile.json, then tokprune plan --profile profile.json."
         ) from error

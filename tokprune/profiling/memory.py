@@ -15,7 +15,8 @@ R = TypeVar("R")
 
 
 def kv_cache_bytes(cache: Iterable[object] | None) -> int:
-    """Bytes of all tensors that a transformers cache holds: keys and values of every layer, recurrent states of hybrid ones.
+    """Bytes of all tensors that a transformers cache holds: keys and values of every layer, recurrent states of hybrid
+    ones.
 
     cache: a Cache object, an encoder-decoder pair of caches, or the old tuple of (keys, values). None counts 0.
     """
@@ -39,7 +40,8 @@ def kv_cache_bytes(cache: Iterable[object] | None) -> int:
 
 
 def cached_tokens(cache: object) -> list[int]:
-    """Tokens that each layer of a transformers cache holds keys of; layers without keys (linear attention) are left out."""
+    """Tokens that each layer of a transformers cache holds keys of; layers without keys (linear attention) are left
+    out."""
     out = []
     for layer in getattr(cache, "layers", None) or (cache if isinstance(cache, tuple | list) else ()):
         keys = layer[0] if isinstance(layer, tuple | list) else getattr(layer, "keys", None)

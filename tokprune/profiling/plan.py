@@ -1,9 +1,10 @@
 """Which ratio, at which stage, reaches a target on a device, and where pruning stops paying: roofline arithmetic.
 
-Time of a part = max(FLOPs / attainable FLOP/s, bytes moved / attainable bandwidth). Batch-1 decoding is bound by reading
-the weights, prefill by FLOPs; so pruning shortens the prefill and the cache, not the tower and hardly the decoding.
-That a larger LLM with fewer visual tokens can be the better use of the same time is the finding of Li et al. (ICLR 2025,
-"Inference Optimal VLMs Need Fewer Visual Tokens and More Parameters") for visual reasoning; reading text needs its tokens.
+Time of a part = max(FLOPs / attainable FLOP/s, bytes moved / attainable bandwidth). Batch-1 decoding is bound by
+reading the weights, prefill by FLOPs; so pruning shortens the prefill and the cache, not the tower and hardly the
+decoding. That a larger LLM with fewer visual tokens can be the better use of the same time is the finding of Li et al.
+(ICLR 2025, "Inference Optimal VLMs Need Fewer Visual Tokens and More Parameters") for visual reasoning; reading text
+needs its tokens.
 """
 
 from __future__ import annotations
@@ -165,7 +166,8 @@ def larger(known: Preset) -> list[Preset]:
 
 @dataclass(frozen=True)
 class Alternative:
-    """A larger model at equal cost: `visual` tokens (of visual_full) with which it costs no more than the small one complete."""
+    """A larger model at equal cost: `visual` tokens (of visual_full) with which it costs no more than the small one
+    complete."""
 
     preset: str
     visual: int | None
@@ -175,7 +177,8 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Plan:
-    """The answer: estimates at several ratios, the largest ratio per stage that meets the target, and advice in words."""
+    """The answer: estimates at several ratios, the largest ratio per stage that meets the target, and advice in
+    words."""
 
     preset: str
     device: str
@@ -232,8 +235,8 @@ def plan(
     """What pruning can do for a preset on a device.
 
     target, limit: "ttft" or "total" in seconds, or "memory" in bytes. decoder_layer: layers that stay complete in the
-    decoder-stage alternative (FastV's K). compare: look at larger models at equal cost. vision: FLOPs and parameters of tower and projector by preset
-    name, where they are known already.
+    decoder-stage alternative (FastV's K). compare: look at larger models at equal cost. vision: FLOPs and parameters of
+    tower and projector by preset name, where they are known already.
     """
     towers = vision or {}
     if (target is None) != (limit is None):
@@ -305,34 +308,39 @@ def _advice(made: Plan, costs: CostModel) -> list[str]:
             first = "vision" if least.vision >= least.prefill else "prefill"
             cause = {"memory": "weights", "ttft": first}.get(made.target, least.bound)
             out.append(
-                f"no ratio reaches a {wanted}: one visual token still takes {_amount(made.target, value)}, mostly {cause}"
+                f"no ratio reaches a {wanted}: one visual token still takes {_amount(made.target, value)}, "
+                f"mostly {cause}"
                 + ("; prune inside the tower (encoder stage) or take a smaller picture" if cause == "vision" else "")
             )
         elif made.connector >= n:
             out.append(f"a {wanted} needs no pruning")
         else:
             out.append(
-                f"a {wanted} needs ratio {made.connector / n:.3g} or less at the connector stage ({made.connector} of {n} tokens)"
+                f"a {wanted} needs ratio {made.connector / n:.3g} or less at the connector stage ({made.connector} "
+                f"of {n} tokens)"
             )
             if made.decoder is None:
                 out.append(f"the decoder stage from layer {made.decoder_layer} on cannot reach it")
             else:
                 out.append(
-                    f"at the decoder stage from layer {made.decoder_layer} on: ratio {made.decoder / n:.3g} ({made.decoder} tokens)"
+                    f"at the decoder stage from layer {made.decoder_layer} on: ratio {made.decoder / n:.3g} "
+                    f"({made.decoder} tokens)"
                 )
     gain = full.total / made.stops.total
     if made.stops.visual >= n:
         out.append(f"pruning hardly pays here: the time goes into {full.bound}, which it does not shorten")
     else:
         out.append(
-            f"pruning pays down to about ratio {made.stops.visual / n:.2g} ({gain:.2g} times faster in all); below, {made.stops.bound} dominates"
+            f"pruning pays down to about ratio {made.stops.visual / n:.2g} ({gain:.2g} times faster in all); "
+            f"below, {made.stops.bound} dominates"
         )
     for other in made.alternatives:
         if other.visual is None or other.estimate is None:
             out.append(f"{other.preset} costs more than {made.preset} complete at any ratio")
         else:
             out.append(
-                f"for the same time: {other.preset} with {other.visual} of {other.visual_full} visual tokens (ratio {other.visual / other.visual_full:.2g}); "
-                "larger LLM, fewer tokens tends to win for reasoning questions, not for reading text"
+                f"for the same time: {other.preset} with {other.visual} of {other.visual_full} visual tokens "
+                f"(ratio {other.visual / other.visual_full:.2g}); larger LLM, fewer tokens tends to win for reasoning "
+                f"questions, not for reading text"
             )
     return out

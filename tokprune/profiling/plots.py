@@ -37,8 +37,8 @@ def median_run(samples: Sequence[float]) -> int:
 def latency_bars(report: ProfileReport, *, title: str = "", decode: bool = True) -> Figure:
     """Where the time of each run goes, by stage. decode: include decoding, so that a bar is the whole answer.
 
-    A bar is the run of median length, stage by stage, so that its parts add up to the number beside it; medians of the stages
-    would come from different runs and add up to another number.
+    A bar is the run of median length, stage by stage, so that its parts add up to the number beside it; medians of the
+    stages would come from different runs and add up to another number.
     """
     cells, whole = report.cells, "total" if decode else "ttft"
     middle = [median_run(c.times[whole].samples) for c in cells]

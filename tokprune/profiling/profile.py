@@ -70,12 +70,13 @@ def profile(
 ) -> ProfileReport:
     """Measure one prompt plain and with every method at every ratio; the model is given back unpruned.
 
-    inputs: what `model.generate(**inputs)` takes, on the model's device. methods: names, method objects, or lists of them
-    for several stages. processor: for query-aware methods. resized: keep ratio -> inputs made from a smaller picture
-    (see `resize.shrinking`), the rival of pruning. options: more arguments of `apply` (query, positions, scorer).
-    progress: called with each step. on_pruned: given each pruned run's name and what its pruning did, for pictures. A run
-    that gets out of memory is reported and left out, the plain one too, and so is a method that cannot work on this model
-    or prompt; other errors pass through.
+    inputs: what `model.generate(**inputs)` takes, on the model's device. methods: names, method objects, or lists of
+    them for several stages. processor: for query-aware methods. resized: keep ratio -> inputs made from a smaller
+    picture (see `resize.shrinking`), the rival of pruning. options: more arguments of `apply` (query, positions,
+    scorer).
+    progress: called with each step. on_pruned: given each pruned run's name and what its pruning did, for pictures. A
+    run that gets out of memory is reported and left out, the plain one too, and so is a method that cannot work on this
+    model or prompt; other errors pass through.
     """
     ratios = [check_ratio(r) for r in ratios]
     for method in methods:
@@ -110,7 +111,8 @@ def profile(
 
 
 class _Bench:
-    """The runs of one prompt that are compared, and what could not be run. full: visual tokens of the unpruned prompt."""
+    """The runs of one prompt that are compared, and what could not be run. full: visual tokens of the unpruned
+    prompt."""
 
     def __init__(self, profiler: Profiler, inputs: Inputs, progress: Callable[[str], None]) -> None:
         self.profiler, self.inputs, self.progress = profiler, inputs, progress
@@ -121,7 +123,8 @@ class _Bench:
         self.notes: list[str] = []
 
     def add_pruned(self, methods: Sequence[MethodLike], ratios: Sequence[float], options: Options) -> None:
-        """Every method at every ratio; those that would print alike, such as one method with two sets of options, are numbered."""
+        """Every method at every ratio; those that would print alike, such as one method with two sets of options, are
+        numbered."""
         seen: dict[str, int] = {}
         for ratio in ratios:
             for method in methods:

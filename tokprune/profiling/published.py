@@ -1,7 +1,7 @@
 """What papers and projects report of pruning a known model, beside our number for the same case.
 
-Their methods, hardware, batch sizes, prompts and ways of counting differ from each other and from ours; a row shows whether
-the sizes agree, not who is right. The rows lie in the presets' files with their sources.
+Their methods, hardware, batch sizes, prompts and ways of counting differ from each other and from ours; a row shows
+whether the sizes agree, not who is right. The rows lie in the presets' files with their sources.
 """
 
 from __future__ import annotations
@@ -28,17 +28,19 @@ KINDS: dict[str, str] = {
 }
 _FORMULAS: dict[str, Callable[..., int]] = {"fastv": formulas.formula_fastv, "gated": formulas.formula_gated}
 CAUTION = (
-    "Published numbers come from other code, hardware, prompts and batch sizes, some count multiply-adds once and visual "
-    "tokens alone; ours beside them is arithmetic for the same number of tokens, or a measurement where it says so. They "
-    "show whether the sizes agree, no more."
+    "Published numbers come from other code, hardware, prompts and batch sizes, some count multiply-adds once and "
+    "visual tokens alone; ours beside them is arithmetic for the same number of tokens, or a measurement "
+    "where it says so. "
+    "They show whether the sizes agree, no more."
 )
 
 
 @dataclass(frozen=True)
 class Published:
-    """One reported reduction. kind: a key of KINDS. full, pruned: the numbers before and after, in `unit`, or None where only
-    their share was given. tokens: visual tokens kept of `tokens_full`; None where not said. text: text tokens that the
-    number includes. formula, layer: how FLOPs were counted, and the layer from which tokens are dropped (FastV's K).
+    """One reported reduction. kind: a key of KINDS. full, pruned: the numbers before and after, in `unit`, or None
+    where only their share was given. tokens: visual tokens kept of `tokens_full`; None where not said. text: text
+    tokens that the number includes. formula, layer: how FLOPs were counted, and the layer from which tokens are dropped
+    (FastV's K).
     """
 
     method: str
@@ -119,7 +121,8 @@ def comparison(
 ) -> list[JsonObject]:
     """The rows with ours beside them, as plain data: "ours" is a share or None, "ours_is" says what it is.
 
-    measured: row -> our measured share and what it is, before arithmetic is asked (`measured_in` makes one of a profile).
+    measured: row -> our measured share and what it is, before arithmetic is asked (`measured_in` makes one of a
+    profile).
     """
     out = []
     for row in rows:
@@ -130,7 +133,8 @@ def comparison(
 
 
 def measured_in(report: ProfileReport) -> Measured:
-    """Our measured share for the rows of which a profile has a cell: nearly the same share of tokens, the same method first."""
+    """Our measured share for the rows of which a profile has a cell: nearly the same share of tokens, the same method
+    first."""
 
     def find(row: Published) -> tuple[float, str] | None:
         plain = report.find("plain")

@@ -26,11 +26,13 @@ class RunResult:
     """One way of running the same prompt.
 
     kind: "plain" (unpruned), "pruned", "ideal" (the same LLM fed the reduced embeddings by hand, no selection cost) or
-    "resized" (a smaller picture instead of pruning). visual: visual tokens per prompt that the LLM receives, of `visual_full`.
-    prompt: columns that the LLM runs. flops: FLOPs by stage, exact, decode being one step. formulas: the papers' numbers
-    (multiply-adds) for the LLM at that length. cache_bytes: KV cache after the run; cache_expected: by arithmetic.
-    peak_bytes: peak with weights, of the device where it keeps a count, else of live tensors. tokens: per prompt, into the
-    projector, into the LLM (visual, and all), and in each layer's cache after the run.
+    "resized" (a smaller picture instead of pruning). visual: visual tokens per prompt that the LLM receives, of
+    `visual_full`.
+    prompt: columns that the LLM runs. flops: FLOPs by stage, exact, decode being one step. formulas: the papers'
+    numbers (multiply-adds) for the LLM at that length. cache_bytes: KV cache after the run; cache_expected: by
+    arithmetic.
+    peak_bytes: peak with weights, of the device where it keeps a count, else of live tensors. tokens: per prompt, into
+    the projector, into the LLM (visual, and all), and in each layer's cache after the run.
     """
 
     name: str
@@ -81,7 +83,8 @@ class RunResult:
 class ProfileReport:
     """Cells of one profile with everything needed to repeat it. failed: cell -> why it gave no numbers.
 
-    weight_bytes: of the whole model; vision_bytes: the part of them in tower and projector, which decoding does not read.
+    weight_bytes: of the whole model; vision_bytes: the part of them in tower and projector, which decoding does not
+    read.
     config: the model's, as transformers writes it. published: what others report of this model, with ours beside it.
     """
 
@@ -168,8 +171,8 @@ class ProfileReport:
         if self.noise <= NOISY:
             return ""
         return (
-            f"noisy: runs of one cell typically spread by {100 * self.noise:.0f} % of their median, so that small differences "
-            "mean nothing; leave the machine alone and raise --repeats"
+            f"noisy: runs of one cell typically spread by {100 * self.noise:.0f} % of their median, so that small "
+            f"differences mean nothing; leave the machine alone and raise --repeats"
         )
 
     @property

@@ -1,4 +1,5 @@
-"""Pictures of another size: the honest rival of pruning (a smaller picture), and prompts of a wanted number of visual tokens."""
+"""Pictures of another size: the honest rival of pruning (a smaller picture), and prompts of a wanted number of visual
+tokens."""
 
 from __future__ import annotations
 
@@ -37,10 +38,11 @@ def scaled_frames(frames: NDArray[np.uint8], factor: float) -> NDArray[np.uint8]
 def at_count(
     at_scale: AtScale, count: Callable[[Inputs], int], wanted: float, full: int | None = None, steps: int = 12
 ) -> tuple[Inputs, int]:
-    """Inputs with about `wanted` visual tokens, and how many they have: the nearest that a search over picture sizes finds.
+    """Inputs with about `wanted` visual tokens, and how many they have: the nearest that a search over picture sizes
+    finds.
 
-    at_scale: factor -> inputs, 1 being the picture as given. count: inputs -> visual tokens. full: the count at factor 1,
-    where it is known. Tokens grow with the area, in steps; processors that make a fixed number give that.
+    at_scale: factor -> inputs, 1 being the picture as given. count: inputs -> visual tokens. full: the count at factor
+    1, where it is known. Tokens grow with the area, in steps; processors that make a fixed number give that.
     """
     if wanted < 1:
         raise OptionError(f"{wanted:g} visual tokens; ask for at least 1.")
@@ -74,8 +76,8 @@ def shrinking(
 ) -> AtScale:
     """A function from a keep ratio to inputs of the picture or clip scaled down until it gives about so many.
 
-    full: the count at factor 1, where it is known. whole: the count that ratios are of, `full` unless told otherwise. Processors that
-    make a fixed number of tokens give that at any size.
+    full: the count at factor 1, where it is known. whole: the count that ratios are of, `full` unless told otherwise.
+    Processors that make a fixed number of tokens give that at any size.
     """
     known = count(at_scale(1.0)) if full is None else full
     return lambda ratio: at_count(at_scale, count, max(1.0, ratio * (whole or known)), known)[0]
@@ -84,8 +86,8 @@ def shrinking(
 def preset_size(known: Preset, wanted: int, frames: int | None = None) -> tuple[Size, int]:
     """The picture size (height, width) that gives a preset the nearest to `wanted` candidate tokens, and that number.
 
-    The usual proportions first; others, up to six times as wide as high, where those come much nearer (tiles of InternVL
-    depend on the proportions alone).
+    The usual proportions first; others, up to six times as wide as high, where those come much nearer (tiles of
+    InternVL depend on the proportions alone).
     """
     if wanted < 1:
         raise OptionError(f"{wanted} visual tokens; ask for at least 1.")

@@ -1,4 +1,5 @@
-"""How image processors choose sizes: plain arithmetic on (height, width), for pictures and for token counts without pixels.
+"""How image processors choose sizes: plain arithmetic on (height, width), for pictures and for token counts without
+pixels.
 
 Written from the behaviour of the processors of Hugging Face transformers; tests hold both equal.
 """
@@ -12,7 +13,8 @@ Size = tuple[int, int]  # (height, width)
 
 
 def best_resolution(size: Size, pinpoints: Sequence[Sequence[int]]) -> Size:
-    """The candidate (height, width) that keeps most of the picture's pixels and then wastes least (LLaVA-NeXT's anyres)."""
+    """The candidate (height, width) that keeps most of the picture's pixels and then wastes least (LLaVA-NeXT's
+    anyres)."""
     height, width = size
     best: tuple[int, int, int, int] | None = None
     for h, w in pinpoints:
@@ -40,7 +42,8 @@ def smart_resize(size: Size, factor: int, min_pixels: int, max_pixels: int) -> S
 
 
 def tile_canvas(size: Size, tile: Size, least: int, most: int) -> tuple[int, int]:
-    """How many tiles down and across: the nearest aspect ratio, with more tiles for larger pictures on ties (InternVL)."""
+    """How many tiles down and across: the nearest aspect ratio, with more tiles for larger pictures on ties
+    (InternVL)."""
     height, width = size
     # Sorted by number of tiles, then by columns: the order decides ties.
     grids = [(w, h) for w in range(1, most + 1) for h in range(1, most + 1) if least <= w * h <= most]
@@ -54,7 +57,8 @@ def tile_canvas(size: Size, tile: Size, least: int, most: int) -> tuple[int, int
 
 
 def longest_edge(size: Size, edge: int, limit: int = 4096) -> Size:
-    """Size after scaling the longer side to `edge`, the shorter one rounded down and then up to even (Idefics3, SmolVLM)."""
+    """Size after scaling the longer side to `edge`, the shorter one rounded down and then up to even (Idefics3,
+    SmolVLM)."""
     height, width = size
     aspect = width / height
     if width >= height:

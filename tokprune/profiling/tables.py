@@ -94,7 +94,8 @@ def time_table(report: ProfileReport, brief: bool = False) -> Table:
     lines = [
         f"Medians ± half the interquartile range of {report.environment.get('repeats', '?')} runs in changing order; "
         f"{report.explained}.",
-        "select: from projector to LLM, scoring and pruning, and (pruned or not) embedding the text; other: bookkeeping.",
+        "select: from projector to LLM, scoring and pruning, and (pruned or not) embedding the text; other: "
+        "bookkeeping.",
     ]
     lines += [f"{IDEAL}."] if any(c.kind == "ideal" for c in report.cells) else []
     lines += [f"{RESIZED}."] if any(c.kind == "resized" for c in report.cells) else []
@@ -152,8 +153,8 @@ def cost_table(report: ProfileReport, brief: bool = False) -> Table:
             ]
         )
     caption = (
-        f"FLOPs are counted by torch as they run, 2 per multiply-add; all: from pixels to {report.new_tokens} new tokens. "
-        f"Peak memory, weights included: {report.environment.get('peak', 'of the device')}."
+        f"FLOPs are counted by torch as they run, 2 per multiply-add; all: from pixels to {report.new_tokens} new "
+        f"tokens. Peak memory, weights included: {report.environment.get('peak', 'of the device')}."
     )
     shown = [0, 3, 5, 6, 7, 8, 9, 10, 11, 13] if brief else list(range(len(columns)))
     shown = [i for i in shown if i == 0 or any(row[i] is not None for row in rows)]

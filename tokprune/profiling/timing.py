@@ -1,4 +1,5 @@
-"""Timed runs that can be believed: warm-up, repeats in interleaved order, device synchronised, medians with their spread."""
+"""Timed runs that can be believed: warm-up, repeats in interleaved order, device synchronised, medians with their
+spread."""
 
 from __future__ import annotations
 
@@ -90,7 +91,8 @@ class _Marks:
 class StageClock:
     """Times the stages of one `generate` call; see `STAGES` for what each contains. All times in ms.
 
-    Time between the modules is booked where it belongs: before the first of them to `other`, between projector and LLM to
+    Time between the modules is booked where it belongs: before the first of them to `other`, between projector and LLM
+    to
     `select`, after the first token to `decode` (so that decode counts what a user waits for per token).
     """
 
@@ -146,7 +148,8 @@ class StageClock:
         self._wall = (start, time.perf_counter())
 
     def times(self) -> dict[str, float]:
-        """ms per stage, plus `ttft` (first token), `total` (wall clock) and `decode_tokens_per_s` (0 without decode steps)."""
+        """ms per stage, plus `ttft` (first token), `total` (wall clock) and `decode_tokens_per_s` (0 without decode
+        steps)."""
         out = dict.fromkeys(STAGES, 0.0)
         for (start, part), (end, _) in zip(self._points, self._points[1:], strict=False):
             out[part] += self.marks.milliseconds(start, end)
@@ -182,8 +185,8 @@ def interleave(
 ) -> dict[str, dict[str, Measurement]]:
     """Run every cell `warmup` times unrecorded and `repeats` times recorded, cell by cell in changing order.
 
-    cells: name -> a call that runs once and returns its numbers. on_error(name, error) may return True to drop the failing
-    cell and go on with the others; without it, errors pass through.
+    cells: name -> a call that runs once and returns its numbers. on_error(name, error) may return True to drop the
+    failing cell and go on with the others; without it, errors pass through.
     """
     if repeats < 1 or warmup < 0:
         raise OptionError(

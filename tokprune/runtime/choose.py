@@ -34,8 +34,8 @@ def choose(method: ConnectorMethod, streams: Sequence[StreamRecord], count: Call
     if not isinstance(selections, list | tuple) or len(selections) != len(active):
         given = f"{len(selections)} of them" if isinstance(selections, list | tuple) else type(selections).__name__
         raise TokpruneError(
-            f"method {method.info.name!r} returned {given} for {len(active)} streams; select_batch must return a list with "
-            "a Selection per stream."
+            f"method {method.info.name!r} returned {given} for {len(active)} streams; select_batch must return a list "
+            f"with a Selection per stream."
         )
     for (stream, keep), selection in zip(active, selections, strict=True):
         check_form(method, selection, stream)
@@ -72,8 +72,8 @@ def _checked(method: ConnectorMethod, balanced: object, asked: list[int], sizes:
     fits = len(keeps) == len(sizes) and all(1 <= keep <= size for keep, size in zip(keeps, sizes, strict=True))
     if not fits or sum(k for k, n in zip(keeps, sizes, strict=True) if k < n) > sum(asked):
         raise TokpruneError(
-            f"method {method.info.name!r} gave budgets {balanced!r} for streams of {sizes} tokens; one whole number for "
-            f"each is needed, from 1 to its tokens, in sum {sum(asked)} as in {asked}."
+            f"method {method.info.name!r} gave budgets {balanced!r} for streams of {sizes} tokens; one whole number "
+            f"for each is needed, from 1 to its tokens, in sum {sum(asked)} as in {asked}."
         )
     return keeps
 

@@ -183,7 +183,8 @@ def broken(functions: Functions) -> str | None:
 
 
 def check_contract(adapter: Adapter) -> None:
-    """Raise UnsupportedModelError where this transformers does not keep a convention that pruning this model rests on."""
+    """Raise UnsupportedModelError where this transformers does not keep a convention that pruning this model rests
+    on."""
     problem = broken(Functions.of(adapter))
     if problem is None and "flash" in str(adapter.config.get_text_config()._attn_implementation):
         rotary = [m for m in adapter.text_model.modules() if type(m).__name__.endswith("RotaryEmbedding")]

@@ -215,7 +215,8 @@ def _expand(slots: Slots, length: int) -> Tensor:
 
 
 def _record(plan: Plan, slots: Slots, past: KVCache, mask: Mask, expected: Tensor) -> PruneState:
-    """What the cache must know after this forward. mask: the physical one. expected: (B,) position of the next token."""
+    """What the cache must know after this forward. mask: the physical one. expected: (B,) position of the next
+    token."""
     state, device = get_state(past), plan.keep.device
     batch, length = plan.keep.shape
     hidden = slots.columns < 0  # (B, held + P)

@@ -96,7 +96,8 @@ class ConnectorStage(Prefill):
         model_kwargs: ModelCall,
         **kwargs: object,
     ) -> ModelOutput:
-        """generate()'s prefill. In chunks, the whole prompt is shortened first, then transformers splits the short one."""
+        """generate()'s prefill. In chunks, the whole prompt is shortened first, then transformers splits the short
+        one."""
         passage = self.threads.now.passage
         passage.prefill = True
         try:

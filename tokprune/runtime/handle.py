@@ -113,7 +113,8 @@ class Installed:
 
 
 def _release(removed: weakref.ref[Installed], _: object, ending: Callable[[], bool] = sys.is_finalizing) -> None:
-    """A removed pruning whose model is gone lets go of the model's parts, unless Python ends and modules are gone, too."""
+    """A removed pruning whose model is gone lets go of the model's parts, unless Python ends and modules are gone,
+    too."""
     installed = None if ending() else removed()
     for part in [] if installed is None else installed.parts:
         part.release()
@@ -239,7 +240,8 @@ class Stages:
 
     @property
     def chooser(self) -> ConnectorMethod | None:
-        """What chooses between encoder and LLM: the connector method, inside each frame when there is a frames method."""
+        """What chooses between encoder and LLM: the connector method, inside each frame when there is a frames
+        method."""
         return self.connector if self.frames is None else PerFrame(self.frames, self.connector)
 
     @staticmethod

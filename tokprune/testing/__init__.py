@@ -1,4 +1,5 @@
-"""Tiny random-weight models and real processors of every supported family, offline: for our tests and for plug-in authors.
+"""Tiny random-weight models and real processors of every supported family, offline: for our tests and for plug-in
+authors.
 
 tiny = tokprune.testing.build("qwen2_5_vl")
 inputs = tiny.inputs([["What is on ", ("image", picture(60, 40)), "?"]])

@@ -1,4 +1,5 @@
-"""Looks at an installation: versions against the tested ranges, devices, optional parts. `diagnose()`; printed by `tokprune doctor`."""
+"""Looks at an installation: versions against the tested ranges, devices, optional parts. `diagnose()`; printed by
+`tokprune doctor`."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ NOT_EXTRAS = ("dev", "test", "all")  # for working on tokprune, and the sum of t
 
 @dataclass(frozen=True)
 class Package:
-    """One package that tokprune can use. range: the versions that it is tested with. ok: None where it may be missing and is."""
+    """One package that tokprune can use. range: the versions that it is tested with. ok: None where it may be missing
+    and is."""
 
     name: str
     version: str | None
@@ -44,7 +46,8 @@ class Extra:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What an installation is made of. notes: what could not be found out. checks: of a model's self-test, if one was made."""
+    """What an installation is made of. notes: what could not be found out. checks: of a model's self-test, if one was
+    made."""
 
     python: str
     tokprune: str

@@ -1,7 +1,7 @@
 """Proves pruning on a model that nobody has tried, in seconds: `self_test(model, prompts(model, processor))`.
 
-Everything is compared with the unpruned model or with embeddings that are cut by hand; no other code of tokprune is asked
-what is right. All prompts hold one small picture.
+Everything is compared with the unpruned model or with embeddings that are cut by hand; no other code of tokprune is
+asked what is right. All prompts hold one small picture.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ Prompts = Callable[[Sequence[int]], Fields]
 class Check:
     """One thing that was tested. ok: None where it could not be tested. detail: why it failed or was left out.
 
-    apart: largest difference between the logits that should agree. allowed: how far apart counts as equal; 0: bit for bit.
+    apart: largest difference between the logits that should agree. allowed: how far apart counts as equal; 0: bit for
+    bit.
     """
 
     name: str
@@ -222,7 +223,7 @@ def _traces(model: nn.Module) -> dict[str, tuple[object, ...]]:
     }
 
 
-# -- the language model, fed by hand ---------------------------------------------------------------------------------------
+# -- the language model, fed by hand -----------------------------------------------------------------------------------
 
 
 def _language_model(model: VLM) -> nn.Module:
@@ -250,8 +251,9 @@ def _watched(model: VLM) -> Iterator[list[JsonObject]]:
 
 @dataclass
 class _Prompt:
-    """One prompt as the language model gets it. embeds: (1, L, D). positions: (1, L), or (3, L) for M-RoPE. masks: by name,
-    (1, 1, L, L) or None for a causal one; under "" when there is only one. planes: DeepStack features, (visual tokens, D) each."""
+    """One prompt as the language model gets it. embeds: (1, L, D). positions: (1, L), or (3, L) for M-RoPE. masks: by
+    name, (1, 1, L, L) or None for a causal one; under "" when there is only one. planes: DeepStack features, (visual
+    tokens, D) each."""
 
     model: VLM
     embeds: Tensor

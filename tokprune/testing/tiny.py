@@ -102,7 +102,8 @@ class TinyVLM:
 
 
 def build(family: str, *, seed: int = 0, attn: str = "sdpa", dtype: torch.dtype = torch.float32) -> TinyVLM:
-    """Build a tiny model of `family` in eval mode with its processor; no download, the global random state stays as it is.
+    """Build a tiny model of `family` in eval mode with its processor; no download, the global random state stays as it
+    is.
 
     seed: equal seeds give equal weights. attn: attention implementation of tower and language model ("sdpa", "eager").
     The weights are scaled so that every mistake shows in the logits. Generation is greedy, never ends early and only
@@ -125,7 +126,8 @@ def build(family: str, *, seed: int = 0, attn: str = "sdpa", dtype: torch.dtype 
 
 
 def _metadata(frames: NDArray[np.uint8]) -> JsonObject:
-    """What a video reader would tell of a clip at two frames a second; some families write timestamps into the prompt."""
+    """What a video reader would tell of a clip at two frames a second; some families write timestamps into the
+    prompt."""
     count, height, width = frames.shape[:3]
     return {
         "total_num_frames": count,
@@ -144,7 +146,8 @@ def _require(package: str, purpose: str) -> None:
 
 @torch.no_grad()
 def _randomise(model: nn.Module, seed: int) -> None:
-    """Redraw all matrices with unit gain; the usual standard deviation of 0.02 makes logits of tiny models near constant."""
+    """Redraw all matrices with unit gain; the usual standard deviation of 0.02 makes logits of tiny models near
+    constant."""
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
         if weight.ndim >= 2:

@@ -105,9 +105,9 @@ def open_container(path: Path) -> InputContainer:
 def close_container(container: InputContainer) -> None:
     """Close a file once its decoders' threads rest.
 
-    PyAV frees a decoder with Python's lock in hand, and FFmpeg then waits for the decoder's threads. One that has something
-    to report waits for that lock, if anybody lets FFmpeg report to Python (importing torchvision below 0.22 does): for
-    ever. Emptying the decoder first waits for the threads without the lock.
+    PyAV frees a decoder with Python's lock in hand, and FFmpeg then waits for the decoder's threads. One that has
+    something to report waits for that lock, if anybody lets FFmpeg report to Python (importing torchvision below 0.22
+    does): for ever. Emptying the decoder first waits for the threads without the lock.
     """
     for stream in container.streams.video:
         if stream.codec_context is not None:

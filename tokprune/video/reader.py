@@ -45,10 +45,10 @@ def read_video(  # one argument per question that people ask of a video
 ) -> Video:
     """Read some frames of a video file, a folder of pictures, or an animated GIF, WebP or PNG.
 
-    frames: how many ("quota": QuoTA's rule, see `sampling.frames_by_length`), spread by `rule` (a name in `sampling.RULES`) from the first to the last; or the frames' own
-    numbers, in any order. fps: one frame per 1/fps seconds, the one on screen; with both, `rule` takes over where that
-    gives more than `frames`. Neither: every frame. start, end: seconds since the first frame; the frames on screen in
-    [start, end).
+    frames: how many ("quota": QuoTA's rule, see `sampling.frames_by_length`), spread by `rule` (a name in
+    `sampling.RULES`) from the first to the last; or the frames' own numbers, in any order. fps: one frame per 1/fps
+    seconds, the one on screen; with both, `rule` takes over where that gives more than `frames`. Neither: every frame.
+    start, end: seconds since the first frame; the frames on screen in [start, end).
     backend: "auto" (PyAV), "pyav", "torchcodec" or "decord". size: (height, width) to scale each frame to as it is
     decoded. on_missing: what becomes of chosen frames that cannot be decoded: "drop" leaves them out, "nearest" repeats
     the nearest decoded one under that one's index and time, "raise" is an error; the first two warn.

@@ -90,7 +90,8 @@ def quota_frames(duration: float, base: int = 96, per_hour: float = 64) -> int:
 
 
 def frames_by_length(rule: str, duration: float) -> int:
-    """How many frames of a video of so many seconds: "quota" is 96 and 64 more per hour, "quota:64:32" other numbers of these."""
+    """How many frames of a video of so many seconds: "quota" is 96 and 64 more per hour, "quota:64:32" other numbers of
+    these."""
     parts = rule.split(":")
     numbers = [int(p) if p.isdigit() else -1 for p in parts[1:]]
     if parts[0] != "quota" or len(numbers) > 2 or any(n < 0 for n in numbers) or numbers[:1] == [0]:

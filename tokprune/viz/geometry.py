@@ -1,8 +1,9 @@
-"""Where a token's patch lies in the source picture, found by sending a picture of coordinates through the real processor.
+"""Where a token's patch lies in the source picture, found by sending a picture of coordinates through the real
+processor.
 
-Every processor resizes, crops, pads and tiles; all of that is one axis-aligned box per group (tile, thumbnail or frame): the
-part of the source that the group's whole token grid covers. Merging patches (2 x 2 merge, pixel shuffle, pooling) makes the
-grid coarser and leaves the box as it is.
+Every processor resizes, crops, pads and tiles; all of that is one axis-aligned box per group (tile, thumbnail or
+frame): the part of the source that the group's whole token grid covers. Merging patches (2 x 2 merge, pixel shuffle,
+pooling) makes the grid coarser and leaves the box as it is.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ Box = tuple[
 class Geometry:
     """How a source picture of `size` (height, width) was cut into groups.
 
-    boxes: per group of the layout, what its full grid covers. overview: group 0 shows the whole picture beside the tiles.
+    boxes: per group of the layout, what its full grid covers. overview: group 0 shows the whole picture beside the
+    tiles.
     """
 
     size: Size
@@ -45,15 +47,16 @@ class Geometry:
         if len(self.boxes) == 1:
             return replace(self, boxes=self.boxes * groups)
         raise OptionError(
-            f"the geometry has {len(self.boxes)} boxes and the layout {groups} groups; they are not of the same picture."
+            f"the geometry has {len(self.boxes)} boxes and the layout {groups} groups; they are not of the same "
+            f"picture."
         )
 
 
 def rectangles(geometry: Geometry, layout: Layout) -> Tensor:
     """(N, 4) float32 boxes (left, top, right, bottom) of the tokens in source pixels, clipped to the picture.
 
-    A token that lies in padding alone gets a box of no area. Where a model shrank the canvas of its tiles (OneVision), a
-    token reaches to its next neighbour, since it stands for the patches between.
+    A token that lies in padding alone gets a box of no area. Where a model shrank the canvas of its tiles (OneVision),
+    a token reaches to its next neighbour, since it stands for the patches between.
     """
     geometry = geometry.fit(layout)
     height, width = geometry.size
@@ -90,7 +93,8 @@ def whole(size: Size) -> Geometry:
 
 
 def of_layout(size: Size, layout: Layout) -> Geometry:
-    """The geometry when only the layout is known: the whole picture on one grid, or stretched onto the canvas of tiles."""
+    """The geometry when only the layout is known: the whole picture on one grid, or stretched onto the canvas of
+    tiles."""
     if layout.kind == "tiles" and layout.canvas is not None:
         down, across = layout.canvas
         tall, wide = size[0] / down, size[1] / across
@@ -110,10 +114,10 @@ def of_processor(
     """The geometry that a transformers processor (or its image processor) gives a picture of `size` (height, width).
 
     A picture whose colours are its coordinates goes through the processor; what comes out says where each view was cut.
-    patch_size: pixels per patch of the tower, needed where patches do not divide the view (SigLIP 384 / 14); taken from the
-    processor when it knows. layout: of the stream that the picture became, which tells whether it was cut into tiles. For
-    the layout of a video, size is that of a frame. Raises OptionError for a processor that cannot be traced when there is
-    no layout to go by.
+    patch_size: pixels per patch of the tower, needed where patches do not divide the view (SigLIP 384 / 14); taken from
+    the processor when it knows. layout: of the stream that the picture became, which tells whether it was cut into
+    tiles. For the layout of a video, size is that of a frame. Raises OptionError for a processor that cannot be traced
+    when there is no layout to go by.
     """
     image = getattr(processor, "image_processor", None) or processor
     if layout is not None and layout.kind == "video":
@@ -124,8 +128,9 @@ def of_processor(
         if layout is not None:
             return of_layout(size, layout)
         raise OptionError(
-            f"cannot tell how {type(image).__name__} maps a picture to its tiles; give the layout, or build a Geometry by hand: "
-            "Geometry(size=(height, width), boxes=((left, top, right, bottom), ...)), one box per tile or frame."
+            f"cannot tell how {type(image).__name__} maps a picture to its tiles; give the layout, or build a "
+            f"Geometry by hand: Geometry(size=(height, width), boxes=((left, top, right, bottom), ...)), one box per "
+            f"tile or frame."
         )
     overview = next((i for i in (0, len(boxes) - 1) if len(boxes) > 1 and _shows_all(boxes[i], size)), None)
     if overview is not None:  # layouts count the thumbnail first, wherever the processor puts it
@@ -136,7 +141,8 @@ def of_processor(
 
 
 def _coordinates(size: Size) -> NDArray[np.uint8]:
-    """(H, W, 3) uint8 picture: red grows from left to right, green from top to bottom, blue is full where there is a picture."""
+    """(H, W, 3) uint8 picture: red grows from left to right, green from top to bottom, blue is full where there is a
+    picture."""
     height, width = size
     out = np.full((height, width, 3), 255, np.uint8)
     out[..., 0] = np.rint((np.arange(width) + 0.5) / width * 255)
@@ -194,7 +200,8 @@ def _box(view: Tensor, size: Size) -> Box | None:
 
 
 def _span(values: Tensor, there: Tensor, length: int) -> tuple[float, float] | None:
-    """First and last source coordinate along the columns of values (h, w): a straight line through them, extrapolated."""
+    """First and last source coordinate along the columns of values (h, w): a straight line through them,
+    extrapolated."""
     count = there.sum(0)
     mean = (values * there).sum(0) / count.clamp(min=1) * length  # (w,) source coordinate at each column
     # At the border of the picture interpolation repeats the last pixel: no line there.
@@ -210,7 +217,8 @@ def _span(values: Tensor, there: Tensor, length: int) -> tuple[float, float] | N
 
 
 def _covered(box: Box, pixels: tuple[int, int], patch: int | None) -> Box:
-    """The part of a view's box that whole patches cover; the rest at the right or bottom is never seen (SigLIP: 378 of 384)."""
+    """The part of a view's box that whole patches cover; the rest at the right or bottom is never seen (SigLIP: 378 of
+    384)."""
     if patch is None:
         return box
     down, across = (n // patch * patch / n for n in pixels)

@@ -1,7 +1,9 @@
-"""One self-contained HTML page from tables and pictures: opens offline, sorts, reads well on a phone, asks the network nothing.
+"""One self-contained HTML page from tables and pictures: opens offline, sorts, reads well on a phone, asks the network
+nothing.
 
-Everything given is escaped. Pictures become data URIs; style and script stand in the page, and its content policy allows
-only those two (by their hash) and data URIs, so a page cannot load or send anything. Needs jinja2 (the `plot` extra).
+Everything given is escaped. Pictures become data URIs; style and script stand in the page, and its content policy
+allows only those two (by their hash) and data URIs, so a page cannot load or send anything. Needs jinja2 (the `plot`
+extra).
 """
 
 from __future__ import annotations
@@ -46,8 +48,8 @@ class Value:
 class Table:
     """Rows under columns; a click on a column's head sorts. units: one per column ("" for none), printed in the head.
 
-    A cell is a string, a number, a `Value` or None (an empty cell, sorted last). A column whose cells are all numbers, also
-    written ones ("12.5 ± 0.3", "9 %", "1.4 x"), sorts as numbers, any other as text.
+    A cell is a string, a number, a `Value` or None (an empty cell, sorted last). A column whose cells are all numbers,
+    also written ones ("12.5 ± 0.3", "9 %", "1.4 x"), sorts as numbers, any other as text.
     """
 
     columns: Sequence[str]
@@ -67,7 +69,8 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A PIL picture, or the bytes of a PNG, JPEG, GIF, WebP or SVG file. alt: what it shows, for those who cannot see it."""
+    """A PIL picture, or the bytes of a PNG, JPEG, GIF, WebP or SVG file. alt: what it shows, for those who cannot see
+    it."""
 
     image: Image.Image | bytes
     caption: str
@@ -76,7 +79,8 @@ class Picture:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading with text (blank lines part paragraphs, lines that begin with "- " make a list), tables and pictures."""
+    """A heading with text (blank lines part paragraphs, lines that begin with "- " make a list), tables and
+    pictures."""
 
     title: str
     text: str = ""

@@ -1,4 +1,5 @@
-"""Pictures of what a pruning kept, from the records that it left: a sheet for a picture, a strip of frames for a clip."""
+"""Pictures of what a pruning kept, from the records that it left: a sheet for a picture, a strip of frames for a
+clip."""
 
 from __future__ import annotations
 
@@ -32,9 +33,9 @@ def kept_on_image(
     """The picture beside what each run kept of it, or joined inside the vision tower.
 
     records: by the name to print, what the pruning notes of the picture (a StreamRecord of `pruning.last.streams`); an
-    encoder-stage method leaves fewer candidates than the others, so each is drawn on its own layout. processor: the model's,
-    whose resizing and cropping the patches follow. captions: a line per run after the count. maps: by the same names, the
-    groups of patches that a run joined (`merge_map.stream_maps`); runs without any show what they kept.
+    encoder-stage method leaves fewer candidates than the others, so each is drawn on its own layout. processor: the
+    model's, whose resizing and cropping the patches follow. captions: a line per run after the count. maps: by the same
+    names, the groups of patches that a run joined (`merge_map.stream_maps`); runs without any show what they kept.
     """
     if not records:
         raise OptionError("there is no record to draw; run the pruned model on the picture first.")

@@ -1,4 +1,5 @@
-"""What a reduced vision tower joined, drawn on the picture: each group in its mean colour, with an outline of its own."""
+"""What a reduced vision tower joined, drawn on the picture: each group in its mean colour, with an outline of its
+own."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ class MergeTrace(Protocol):
 def tower_order(layout: Layout, columns: Tensor, candidates: Tensor) -> list[int]:
     """Which picture of the tower each group of a stream is: some towers see the thumbnail last, layouts name it first.
 
-    columns, candidates: of the stream's record (`StreamRecord`): prompt columns in encoder order, and those of the tokens as
+    columns, candidates: of the stream's record (`StreamRecord`): prompt columns in encoder order, and those of the
+    tokens as
     `layout` numbers them.
     """
     groups = layout.num_groups
@@ -52,8 +54,8 @@ def tower_order(layout: Layout, columns: Tensor, candidates: Tensor) -> list[int
 def stream_maps(trace: MergeTrace, stream: StreamRecord | None = None) -> list[Tensor]:
     """The merge maps of one picture, one per tile, in the order in which a `Geometry` lists its boxes.
 
-    stream: the record of the picture in the LLM's prompt (`pruning.last.streams[0]`), for towers inside a VLM that saw this
-    one picture. Without it: the tower's pictures as they came.
+    stream: the record of the picture in the LLM's prompt (`pruning.last.streams[0]`), for towers inside a VLM that saw
+    this one picture. Without it: the tower's pictures as they came.
     """
     count = len(trace.cells)
     order = list(range(count)) if stream is None else tower_order(stream.layout, stream.columns, stream.candidates)
@@ -84,10 +86,10 @@ def draw_merge_map(
 ) -> Image.Image:
     """The picture in its groups' mean colours: what went into one token has one colour and one outline.
 
-    image: as the user gave it (PIL or (H, W, 3) uint8). maps: (h, w) group numbers of its places, -1 for dropped ones, which
-    fade; several for a tiled picture, in the order of the geometry's boxes (`stream_maps`), which become two views, tiles and
-    thumbnail. geometry: how the processor mapped the picture (`geometry.of_processor`); the whole of it when not given. What
-    was cropped away is pale. longest: length of each view's longer side in pixels.
+    image: as the user gave it (PIL or (H, W, 3) uint8). maps: (h, w) group numbers of its places, -1 for dropped ones,
+    which fade; several for a tiled picture, in the order of the geometry's boxes (`stream_maps`), which become two
+    views, tiles and thumbnail. geometry: how the processor mapped the picture (`geometry.of_processor`); the whole of
+    it when not given. What was cropped away is pale. longest: length of each view's longer side in pixels.
     """
     listed = [maps] if isinstance(maps, Tensor) else list(maps)
     if not listed or any(m.ndim != 2 for m in listed):
@@ -107,7 +109,8 @@ def draw_merge_map(
 
 
 def paint_regions(pixels: Pixels, region: NDArray[np.int64]) -> Pixels:
-    """Every region in the mean of its pixels; those on its edge in its own colour. pixels: (H, W, 3), region: (H, W)."""
+    """Every region in the mean of its pixels; those on its edge in its own colour. pixels: (H, W, 3), region: (H,
+    W)."""
     out, nothing = fade(pixels), region == -2
     out[nothing] = unseen(pixels)[nothing]
     used = region >= 0

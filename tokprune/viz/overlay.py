@@ -80,7 +80,8 @@ def _indices(kept: Selection | Tensor, total: int) -> Tensor:
 
 
 def merge_targets(selection: Selection, total: int) -> Tensor:
-    """(N,) the output slot that takes most of each input, -1 for inputs that flow nowhere; kept ones without a merge go to themselves."""
+    """(N,) the output slot that takes most of each input, -1 for inputs that flow nowhere; kept ones without a merge go
+    to themselves."""
     out = torch.full((total,), -1, dtype=torch.long)
     indices = selection.indices.detach().cpu().long()
     if selection.weights is None:
@@ -100,14 +101,15 @@ def painted(
 ) -> Image.Image:
     """The picture with `longest` pixels on its longer side, painted by where its tokens lie.
 
-    paint: pixels (H, W, 3) and the number of the token at each (H, W), -1 where there is none -> pixels. A tiled picture
-    becomes two views side by side, the tiles and the thumbnail. geometry: read off the layout when not given.
+    paint: pixels (H, W, 3) and the number of the token at each (H, W), -1 where there is none -> pixels. A tiled
+    picture becomes two views side by side, the tiles and the thumbnail. geometry: read off the layout when not given.
     """
     picture = style.to_rgb(image)
     where = geometry or of_layout((picture.height, picture.width), layout)
     if where.size != (picture.height, picture.width):
         raise OptionError(
-            f"the geometry is of a {where.size[1]} x {where.size[0]} picture, this one is {picture.width} x {picture.height}."
+            f"the geometry is of a {where.size[1]} x {where.size[0]} picture, this one is {picture.width} "
+            f"x {picture.height}."
         )
     boxes = rectangles(where, layout)
     large, factor = style.enlarge(picture, longest)
@@ -137,7 +139,8 @@ def draw_overlay(
 ) -> Image.Image:
     """The picture with its dropped patches faded and the kept ones bright in an amber outline.
 
-    image: the picture as the user gave it (PIL or (H, W, 3) uint8). kept: the selection, or (K,) indices into the stream.
+    image: the picture as the user gave it (PIL or (H, W, 3) uint8). kept: the selection, or (K,) indices into the
+    stream.
     geometry: how the processor mapped it (`geometry.of_processor`); read off the layout when not given.
     merged: colour every patch by the output token it flows into; on by itself when the selection merges. Tiled pictures
     become two views, the tiles and the thumbnail. longest: length of each view's longer side in pixels.

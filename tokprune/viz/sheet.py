@@ -1,4 +1,5 @@
-"""Several pictures on one page, each with its name and a line below: methods beside each other, or steps of one method."""
+"""Several pictures on one page, each with its name and a line below: methods beside each other, or steps of one
+method."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The numbers that a heat map shows: a signal of the vision tower, or the scores by which a method chooses, for one picture."""
+"""The numbers that a heat map shows: a signal of the vision tower, or the scores by which a method chooses, for one
+picture."""
 
 from __future__ import annotations
 
@@ -50,8 +51,9 @@ def values_of(
 ) -> tuple[Tensor, Layout, str]:
     """(N,) values of the first picture of `inputs`, its layout, and how they were obtained.
 
-    signal: a name such as "cls_attention", "received_attention:8" or "keys:-1" (its length per token). method: or the name of
-    a method, for its scores. Raises OptionError for methods that score nothing, MissingSignalError for what the tower has not.
+    signal: a name such as "cls_attention", "received_attention:8" or "keys:-1" (its length per token). method: or the
+    name of a method, for its scores. Raises OptionError for methods that score nothing, MissingSignalError for what the
+    tower has not.
     """
     if (signal is None) == (method is None):
         raise OptionError(f"signal={signal!r}, method={method!r}; give one of them.")
@@ -67,8 +69,8 @@ def values_of(
     values = record.selection.info.get(VALUES if signal is not None else "scores")
     if values is None or values.ndim != 1 or len(values) != len(record.layout.group):
         raise OptionError(
-            f"method {method!r} gives no score per token (it chooses by distances, groups or chance); draw what it keeps with "
-            "tokprune show, or a signal: --signal cls_attention."
+            f"method {method!r} gives no score per token (it chooses by distances, groups or chance); draw what it "
+            f"keeps with tokprune show, or a signal: --signal cls_attention."
         )
     source = record.sources.get(signal, "") if signal is not None else f"scores of {method}"
     return values.detach().float().cpu(), record.layout, source

@@ -90,7 +90,10 @@ def _page(
     line = style.text_size("x", LABEL)[1]
     step_y = height + BAR + 2 * line + GAP
     inner = columns * width + (columns - 1) * GAP
-    subtitle = f"{sum(budgets)} of {sum(sizes)} tokens kept ({100 * sum(budgets) / max(sum(sizes), 1):.3g} %), {len(budgets)} frames"
+    subtitle = (
+        f"{sum(budgets)} of {sum(sizes)} tokens kept ({100 * sum(budgets) / max(sum(sizes), 1):.3g} "
+        f"%), {len(budgets)} frames"
+    )
     head = (style.text_size("x", 26)[1] if title else 0) + style.text_size("x", LABEL + 2)[1] + 10
     page = Image.new("RGB", (inner + 2 * MARGIN, MARGIN + head + rows * step_y + MARGIN - GAP), style.PAPER)
     draw = ImageDraw.Draw(page)

@@ -1,4 +1,5 @@
-"""Stage "clip": the whole tower with a small text tower, so that [CLS] means something and patches answer to phrases."""
+"""Stage "clip": the whole tower with a small text tower, so that [CLS] means something and patches answer to
+phrases."""
 
 from __future__ import annotations
 
@@ -113,7 +114,8 @@ class ContrastiveTower(nn.Module):
         self.offsets = nn.Parameter(torch.full((2,), -3.0))
 
     def embed_images(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, 3, H, W) to the features the LLM will see (B, N, D), and normalised [CLS] (B, E) and patches (B, N, E)."""
+        """(B, 3, H, W) to the features the LLM will see (B, N, D), and normalised [CLS] (B, E) and patches (B, N,
+        E)."""
         tower, project = self.clip.vision_model, self.clip.visual_projection
         output = tower(pixel_values=pixels, output_hidden_states=True)
         patches = project(tower.post_layernorm(output.last_hidden_state[:, 1:]))

@@ -1,7 +1,7 @@
 """Stage "align" of the clip model: the projector learns to name pooled tokens in the words the Llama already knows.
 
-The image model's projector has seen patches, not means of four: through it a pooled token named its object's shape less than
-half of the time, and the Llama did not recover from that in 200 steps (one run).
+The image model's projector has seen patches, not means of four: through it a pooled token named its object's shape less
+than half of the time, and the Llama did not recover from that in 200 steps (one run).
 """
 
 from __future__ import annotations

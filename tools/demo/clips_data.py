@@ -108,7 +108,8 @@ def cache_takes(worker: Worker, out: Path, split: Split, recipe: ClipRecipe) -> 
 
 @dataclass(frozen=True)
 class ComposedClip:
-    """A clip made of cached takes: which take and which of its moments each frame shows, and which scene it belongs to."""
+    """A clip made of cached takes: which take and which of its moments each frame shows, and which scene it belongs
+    to."""
 
     takes: tuple[int, ...]  # of each scene
     frames: tuple[tuple[int, int, int], ...]  # scene, take, moment

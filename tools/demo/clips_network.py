@@ -1,4 +1,5 @@
-"""The clip model: LLaVA-NeXT-Video around the image model's tower, started from the image model's projector and Llama."""
+"""The clip model: LLaVA-NeXT-Video around the image model's tower, started from the image model's projector and
+Llama."""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""Stages "answer" and "refine" of the clip model: projector and Llama learn clips from the frozen tower's features; all tokens, always.
+"""Stages "answer" and "refine" of the clip model: projector and Llama learn clips from the frozen tower's features; all
+tokens, always.
 
-Besides the answers, the tokens on objects learn to remember (colour and shape of the scene before, how many scenes and how
-many objects like this so far): questions about order and counts are then a look-up. Those heads are not part of the model.
+Besides the answers, the tokens on objects learn to remember (colour and shape of the scene before, how many scenes and
+how many objects like this so far): questions about order and counts are then a look-up. Those heads are not part of the
+model.
 """
 
 from __future__ import annotations
@@ -135,7 +137,8 @@ def _speed(name: str, turn: Turn, new_layers: int) -> float:
 
 
 def train_clips(worker: Worker, out: Path, recipe: ClipRecipe, name: Literal["answer", "refine"]) -> None:
-    """Run one turn; the result is `<name>.pt` with `projector.*`, `llama.*` and the heads. "refine" goes on from "answer"."""
+    """Run one turn; the result is `<name>.pt` with `projector.*`, `llama.*` and the heads. "refine" goes on from
+    "answer"."""
     torch.manual_seed(recipe.seed)
     train, validation = open_takes(out, "train"), open_takes(out, "validation")
     generator = torch.Generator().manual_seed(recipe.seed)

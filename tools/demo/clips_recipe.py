@@ -11,8 +11,9 @@ from .recipe import StageRecipe
 class Turn:
     """One turn of the learning rate over projector and Llama.
 
-    old_speed: factor on Muon's rate for what comes from the image model; new_speed: for the new layers. questions: per clip and
-    step. order, count: how often these types are asked for each time that another is. memory_weight: of the memory losses.
+    old_speed: factor on Muon's rate for what comes from the image model; new_speed: for the new layers. questions: per
+    clip and step. order, count: how often these types are asked for each time that another is. memory_weight: of the
+    memory losses.
     """
 
     stage: StageRecipe

@@ -71,7 +71,8 @@ def evaluate_clips(worker: Worker, out: Path, recipe: ClipRecipe, folder: Path) 
         "recipe": dataclasses.asdict(recipe),
         "seeds": {"training": recipe.seed, "held_out": 0},
         "held_out": results,
-        "evaluation_path": "mp4 (H.264), read_video, chat template, LlavaNextVideoProcessor, generate(); exact match of the word",
+        "evaluation_path": "mp4 (H.264), read_video, chat template, LlavaNextVideoProcessor, generate(); exact match "
+        "of the word",
         "evaluation_seconds": round(time.perf_counter() - started, 1),
         "training_seconds": round(sum(stage["seconds"] for stage in stages.values()), 1),
         "model_bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),

@@ -32,7 +32,8 @@ def answer(
 
 
 def correct(model: VLM, processor: Processor, examples: Sequence[AnyExample], seen: Seen = "own") -> list[bool]:
-    """Whether each example is answered right: with its own picture or clip, without any, with grey, or with another one.
+    """Whether each example is answered right: with its own picture or clip, without any, with grey, or with another
+    one.
 
     Without any clip the prompt is of a kind that training never had, and the clip model may not even name a color; with
     grey frames it guesses.

@@ -56,7 +56,8 @@ def run_stage(
     """Train to the end of the stage, from the last checkpoint if there is one.
 
     Args:
-        compute: `(step, rng)` to the loss and what to log; it must draw all its chance from `rng` and torch's generator.
+        compute: `(step, rng)` to the loss and what to log; it must draw all its chance from `rng` and torch's
+        generator.
         validate: measures on scenes that are not trained on; called once, on the first worker, at the end.
 
     Returns:

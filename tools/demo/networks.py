@@ -110,7 +110,8 @@ def new_llava(recipe: Recipe) -> LlavaForConditionalGeneration:
 
 
 def use_plain_attention(model: PreTrainedModel) -> None:
-    """Two matrix products and a softmax: at this size quicker than the fused kernels, forward and backward, on a CPU."""
+    """Two matrix products and a softmax: at this size quicker than the fused kernels, forward and backward, on a
+    CPU."""
     ALL_ATTENTION_FUNCTIONS.register("tokprune_plain", _plain_attention)
     model.set_attn_implementation("tokprune_plain")
 
@@ -134,8 +135,8 @@ def _plain_attention(
 class DenseHeads(nn.Module):
     """Linear read-outs of the patch features that the LLM will see: attributes, and where the object is.
 
-    Without the two position heads the tower forgets where objects are, and the LLM could tell only from the order of its
-    tokens, which pruning changes.
+    Without the two position heads the tower forgets where objects are, and the LLM could tell only from the order of
+    its tokens, which pruning changes.
     """
 
     def __init__(self, width: int) -> None:
@@ -159,8 +160,8 @@ class DenseHeads(nn.Module):
 def start_locally(tower: CLIPVisionModel, generator: torch.Generator, gain: float = 2.2) -> None:
     """Start positions as 2-D sines and cosines, and the first layers' heads looking at fixed neighbours.
 
-    The rotation of a sinusoidal code by an offset is linear, so a query that is rotated against its key finds the patch at
-    that offset. All weights stay trainable.
+    The rotation of a sinusoidal code by an offset is linear, so a query that is rotated against its key finds the patch
+    at that offset. All weights stay trainable.
     """
     config: Any = tower.config
     embeddings: Any = tower.embeddings

@@ -67,7 +67,8 @@ class PackedAnswerer(nn.Module):
         self._layouts: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def forward(self, features: Tensor, questions: Sequence[Sequence[Asked]]) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, N, D) features, K questions each, to logits of the answer and of what follows it (B, K, V), and answers."""
+        """(B, N, D) features, K questions each, to logits of the answer and of what follows it (B, K, V), and
+        answers."""
         embed, device = self.llama.embed_tokens, features.device
         ids, places, answers = (tensor.to(device) for tensor in _pack(questions, self.words, self.length))
         visual = self.projector(features)

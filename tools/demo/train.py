@@ -1,8 +1,8 @@
 """Train the demo VLM from nothing: `python -m tools.demo.train --out DIR`.
 
-Stages, in order: render (draw the scenes), dense (patches learn attributes and positions), clip ([CLS] and a text tower),
-cache (features of the frozen tower), align (projector), qa (projector and Llama), export (files for from_pretrained),
-evaluate (through processor and generate). The recipe takes about half an hour of two free CPU cores.
+Stages, in order: render (draw the scenes), dense (patches learn attributes and positions), clip ([CLS] and a text
+tower), cache (features of the frozen tower), align (projector), qa (projector and Llama), export (files for
+from_pretrained), evaluate (through processor and generate). The recipe takes about half an hour of two free CPU cores.
 
 Everything but the exported model stays in DIR. A finished stage is not run again; a killed one continues from its last
 checkpoint. Delete `DIR/<stage>.json` (and `DIR/<stage>.checkpoint`) to repeat a stage. To ship a new model, use

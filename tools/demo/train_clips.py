@@ -1,10 +1,11 @@
 """Train the clip model from the image model: `python -m tools.demo.train_clips --out DIR`.
 
-Stages, in order: takes (draw, H.264, features of the image model's tower), align (projector), answer and refine (projector and
-Llama, two turns of the learning rate), export (files), evaluate (mp4 files through decoder, processor and generate). About half an hour of two free CPU cores.
+Stages, in order: takes (draw, H.264, features of the image model's tower), align (projector), answer and refine
+(projector and Llama, two turns of the learning rate), export (files), evaluate (mp4 files through decoder, processor
+and generate). About half an hour of two free CPU cores.
 
-As in `tools.demo.train`, a finished stage is not run again and a killed one continues from its last checkpoint. To ship a
-new model, use `--export-to tokprune/demo/weights_clips`.
+As in `tools.demo.train`, a finished stage is not run again and a killed one continues from its last checkpoint. To ship
+a new model, use `--export-to tokprune/demo/weights_clips`.
 """
 
 from __future__ import annotations

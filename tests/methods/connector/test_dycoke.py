@@ -24,7 +24,8 @@ def test_golden(case: GoldenCase) -> None:
 
 
 def test_at_the_published_share_it_is_the_publication() -> None:
-    """Eight frames whose published counts are whole numbers; the third frame of the last four is thinned like the others."""
+    """Eight frames whose published counts are whole numbers; the third frame of the last four is thinned like the
+    others."""
     features = clip(8, (4, 5), scenes=1)
     tokens = video(features, (4, 5))
     chosen = DyCoke(merging_ratio=0.7).select(tokens, 2 * 20 + 6 * 6).indices

@@ -84,7 +84,8 @@ def test_the_thumbnail_is_laid_over_the_picture_not_over_its_padding() -> None:
 
 @claims("globalcom2", anchor="base_cls_attn", part="scores and their ranks")
 def test_the_method_ranks_as_published(case: GoldenCase) -> None:
-    """Crop by crop the method's scores pick the published tokens, padding included, once each count is the published one."""
+    """Crop by crop the method's scores pick the published tokens, padding included, once each count is the published
+    one."""
     across, down = case["grid_wh"].tolist()
     count, n, _ = case["features"].shape
     side = round(n**0.5)

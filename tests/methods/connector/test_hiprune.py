@@ -28,7 +28,8 @@ def test_golden(case: GoldenCase) -> None:
 
 
 def one_anchor(at: int, compat: Compat) -> list[int]:
-    """Five of a 6 x 8 grid, where one anchor with its neighbours takes the whole budget and the deep layer likes the end."""
+    """Five of a 6 x 8 grid, where one anchor with its neighbours takes the whole budget and the deep layer likes the
+    end."""
     objects = torch.zeros(1, 48)
     objects[0, at] = 1.0
     return hiprune(objects, torch.linspace(0, 1, 48)[None], 5, 1.0, (6, 8), compat=compat)[0].tolist()

@@ -34,7 +34,8 @@ def test_golden(case: GoldenCase) -> None:
     scene = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
     assert torch.bincount(scene[home // n], minlength=len(lengths)).tolist() == case["seg_sizes"].tolist()
 
-    # The method, in the order of the stream, with a newline behind each row that keeps a token: the published grid mode.
+    # The method, in the order of the stream, with a newline behind each row that keeps a token: the published grid
+    # mode.
     g = round(n**0.5)
     tokens = VisualTokens(
         features.flatten(0, 1), Layout.grid(g, g, frames, "video"), {"cls_attention": attention.flatten()}

@@ -36,7 +36,8 @@ def test_golden(case: GoldenCase) -> None:
     torch.testing.assert_close(pooled, case["out_tokens"], atol=1e-5, rtol=1e-5)
     exact, upstream = case["out_positions_exact_floor"], case["out_positions_upstream"]
     assert torch.equal(pooled_positions(case["positions"], stride), exact)
-    # The published code takes the mean in float16, whose steps grow with the position: right at first, wrong above 2048.
+    # The published code takes the mean in float16, whose steps grow with the position: right at first, wrong above
+    # 2048.
     step = int(case["positions"].max()) * 2.0**-10
     off = (upstream - exact).abs().max()
     assert off <= step + 1

@@ -14,7 +14,8 @@ from tokprune.tokens import Layout, Query, VisualTokens
 
 @claims("recoverable", anchor="hidden_states")
 def test_golden(case: GoldenCase) -> None:
-    """The tokens that stand out, visually and by the question. The merged tail of the published code reads wrong keys."""
+    """The tokens that stand out, visually and by the question. The merged tail of the published code reads wrong
+    keys."""
     attention = cls_row(case["q"], case["k"], 1)[0, 0]
     torch.testing.assert_close(attention, case["cls_attn"][0], atol=1e-6, rtol=1e-4)
     visual, text = recoverable(case["cls_attn"][0], case["text_similarity"][0])

@@ -12,7 +12,8 @@ from tokprune.tokens import Layout, VisualTokens
 
 
 def temporal_pool(features: torch.Tensor, stride: int) -> torch.Tensor:
-    """Mean of every `stride` frames; a shorter rest is averaged over what there is. (T, N, C) -> (ceil(T / stride), N, C)."""
+    """Mean of every `stride` frames; a shorter rest is averaged over what there is. (T, N, C) -> (ceil(T / stride), N,
+    C)."""
     return torch.stack([part.mean(0) for part in features.split(stride)])
 
 

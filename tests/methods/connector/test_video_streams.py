@@ -1,4 +1,5 @@
-"""What all spatio-temporal methods promise on videos: exact counts for every budget, odd frames, linear cost in their number."""
+"""What all spatio-temporal methods promise on videos: exact counts for every budget, odd frames, linear cost in their
+number."""
 
 from __future__ import annotations
 
@@ -127,8 +128,8 @@ def test_work_and_memory_grow_linearly_with_the_frames(name: str, scenes: int) -
     """Four times the frames write about four times the elements, and no tensor grows faster than the video itself.
 
     Anything quadratic would write sixteen times as many; a matrix of all pairs of tokens of the long video would have
-    (192 * 16)² = 9.4 million elements, the video has 73 728. Half of the leeway is for FastVID, whose cost per frame grows with
-    the scene until that is cut into pieces.
+    (192 * 16)² = 9.4 million elements, the video has 73 728. Half of the leeway is for FastVID, whose cost per frame
+    grows with the scene until that is cut into pieces.
     """
     seen = []
     for frames in (48, 192):

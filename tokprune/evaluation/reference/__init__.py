@@ -3,8 +3,8 @@
     from tokprune.evaluation.reference import select
     for model in select("llava-1.5-7b", methods=["divprune"], tasks=["gqa"]): ...
 
-The numbers stand in the JSON files of this folder, one per model; names.json says which method and which lmms-eval task a
-published name means.
+The numbers stand in the JSON files of this folder, one per model; names.json says which method and which lmms-eval task
+a published name means.
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ TYPE, VERSION = "tokprune.reference", 1
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of a published table. method: our name where we have the method. tokens: visual tokens kept; ratio: their share."""
+    """A row of a published table. method: our name where we have the method. tokens: visual tokens kept; ratio: their
+    share."""
 
     label: str
     method: str
@@ -36,7 +37,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A column: the lmms-eval task and metrics (their sum) that measure it, and what turns them into the published unit."""
+    """A column: the lmms-eval task and metrics (their sum) that measure it, and what turns them into the published
+    unit."""
 
     name: str
     task: str | None = None
@@ -65,7 +67,8 @@ class Published:
 
 @dataclass(frozen=True)
 class Model:
-    """A model with its published tables. checkpoints: where it lies on the hub. claims: sentences with numbers that are no rows."""
+    """A model with its published tables. checkpoints: where it lies on the hub. claims: sentences with numbers that are
+    no rows."""
 
     name: str
     title: str
@@ -93,8 +96,8 @@ def model_of(checkpoint: str) -> Model | None:
 def select(model: str | None = None, methods: Sequence[str] = (), tasks: Sequence[str] = ()) -> list[Model]:
     """Models with their tables, reduced to what is asked for; the unpruned rows stay beside the methods.
 
-    methods: our names or published ones. tasks: lmms-eval names or published benchmarks. Raises OptionError, with the nearest
-    name, for one that no table has.
+    methods: our names or published ones. tasks: lmms-eval names or published benchmarks. Raises OptionError, with the
+    nearest name, for one that no table has.
     """
     everything = models()
     if model is not None and model.lower() not in everything:

@@ -1,4 +1,5 @@
-"""The pictures of a video's frames, taken back out of the pixels of an encoder call, for scorers that look at frames."""
+"""The pictures of a video's frames, taken back out of the pixels of an encoder call, for scorers that look at
+frames."""
 
 from __future__ import annotations
 
