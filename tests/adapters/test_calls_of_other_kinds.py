@@ -14,7 +14,7 @@ import tokprune
 from tests.adapters.conversations import TYPES
 from tests.adapters.reference import HYBRID, QUICK, prompt, shared
 from tests.spelling import with_cache
-from tokprune.adapters.query import find_question
+from tokprune.adapters.query import find_question, plain_question
 from tokprune.errors import MissingQueryError, OptionError, TokpruneError
 from tokprune.methods.base import ConnectorMethod, top
 from tokprune.registry import register_method
@@ -140,6 +140,11 @@ def test_two_questions_for_four_prompts_are_refused(asking: None) -> None:
         "[INST] {} Describe it. [/INST]",
         "Human: {} Describe the colours. AI:",
         "{} What is this?",
+        "{} Q: What is this? A:",
+        "{}\nWhat is this?\nResponse:",
+        "Instruct: {} Describe it.\nOutput:",
+        "<start_of_turn>user {} Describe it.<end_of_turn><start_of_turn>model",
+        "{} Frage: Was ist das? Antwort:",
     ],
 )
 def test_words_of_the_answer_are_no_question(asking: None, text: str) -> None:
@@ -148,7 +153,7 @@ def test_words_of_the_answer_are_no_question(asking: None, text: str) -> None:
     before, after = text.split("{}")
     parts = [part for part in (before, ("image", picture(60, 40, 1)), after) if part]
     inputs = tiny.inputs([parts])
-    told = tiny.inputs([[*parts, " A red car. It is parked: nobody is inside"]])
+    told = tiny.inputs([[*parts, " A red car. It is parked: nobody is inside. Why?"]])
     width = inputs["input_ids"].shape[1]
     with tokprune.apply(tiny.model, "only_asks", ratio=0.3, processor=tiny.processor) as pruning:
         tiny.model.generate(**inputs, max_new_tokens=5)
@@ -160,6 +165,12 @@ def test_words_of_the_answer_are_no_question(asking: None, text: str) -> None:
         assert torch.equal(pruning.last.keep[:, :width], wanted)
         assert pruning.last.streams[0].question == question
         assert "red car" not in question
+
+
+def test_options_are_part_of_the_question() -> None:
+    text = "Q: Which one? A: red B: blue Answer:"
+    assert plain_question(text) == (" Which one? A: red B: blue ", True)
+    assert plain_question("Q: Which one? A: red") == (" Which one? ", True)
 
 
 def test_a_template_that_raises_what_it_likes() -> None:

@@ -252,3 +252,19 @@ def test_list_of_encoder_methods() -> None:
     } <= set(names)
     for name in names:
         assert get_method(name).info.paper
+
+
+@pytest.mark.parametrize(
+    ("kernel", "method"), [("flex_attention", "evit"), ("flex_attention", "tome"), ("flash", "tome")]
+)
+def test_kernels_that_take_no_bias_are_refused(kernel: str, method: str) -> None:
+    tower = TOWERS["clip"]()
+    before = tower.config._attn_implementation
+    tower.config._attn_implementation = kernel
+    with pytest.raises(UnsupportedModelError, match=r"no bias per key.*sdpa"):
+        apply_encoder(tower, method, ratio=0.5)
+    tower.config._attn_implementation = before
+    with apply_encoder(tower, method, ratio=0.5):
+        tower.config._attn_implementation = kernel
+        with pytest.raises(UnsupportedModelError, match="no bias per key"):
+            tower(pixels())

@@ -19,8 +19,16 @@ FIRST, ANSWER, SECOND = "qzquestionqz", "qzanswerqz", "qzfollowupqz"
 
 
 # Words and marks that open the model's turn in prompts that follow no chat template at hand, and the user's.
-SPOKEN = r"(?:(?<!\w)(?:assistant|answer|gpt|bot|model|ai)\s*:|\[/inst\]|<\|?assistant\|?>|<\|im_start\|>\s*assistant)"
-ASKED = r"(?:(?<!\w)(?:user|human|question|q)\s*:|\[inst\]|<\|?user\|?>|<\|im_start\|>\s*user)"
+SPOKEN = (
+    r"(?:(?<!\w)(?:assistant|answer|gpt|bot|model|ai|(?-i:Response|Output)|antwort|réponse|respuesta)\s*:|回答\s*[::]"
+    r"|\[/inst\]|<\|?assistant\|?>|<\|im_start\|>\s*assistant|<start_of_turn>\s*model|<\|start_header_id\|>\s*assistant"
+    r"|<end_of_turn>|<end_of_utterance>|<\|im_end\|>|<\|eot_id\|>|<\|end\|>)"
+)
+SPOKEN_TO_Q = SPOKEN[:-1] + r"|(?<!\w)a\s*:)"  # behind "Q:", unless A, B, ... are the options to choose from
+ASKED = (
+    r"(?:(?<!\w)(?:user|human|question|q|(?-i:Instruct|Instruction)|frage|pregunta)\s*:|(?:问题|問題)\s*[::]"
+    r"|\[inst\]|<\|?user\|?>|<\|im_start\|>\s*user|<start_of_turn>\s*user|<\|start_header_id\|>\s*user<\|end_header_id\|>)"
+)
 
 WHOLE = "the whole prompt: nothing in it tells where an answer would begin; give query= if it holds one"
 
@@ -29,14 +37,16 @@ def plain_question(text: str) -> tuple[str, bool]:
     """The question in a prompt that follows no known template, and whether its end is sure.
 
     It ends where the model's turn opens ("ASSISTANT:", "[/INST]", ...) and begins after the last word that opens the
-    user's; with neither, it ends at the last question mark, so that words of an answer behind it do not count.
+    user's; with neither, it ends at the first question mark, so that words of an answer behind it do not count, whatever
+    they ask in turn.
     """
     begins = [m.end() for m in re.finditer(ASKED, text, re.IGNORECASE)]
     question = text[begins[-1] :] if begins else text
-    end = re.search(SPOKEN, question, re.IGNORECASE)
+    to_q = re.search(r"(?<!\w)q\s*:", text, re.IGNORECASE) and not re.search(r"(?<!\w)b\s*:", question, re.IGNORECASE)
+    end = re.search(SPOKEN_TO_Q if to_q else SPOKEN, question, re.IGNORECASE)
     if end is not None:
         return question[: end.start()], True
-    mark = question.rfind("?")
+    mark = question.find("?")
     return (question[: mark + 1], True) if mark >= 0 else (question, False)
 
 

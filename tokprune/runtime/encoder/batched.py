@@ -14,6 +14,11 @@ from tokprune.methods.encoder_base import BlockView, Cut, Entrance
 from tokprune.runtime.encoder.engine import Splice
 from tokprune.runtime.encoder.run import EncoderTrace, Run, State
 
+OTHER_KERNEL = (
+    "attention {!r} of this vision tower takes no bias per key, which {!r} needs; load the model with "
+    'attn_implementation="sdpa" or "eager" (for the tower alone: {{"vision_config": "sdpa"}}).'
+)
+
 
 class BatchedSplice(Splice[Run]):
     """timm, open_clip, CLIP, SigLIP, InternVL: all images of a batch have the same number of tokens.
@@ -22,7 +27,18 @@ class BatchedSplice(Splice[Run]):
     the sequence is prefix, then unit after unit.
     """
 
+    def check(self) -> None:
+        super().check()
+        self._check_kernel()
+
+    def _check_kernel(self) -> None:
+        """Refuse attention kernels that do not take the masks of reduced rows."""
+        kernel = str(getattr(getattr(self.tower.root, "config", None), "_attn_implementation", "sdpa"))
+        if "flex" in kernel or ("flash" in kernel and (self.method.size_bias or self.method.info.adaptive)):
+            raise UnsupportedModelError(OTHER_KERNEL.format(kernel, self.method.info.name))
+
     def start(self, x: Tensor, kwargs: ModelCall) -> Run:
+        self._check_kernel()  # it may have been exchanged since apply
         tokens, prefix, fold = x.shape[1], self.tower.prefix, self.fold
         if fold > 1 and (tokens - prefix) % fold:
             raise UnsupportedModelError(
