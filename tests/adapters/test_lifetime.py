@@ -344,8 +344,7 @@ def test_a_users_own_stand_in_comes_back() -> None:
         assert model(**inputs).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("method", ["tome", "hired"])
-@pytest.mark.parametrize("end", ["pruning.remove()", "pass"])
+@pytest.mark.parametrize(("method", "end"), [("tome", "pruning.remove()"), ("hired", "pass")])
 def test_a_script_ends_quietly(method: str, end: str) -> None:
     """The model and the handle are still there when Python takes its modules apart."""
     script = (
