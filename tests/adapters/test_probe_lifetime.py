@@ -96,11 +96,22 @@ def test_offloaded_weights_are_not_touched() -> None:
         torch.testing.assert_close(found[name], expected[name])
 
 
+def skip_unless_plain_compiles(family: str) -> None:
+    """torch 2.6 cannot compile the towers of transformers 5.23 whole, with or without a probe."""
+    base, kwargs = call(family, build(family))
+    base.vision_tower = torch.compile(base.vision_tower, backend="eager", fullgraph=True)
+    try:
+        run(base, kwargs)
+    except torch._dynamo.exc.Unsupported as error:
+        pytest.skip(f"this torch does not compile the plain tower: {str(error).splitlines()[0]}")
+
+
 @pytest.mark.parametrize("first", ["compile", "probe"])
 def test_compiled_towers(first: str) -> None:
     base, kwargs = call("llava", build("llava"))
     expected = signals(base, kwargs, "cls_attention").values["cls_attention"]
     torch._dynamo.reset()
+    skip_unless_plain_compiles("llava")
     if first == "compile":
         base.vision_tower = torch.compile(base.vision_tower, backend="eager", fullgraph=True)
         run(base, kwargs)
