@@ -91,6 +91,11 @@ class PruneState:
             next_position=None if self.next_position is None else fn(self.next_position),
         )
 
+    def count_from(self, first: int) -> None:
+        """Let the position that the next token must have, until now counted from 0, count from `first`."""
+        if first and (at := self.next_position) is not None:
+            self.next_position = torch.where(at >= 0, at + first, at)
+
     def cropped(self, length: int) -> PruneState:
         """The state after the conversation lost all but its first `length` logical columns.
 

@@ -119,12 +119,18 @@ class ConnectorStage(Prefill):
         if plan is None or (plan.untouched and state is None):
             return self._chunks(original, None, ids, config, model_kwargs, **kwargs)
         new, forward, table = execute(self.adapter, plan, call, self._hide_positions())
+        # prepare_inputs_for_generation takes positions that count from 0; PaliGemma's makes them count from 1.
+        positions, first = new["position_ids"], self.adapter.family.first_position
+        if call["position_ids"] is None:
+            positions = positions - first
+        else:
+            forward.state.count_from(first)
         held = new["attention_mask"].shape[-1] - new["input_ids"].shape[1]
         shortened = {
             **model_kwargs,
             "mm_encoder_outputs": new["mm_encoder_outputs"] or {},
             "attention_mask": new["attention_mask"],
-            "position_ids": _from_start(new["position_ids"], held),  # transformers slices them by the cache's length
+            "position_ids": _from_start(positions, held),  # transformers slices them by the cache's length
             **{k: _from_start(new[k], held) for k in TYPE_IDS if k in call},
         }
         if state is not None:
