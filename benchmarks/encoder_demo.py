@@ -115,9 +115,8 @@ def run(questions: int, targets: list[float], rounds: int) -> list[dict[str, Any
             rows.append(row)
             print(
                 f"{setting.name:32} FLOPs {row['flops']:.3f}{'' if row['matched'] else ' (not matched)'}  "
-                f"left {row['left']:.2f}  "
-                f"accuracy {row['places']:.3f} ({row['copies'] or '-'} with copies)  {row['encoder_ms']:.2f} ms  "
-                f"x{row['speedup']:.2f}",
+                f"left {row['left']:.2f}  accuracy {row['places']:.3f} ({row['copies'] or '-'} with copies)  "
+                f"{row['encoder_ms']:.2f} ms  x{row['speedup']:.2f}",
                 flush=True,
             )
     return rows

@@ -50,8 +50,7 @@ def demo(data: dict[str, Any]) -> str:
         copies = "" if r["copies"] is None else f"{r['copies']:.3f}"
         lines.append(
             f"| {r['method']} | {r['flops']:.1%}{mark} | {r['left']:.0%} | {r['places']:.3f} | {copies} "
-            f"| {r['encoder_ms']:.2f} | "
-            f"{r['baseline_ms']:.2f} |"
+            f"| {r['encoder_ms']:.2f} | {r['baseline_ms']:.2f} |"
         )
     targets = " and ".join(f"{t:.0%}" for t in dict.fromkeys(r["target"] for r in data["rows"][1:]))
     note = (

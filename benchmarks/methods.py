@@ -40,9 +40,8 @@ MARGIN = 1.05
 FLOOR_MS = 0.2
 RULE = (
     f"slower: in three of four rounds more than {MARGIN - 1:.0%} above the published formulation, and by more "
-    f"than {FLOOR_MS} ms "
-    "of CPU time in the median (below that, the dispatch of a few dozen torch operations decides, not arithmetic; one "
-    "image costs a vision tower seconds on this machine)"
+    f"than {FLOOR_MS} ms of CPU time in the median (below that, the dispatch of a few dozen torch operations decides, "
+    f"not arithmetic; one image costs a vision tower seconds on this machine)"
 )
 
 

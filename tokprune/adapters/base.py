@@ -227,8 +227,7 @@ def get_adapter(model: object) -> Adapter:
     if kind is None or not hasattr(inner, "base_model"):
         raise UnsupportedModelError(
             f"{name} is not a Hugging Face VLM (no transformers config); tokprune prunes models of transformers such "
-            "as "
-            "LLaVA, Qwen-VL and InternVL."
+            "as LLaVA, Qwen-VL and InternVL."
         )
     if kind in REFUSED:
         raise UnsupportedModelError(f"{name} cannot be pruned between encoder and LLM: {REFUSED[kind]}.")
@@ -242,8 +241,7 @@ def get_adapter(model: object) -> Adapter:
     if "mm_encoder_outputs" not in parameters(type(base).forward):
         raise UnsupportedModelError(
             f"{name} ({kind}) does not take encoder outputs in its forward (mm_encoder_outputs); tokprune needs a "
-            "model of "
-            "transformers >= 5.23 that does."
+            "model of transformers >= 5.23 that does."
         )
     if not any(hasattr(base, t) for t in TEXT_MODELS):
         raise UnsupportedModelError(f"{name} ({kind}) has no language model under {' or '.join(TEXT_MODELS)}.")

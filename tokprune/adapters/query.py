@@ -37,8 +37,8 @@ def plain_question(text: str) -> tuple[str, bool]:
     """The question in a prompt that follows no known template, and whether its end is sure.
 
     It ends where the model's turn opens ("ASSISTANT:", "[/INST]", ...) and begins after the last word that opens the
-    user's; with neither, it ends at the first question mark, so that words of an answer behind it do not count, whatever
-    they ask in turn.
+    user's; with neither, it ends at the first question mark, so that words of an answer behind it do not count,
+    whatever they ask in turn.
     """
     begins = [m.end() for m in re.finditer(ASKED, text, re.IGNORECASE)]
     question = text[begins[-1] :] if begins else text

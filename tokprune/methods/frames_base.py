@@ -188,8 +188,7 @@ class PerFrame(Wrapper):
         if not fits or sum(counts) < 1 or (frames.exact and sum(counts) != keep):
             raise OptionError(
                 f"the frames method {frames.info.name!r} shared {keep} tokens out as {counts} over frames of "
-                f"{list(sizes)}: "
-                "the shares must fit the frames and add up to the budget."
+                f"{list(sizes)}: the shares must fit the frames and add up to the budget."
             )
         return counts, {"frame_tokens": torch.tensor(counts, device=tokens.features.device), **worth}
 

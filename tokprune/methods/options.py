@@ -99,8 +99,7 @@ def kinds(cls: type) -> dict[str, tuple[object, Limits]]:
     except NameError as error:
         raise OptionError(
             f"{cls.__name__}: an annotation cannot be read ({error}); import that name where the method is defined, "
-            f"not "
-            "under TYPE_CHECKING, so that options can be checked."
+            f"not under TYPE_CHECKING, so that options can be checked."
         ) from error
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
     return {f.name: (hints[f.name], f.metadata.get(KEY, Limits())) for f in fields if f.init}

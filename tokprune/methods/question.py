@@ -53,8 +53,7 @@ def question_relevance(tokens: VisualTokens, space: Relevance) -> Tensor:
     if text is None:
         raise MissingQueryError(
             "relevance='clip' needs the scorer's embedding of the question (Query.clip), and none was made; give a "
-            "CLIP scorer, "
-            "or use relevance='embeddings', which works on every model."
+            "CLIP scorer, or use relevance='embeddings', which works on every model."
         )
     patches = check_finite(tokens.signal("clip_image"), "the scorer's patch embeddings")
     return text_relevance(patches, check_finite(text, "the scorer's text embedding"))

@@ -73,8 +73,7 @@ def check_canvas(layout: Layout) -> tuple[int, int]:
     if not layout.thumbnail or canvas is None or canvas[0] * canvas[1] != layout.num_groups - 1:
         raise OptionError(
             f"the layout has {layout.num_groups} groups, thumbnail={layout.thumbnail} and canvas={canvas}; tiles "
-            f"with a "
-            "thumbnail need thumbnail=True and canvas=(down, across) with down * across = groups - 1."
+            f"with a thumbnail need thumbnail=True and canvas=(down, across) with down * across = groups - 1."
         )
     return canvas
 

@@ -61,8 +61,7 @@ def merge_dropped(chosen: Selection, features: Tensor) -> Selection:
     if chosen.features is not None:
         raise OptionError(
             "this method hands out explicit features instead of merge weights, so what it dropped cannot be merged "
-            "into them; "
-            "use it without the wrapper."
+            "into them; use it without the wrapper."
         )
     features = features.detach()
     n, k, device = features.shape[0], len(chosen), features.device

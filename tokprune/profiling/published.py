@@ -30,8 +30,7 @@ _FORMULAS: dict[str, Callable[..., int]] = {"fastv": formulas.formula_fastv, "ga
 CAUTION = (
     "Published numbers come from other code, hardware, prompts and batch sizes, some count multiply-adds once and "
     "visual tokens alone; ours beside them is arithmetic for the same number of tokens, or a measurement "
-    "where it says so. "
-    "They show whether the sizes agree, no more."
+    "where it says so. They show whether the sizes agree, no more."
 )
 
 

@@ -24,8 +24,7 @@ def check_attention(attention: Model) -> None:
     if cache_name(type(attention).forward) is None:
         raise UnsupportedModelError(
             f"{type(attention).__name__} names no KV cache ({' or '.join(CACHE)}), so what it reads cannot be "
-            "narrowed. Known to work: "
-            f"{tested_versions()}."
+            f"narrowed. Known to work: {tested_versions()}."
         )
 
 

@@ -113,8 +113,7 @@ class CacheStage:
             ]
         return [
             f"{name}: {self.steps} decode steps; layers from {self.method.layer} on read {self.used} of {self.visual} "
-            "visual keys "
-            f"(chosen by layer {self.source_layer}); all keys stay in memory"
+            f"visual keys (chosen by layer {self.source_layer}); all keys stay in memory"
         ]
 
     @staticmethod
@@ -135,8 +134,7 @@ class CacheStage:
         if getattr(cache, "is_compileable", False):
             raise UnsupportedModelError(
                 f"{type(cache).__name__} has a fixed length for compiled decoding, from which no keys can be left out; "
-                "use the "
-                "default cache (DynamicCache) with methods of the cache stage."
+                "use the default cache (DynamicCache) with methods of the cache stage."
             )
         state = get_state(cache)
         if state is None or state.visual is None:
@@ -227,7 +225,6 @@ class CacheStage:
     def _refuse_assistance(*args: object, **kwargs: object) -> object:
         raise UnsupportedModelError(
             "assisted decoding and prompt lookup check several drafted tokens at once, while a method of the cache "
-            "stage chooses for one "
-            "new token at a time: the answers would differ. Generate without assistant_model and "
+            "stage chooses for one new token at a time: the answers would differ. Generate without assistant_model and "
             "prompt_lookup_num_tokens."
         )

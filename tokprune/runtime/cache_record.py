@@ -160,8 +160,7 @@ class PrunedCacheMixin:
         if not self._tokprune.reader.active:
             raise TokpruneError(
                 "this cache was filled by a pruned model, whose pruning has been removed since: prompt columns and "
-                "keys no longer "
-                "match. Apply a pruning again (any can read it), or start with a new cache."
+                "keys no longer match. Apply a pruning again (any can read it), or start with a new cache."
             )
         sizes: tuple[int, int] = super().get_mask_sizes(*args, **kwargs)  # type: ignore[misc]
         return sizes
@@ -192,8 +191,7 @@ class PrunedCacheMixin:
         if state is not self._tokprune and any(getattr(self, "is_linear", ())) and self._tokprune.kept.shape[0] > 1:
             raise UnsupportedModelError(
                 "the cache of a model with recurrent layers cannot be cropped back over pictures in a batch: its "
-                "prompts lost "
-                "different tokens. Crop one prompt at a time, or start with a new cache."
+                "prompts lost different tokens. Crop one prompt at a time, or start with a new cache."
             )
         super().crop(stay - held)  # type: ignore[misc]
         self._tokprune = state

@@ -111,8 +111,7 @@ def _masks(f: Functions) -> bool:
 CONVENTIONS: tuple[tuple[str, Callable[[Functions], bool]], ...] = (
     (
         f"the multimodal model's forward names its KV cache ({' or '.join(CACHE)}), input_ids, inputs_embeds, "
-        "attention_mask, "
-        "position_ids and mm_encoder_outputs",
+        "attention_mask, position_ids and mm_encoder_outputs",
         lambda f: _named(
             *(f.base, "input_ids", "inputs_embeds", "attention_mask", "position_ids", "mm_encoder_outputs"), cache=True
         ),

@@ -253,8 +253,7 @@ class Stages:
             if base is None:
                 raise OptionError(
                     f"method {method.info.name!r} belongs to the stage {method.stage!r}, which this version cannot run "
-                    "in a model yet; the "
-                    f"stages {', '.join(BASES)} can."
+                    f"in a model yet; the stages {', '.join(BASES)} can."
                 )
             if not isinstance(method, base):
                 raise OptionError(
@@ -391,8 +390,7 @@ def remove(model: Model) -> None:
         if owner is not None and owner.anchor() is not inner and HANDLE in vars(owner.anchor()):
             raise UnsupportedModelError(
                 f"this {type(inner).__name__} is a part of a pruned {type(owner.anchor()).__name__}; give remove that "
-                "whole model, or call "
-                "remove() of its handle."
+                "whole model, or call remove() of its handle."
             )
 
 

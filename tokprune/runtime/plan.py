@@ -169,8 +169,8 @@ def make_plan(
     if adapter.hybrid and state is not None and len(set(dropped.sum(1).tolist())) > 1:
         raise UnsupportedModelError(
             f"{type(adapter.model).__name__} has recurrent layers: a later turn whose prompts lose different numbers "
-            "of tokens "
-            "would need filler in the middle of the sequence. Run these prompts one by one, or without the kept cache."
+            "of tokens would need filler in the middle of the sequence. Run these prompts one by one, or without the "
+            "kept cache."
         )
     start = logical_length(cache_in(call))
     return Plan(columns, keep, features, positions, moves, start, policy, untouched, records)

@@ -81,8 +81,7 @@ def give_examples(
     if processor is None or ids is None or columns.segments is not None:
         raise MissingQueryError(
             "text='example' reads the words behind each picture off the prompt: pass input_ids, one sample per row, "
-            "and "
-            "apply(..., processor=processor); or take text='question'."
+            "and apply(..., processor=processor); or take text='question'."
         )
     spans: list[tuple[int, int, int, StreamRecord]] = []  # row, first and last column
     for modality, where in columns.placeholders.items():

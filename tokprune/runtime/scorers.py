@@ -38,8 +38,7 @@ class OpenClipScorer:
         if missing:
             raise MissingSignalError(
                 f"the image tower {type(visual).__name__} gives no projected patches ({', '.join(missing)} missing); "
-                "take a ViT "
-                "of open_clip's own, such as open_clip:ViT-B-32/laion2b_s34b_b79k."
+                "take a ViT of open_clip's own, such as open_clip:ViT-B-32/laion2b_s34b_b79k."
             )
         self.model, self.tokenizer, self.block = model, tokenizer, block
         self.mean, self.std = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)

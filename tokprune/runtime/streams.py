@@ -71,8 +71,7 @@ def build_streams(adapter: Adapter, encoded: Encoded, prompts: Prompts, needs: S
     if sum(per_prompt) != features.shape[0]:
         raise PromptError(
             f"{encoded.modality}: the prompt has {sum(per_prompt)} placeholder tokens but the encoder gave "
-            f"{features.shape[0]} "
-            "features; the processor and the model do not belong together, or the prompt was cut."
+            f"{features.shape[0]} features; the processor and the model do not belong together, or the prompt was cut."
         )
     geometry = _recorded(adapter, encoded, prompts, features, per_prompt)
     if geometry is None:
@@ -165,8 +164,7 @@ def _unrecorded(encoded: Encoded, per_prompt: list[int], needed: list[str]) -> _
         why = "are not those that tokprune saw being encoded" if seen else "were encoded before tokprune was applied"
         raise MissingSignalError(
             f"the {encoded.modality} features {why}, so the signals {', '.join(needed)} are not known. Pass the "
-            "pixels, or encode "
-            "again after apply and pass the outputs as they come."
+            "pixels, or encode again after apply and pass the outputs as they come."
         )
     items = [f.shape[0] for f in flatten(encoded.output.pooler_output)]
     ends = {*accumulate(items), *accumulate(per_prompt)} - {0}

@@ -27,10 +27,8 @@ def fail(what: str) -> TranslationError:
     """The error for a call that would be answered wrongly."""
     return TranslationError(
         f"{what} Answering would be wrong, so it is refused. Either this transformers calls the model in a way that "
-        "tokprune "
-        f"does not know (tested: {tested_versions()}), or code around the model changed the call; please report it. "
-        "The model "
-        "answers without pruning after tokprune.remove(model), with a new cache."
+        f"tokprune does not know (tested: {tested_versions()}), or code around the model changed the call; please "
+        f"report it. The model answers without pruning after tokprune.remove(model), with a new cache."
     )
 
 
@@ -104,8 +102,7 @@ def check_record(cache: KVCache, state: PruneState, rows: int | None = None) -> 
     if int(cache.get_query_offset()) != held or int(cache.get_seq_length()) != logical:
         raise fail(
             f"a cache of {held} keys that stand for {logical} tokens says that it has {int(cache.get_query_offset())} "
-            "and "
-            f"{int(cache.get_seq_length())}."
+            f"and {int(cache.get_seq_length())}."
         )
     return held
 
@@ -160,8 +157,7 @@ def check_callers_mask(mask: Mask, keys: int, cache: KVCache) -> None:
         if one.shape[-1] != keys or getattr(cache, "is_compileable", False):
             raise fail(
                 f"an attention mask of {one.shape[-1]} columns, made outside the pruned model, came with a cache that "
-                "stands for "
-                f"{keys} tokens."
+                f"stands for {keys} tokens."
             )
 
 
@@ -211,8 +207,7 @@ def check_first_step(state: PruneState, positions: Tensor) -> None:
     if bool(((first != expected) & (expected >= 0)).any()):
         raise fail(
             f"the first token after a pruned prompt stands at position {first[-1].tolist()}, but the prompt ends "
-            "before "
-            f"{expected.tolist()}."
+            f"before {expected.tolist()}."
         )
 
 

@@ -38,8 +38,7 @@ def decode(index: PacketIndex, wanted: Sequence[int], job: Job) -> Iterator[tupl
     if index.hidden:
         raise VideoError(
             f"{index.path} has an edit list that hides {index.hidden} frames; decord ignores it and returns wrong "
-            "frames. "
-            "Use backend='pyav'."
+            "frames. Use backend='pyav'."
         )
     if index.orientation.mirrored:
         raise VideoError(f"{index.path} is to be shown mirrored, which decord gets wrong; use backend='pyav'.")
@@ -82,8 +81,7 @@ def decode(index: PacketIndex, wanted: Sequence[int], job: Job) -> Iterator[tupl
         if expired.is_set():
             raise VideoError(
                 f"decord had not finished {index.path} after {max(limit, 0):.0f} s and was ended (it is known to "
-                "hang). "
-                "Use backend='pyav', or a larger time_limit=."
+                "hang). Use backend='pyav', or a larger time_limit=."
             )
         if process.returncode:
             log.seek(0)

@@ -47,8 +47,7 @@ class VideoLlama3(Packed):
         if record is not None and sum(record.sizes) != sum(sizes):
             raise UnsupportedModelError(
                 "VideoLLaMA3 drops repeated patches of this clip, and transformers mixes up that choice when beams or "
-                "several return "
-                "sequences repeat the prompt (it fails without tokprune, too). Use num_beams=1 and "
+                "several return sequences repeat the prompt (it fails without tokprune, too). Use num_beams=1 and "
                 "num_return_sequences=1."
             )
         output = copy.copy(output)

@@ -153,8 +153,7 @@ class APT(EncoderMethod):
             if block.target < fewest:
                 raise OptionError(
                     f"{block.target} of {n} patches cannot be reached: with {len(self.thresholds)} larger sizes at "
-                    f"least {fewest} are left; "
-                    "give more thresholds, such as thresholds=(6.0, 4.0)."
+                    f"least {fewest} are left; give more thresholds, such as thresholds=(6.0, 4.0)."
                 )
             levels = shifted_levels(entropies, wanted, grid, block.target)
         leader = leaders(levels)  # (B, n)

@@ -69,8 +69,7 @@ class AKS(QuestionScored):
         if not found:
             raise OptionError(
                 f"AKS's published code chooses no frame at all for {count} frames at depth={self.depth} (its "
-                f"int({count} / "
-                f"2^{self.depth}) is 0); lower depth, keep more, or use compat='corrected'."
+                f"int({count} / 2^{self.depth}) is 0); lower depth, keep more, or use compat='corrected'."
             )
         out, left = [0] * len(sizes), keep
         for frame in best_first(found, scores):  # all tokens of these frames, up to the budget

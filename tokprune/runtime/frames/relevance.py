@@ -59,8 +59,7 @@ def _expected(scorer: Scorer, processor: Processor) -> tuple[Tensor, Tensor, tup
         if mean is None or std is None:
             raise OptionError(
                 f"{type(scorer).__name__} does not say how its pixels are normalised (mean, std), and neither does a "
-                "processor; give "
-                "the processor of the VLM that it belongs to."
+                "processor; give the processor of the VLM that it belongs to."
             )
         crop: Any = getattr(image, "crop_size", None) or getattr(image, "size", None)
         height, width = (crop.get(k) if hasattr(crop, "get") else getattr(crop, k, None) for k in ("height", "width"))

@@ -141,8 +141,7 @@ class FrameScorer:
         if stream.encoded is None or stream.whole is None:
             raise MissingSignalError(
                 f"{self.name!r} scores frames by their pixels, which are not at hand: the video was encoded before "
-                "tokprune saw "
-                "it. Pass the pixels, or encode again after apply."
+                "tokprune saw it. Pass the pixels, or encode again after apply."
             )
         call = EncoderCall(self.adapter.base, stream.modality, stream.encoded.kwargs, stream.encoded.output)
         try:
@@ -151,8 +150,7 @@ class FrameScorer:
             kind = self.adapter.config.model_type
             raise MissingSignalError(
                 f"{self.name!r} cannot get the frames of {kind} back from its pixels ({error}); have the method score "
-                "in another "
-                f"way (tokprune methods {self.name})."
+                f"in another way (tokprune methods {self.name})."
             ) from None
         layout = stream.whole.layout
         first = torch.searchsorted(layout.group, torch.arange(layout.num_groups))  # each frame's first token

@@ -72,8 +72,7 @@ class Relevance(Wrapper):
             )
             raise OptionError(
                 f"relevance cannot be mixed into {type(self.method).__name__}: it neither scores tokens one by one "
-                f"nor is it "
-                f"DivPrune, so there is no place for it in its maths.{hint}"
+                f"nor is it DivPrune, so there is no place for it in its maths.{hint}"
             )
 
     @property
@@ -94,8 +93,7 @@ class Relevance(Wrapper):
         if words is None or words.numel() == 0:
             raise MissingQueryError(
                 "the question is known, but not its clip embedding, which a scorer makes; give apply(..., "
-                "scorer=...), or "
-                "source='embeddings', which needs none."
+                "scorer=...), or source='embeddings', which needs none."
             )
         image = tokens.features if self.source == "embeddings" else tokens.signal("clip_image")
         if image.shape[-1] != words.shape[-1]:
