@@ -10,7 +10,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokprune.budget import ceil_of, check_budget, check_ratio, counts, equal, floor_of, kept, round_of, share
+from tokprune.budget import (
+    ceil_of,
+    check_budget,
+    check_ratio,
+    counts,
+    equal,
+    even_steps,
+    floor_of,
+    geometric_counts,
+    kept,
+    round_of,
+    share,
+)
 from tokprune.errors import BudgetError
 
 thousandths = st.integers(1, 1000).map(lambda i: i / 1000)
@@ -90,6 +102,20 @@ def test_share_refuses_what_does_not_fit() -> None:
         share(4, [1, 1], [1, 2])
     with pytest.raises(BudgetError, match="1 weights for 2"):
         share(1, [1], [1, 2])
+
+
+def test_steps_are_as_equal_as_can_be_the_larger_ones_first() -> None:
+    assert even_steps(7, 3) == [3, 2, 2]
+    assert even_steps(7, 1) == [7]
+    assert even_steps(2, 4) == [1, 1, 0, 0]
+    assert even_steps(-3, 2) == [0, 0]
+    assert even_steps(5, 0) == []
+
+
+def test_geometric_counts_lose_the_same_share_each_time() -> None:
+    assert geometric_counts(27, 8, 3) == [18, 12, 8]  # two thirds each time
+    assert geometric_counts(100, 50, 2) == [71, 50]  # 100 / sqrt 2 = 70.7
+    assert geometric_counts(5, 9, 2) == [5, 5]
 
 
 def test_counts() -> None:

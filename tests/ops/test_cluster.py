@@ -71,3 +71,10 @@ def test_duplicates_take_the_lower_index() -> None:
     centre, into, _ = dpc_knn(torch.ones(1, 6, 3), torch.tensor([2]), 3)
     assert centre[0].tolist() == [True, True, False, False, False, False]
     assert into[0].tolist() == [0, 1, 0, 0, 0, 0]
+
+
+def test_half_precision_is_clustered_in_float32() -> None:
+    points = torch.randn(2, 9, 4, generator=torch.Generator().manual_seed(5)).bfloat16()
+    half, wide = (dpc_knn(p, torch.tensor([2, 3]), 3) for p in (points, points.float()))
+    assert half[2].dtype == torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(half, wide, strict=True))

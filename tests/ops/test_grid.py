@@ -45,6 +45,9 @@ def test_regions_tile_the_thumbnail() -> None:
     layout = Layout.grid(6, 6)
     region = region_of(layout.row, layout.col, (6, 6), (2, 3)).reshape(6, 6)
     assert region.tolist() == [[0, 0, 1, 1, 2, 2]] * 3 + [[3, 3, 4, 4, 5, 5]] * 3
+    wide = Layout.grid(4, 6)  # each side is divided by its own length
+    region = region_of(wide.row, wide.col, (4, 6), (2, 3)).reshape(4, 6)
+    assert region.tolist() == [[0, 0, 1, 1, 2, 2]] * 2 + [[3, 3, 4, 4, 5, 5]] * 2
 
 
 def test_uneven_grids_are_split_as_evenly_as_they_can() -> None:

@@ -54,3 +54,9 @@ def test_inputs_are_left_alone() -> None:
     greedy_coverage(s, 3, start=start)
     assert torch.equal(s.detach(), kept)
     assert not start.any()
+
+
+def test_gains_carry_no_gradient() -> None:
+    s, start, weights, bonus = (torch.rand(1, *shape, requires_grad=True) for shape in ((5, 6), (5,), (6,), (6,)))
+    for given in ({}, {"weights": weights}, {"start": start}, {"bonus": bonus}):
+        assert not greedy_coverage_gains(s, 3, **given)[1].requires_grad

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from tokprune.ops.topk import group_sum, rank_in_group, ranks, top_by_tier, top_in_groups, true_indices
+from tokprune.ops.topk import (
+    group_sum,
+    grouped_top,
+    rank_in_group,
+    ranks,
+    top,
+    top_by_tier,
+    top_in_groups,
+    true_indices,
+)
 
 
 def coarse(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -21,6 +30,16 @@ def test_true_indices() -> None:
 
 def test_ranks() -> None:
     assert ranks(torch.tensor([[0.5, 2.0, 0.5, 1.0]])).tolist() == [[2, 0, 3, 1]]
+
+
+def test_top_takes_the_lower_index_of_equals_in_any_number_of_dimensions() -> None:
+    scores = coarse(2, 3, 12, seed=5)
+    for keep in (0, 1, 5, 12):
+        rows = [sorted(sorted(range(12), key=lambda i: (-row[i], i))[:keep]) for row in scores.view(6, 12).tolist()]
+        assert top(scores, keep).view(6, keep).tolist() == rows
+        assert [top(row, keep).tolist() for row in scores.view(6, 12)] == rows
+        distinct = scores - torch.arange(12) / 100  # no ties left: the same choice
+        assert top(distinct, keep).view(6, keep).tolist() == rows
 
 
 def test_top_by_tier() -> None:
@@ -47,6 +66,20 @@ def test_top_in_groups() -> None:
     scores = torch.tensor([1.0, 3, 2, 9, 8, 7])
     group = torch.tensor([0, 0, 0, 2, 2, 2])
     assert top_in_groups(scores, group, torch.tensor([2, 0, 1]), 3).tolist() == [1, 2, 3]
+
+
+def test_top_in_groups_whatever_the_order_of_the_groups_and_with_ties() -> None:
+    scores, quota = coarse(30, seed=6), [3, 0, 5]
+    mixed = torch.randint(0, 3, (30,), generator=torch.Generator().manual_seed(7))
+    for group in (mixed, mixed.sort().values):
+        for values in (scores, scores - torch.arange(30) / 100):
+            best = []
+            for g, k in enumerate(quota):
+                members = [i for i in range(30) if group[i] == g]
+                best += sorted(members, key=lambda i: (-float(values[i]), i))[:k]
+            assert grouped_top(values, group, quota).tolist() == sorted(best)
+            twice = top_in_groups(values.expand(2, 30), group, torch.tensor([quota] * 2), 8)
+            assert twice.tolist() == [sorted(best)] * 2
 
 
 def test_group_sum() -> None:

@@ -107,10 +107,8 @@ def similar_runs(frames: Tensor, cuts: int, threshold: float) -> list[int]:
 
     frames: (T, C), one vector per frame. Returns the lengths of the segments; fewer cuts when there are fewer frames.
     """
-    count = frames.shape[0]
-    rows = unit(frames)
-    cosine = (rows[1:] * rows[:-1]).sum(-1)
-    lowest = torch.sort(cosine, stable=True).indices[: max(0, min(cuts, count - 1))]
+    cosine = neighbour_similarity(frames)
+    lowest = torch.sort(cosine, stable=True).indices[: max(0, cuts)]
     cut = (cosine < threshold).index_fill(0, lowest, True).long()
     return run_lengths([0, *cut.cumsum(0).tolist()])
 

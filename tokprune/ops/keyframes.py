@@ -31,11 +31,6 @@ HIGH = LOW[::-1] * np.array([-1.0, 1.0] * 4)
 TAPS = len(LOW)
 
 
-def deepest_level(n: int) -> int:
-    """How often a signal of `n` values can be halved before the filter is longer than what is left."""
-    return max(0, int(math.log2(n / (TAPS - 1)))) if n >= TAPS else 0
-
-
 def analyse(values: Signal) -> tuple[Signal, Signal]:
     """Approximation and detail, each of floor((n + 7) / 2) values; the ends are mirrored (symmetric extension)."""
     n = len(values)
@@ -103,8 +98,8 @@ WEIGHTS = (0.4, 0.2, 0.3, 0.1)
 
 
 def detail_level(frames: int) -> int:
-    """Level of the band that shows the scenes of a video: log2 T - 3, as deep as the filter allows, but at least 1."""
-    return min(max(int(math.log2(frames)) - 3, 1), max(deepest_level(frames), 1))
+    """Level of the band that shows the scenes of a video: log2 T - 3, but at least 1."""
+    return max(int(math.log2(frames)) - 3, 1)  # beyond 1 within log2(T / 7), as deep as eight taps allow
 
 
 def least_distance(frames: int) -> int:

@@ -100,6 +100,12 @@ def test_aks_gives_whole_frames_and_the_rest_to_the_worst() -> None:
             AKS(**bad)
 
 
+def test_aks_splits_five_times_by_default() -> None:
+    """32 parts of 4 frames choose 2 each, in every part the last two; 16 or 64 parts would choose others."""
+    scores = [0.0, 0.0, 0.6, 0.6, 0.7, 0.7, 1.0, 1.0] * 16
+    assert aks(scores, 64) == [i for i in range(128) if i % 4 >= 2]
+
+
 # SceneTilling
 
 
@@ -123,6 +129,15 @@ def test_scenetilling_golden(case: GoldenCase) -> None:
                 closed=not left,
             )
             assert found == case[key].tolist(), key
+
+
+def test_scenes_end_where_the_depth_stands_out() -> None:
+    depth = torch.tensor([0.0, 1.0, 5.0, 6.0])  # mean 3, standard deviation sqrt(26 / 3) = 2.94
+    assert scene_ends(depth) == [2, 3, 4]  # above 3 + 0.5 * 2.94 = 4.47
+    assert scene_ends(depth, most=1) == [3, 4]
+    assert scene_ends(depth, alpha=1.0) == [3, 4]  # above 5.94
+    assert scene_ends(depth, alpha=1.1) == [4]  # above 6.24
+    assert scene_ends(torch.tensor([0.0, 1.0] * 20)) == [*range(1, 30, 2), 40]  # 15 of 20, the earlier ones
 
 
 def test_left_peaks_are_what_walking_finds() -> None:
