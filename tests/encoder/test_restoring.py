@@ -1,4 +1,4 @@
-"""Methods that leave the full sequence and restore it (IPCV, ToC3D's router, DToP) against forwards written out."""
+"""Methods that leave the full sequence and restore it (IPCV, ToC3D's router) against forwards written out."""
 
 from __future__ import annotations
 
@@ -11,43 +11,15 @@ from torch import Tensor
 
 from tests.encoder.all_towers import TOWERS, output, parts, pixels, timm_vit
 from tests.encoder.test_vlm_towers import PACKED, encode, rows, two_images
+from tests.encoder.written_out import attend, seen_by_blocks, think
 from tokprune import apply
 from tokprune.errors import OptionError, UnsupportedModelError
-from tokprune.methods.encoder.dtop import DToP, undecided
 from tokprune.methods.encoder.ipcv import IPCV, neighbours
 from tokprune.methods.encoder.toc3d import ToC3D
 from tokprune.runtime.encoder import apply_encoder
 from tokprune.testing import build
 
 close = torch.testing.assert_close
-
-
-def attend(block: Any, x: Tensor) -> Tensor:
-    """The attention half of a block."""
-    entry, qkv, project, _, _ = parts(block)
-    q, k, v = qkv(entry(x))
-    weight = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
-    return x + project((weight @ v).transpose(1, 2).flatten(2))
-
-
-def think(block: Any, x: Tensor) -> Tensor:
-    """The MLP half."""
-    *_, middle, branch = parts(block)
-    return x + branch(middle(x))
-
-
-def seen_by_blocks(model: Any, pruning: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """What entered the first block and left the last one under a splice."""
-    seen: dict[str, Tensor] = {}
-    blocks = [p.block for p in pruning.encoder.tower.blocks]
-    handles = [
-        blocks[0].register_forward_pre_hook(lambda m, a, kw: seen.update(x=a[0]), with_kwargs=True),
-        blocks[-1].register_forward_hook(lambda m, a, out: seen.update(y=out)),
-    ]
-    output(model, x)
-    for handle in handles:
-        handle.remove()
-    return seen["x"], seen["y"]
 
 
 @pytest.mark.parametrize("name", ["timm", "timm registers", "clip", "internvl", "open_clip layer scale"])
@@ -364,100 +336,3 @@ def test_gradients_flow_through_the_detour(method: Any) -> None:
         torch.autograd.grad(last[0][0, n].sum(), weight, retain_graph=True)[0].abs().sum() for n in range(0, 65, 4)
     ]
     assert all(g > 0 and g.isfinite() for g in every)
-
-
-# -- DToP --------------------------------------------------------------------------------------------------------------
-
-
-def test_decided_tokens_stop_but_for_the_surest_of_each_class() -> None:
-    """Class 0: .95 .99 .97 .5 .93 (one undecided); class 1: .92, .92. Two of each class stay as context."""
-    first = torch.tensor([[0.95, 0.99, 0.97, 0.5, 0.93, 0.08, 0.08]])
-    chances = torch.stack([first, 1 - first], -1)
-    chances[0, 3] = torch.tensor([0.55, 0.45])
-    assert undecided(chances, 0.9, 2)[0].tolist() == [False, True, True, True, False, True, True]
-    assert undecided(chances, 0.9, 1)[0].tolist() == [False, True, False, True, False, True, False]
-    assert undecided(chances, 1.0, 0).all()
-
-
-@torch.no_grad()
-def test_dtop_freezes_decided_tokens_and_runs_the_others() -> None:
-    model, x = timm_vit(), pixels()
-    weight = torch.randn(24, 3, generator=torch.Generator().manual_seed(5))
-
-    def head(patches: Tensor) -> Tensor:
-        return (patches @ weight).softmax(-1)
-
-    with apply_encoder(model, DToP(heads={1: head}, threshold=0.8, context=2)) as pruning:
-        start, got = seen_by_blocks(model, pruning, x)
-    blocks = list(model.blocks)
-    then = start
-    for block in blocks[:2]:
-        then = think(block, attend(block, then))
-    going = undecided(head(then[:, 1:]), 0.8, 2)
-    assert 0 < going.sum() < going.numel()
-    assert going.sum(1).unique().numel() == 2  # ragged: padding must not matter
-    for b in range(2):
-        stay = [0, *(going[b].nonzero()[:, 0] + 1).tolist()]
-        now = then[b][stay][None]
-        for block in blocks[2:]:
-            now = think(block, attend(block, now))
-        full = then[b].clone()
-        full[stay] = now[0]
-        close(got[b], full, atol=2e-5, rtol=1e-5)
-
-
-@torch.no_grad()
-def test_patches_that_stop_at_the_second_head_keep_the_state_that_they_have_there() -> None:
-    model, x = timm_vit(), pixels()
-    weight = torch.randn(24, 3, generator=torch.Generator().manual_seed(5))
-
-    def head(patches: Tensor) -> Tensor:
-        return (patches @ weight).softmax(-1)
-
-    with apply_encoder(model, "dtop", heads={0: head, 2: head}, threshold=0.85, context=1) as pruning:
-        start, got = seen_by_blocks(model, pruning, x)
-    blocks = list(model.blocks)
-    then = think(blocks[0], attend(blocks[0], start))
-    first = undecided(head(then[:, 1:]), 0.85, 1)
-    for b in range(2):
-        full = then[b].clone()
-        stay = [0, *(first[b].nonzero()[:, 0] + 1).tolist()]
-        now = then[b][stay][None]
-        for block in blocks[1:3]:
-            now = think(block, attend(block, now))
-        full[stay] = now[0]
-        second = undecided(head(now[:, 1:]), 0.85, 1)[0]
-        assert 0 < second.sum() < len(second) < first.shape[1]
-        on = [0, *(second.nonzero()[:, 0] + 1).tolist()]
-        now = now[:, on]
-        for block in blocks[3:]:
-            now = think(block, attend(block, now))
-        full[[stay[i] for i in on]] = now[0]
-        close(got[b], full, atol=2e-5, rtol=1e-5)
-
-
-def test_a_packed_tower_takes_one_head() -> None:
-    tiny = build("qwen3_vl")
-    weight = torch.randn(4 * tiny.model.base_model.visual.config.hidden_size, 3)
-
-    def head(patches: Tensor) -> Tensor:
-        return (patches @ weight).softmax(-1)
-
-    with apply_encoder(tiny.model, "dtop", heads={0: head}, threshold=0.5):
-        assert encode(tiny, two_images(tiny))[0].isfinite().all()
-    with (
-        apply_encoder(tiny.model, "dtop", heads={0: head, 1: head}, threshold=0.5),
-        pytest.raises(UnsupportedModelError, match="once, at one block"),
-    ):
-        encode(tiny, two_images(tiny))
-
-
-def test_dtop_refuses_what_is_no_trained_head() -> None:
-    with pytest.raises(OptionError, match="trained head"):
-        apply_encoder(timm_vit(), "dtop")
-    with pytest.raises(OptionError, match=r"block from 0 to 3.*blocks given: \[9\]"):
-        apply_encoder(timm_vit(), DToP(heads={9: torch.nn.Identity()}))
-    with pytest.raises(OptionError, match="maps a block's number to a function"):
-        DToP(heads={5: "head.pt"})  # type: ignore[dict-item]
-    with pytest.raises(OptionError, match="ratio and budget out"):
-        apply_encoder(timm_vit(), DToP(heads={1: torch.nn.Identity()}), ratio=0.5)
