@@ -19,6 +19,7 @@ from tokprune.budget import (
     even_steps,
     floor_of,
     geometric_counts,
+    keep_count,
     kept,
     round_of,
     share,
@@ -52,6 +53,13 @@ def test_kept_examples() -> None:
     assert kept(100, 0.145) == 15  # 14.499999… in binary
     assert kept(3, 0.01) == 1
     assert kept(0, 0.5) == 0
+
+
+def test_a_budget_counts_ahead_of_a_ratio_and_without_both_all_stay() -> None:
+    assert keep_count(10) == 10
+    assert keep_count(10, ratio=0.25) == 3
+    assert keep_count(10, ratio=0.25, budget=4) == 4
+    assert keep_count(3, budget=4) == 3
 
 
 capacities = st.lists(st.integers(0, 50), min_size=1, max_size=12)

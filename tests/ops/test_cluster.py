@@ -52,6 +52,7 @@ def test_invalid_points_are_not_there() -> None:
         torch.testing.assert_close(score[row, spots], alone[2][0])
         assert not centre[row, ~valid[row]].any()
         assert (into[row, ~valid[row]] == -1).all()
+        assert (score[row, ~valid[row]] == -1).all()
     assert (into[3] == -1).all()
 
 

@@ -23,6 +23,10 @@ def test_cells_of_flat_and_of_tall_pictures_lie_along_them() -> None:
     )
 
 
+def test_a_cut_inside_a_column_gives_its_upper_rows_to_the_left_cell() -> None:
+    assert even_cells(Layout.grid(3, 3), [2]).view(3, 3).tolist() == [[0, 0, 1], [0, 0, 1], [0, 1, 1]]
+
+
 def test_groups_that_share_everything_share_a_call() -> None:
     found = stacks([2, 3, 2, 3, 0, 3], [1, 2, 1, 1, 0, 2], "cpu")
     assert [(s.where.tolist(), s.keep) for s in found] == [

@@ -16,7 +16,7 @@ def finite(scores: Tensor) -> Tensor:
     """Scores in float32 (float64 stays); NaN and infinite ones become the worst there is, at most 0. (T,) -> (T,)."""
     scores = wide(scores)
     known = torch.isfinite(scores)
-    worst = torch.where(known, scores, 0.0).amin().clamp(max=0.0)
+    worst = torch.where(known, scores, 0.0).amin()
     return torch.where(known, scores, worst)
 
 
