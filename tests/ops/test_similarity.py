@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 
 from tokprune.methods.connector.prumerge import neighbour_rows
-from tokprune.ops.similarity import nearest_target
+from tokprune.ops.similarity import nearest_target, unit
+
+
+def test_unit_rows_are_float32_or_wider_and_zero_rows_stay() -> None:
+    rows = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        torch.testing.assert_close(unit(rows.to(dtype)), torch.tensor([[0.6, 0.8], [0.0, 0.0]]))
+    assert unit(rows.double()).dtype == torch.float64
 
 
 def test_nearest_target() -> None:
