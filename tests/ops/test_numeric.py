@@ -24,6 +24,7 @@ def test_scores_that_are_no_numbers_are_the_worst_and_at_most_zero() -> None:
 def test_scores_are_stretched_to_0_and_1() -> None:
     assert stretched(torch.tensor([2.0, 4.0, 3.0])).tolist() == [0.0, 1.0, 0.5]
     assert stretched(torch.tensor([-4.0, -2.0])).tolist() == [0.0, 1.0]
+    assert stretched(torch.tensor([1.0, 1.0 + 1.2e-6])).tolist() == [0.0, 1.0]
     assert stretched(torch.tensor([0.0, 1e-3])).tolist() == [0.0, 1.0]
 
 

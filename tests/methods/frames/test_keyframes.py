@@ -70,7 +70,16 @@ def test_aks_takes_the_peak_where_one_part_stands_out_and_covers_where_none_does
     noise = 0.5 + 0.01 * np.sin(np.arange(64))
     chosen = aks(noise, 8)
     assert all(sum(a <= f < a + 16 for f in chosen) == 2 for a in (0, 16, 32, 48))
-    assert aks([0.3] * 10, 3) == [1, 5, 8]
+    for constant in (0.3, 0.0):
+        assert aks([constant] * 10, 3) == wfs_sb([constant] * 10, 3) == [1, 5, 8]
+        with np.errstate(all="raise"):  # 0 / 0 is not left to numpy
+            assert aks_published([constant] * 4, 2, depth=1) == [0, 2]
+
+
+def test_aks_splits_a_part_whose_best_are_better_by_the_threshold_alone() -> None:
+    for rule in (aks, aks_published):
+        assert rule([0.0, 0.0, 1.0, 1.0], 2, threshold=0.5, depth=1) == [0, 2]  # 1 - 1/2 is not more than the threshold
+        assert rule([0.0, 0.0, 1.0, 1.0], 2, threshold=0.49, depth=1) == [2, 3]
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=80), st.data())
@@ -204,6 +213,12 @@ def test_wfs_sb_keeps_all_scenes_where_none_matters() -> None:
     bounds = [0, *range(20, 400, 20), 400]
     assert (scene_importance(scores, bounds, (0.4, 0.2, 0.3, 0.0)) < 0.05).all()
     assert len({f // 20 for f in wfs_sb(scores, 20, weights=(0.4, 0.2, 0.3, 0.0))}) > 10
+
+
+def test_variance_is_relative_to_that_of_the_video_and_1e_8() -> None:
+    scores = np.array([1e-4, -1e-4, 1e-4, -1e-4])  # variance 1e-8
+    np.testing.assert_allclose(scene_importance(scores, [0, 2, 4], (0, 0, 0, 1)), [0.5, 0.5])
+    np.testing.assert_allclose(scene_importance(scores, [0, 1, 4], (1, 0, 0, 0)), [0.25, 0.75])
 
 
 def test_the_wavelet_is_orthogonal_and_its_bands_add_up() -> None:
