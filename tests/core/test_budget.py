@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from decimal import ROUND_HALF_UP, Decimal
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -144,6 +145,11 @@ def test_bad_ratios(ratio: object) -> None:
 def test_a_percentage_is_answered_with_the_share() -> None:
     with pytest.raises(BudgetError, match=r"ratio=0\.1.*budget=10"):
         check_ratio(10)
+
+
+@pytest.mark.parametrize("budget", [1, 64, np.int64(3)])
+def test_good_budgets(budget: int) -> None:
+    assert check_budget(budget) == int(budget)
 
 
 @pytest.mark.parametrize("budget", [0, -1, 1.5, 64.0, "64", True, None, math.nan])

@@ -8,7 +8,16 @@ import torch
 from tests.methods.connector.clips import uneven
 from tests.methods.streams import LAYOUTS
 from tokprune.budget import equal_spaced, in_proportion
-from tokprune.ops.frames import earlier, frame_means, raster, run_lengths, segment_numbers, similar_runs, similarity_to
+from tokprune.ops.frames import (
+    earlier,
+    frame_means,
+    raster,
+    run_lengths,
+    segment_numbers,
+    similar_runs,
+    similarity_to,
+    still_and_moving,
+)
 
 
 def test_numbers_and_runs_undo_each_other() -> None:
@@ -72,6 +81,29 @@ def test_frame_means() -> None:
     tokens = uneven([(2, 2), (1, 3)])
     found = frame_means(tokens.features, tokens.layout)
     torch.testing.assert_close(found, torch.stack([tokens.features[:4].mean(0), tokens.features[4:].mean(0)]))
+
+
+def test_pools_of_a_still_and_a_moving_place() -> None:
+    """Two frames of two places in one scene; the first place is still and stands in the first frame."""
+    place = torch.tensor([[0, 1], [2, 3]])
+    pools = still_and_moving(place, 4, [2], torch.tensor([[0.9, 0.1]]), 0.5)
+    assert pools.sizes.tolist() == [1, 1, 1]
+    assert pools.order.tolist() == [2, 0, 1]
+    assert pools.home.tolist() == [[0, 1], [2, 3], [0, 1]]
+    assert pools.shares(2).tolist() == [0, 1, 1]  # 2/3, 4/3, 6/3 rounded, in the order of the stream
+    assert pools.means(torch.tensor([[1.0], [2.0], [3.0], [8.0]])).tolist() == [[[2.0], [5.0]]]
+    into = torch.tensor([[-1, -1], [-1, 1], [0, -1]])
+    target, weight = pools.flow(into, torch.ones(3, 2))
+    assert target.tolist() == [0, -1, 0, 3]
+    assert weight.tolist() == [0.5, 0.0, 0.5, 1.0]
+
+
+def test_still_places_move_again_where_the_pools_hold_too_little() -> None:
+    place, alike = torch.arange(6).view(2, 3), torch.tensor([[0.9, 0.8, 0.1]])
+    stills = [still_and_moving(place, 6, [2], alike, 0.5, at_least=n).still.tolist() for n in (4, 5, 6)]
+    assert stills == [[[True, True, False]], [[True, False, False]], [[False] * 3]]
+    assert not still_and_moving(place, 6, [1, 1], alike.expand(2, 3), 0.5).still.any()  # scenes of one frame
+    assert still_and_moving(place, 6, [2], alike, 0.8).still.tolist() == [[True, False, False]]  # above, not at
 
 
 def test_spread_is_exact_and_even() -> None:

@@ -27,6 +27,13 @@ def test_a_cut_inside_a_column_gives_its_upper_rows_to_the_left_cell() -> None:
     assert even_cells(Layout.grid(3, 3), [2]).view(3, 3).tolist() == [[0, 0, 1], [0, 0, 1], [0, 1, 1]]
 
 
+def test_cells_are_squares_of_the_box_that_the_tokens_fill() -> None:
+    full = Layout.grid(8, 3)
+    stay = full.col < 2  # 8 x 2 tokens of an 8 x 3 grid
+    box = Layout(full.group[stay], full.row[stay], full.col[stay], full.grids, "image")
+    assert even_cells(box, [4]).tolist() == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
+
+
 def test_groups_that_share_everything_share_a_call() -> None:
     found = stacks([2, 3, 2, 3, 0, 3], [1, 2, 1, 1, 0, 2], "cpu")
     assert [(s.where.tolist(), s.keep) for s in found] == [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tokprune.methods.connector.prumerge import neighbour_rows
-from tokprune.ops.similarity import nearest_target, unit
+from tokprune.ops.similarity import cosine_distance, cosine_similarity, gram, nearest_target, unit
 
 
 def test_unit_rows_are_float32_or_wider_and_zero_rows_stay() -> None:
@@ -13,6 +13,14 @@ def test_unit_rows_are_float32_or_wider_and_zero_rows_stay() -> None:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         torch.testing.assert_close(unit(rows.to(dtype)), torch.tensor([[0.6, 0.8], [0.0, 0.0]]))
     assert unit(rows.double()).dtype == torch.float64
+
+
+def test_cosines_of_pairs() -> None:
+    a, b = torch.tensor([[1.0, 0.0], [3.0, 4.0]]), torch.tensor([[0.0, 2.0], [-5.0, 0.0], [0.0, 0.0]])
+    torch.testing.assert_close(cosine_similarity(a, b), torch.tensor([[0.0, -1.0, 0.0], [0.8, -0.6, 0.0]]))
+    torch.testing.assert_close(cosine_distance(a), torch.tensor([[0.0, 0.4], [0.4, 0.0]]))
+    many = torch.randn(2, 300, 4, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(gram(many), many @ many.transpose(1, 2))
 
 
 def test_nearest_target() -> None:

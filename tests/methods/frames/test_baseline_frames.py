@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -66,3 +67,4 @@ def test_the_minimum_goes_to_the_heaviest_first() -> None:
     assert weighted_shares(2, [0.3, 0.1, 0.2], [9, 9, 9], 1) == [1, 0, 1]
     assert weighted_shares(5, [0.3, 0.1, 0.2], [9, 1, 9], 2) == [2, 1, 2]
     assert weighted_shares(3, [0.0, 0.0, 0.0], [9, 9, 9]) == [1, 1, 1]
+    assert weighted_shares(4, [math.nan, 1.0, -5.0, 1.0, math.inf], [9] * 5) == [0, 2, 0, 2, 0]
