@@ -32,6 +32,7 @@ def test_cuts_are_the_union_of_lowest_and_below_the_threshold() -> None:
     assert similar_runs(frames, 3, 0.9) == [2, 1, 2, 1]
     assert similar_runs(frames, 99, 0.9) == [1] * 6
     assert similar_runs(frames[:1], 7, 0.9) == [1]
+    assert similar_runs(torch.eye(2), 0, 0.0) == [2]  # at the threshold is not below it
 
 
 def test_raster_of_full_frames_counts_through() -> None:
@@ -81,6 +82,8 @@ def test_frame_means() -> None:
     tokens = uneven([(2, 2), (1, 3)])
     found = frame_means(tokens.features, tokens.layout)
     torch.testing.assert_close(found, torch.stack([tokens.features[:4].mean(0), tokens.features[4:].mean(0)]))
+    assert frame_means(tokens.features.bfloat16(), tokens.layout).dtype == torch.float32
+    assert frame_means(tokens.features.double(), tokens.layout).dtype == torch.float64
 
 
 def test_pools_of_a_still_and_a_moving_place() -> None:

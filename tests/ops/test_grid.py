@@ -29,9 +29,9 @@ def test_a_cut_inside_a_column_gives_its_upper_rows_to_the_left_cell() -> None:
 
 def test_cells_are_squares_of_the_box_that_the_tokens_fill() -> None:
     full = Layout.grid(8, 3)
-    stay = full.col < 2  # 8 x 2 tokens of an 8 x 3 grid
-    box = Layout(full.group[stay], full.row[stay], full.col[stay], full.grids, "image")
-    assert even_cells(box, [4]).tolist() == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
+    for stay in (full.col < 2, full.col > 0):  # 8 x 2 tokens of an 8 x 3 grid
+        box = Layout(full.group[stay], full.row[stay], full.col[stay], full.grids, "image")
+        assert even_cells(box, [4]).tolist() == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
 
 
 def test_groups_that_share_everything_share_a_call() -> None:
