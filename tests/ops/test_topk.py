@@ -30,6 +30,7 @@ def test_true_indices() -> None:
 
 def test_ranks() -> None:
     assert ranks(torch.tensor([[0.5, 2.0, 0.5, 1.0]])).tolist() == [[2, 0, 3, 1]]
+    assert ranks(torch.tensor([0.5, 2.0, 0.5, 1.0])).tolist() == [2, 0, 3, 1]
 
 
 def test_top_takes_the_lower_index_of_equals_in_any_number_of_dimensions() -> None:
