@@ -36,7 +36,7 @@ demo: $(CORE)
 	$(BIN)/tokprune demo --json out/demo.json --overlays out
 
 eval-smoke: setup
-	$(BIN)/python -m tokprune.evaluation.smoke --out out/eval_smoke
+	$(BIN)/python -m tools.eval_smoke --out out/eval_smoke
 
 bench-video: setup
 	$(BIN)/python benchmarks/video_qa.py
@@ -65,7 +65,7 @@ format: setup
 
 docs: setup
 	$(BIN)/python benchmarks/encoder_tables.py
-	$(BIN)/python docs/build.py
+	$(BIN)/python -m tools.pages
 
 constraints: setup
 	(grep '^#' constraints.txt; $(BIN)/python -m pip freeze --all --exclude-editable \

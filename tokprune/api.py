@@ -61,6 +61,11 @@ def apply(
         config = method
     else:
         config = PruneConfig.build(method, ratio=ratio, budget=budget, positions=positions, query=query, **options)
+    if processor is not None and not callable(processor):
+        raise OptionError(
+            f"processor= takes the model's processor, AutoProcessor.from_pretrained(...), not "
+            f"{type(processor).__name__}: {str(processor)[:80]!r}."
+        )
     if isinstance(scorer, str):
         from tokprune.runtime.scorers import load_scorer
 

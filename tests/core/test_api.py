@@ -248,3 +248,14 @@ def test_plain_vision_transformer():
     assert torch.equal(vit(pixels), before)
     with pytest.raises(UnsupportedModelError, match="VLM"):
         tokprune.apply(vit, "divprune", ratio=0.5)
+
+
+def test_a_processor_that_is_none_is_refused_at_once() -> None:
+    tiny = build("llava")
+    with pytest.raises(OptionError, match="processor= takes the model's processor"):
+        tokprune.apply(tiny.model, "mmtok", ratio=0.1, processor="bogus")
+
+
+def test_a_tower_alone_is_told_what_it_takes() -> None:
+    with pytest.raises(UnsupportedModelError, match="takes a method of the encoder stage"):
+        tokprune.apply(build("llava").model.model.vision_tower, "divprune", ratio=0.1)

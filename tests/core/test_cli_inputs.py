@@ -169,6 +169,7 @@ def test_without_the_hub_a_copy_on_this_machine_is_used(tmp_path: Path, monkeypa
     monkeypatch.setattr(HfApi, "model_info", unreachable)
     monkeypatch.setattr(HfApi, "dataset_info", unreachable)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # whatever was set when the library was first imported
     with pytest.raises(OptionError, match=r"cannot be reached \(no route to host\).*hf download owner/name"):
         check_reachable("owner/name")
     with pytest.raises(OptionError, match="--repo-type dataset"):

@@ -62,3 +62,8 @@ def test_public_names_exist_and_unknown_ones_do_not() -> None:
     assert set(tokprune.__all__) <= set(dir(tokprune))
     with pytest.raises(AttributeError, match="no attribute 'prune'"):
         tokprune.prune  # noqa: B018 - looking it up is the test
+
+
+def test_the_command_line_answers_without_torch() -> None:
+    script = "import sys, tokprune.cli.app; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], timeout=120).returncode == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -75,3 +76,13 @@ def test_constraints_are_plain_pins(name: str) -> None:
     for line in (ROOT / name).read_text(encoding="utf-8").splitlines():
         assert line.startswith("#") or re.fullmatch(r"[A-Za-z0-9._-]+==[0-9A-Za-z.]+", line), line
         assert not re.match(r"(?i)nvidia|cuda|triton", line)
+
+
+def test_what_the_makefile_runs_is_there() -> None:
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    modules = set(re.findall(r"python -m ([\w.]+)", text))
+    assert "tools.eval_smoke" in modules
+    assert [m for m in modules if find_spec(m) is None] == []
+    scripts = re.findall(r"python ([\w/]+\.py)", text)
+    assert scripts
+    assert [s for s in scripts if not (ROOT / s).exists()] == []

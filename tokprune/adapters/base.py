@@ -237,6 +237,11 @@ def get_adapter(model: object) -> Adapter:
             raise UnsupportedModelError(
                 f"{name} ({kind}) does not put its image features at placeholder tokens; it cannot be pruned."
             )
+        if getattr(config, "patch_size", None) is not None:
+            raise UnsupportedModelError(
+                f"{name} ({kind}) is a vision tower without an LLM behind it; it takes a method of the encoder stage, "
+                'such as method="tome".'
+            )
         raise UnsupportedModelError(f"{name} ({kind}) is a text-only model: it has no visual tokens to prune.")
     if "mm_encoder_outputs" not in parameters(type(base).forward):
         raise UnsupportedModelError(

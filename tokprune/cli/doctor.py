@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tokprune.testing.self_test import Check
-
 if TYPE_CHECKING:
     from rich.console import Console
 
     from tokprune.testing.doctor import Diagnosis, Package
+    from tokprune.testing.self_test import Check
 
 MARKS = {True: "[green]ok[/]", False: "[red]failed[/]", None: "[yellow]not tested[/]"}
 

@@ -46,6 +46,8 @@ class Outputs:
         written."""
         from importlib.util import find_spec
 
+        if find_spec("lmms_eval") is None:  # its extra brings what plots need
+            raise missing_extra("lmms-eval", "eval", "tokprune eval")
         if (self.plots or self.html) and find_spec("matplotlib") is None:
             raise missing_extra("matplotlib", "plot", "drawing plots")
         if self.html:

@@ -101,6 +101,8 @@ def plan(  # the options of the command
     from tokprune.profiling.tables import to_rich
 
     options.at_least_one(text=text, batch=batch, new_tokens=new_tokens)
+    if limit is not None and not limit > 0:
+        raise OptionError(f"--limit is seconds (ttft, total) or GiB (memory) above 0, not {limit:g}.")
     steps = (1.0, *[r for r in options.ratios(ratios) if r < 1])
     subject = find_subject(preset, model, gpu, measured)
     known, place = subject.preset, subject.device

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -19,6 +20,8 @@ from transformers import (
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
+
+from tokprune.errors import missing_extra
 
 WEIGHTS = Path(__file__).parent / "weights"
 WEIGHTS_CLIPS = Path(__file__).parent / "weights_clips"
@@ -46,6 +49,8 @@ def load_clip_model(
     folder: str | Path | None = None, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[LlavaNextVideoForConditionalGeneration, LlavaNextVideoProcessor]:
     """The demo VLM for clips, in evaluation mode, and its processor; arguments as in `load_model`."""
+    if find_spec("torchvision") is None:
+        raise missing_extra("torchvision", "video", "the video processor of the demo's clip model")
     folder = _existing(WEIGHTS_CLIPS if folder is None else folder, "train_clips")
     model = LlavaNextVideoForConditionalGeneration.from_pretrained(folder, dtype=dtype, local_files_only=True)
     processor = LlavaNextVideoProcessor.from_pretrained(folder, local_files_only=True)
