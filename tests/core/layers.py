@@ -21,11 +21,12 @@ MAY_IMPORT = {
     "files": {"errors", "types"},
     "tokens": {"errors"},
     "budget": {"errors"},
+    "schedule": {"budget", "errors"},
     "ops": CORE,
     "registry": {"errors", "methods", "types"},
     "config": {"budget", "errors", "files", "methods", "registry", "types"},
     "video": CORE | {"ops"},
-    "methods": CORE | {"ops", "registry", "video"},
+    "methods": CORE | {"ops", "registry", "schedule", "video"},
 }
 # The layers above; each may import those before it, and what stands in MAY_IMPORT.
 UPPER = ("report", "adapters", "runtime", "api", "testing", "viz", "profiling", "demo", "loading", "evaluation", "cli")

@@ -1,0 +1,154 @@
+"""The contract of a decoder method: what it sees of one prompt in front of a layer of the LLM, and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from tokprune.errors import OptionError
+from tokprune.methods.base import Method, check_finite
+from tokprune.methods.options import option
+from tokprune.ops.topk import top
+from tokprune.schedule import Schedule
+from tokprune.tokens import Selection
+
+Heads = Literal["mean", "max", "each"]
+
+
+class LayerAttention(Protocol):
+    """Attention of one decoder layer over the tokens of one prompt, made from its queries and keys when asked for.
+
+    n counts the tokens of `LayerTokens`; keys of earlier turns are part of every softmax and never of the result.
+    """
+
+    @property
+    def keys(self) -> Tensor:
+        """Keys as the layer used them, rotated: (H', n, d)."""
+
+    @property
+    def values(self) -> Tensor:
+        """Values of the layer: (H', n, d)."""
+
+    def weights(self, queries: Tensor, heads: Heads = "mean", rotary: bool = True) -> Tensor:
+        """Attention probabilities of the tokens at `queries` (R,): (R, n), or (H, R, n) for heads="each". In float32.
+
+        rotary: False leaves the positions out of queries and keys.
+        """
+
+    def logits(self, queries: Tensor, heads: Heads = "mean") -> Tensor:
+        """Scaled products of queries and keys before mask and softmax, shaped as `weights`. In float32."""
+
+    def sums(self, queries: Tensor, heads: Heads = "mean", logits: bool = False) -> Tensor:
+        """`weights` (or `logits`) summed over the queries, block by block, so that no full map is held: (n,)."""
+
+
+@dataclass(frozen=True)
+class LayerTokens:
+    """The tokens of one prompt that a decoder layer is about to get, without filler; n of them, V visual."""
+
+    layer: int
+    """The layer (0-based) in front of which tokens may be dropped."""
+    hidden: Tensor
+    """(n, D) what would enter the layer."""
+    columns: Tensor
+    """(n,) prompt column of each token, ascending."""
+    visual: Tensor
+    """(V,) ascending places among the n tokens: visual tokens of this call that are left, the candidates."""
+    picture: Tensor
+    """(V,) number of the image or video that each candidate belongs to."""
+    row: Tensor
+    """(V,) row of each candidate in its picture's (tile's, frame's) grid."""
+    col: Tensor
+    """(V,) column of each candidate in that grid."""
+    total: int
+    """Visual tokens of the prompt that entered the LLM."""
+    below: LayerAttention
+    """Attention of the layer below, in which all n tokens still took part."""
+    own: LayerAttention
+    """Attention of this layer, as if nothing were dropped."""
+    signals: Mapping[str, Tensor] = field(default_factory=dict)
+    """What the vision tower said of each candidate, (V, ...), by the names in the method's `needs`."""
+    embeddings: Tensor | None = None
+    """(n, D) what entered layer 0; where the method `reads` "embeddings"."""
+    entering: Tensor | None = None
+    """(n, D) what entered the layer below; where the method `reads` "entering"."""
+    notes: dict[str, Tensor] = field(default_factory=dict)
+    """What the method wrote down for itself at earlier layers of this prefill of this prompt; empty at first."""
+
+    @property
+    def last(self) -> Tensor:
+        """(1,) place of the prompt's last token."""
+        return torch.tensor([len(self.columns) - 1], device=self.columns.device)
+
+    @property
+    def behind(self) -> Tensor:
+        """Places of the tokens behind the last candidate: the question, as a rule; `last` where there are none."""
+        start, n = (int(self.visual[-1]) + 1 if len(self.visual) else 0), len(self.columns)
+        return torch.arange(start, n, device=self.columns.device) if start < n else self.last
+
+
+@dataclass(frozen=True)
+class DecoderMethod(Method):
+    """Base of methods that drop or merge visual tokens inside the LLM, in front of some of its layers, while it reads.
+
+    Subclasses implement `plan` and `select`. Text is never dropped, layer 0 always sees everything.
+
+    reads: states of earlier layers that `select` looks at ("embeddings", "entering"), class data like `needs`.
+    positions: what happens to position ids of the tokens that are left: "keep" leaves them, "compact" numbers the
+    tokens of a layer without gaps (an option of methods that have been published both ways).
+    """
+
+    stage: ClassVar[str] = "decoder"
+    reads: ClassVar[tuple[str, ...]] = ()
+    positions: ClassVar[Literal["keep", "compact"]] = "keep"
+    schedule: tuple[tuple[int, float], ...] | None = option(
+        None, example=((2, 0.5),), hint="Pairs of a layer and the share left from it on, in place of the method's own."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.schedule is not None:
+            Schedule(self.schedule)
+
+    @property
+    def query_aware(self) -> bool:
+        """Whether the question must be known as text; what the LLM itself makes of it needs no such thing."""
+        return False
+
+    @property
+    def exact(self) -> bool:
+        """Whether the last drop leaves exactly what was asked."""
+        return getattr(self, "compat", "corrected") == "corrected" and not self.info.adaptive
+
+    def plan(self, depth: int, share: float | None) -> Schedule:
+        """Where tokens are dropped, and how many, in an LLM of `depth` layers.
+
+        share: share of the visual tokens to be left behind the last drop; None: the method's own (published) amounts.
+        """
+        raise OptionError(f"{type(self).__name__} does not implement plan(depth, share).")
+
+    def select(self, tokens: LayerTokens, keep: int) -> Selection:
+        """Choose `keep` (0 ... V) of the candidates; indices count among the V. Adaptive methods may return another
+        number. `Selection.features` (K, D) or `weights` replace the hidden states in the slots that stay.
+        """
+        raise OptionError(f"{type(self).__name__} does not implement select(tokens, keep).")
+
+
+@dataclass(frozen=True)
+class DecoderScores(DecoderMethod):
+    """Base of decoder methods that keep the tokens with the largest scores, over all pictures of the prompt."""
+
+    def scores(self, tokens: LayerTokens) -> Tensor:
+        """Worth of each candidate, higher = keep. Returns (V,) in float32."""
+        raise OptionError(f"{type(self).__name__} does not implement scores(tokens).")
+
+    def select(self, tokens: LayerTokens, keep: int) -> Selection:
+        """The `keep` best candidates."""
+        if not keep:
+            return Selection(torch.empty(0, dtype=torch.long, device=tokens.visual.device))
+        scores = check_finite(self.scores(tokens), f"the scores of {self.info.name}")
+        return Selection(top(scores, keep), info={"scores": scores})
