@@ -66,6 +66,8 @@ def test_a_failed_check_fails_and_an_impossible_one_does_not() -> None:
 def test_the_embedded_model() -> None:
     told = json.loads(invoke("--model", "demo", "--json").stdout)
     assert [c["ok"] for c in told["checks"]] == [True] * 7
+    assert all(told["reach"]["signals"][name]["works"] for name in ("cls_attention", "encoder_features"))
+    assert told["reach"]["encoder"]["tome"]["works"]
 
 
 def saved(folder: Path, weights: bool) -> Path:

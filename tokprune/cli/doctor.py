@@ -10,6 +10,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from tokprune.runtime.reach import Answer, Reach
     from tokprune.testing.doctor import Diagnosis, Package
     from tokprune.testing.self_test import Check
 
@@ -32,7 +33,7 @@ def doctor(
 
     if random_weights and model in (None, "demo"):
         raise OptionError("--random-weights builds a --model from its config: give a hub id or a folder.")
-    diagnosis = diagnose(model, _test(model, random_weights, device) if model is not None else ())
+    diagnosis = diagnose() if model is None else diagnose(model, *_test(model, random_weights, device))
     if as_json:
         typer.echo(json.dumps(diagnosis.as_dict(), indent=1))
     else:
@@ -41,12 +42,14 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _test(name: str, random_weights: bool, device: str) -> tuple[Check, ...]:
+def _test(name: str, random_weights: bool, device: str) -> tuple[tuple[Check, ...], Reach]:
     from tokprune.loading import LoadOptions, check_device, load
+    from tokprune.runtime.reach import reach
     from tokprune.testing.self_test import prompts, self_test
 
     loaded = load(name, LoadOptions(device=check_device(device), random_weights=random_weights))
-    return tuple(self_test(loaded.model, prompts(loaded.model, loaded.processor)))
+    make = prompts(loaded.model, loaded.processor)
+    return tuple(self_test(loaded.model, make)), reach(loaded.model, make([0]))
 
 
 def _print(diagnosis: Diagnosis) -> None:
@@ -77,6 +80,23 @@ def _print_checks(console: Console, diagnosis: Diagnosis) -> None:
         figures = "" if check.apart is None else f"  (apart {check.apart:.2g}, allowed {check.allowed:.2g})"
         detail = f": {escape(check.detail)}" if check.detail else ""
         console.print(f"  {MARKS[check.ok]} {escape(check.name)}{figures}{detail}")
+
+    if diagnosis.reach is not None:
+        _print_answers(console, "signals of its vision tower", diagnosis.reach.signals)
+        _print_answers(console, "encoder stage", diagnosis.reach.encoder)
+
+
+def _print_answers(console: Console, title: str, answers: dict[str, Answer]) -> None:
+    """One line per thing that works; those that are refused for the same reason share one."""
+    from rich.markup import escape
+
+    console.print(f"[bold]{title}[/]")
+    lines: dict[tuple[bool, str], list[str]] = {}
+    for name, answer in answers.items():
+        lines.setdefault((answer.works, answer.detail), []).append(name)
+    for (works, detail), names in lines.items():
+        mark = "[green]works[/]" if works else "[yellow]refused[/]"
+        console.print(f"  {mark} {', '.join(names)}: {escape(detail)}")
 
 
 def _line(package: Package) -> str:

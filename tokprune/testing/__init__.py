@@ -6,10 +6,12 @@ inputs = tiny.inputs([["What is on ", ("image", picture(60, 40)), "?"]])
 tiny.model.generate(**inputs, max_new_tokens=4)
 
 And a proof that pruning is exact on any model: `self_test(model, prompts(model, processor))`, a list of checks.
+What tokprune sees of a vision tower and can do inside it: `reach(model, inputs)`.
 """
 
 from __future__ import annotations
 
+from tokprune.runtime.reach import Answer, Reach, reach
 from tokprune.testing.doctor import Diagnosis, diagnose
 from tokprune.testing.media import clip, picture
 from tokprune.testing.self_test import Check, prompts, self_test
@@ -17,9 +19,11 @@ from tokprune.testing.tiny import FAMILIES, Part, Spec, TinyVLM, build
 
 __all__ = [
     "FAMILIES",
+    "Answer",
     "Check",
     "Diagnosis",
     "Part",
+    "Reach",
     "Spec",
     "TinyVLM",
     "build",
@@ -27,5 +31,6 @@ __all__ = [
     "diagnose",
     "picture",
     "prompts",
+    "reach",
     "self_test",
 ]

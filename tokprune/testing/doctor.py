@@ -16,6 +16,8 @@ from tokprune.types import JsonObject
 if TYPE_CHECKING:
     from packaging.specifiers import SpecifierSet
 
+    from tokprune.runtime.reach import Reach
+
 NOT_EXTRAS = ("dev", "test", "all")  # for working on tokprune, and the sum of the others
 
 
@@ -47,7 +49,7 @@ class Extra:
 @dataclass(frozen=True)
 class Diagnosis:
     """What an installation is made of. notes: what could not be found out. checks: of a model's self-test, if one was
-    made."""
+    made. reach: what can be seen and done inside its vision tower."""
 
     python: str
     tokprune: str
@@ -57,6 +59,7 @@ class Diagnosis:
     notes: tuple[str, ...] = ()
     model: str | None = None
     checks: tuple[Check, ...] = field(default=())
+    reach: Reach | None = None
 
     @property
     def ok(self) -> bool:
@@ -69,8 +72,9 @@ class Diagnosis:
         return {"ok": self.ok, **asdict(self), "extras": extras}
 
 
-def diagnose(model: str | None = None, checks: tuple[Check, ...] = ()) -> Diagnosis:
-    """Look at this installation. model, checks: the name of a model and its self-test, to be kept with the rest."""
+def diagnose(model: str | None = None, checks: tuple[Check, ...] = (), reach: Reach | None = None) -> Diagnosis:
+    """Look at this installation. model, checks, reach: the name of a model, its self-test, and what tokprune can see
+    and do inside its vision tower, to be kept with the rest."""
     import tokprune
 
     core, extras, notes = _requirements()
@@ -83,6 +87,7 @@ def diagnose(model: str | None = None, checks: tuple[Check, ...] = ()) -> Diagno
         notes=tuple(notes),
         model=model,
         checks=checks,
+        reach=reach,
     )
 
 
