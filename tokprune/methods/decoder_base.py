@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol
 
@@ -42,6 +42,11 @@ class LayerAttention(Protocol):
     def logits(self, queries: Tensor, heads: Heads = "mean") -> Tensor:
         """Scaled products of queries and keys before mask and softmax, shaped as `weights`. In float32."""
 
+    def gravity(self, queries: Tensor) -> Tensor:
+        """Scaled products of all-ones queries and keys under the layer's rotation, what positions alone put into
+        `logits`: (R, n). In float32.
+        """
+
     def sums(self, queries: Tensor, heads: Heads = "mean", logits: bool = False) -> Tensor:
         """`weights` (or `logits`) summed over the queries, block by block, so that no full map is held: (n,)."""
 
@@ -76,6 +81,13 @@ class LayerTokens:
     """(n, D) what entered layer 0; where the method `reads` "embeddings"."""
     entering: Tensor | None = None
     """(n, D) what entered the layer below; where the method `reads` "entering"."""
+    middle: Tensor | None = None
+    """(n, D) what entered the MLP of the layer below, behind its norm; where the method `reads` "middle"."""
+    normed: Tensor | None = None
+    """(n, D) `hidden` behind the norm that stands before the LLM's head; where the method `reads` "normed"."""
+    bound: bool = True
+    """Whether ratio, budget or schedule say how many stay; where not, an adaptive method follows its own rule, is asked
+    also where `keep` is all of them, and may return another number."""
     notes: dict[str, Tensor] = field(default_factory=dict)
     """What the method wrote down for itself at earlier layers of this prefill of this prompt; empty at first."""
 
@@ -91,13 +103,25 @@ class LayerTokens:
         return torch.arange(start, n, device=self.columns.device) if start < n else self.last
 
 
+def in_depth(layers: Sequence[int], depth: int, published: int = 32) -> tuple[int, ...]:
+    """Layers named for an LLM of `published` layers, moved in proportion to one of `depth`: ascending, from 1 on; what
+    would lie behind the last layer is left out.
+    """
+    out: list[int] = []
+    for layer in layers:
+        at = max(round(layer * depth / published), out[-1] + 1 if out else 1)
+        if at < depth:
+            out.append(at)
+    return tuple(out)
+
+
 @dataclass(frozen=True)
 class DecoderMethod(Method):
     """Base of methods that drop or merge visual tokens inside the LLM, in front of some of its layers, while it reads.
 
     Subclasses implement `plan` and `select`. Text is never dropped, layer 0 always sees everything.
 
-    reads: states of earlier layers that `select` looks at ("embeddings", "entering"), class data like `needs`.
+    reads: states that `select` looks at ("embeddings", "entering", "middle", "normed"), class data like `needs`.
     positions: what happens to position ids of the tokens that are left: "keep" leaves them, "compact" numbers the
     tokens of a layer without gaps (an option of methods that have been published both ways).
     """
