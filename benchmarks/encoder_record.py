@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from tokprune.environment import machine
+from tokprune.profiling.flops import count
 
 ROOT = Path(__file__).parent.parent
 
@@ -44,9 +44,7 @@ def save(path: Path | None, kind: str, data: dict[str, Any]) -> None:
 
 def flops(run: Callable[[], Any]) -> int:
     """FLOPs of the matrix products, convolutions and attention of one call; a multiply-add is two."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        run()
-    return int(counter.get_total_flops())
+    return count(run)[0]
 
 
 def wall(run: Callable[[], Any], device: str = "cpu") -> float:

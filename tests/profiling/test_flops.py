@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import flop_counter
 
 from tests.profiling.counted import language_flops
 from tokprune.errors import UnsupportedModelError
 from tokprune.profiling import flops, formulas
 from tokprune.profiling.formulas import DecoderShape
 from tokprune.profiling.stages import find_stages, watch
+from tokprune.schedule import Schedule
 
 D, HEADS, KV, HD, FFN, LAYERS, VOCAB = 64, 4, 2, 16, 128, 3, 96
 VC, VFFN, VLAYERS, SIDE, PATCH = 32, 48, 4, 32, 8
@@ -137,6 +142,60 @@ def test_attention_is_counted_by_torch(device: str, gqa: bool) -> None:
     assert sum(by_op.values()) == total
 
 
+def fused_kernels() -> set[str]:
+    """torch's fused attention operators, forward and backward, by every name that this build of torch has."""
+    names = {n.removeprefix("aten::").partition(".")[0] for n in torch._C._dispatch_get_all_op_names()}
+    composed = {"_scaled_dot_product_attention_math"}  # runs as matrix products, which are counted
+    return {n for n in names if n.startswith("_scaled_dot_product")} - composed
+
+
+def test_every_fused_attention_kernel_of_this_torch_is_counted() -> None:
+    counter = flops.new_counter()
+    unknown = {n for n in fused_kernels() if getattr(torch.ops.aten, n) not in counter.flop_registry}
+    assert fused_kernels() >= {"_scaled_dot_product_flash_attention_for_cpu"}
+    assert not unknown, "these would count as 0; name them in FORWARD_KERNELS or BACKWARD_KERNELS"
+
+
+@pytest.mark.parametrize("mask", [None, "causal", "bool", "float"])
+@pytest.mark.parametrize("heads", [4, 2])
+@pytest.mark.parametrize("backend", ["fused", "math"])
+def test_attention_on_a_cpu_equals_the_hand_count(mask: str | None, heads: int, backend: str) -> None:
+    q, k, v = torch.rand(2, 4, 10, 8), torch.rand(2, heads, 12, 8), torch.rand(2, heads, 12, 8)
+    given = {"bool": torch.ones(10, 12, dtype=torch.bool), "float": torch.zeros(10, 12)}.get(mask or "")
+
+    def call() -> object:
+        return F.scaled_dot_product_attention(q, k, v, given, is_causal=mask == "causal", enable_gqa=heads != 4)
+
+    kernels = [SDPBackend.MATH] if backend == "math" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+    with sdpa_kernel(kernels):
+        total, _ = flops.count(call)
+    assert total == 2 * 2 * 2 * 4 * 10 * 12 * 8
+
+
+def test_training_counts_the_products_of_the_backward_pass() -> None:
+    q, k, v = (torch.rand(1, 4, 10, 8, requires_grad=True) for _ in range(3))
+    with flops.new_counter() as counter:
+        F.scaled_dot_product_attention(q, k, v).sum().backward()
+    product = 2 * 4 * 10 * 10 * 8
+    assert counter.get_total_flops() == (2 + 5) * product  # five: the scores are made again
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_kernel_that_torch_counts_itself_is_left_to_torch(known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    before = dict(flops.flop_registry)
+    table = {k: f for k, f in before.items() if k is not kernel}
+    if known:  # as later versions of torch have it
+        table[kernel] = lambda *args, **kwargs: 12345
+    monkeypatch.setattr(flops, "flop_registry", table)
+    monkeypatch.setattr(flop_counter, "flop_registry", table)
+    q = torch.rand(1, 4, 10, 8)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        total, _ = flops.count(lambda: F.scaled_dot_product_attention(q, q, q))
+    assert total == (12345 if known else 2 * 2 * 4 * 10 * 10 * 8)
+    assert table.keys() == (before.keys() | {kernel} if known else before.keys() - {kernel})
+
+
 def test_schedule_per_layer_adds_up() -> None:
     shape = DecoderShape(4, D, HEADS, KV, HD, FFN, VOCAB)
     full, cut = formulas.exact_layer(shape, 100), formulas.exact_layer(shape, 30)
@@ -163,6 +222,53 @@ def test_formulas_give_the_published_numbers() -> None:
     # PyramidDrop halves at layers 8, 16, 24: 1.78 T in its paper.
     steps = [576] * 8 + [288] * 8 + [144] * 8 + [72] * 8
     assert formulas.formula_total(formulas.formula_gated, steps, VICUNA) / 1e12 == pytest.approx(1.78, abs=0.01)
+
+
+def average(steps: tuple[tuple[int, int], ...]) -> float:
+    """Mean visual tokens over 32 layers, of 576; steps: layer and tokens left."""
+    counts = formulas.layer_tokens(Schedule(tuple((at, n / 576) for at, n in steps)), 576, 32)
+    return sum(counts) / 32
+
+
+def test_schedules_give_the_published_token_averages() -> None:
+    # SparseVLM v1.5 at "192": 300, 200 and 110 kept, 9, 4 and 3 merged; its own average takes the layer behind which
+    # tokens are dropped as if it ran on what is left.
+    kept = (309, 204, 113)
+    assert average(tuple(zip((2, 6, 15), kept, strict=True))) == pytest.approx(192.0, abs=0.05)
+    assert average(tuple(zip((3, 7, 16), kept, strict=True))) == pytest.approx(206.5, abs=0.05)
+    assert average(((8, 288), (16, 144), (24, 72))) == 270  # PyramidDrop
+    for last, mean in ((166, 192), (98, 128), (30, 64)):  # FastV, K = 2
+        assert average(((2, last),)) == pytest.approx(mean, abs=0.5)
+
+
+def test_schedules_give_the_published_flops() -> None:
+    def total(schedule: Schedule | None, layer: Callable[..., int], text: int = 0) -> int:
+        return formulas.formula_total(layer, formulas.layer_tokens(schedule, 576, 32, text), VICUNA)
+
+    gated, fastv = formulas.formula_gated, formulas.formula_fastv
+    assert total(None, gated) / 1e12 == pytest.approx(3.82, abs=0.005)
+    halves = Schedule.geometric((8, 16, 24), 1 / 8)
+    assert total(halves, gated) / 1e12 == pytest.approx(1.78, abs=0.005)
+    half = Schedule(((3, 0.5),))
+    assert total(half, fastv, text=36) / total(None, fastv, text=36) == pytest.approx(0.57, abs=0.006)
+    sparse = Schedule(((3, 309 / 576), (7, 204 / 576), (16, 113 / 576)))
+    assert total(sparse, gated) / 1e12 == pytest.approx(1.35, abs=0.005)
+    # MustDrop's abstract: 88.5 % less at 92.2 % dropped. 45 tokens alone save 92.3 %; with some text they save that.
+    tokens = [[45 + text] * 32 for text in (0, 40)]
+    saved = [
+        1 - formulas.formula_total(gated, n, VICUNA) / total(None, gated, t)
+        for n, t in zip(tokens, (0, 40), strict=True)
+    ]
+    assert saved[0] > 0.885 > saved[1]
+
+
+def test_the_share_of_a_schedule_is_the_exact_one() -> None:
+    shape = DecoderShape(4, D, HEADS, KV, HD, FFN, VOCAB)
+    schedule = Schedule(((1, 0.5), (3, 0.0)))
+    tokens = [100 + 7, 50 + 7, 50 + 7, 7]
+    assert formulas.layer_tokens(schedule, 100, 4, text=7) == tokens
+    expected = sum(formulas.exact_layer(shape, n) for n in tokens) / (4 * formulas.exact_layer(shape, 107))
+    assert formulas.prefill_share(schedule, shape, 100, 7) == pytest.approx(expected)
 
 
 def test_gqa_formula_is_the_gated_one_without_grouping_and_half_the_exact_count() -> None:

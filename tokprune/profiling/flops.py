@@ -45,16 +45,43 @@ class StageFlops:
 
 
 def new_counter() -> FlopCounterMode:
-    """torch's counter, which some versions leave without the attention kernel of CPUs: it would count nothing there."""
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    missing = {} if kernel in flop_registry else {kernel: _attention_flops}
+    """torch's counter, with the attention kernels that the installed torch has but does not count: they would give 0.
+
+    torch 2.14 and older leave out the kernel of CPUs and those of mps and of other makers' devices.
+    The counter of the caller alone knows them; torch's own table stays as it is.
+    """
+    missing = {}
+    for names, formula in ((FORWARD_KERNELS, _attention_flops), (BACKWARD_KERNELS, _attention_backward_flops)):
+        for name in names:
+            kernel = getattr(torch.ops.aten, name, None)
+            if kernel is not None and kernel not in flop_registry:
+                missing[kernel] = formula
     return FlopCounterMode(display=False, custom_mapping=missing)
+
+
+FORWARD_KERNELS = (
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_fused_attention_overrideable",
+    "_scaled_dot_product_attention_math_for_mps",
+)
+BACKWARD_KERNELS = tuple(f"{name}_backward" for name in FORWARD_KERNELS[:-1])
 
 
 def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: object, **__: object) -> int:
     """Both products of attention, 2 per multiply-add, from the shapes (B, H, S, D); every query head counts."""
     batch, heads, rows, width = query
     return 2 * batch * heads * rows * key[-2] * (width + value[-1])
+
+
+def _attention_backward_flops(
+    grad: object, query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: object, **__: object
+) -> int:
+    """The five products behind it: scores made again, gradients of query, key, value and of the probabilities."""
+    batch, heads, rows, width = query
+    return 2 * batch * heads * rows * key[-2] * (3 * width + 2 * value[-1])
 
 
 def count(call: Callable[[], object]) -> tuple[int, dict[str, int]]:

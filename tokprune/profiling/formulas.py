@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+from tokprune.schedule import Schedule
 from tokprune.types import ModelConfig
 
 
@@ -71,6 +72,24 @@ def exact_decode(shape: DecoderShape, past: int | Sequence[int], head: bool = Tr
     per_layer = [past] * shape.layers if isinstance(past, int) else list(past)
     body = sum(exact_layer(shape, 1, p) for p in per_layer)
     return body + (2 * shape.width * shape.vocab if head else 0)
+
+
+def layer_tokens(schedule: Schedule | None, visual: int, layers: int, text: int = 0) -> list[int]:
+    """Tokens that each of `layers` decoder layers works on, for `exact_prefill` and `formula_total`.
+
+    visual: tokens that enter the LLM. text: tokens beside them, which stay. A layer in front of which tokens are
+    dropped counts with what is left; SparseVLM's own averages count the layer before it so, too (192.0 for 206.5).
+    """
+    steps = [] if schedule is None else list(zip(schedule.layers, schedule.counts(visual), strict=True))
+    return [text + next((n for at, n in reversed(steps) if at <= i), visual) for i in range(layers)]
+
+
+def prefill_share(schedule: Schedule, shape: DecoderShape, visual: int, text: int = 0) -> float:
+    """Exact FLOPs of the decoder layers' prefill under a schedule, over those without one; the head is left out."""
+    pruned, full = (
+        exact_prefill(shape, layer_tokens(s, visual, shape.layers, text), head=False) for s in (schedule, None)
+    )
+    return pruned / full
 
 
 def formula_fastv(n: int, d: int, m: int) -> int:
