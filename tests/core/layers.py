@@ -29,11 +29,36 @@ MAY_IMPORT = {
     "methods": CORE | {"ops", "registry", "schedule", "video"},
 }
 # The layers above; each may import those before it, and what stands in MAY_IMPORT.
-UPPER = ("report", "adapters", "runtime", "api", "testing", "viz", "profiling", "demo", "loading", "evaluation", "cli")
+UPPER = (
+    "report",
+    "adapters",
+    "runtime",
+    "api",
+    "testing",
+    "viz",
+    "profiling",
+    "demo",
+    "loading",
+    "evaluation",
+    "search",
+    "cli",
+)
 TRANSFORMERS = {"adapters", "runtime", "testing", "demo", "loading", "profiling", "evaluation"}
 # Classes of lmms-eval are subclassed here; lmms-eval imports the module by its entry point, and the sweep when it runs.
 BORN_OF_LMMS_EVAL = {"evaluation/lmms_model.py"}
-OPTIONAL = {"timm", "open_clip", "decord", "av", "matplotlib", "vllm", "lmms_eval", "torchvision", "triton", "peft"}
+OPTIONAL = {
+    "timm",
+    "open_clip",
+    "decord",
+    "av",
+    "matplotlib",
+    "vllm",
+    "lmms_eval",
+    "torchvision",
+    "triton",
+    "peft",
+    "optuna",
+}
 
 
 def layer(module: str) -> str:
