@@ -9,10 +9,15 @@ from __future__ import annotations
 import argparse
 import time
 
-import timm
 import torch
 
 import tokprune
+from tokprune.errors import install_line
+
+try:
+    import timm
+except ImportError:
+    raise SystemExit(f"this example needs timm: {install_line('vision')}") from None
 
 
 def images_per_second(model: torch.nn.Module, images: torch.Tensor, rounds: int = 5) -> float:

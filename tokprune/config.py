@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,11 +12,13 @@ from tokprune.budget import check_budget, check_ratio, keep_count
 from tokprune.errors import BudgetError, OptionError, unknown
 from tokprune.files import checked, read_json, write_json
 from tokprune.methods.base import Method
-from tokprune.registry import get_method
+from tokprune.registry import get_method, method_class
 from tokprune.types import JsonObject
 
 TYPE, VERSION = "tokprune.PruneConfig", 1
 POSITIONS = ("auto", "keep", "compact")
+ARGUMENTS = ("ratio", "budget", "positions", "query", "processor", "scorer")
+"""What `apply` takes beside a method and the method's own options."""
 
 
 def method_to_dict(method: Method) -> JsonObject:
@@ -34,6 +37,18 @@ def method_from_dict(data: object) -> Method:
         if key not in ("name", "options"):
             raise unknown("field of a method", key, ("name", "options"))
     return get_method(data["name"], **{key: _built(value) for key, value in data.get("options", {}).items()})
+
+
+def _refuse_typos(options: Iterable[str], methods: Sequence[object]) -> None:
+    """Say that an argument of `apply` is misspelled, where a name is nearer to one than to any option of the method."""
+    known = [f.name for m in methods if isinstance(m, str) for f in dataclasses.fields(method_class(m)) if f.init]
+    for option in options:
+        close = difflib.get_close_matches(option.lower(), [*known, *ARGUMENTS, "preset"], n=1, cutoff=0.6)
+        if option not in known and close and close[0] in ARGUMENTS:
+            raise OptionError(
+                f"unknown argument {option!r}. Did you mean {close[0]!r}? Allowed: {', '.join(ARGUMENTS)}, and the "
+                f"options of the method."
+            )
 
 
 def _plain(value: object) -> object:
@@ -106,6 +121,7 @@ class PruneConfig:
     ) -> PruneConfig:
         """The config that `apply` makes from its arguments; options go to the one method that is named."""
         listed = list(method) if isinstance(method, list | tuple) else [method]
+        _refuse_typos(options, listed)
         if options and (len(listed) != 1 or not isinstance(listed[0], str)):
             raise OptionError(
                 f"options {sorted(options)} need one method given by name; build the others yourself: "

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import importlib.metadata
+import json
+import shlex
 import traceback
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class TokpruneError(Exception):
@@ -66,6 +70,30 @@ def raised_here(error: BaseException) -> bool:
 
 def missing_extra(package: str, extra: str, purpose: str) -> MissingExtraError:
     """Build the error for an optional package that is not installed."""
-    return MissingExtraError(
-        f"{purpose} needs {package!r}, which is not installed. Run: pip install 'tokprune[{extra}]'"
-    )
+    return MissingExtraError(f"{purpose} needs {package!r}, which is not installed. Run: {install_line(extra)}")
+
+
+def install_line(extra: str = "") -> str:
+    """The pip line that installs tokprune with an extra from where this one came from: its checkout, wheel, or URL.
+
+    An index is named only where an index brought it: the name alone would install a stranger's package.
+    """
+    part = f"[{extra}]" if extra else ""
+    checkout = Path(__file__).parent.parent
+    if (checkout / "pyproject.toml").exists():
+        return f"pip install -e {_quoted(checkout, part)}"
+    try:
+        told = json.loads(importlib.metadata.distribution("tokprune").read_text("direct_url.json") or "{}")
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        told = {}
+    url = str(told.get("url", ""))
+    if "dir_info" in told:
+        return f"pip install {_quoted(Path(url.removeprefix('file://')), part)}"
+    if vcs := told.get("vcs_info"):
+        url = f"{vcs.get('vcs', 'git')}+{url}@{vcs.get('commit_id', 'main')}"
+    return f"pip install {shlex.quote(f'tokprune{part} @ {url}' if url else f'tokprune{part}')}"
+
+
+def _quoted(folder: Path, part: str) -> str:
+    """A folder with an extra as the shell takes it; "." for the current one."""
+    return f"'{'.' if folder == Path.cwd() else folder}{part}'"

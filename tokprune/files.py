@@ -52,7 +52,7 @@ def read_picture(path: str | os.PathLike[str]) -> Image:
 
     refuse_url(path)
     try:
-        with Image.open(path) as image:
+        with _whole_pictures(), Image.open(path) as image:
             upright = ImageOps.exif_transpose(image)
             upright.format = image.format
             return rgb(upright)
@@ -65,6 +65,22 @@ def read_picture(path: str | os.PathLike[str]) -> Image:
         raise OptionError(f"cannot read the picture {path}: {_kind_of(Path(path))}") from error
     except (OSError, ValueError, SyntaxError, EOFError) as error:  # Pillow's readers raise all of these on broken files
         raise OptionError(f"cannot read the picture {path}: {reason(error)}") from error
+
+
+@contextmanager
+def _whole_pictures() -> Iterator[None]:
+    """Pillow refuses truncated pictures meanwhile, whoever set its process-wide switch (lmms-eval does)."""
+    from PIL import ImageFile
+
+    lenient = ImageFile.LOAD_TRUNCATED_IMAGES
+    if not lenient:
+        yield
+        return
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = lenient
 
 
 def rgb(image: Image, on_white: bool = True) -> Image:

@@ -116,6 +116,7 @@ def load(name: str, options: LoadOptions | None = None, video: bool = False) -> 
         return _load_demo(options, dtype, video or name == DEMO_CLIPS)
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    from tokprune.adapters.checkpoint import check_vlm, refusal_of
     from tokprune.profiling.runs import is_out_of_memory
 
     name = os.path.expanduser(name)
@@ -124,6 +125,7 @@ def load(name: str, options: LoadOptions | None = None, video: bool = False) -> 
         common["revision"] = options.revision
     more = {"attn_implementation": options.attn, "device_map": options.device_map}
     auto = AutoModelForImageTextToText
+    check_vlm(name, **common)
     try:
         processor: Processor = AutoProcessor.from_pretrained(name, **common, **options.processor)
         arguments = {key: value for key, value in more.items() if value is not None}
@@ -137,7 +139,7 @@ def load(name: str, options: LoadOptions | None = None, video: bool = False) -> 
             raise missing_extra("torchvision", "vision", f"the processor of {name}") from error
         raise OptionError(f"cannot load the model {name}: {error}") from error
     except (OSError, ValueError) as error:
-        raise OptionError(f"cannot load the model {name}: {_no_vlm(error) or error}") from error
+        raise OptionError(f"cannot load the model {name}: {refusal_of(error) or error}") from error
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -173,15 +175,6 @@ def _load_demo(options: LoadOptions, dtype: torch.dtype | None, video: bool) -> 
         except (ValueError, ImportError) as error:
             raise OptionError(f"attention {options.attn!r}: {error}") from error
     return Loaded(model, processor, embedded=True)
-
-
-def _no_vlm(error: BaseException) -> str:
-    """What to say of a model that transformers knows, but not as one that reads pictures; empty for other errors."""
-    text = str(error)
-    if "Unrecognized configuration class" not in text:
-        return ""
-    kind = text.partition("configuration_")[2].partition(".")[0] or "this"
-    return f"{kind} is no vision-language model; give one that reads pictures, such as llava-hf/llava-1.5-7b-hf."
 
 
 def check_reachable(name: str, revision: str | None = None, kind: str = "model") -> JsonObject:

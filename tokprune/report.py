@@ -66,7 +66,7 @@ class Report:
     @staticmethod
     def build(config: PruneConfig, model: str, last: LastRun | None, notes: list[str]) -> Report:
         """The report of `last`, or of a pruning that has not run yet."""
-        methods = tuple(m.info.name for m in config.methods)
+        methods = tuple(m.label for m in config.methods)
         asked = "the method's own share" if config.budget is None else f"budget {config.budget}"
         asked = asked if config.ratio is None else f"ratio {config.ratio:g}"
         if last is None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("av", reason="PyAV (pip install 'tokprune[video]') reads the clips")
+pytest.importorskip("av", reason="PyAV (the video extra) reads the clips")
 
 ROOT = Path(__file__).parents[2]
 

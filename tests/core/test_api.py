@@ -259,3 +259,28 @@ def test_a_processor_that_is_none_is_refused_at_once() -> None:
 def test_a_tower_alone_is_told_what_it_takes() -> None:
     with pytest.raises(UnsupportedModelError, match="takes a method of the encoder stage"):
         tokprune.apply(build("llava").model.model.vision_tower, "divprune", ratio=0.1)
+
+
+@pytest.mark.parametrize("method", ["divprune", "hired", ["quota", "divprune"]])
+@pytest.mark.parametrize(("typed", "meant"), [("postions", "positions"), ("querry", "query"), ("ratios", "ratio")])
+def test_a_misspelled_argument_is_not_blamed_on_the_method(method, typed, meant) -> None:
+    """Whatever `apply` takes and does not know is looked for among its own arguments first."""
+    from tokprune.config import PruneConfig
+
+    with pytest.raises(OptionError, match=f"unknown argument '{typed}'. Did you mean '{meant}'"):
+        PruneConfig.build(method, ratio=0.1, **{typed: "keep"})
+
+
+def test_the_arguments_of_apply_are_the_ones_that_are_looked_among() -> None:
+    import inspect
+
+    from tokprune.config import ARGUMENTS
+
+    named = inspect.signature(tokprune.apply).parameters.values()
+    assert set(ARGUMENTS) == {p.name for p in named if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def test_reports_name_what_a_wrapper_wraps() -> None:
+    inner = tokprune.get_method("merge", method=tokprune.get_method("hired"))
+    assert tokprune.get_method("per_tile", method=inner).label == "per_tile(merge(hired))"
+    assert tokprune.get_method("divprune").label == "divprune"

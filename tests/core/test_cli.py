@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -17,13 +18,13 @@ run = CliRunner().invoke
 
 
 def test_lists_every_method():
-    rows = json.loads(run(app, ["methods", "--json"]).output)
+    rows = json.loads(run(app, ["methods", "--json", "-"]).output)
     assert {r["name"] for r in rows} == set(list_methods())
     assert all(r["summary"] and r["paper"] for r in rows)
 
 
 def test_filters():
-    rows = json.loads(run(app, ["methods", "--stage", "connector", "--query-aware", "--json"]).output)
+    rows = json.loads(run(app, ["methods", "--stage", "connector", "--query-aware", "--json", "-"]).output)
     assert rows
     assert all(r["query_aware"] and r["stage"] == "connector" for r in rows)
     assert {r["name"] for r in rows} == set(list_methods("connector", query_aware=True))
@@ -34,11 +35,28 @@ def test_explains_one():
     assert "2503.02175" in out
     assert "CVPR 2025" in out
     assert "checked against vbdi/divprune" in out
-    assert json.loads(run(app, ["methods", "hired", "--json"]).output)["options"]["alpha"] == 0.5
+    assert json.loads(run(app, ["methods", "hired", "--json", "-"]).output)["options"]["alpha"] == 0.5
 
 
-def test_table_fits_a_terminal():
-    assert "divprune" in run(app, ["methods"]).output
+def test_the_list_reads_well_at_80_columns():
+    """Every name whole, and no method takes more than six lines."""
+    out = run(app, ["methods"], env={"COLUMNS": "80"}).output
+    lines = out.splitlines()
+    assert max(map(len, lines)) <= 80
+    starts = [i for i, line in enumerate(lines) if line[1:2].strip() and line.startswith(" ")]
+    assert {lines[i].split()[0] for i in starts} == set(list_methods())
+    assert max(b - a for a, b in itertools.pairwise(starts)) <= 8  # the next stage's heading lies between, too
+    assert "…" not in out
+
+
+def test_json_means_a_file_in_every_command():
+    """`--json` alone in one command and `--json FILE` in another would be two languages."""
+    import typer
+
+    for name, command in typer.main.get_command(app).commands.items():
+        for option in command.params:
+            if "--json" in option.opts:
+                assert not option.is_flag, name
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ pipe."""
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from tokprune.cli.app import app
-from tokprune.errors import MissingExtraError, OptionError
+from tokprune.errors import MissingExtraError, OptionError, install_line
 from tokprune.loading import check_device, check_dtype, check_reachable, load, split_methods
 
 run = CliRunner().invoke
@@ -186,9 +187,22 @@ def test_a_text_model_is_called_one(tmp_path: Path) -> None:
     BertModel(small).save_pretrained(tmp_path)
     (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\nb\nc\n")
     BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
-    with pytest.raises(OptionError, match="bert is no vision-language model") as caught:
-        load(str(tmp_path))
-    assert len(str(caught.value)) < 300
+    bare = tmp_path / "bare"  # without a tokenizer transformers already fails at the processor
+    small.save_pretrained(bare)
+    for folder in (tmp_path, bare):
+        with pytest.raises(OptionError, match="bert is no vision-language model") as caught:
+            load(str(folder))
+        assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("words", [["doctor", "--model"], ["plan", "--gpu", "a100", "--model"], ["profile", "--model"]])
+def test_every_command_calls_a_text_model_one(words: list[str], tmp_path: Path) -> None:
+    from transformers import BertConfig
+
+    BertConfig(hidden_size=8).save_pretrained(tmp_path)
+    error = run(app, [*words, str(tmp_path)]).exception
+    assert isinstance(error, OptionError)
+    assert "bert is no vision-language model" in str(error)
 
 
 def test_a_processor_that_needs_torchvision_says_the_pip_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +212,7 @@ def test_a_processor_that_needs_torchvision_says_the_pip_line(tmp_path: Path, mo
         raise ImportError("Qwen2VLImageProcessor requires the Torchvision library but it was not found")
 
     monkeypatch.setattr(AutoProcessor, "from_pretrained", refuse)
-    with pytest.raises(MissingExtraError, match=r"pip install 'tokprune\[vision\]'"):
+    with pytest.raises(MissingExtraError, match=re.escape(install_line("vision"))):
         load(str(tmp_path))
 
 
@@ -222,7 +236,7 @@ def tokprune(words: str, output: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_a_full_disk_ends_in_a_sentence() -> None:
-    done = tokprune("methods --json", "> /dev/full")
+    done = tokprune("methods --json -", "> /dev/full")
     assert done.returncode == 2
     assert "cannot write the output: No space left" in done.stderr
     assert "Traceback" not in done.stderr
@@ -230,7 +244,7 @@ def test_a_full_disk_ends_in_a_sentence() -> None:
 
 
 def test_a_reader_that_goes_away_is_no_error_to_talk_of() -> None:
-    done = tokprune("methods --json", "| head -c 10")
+    done = tokprune("methods --json -", "| head -c 10")
     assert done.stderr == ""
 
 

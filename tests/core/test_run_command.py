@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import tokprune
 from tokprune.cli.app import app
-from tokprune.errors import OptionError, TokpruneError
+from tokprune.errors import OptionError, TokpruneError, install_line
 from tokprune.testing import build, picture
 from tokprune.video import VideoError, read_video
 
@@ -170,7 +170,7 @@ def test_a_missing_extra_names_the_line_to_type(clip: Any, monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "av", None)
     error = invoke(app, ["run", "--video", str(clip.path), "--question", "q"]).exception
     assert isinstance(error, TokpruneError)
-    assert "pip install 'tokprune[video]'" in str(error)
+    assert install_line("video") in str(error)
 
 
 def test_the_documented_composition_of_three_stages(clip: Any, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ pytest.importorskip("av")
 import tokprune.demo
 from tokprune.cli.app import app
 from tokprune.demo.loading import WEIGHTS_CLIPS, load_clip_model
-from tokprune.errors import MissingExtraError, OptionError
+from tokprune.errors import MissingExtraError, OptionError, install_line
 from tools.demo.clips_report import chance
 from tools.demo.evaluation import accuracy, correct
 
@@ -121,7 +121,7 @@ def test_without_the_video_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     result = run(app, ["demo", "--video"])
     assert isinstance(result.exception, MissingExtraError)
-    assert "pip install 'tokprune[video]'" in str(result.exception)
+    assert install_line("video") in str(result.exception)
 
 
 def test_results_in_the_repository_are_about_these_weights():

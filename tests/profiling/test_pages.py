@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from tokprune.errors import install_line
 from tokprune.profiling import tables
 from tokprune.profiling.arithmetic import arithmetic
 from tokprune.profiling.pages import arithmetic_page, profile_page
@@ -118,7 +119,7 @@ def test_without_matplotlib_the_page_says_so(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(builtins, "__import__", without)
     made = profile_page(report())
     assert not made.sections[1].pictures
-    assert "pip install 'tokprune[plot]'" in made.sections[1].text
+    assert install_line("plot") in made.sections[1].text
 
 
 def test_a_profile_whose_plain_run_failed_still_makes_a_page() -> None:

@@ -139,3 +139,17 @@ def test_wrong_input_and_lists() -> None:
         plan(preset("llava-1.5-7b"), PLAIN, target="ttft")
     with pytest.raises(OptionError, match="unknown target"):
         plan(preset("llava-1.5-7b"), PLAIN, target="speed", limit=1.0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("new_tokens", [1, 64, 500])
+def test_advice_names_the_bound_and_promises_no_more_than_it_leaves(new_tokens: int) -> None:
+    """Where decoding is the longest part, pruning is not said to pay without that."""
+    made = plan(preset("llava-next-7b"), device("a100"), Workload((672, 672), new_tokens=new_tokens), compare=False)
+    last = made.advice[-1]
+    if made.full.bound == "prefill":
+        assert last.startswith("pruning pays")
+    else:
+        assert made.full.bound == "decode"
+        assert "pays down" not in last
+        assert "decode" in last
+    assert (made.full.bound == "prefill") is (new_tokens == 1)

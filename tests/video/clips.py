@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-av = pytest.importorskip("av", reason="PyAV (pip install 'tokprune[video]') makes the clips of these tests")
+av = pytest.importorskip("av", reason="PyAV (the video extra) makes the clips of these tests")
 
 BITS, BLOCK = 16, 8
 UNIT = 65536  # 1.0 in the 16.16 numbers of MP4's matrices

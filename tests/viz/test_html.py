@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tokprune.errors import MissingExtraError, OptionError
+from tokprune.errors import MissingExtraError, OptionError, install_line
 from tokprune.viz import html
 from tokprune.viz.html import Page, Picture, Section, Table, Value
 
@@ -138,5 +138,5 @@ def test_without_jinja_the_error_says_what_to_install(monkeypatch: pytest.Monkey
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(MissingExtraError, match=r"pip install 'tokprune\[plot\]'"):
+    with pytest.raises(MissingExtraError, match=re.escape(install_line("plot"))):
         html.render(page())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 
 from tests.viz.cuts import cropped
-from tokprune.errors import MissingExtraError, OptionError
+from tokprune.errors import MissingExtraError, OptionError, install_line
 from tokprune.profiling.plots import latency_bars
 from tokprune.profiling.report import ProfileReport, RunResult
 from tokprune.profiling.timing import Measurement
@@ -191,5 +192,5 @@ def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.M
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(MissingExtraError, match=r"pip install 'tokprune\[plot\]'"):
+    with pytest.raises(MissingExtraError, match=re.escape(install_line("plot"))):
         plots.accuracy_over_ratio(points())

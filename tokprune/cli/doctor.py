@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from tokprune.cli import options
+from tokprune.cli.output import console_for, save_json
+from tokprune.files import STDOUT
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,7 +28,7 @@ def doctor(
         bool, typer.Option("--random-weights", help="Build --model from its config, without reading its weights.")
     ] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
-    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+    json_file: options.Json = None,
 ) -> None:
     """Check versions, devices and optional parts, and with --model prove in seconds that pruning is exact on it."""
     from tokprune.errors import OptionError
@@ -34,10 +37,9 @@ def doctor(
     if random_weights and model in (None, "demo"):
         raise OptionError("--random-weights builds a --model from its config: give a hub id or a folder.")
     diagnosis = diagnose() if model is None else diagnose(model, *_test(model, random_weights, device))
-    if as_json:
-        typer.echo(json.dumps(diagnosis.as_dict(), indent=1))
-    else:
+    if json_file != STDOUT:
         _print(diagnosis)
+    save_json(console_for(json=json_file), json_file, diagnosis.as_dict())
     if not diagnosis.ok:
         raise typer.Exit(1)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 from typing import Annotated
 
 import typer
@@ -11,8 +12,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tokprune.files import STDOUT, write_json
-from tokprune.registry import list_methods, method_class
+from tokprune.cli import options
+from tokprune.cli.output import console_for, save_json
+from tokprune.files import STDOUT
+from tokprune.registry import STAGES, list_methods, method_class
 from tokprune.types import JsonObject
 
 
@@ -61,33 +64,47 @@ def methods(
     merges: Annotated[
         bool | None, typer.Option("--merges/--selects", help="Only those that merge tokens, or not.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+    json_file: options.Json = None,
 ) -> None:
     """List the methods, or explain one."""
-    if name is not None:
-        explain(name, as_json)
+    chosen = facts(name) if name is not None else None
+    rows = [] if chosen else [facts(n) for n in list_methods(stage, query_aware=query_aware, merges=merges)]
+    if json_file is not None:
+        save_json(
+            console_for(json=json_file), json_file, chosen or [{k: v for k, v in r.items() if k != "doc"} for r in rows]
+        )
+    if json_file == STDOUT:
         return
-    rows = [facts(n) for n in list_methods(stage, query_aware=query_aware, merges=merges)]
-    if as_json:
-        write_json(STDOUT, [{k: v for k, v in r.items() if k != "doc"} for r in rows])
+    if chosen is not None:
+        explain(chosen)
         return
-    table = Table(title="methods", title_justify="left", header_style="bold")
-    for column in ("name", "stage", "reads the question", "merges", "needs", "what it does"):
-        table.add_column(column, no_wrap=column == "name")
-    for r in rows:
-        marks = ["yes" if r[flag] else "" for flag in ("query_aware", "merges")]
-        table.add_row(r["name"], r["stage"], *marks, escape(families_of(r["needs"])), escape(r["summary"]))
     console = Console()
-    console.print(table)
-    console.print("tokprune methods NAME explains one.")
+    for at in STAGES:
+        mine = [r for r in rows if r["stage"] == at]
+        if mine:
+            console.print(_table(at, mine))
+    console.print("? reads the question, + merges tokens. tokprune methods NAME explains one.")
 
 
-def explain(name: str, as_json: bool) -> None:
-    """Print one method's docstring, options and facts."""
-    r = facts(name)
-    if as_json:
-        write_json(STDOUT, r)
-        return
+def _table(stage: str, rows: list[JsonObject]) -> Table:
+    """The methods of one stage: narrow enough for 80 columns, a first sentence each."""
+    table = Table(title=stage, title_justify="left", title_style="bold", box=None, show_header=False, padding=(0, 1))
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True, width=2)
+    table.add_column()
+    for r in rows:
+        marks = ("?" if r["query_aware"] else " ") + ("+" if r["merges"] else "")
+        table.add_row(r["name"], marks, escape(first_sentence(r["summary"])))
+    return table
+
+
+def first_sentence(text: str) -> str:
+    """A summary up to its first full stop that ends a sentence."""
+    return re.split(r"(?<=[a-z0-9)])\. ", text)[0].rstrip(".")
+
+
+def explain(r: JsonObject) -> None:
+    """Print one method's docstring, options and facts, of `facts`."""
     console = Console()
     year = f" ({r['year']})" if r["year"] else ""
     console.print(f"[bold]{r['name']}[/], stage {r['stage']}: {escape(r['paper'])}{year} {r['url']}\n")
@@ -111,7 +128,7 @@ def explain(name: str, as_json: bool) -> None:
         + (f"; {r['complexity']}" if r["complexity"] else "")
     )
     if r["needs"]:
-        console.print("[bold]signals[/] " + ", ".join(r["needs"]))
+        console.print("[bold]signals[/] " + escape(families_of(r["needs"])))
     if r["checked"]:
         c = r["checked"]
         console.print(f"[bold]checked against[/] {c['repository'] or 'no public code found'}")

@@ -12,7 +12,7 @@ from tokprune.errors import OptionError
 Model = Annotated[str, typer.Option(help="A hub id or path, or the embedded demo VLM.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:0, ...")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No table and no bars; files are written all the same.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file; - is standard output.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write all as JSON to this file; - is standard output.")]
 Picture = Annotated[Path, typer.Option(help="The picture.")]
 Sheet = Annotated[Path, typer.Option("--out", "-o", help="Where the sheet goes (PNG, JPEG, ...).")]
 Question = Annotated[str, typer.Option(help="The question, which some methods read.")]

@@ -169,7 +169,7 @@ def held_out_clips(
     Args:
         questions: how many.
         seed: which ones, 0 to 999.
-        folder: made if it is not there; needs PyAV (`pip install 'tokprune[video]'`).
+        folder: made if it is not there; needs PyAV (the `video` extra).
         long: clips of 16 to 32 scenes, each question about one that has a color or a shape of its own, instead of 3 to
         8.
         types: the wanted types; by default all that suit the length.

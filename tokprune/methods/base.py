@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -40,6 +40,13 @@ class Method:
 
     def __post_init__(self) -> None:
         check_options(self)
+
+    @property
+    def label(self) -> str:
+        """The method's name with those of the methods that it runs inside: "merge(divprune)"."""
+        values = [getattr(self, f.name) for f in fields(self)]
+        inner = ", ".join(value.label for value in values if isinstance(value, Method))
+        return f"{self.info.name}({inner})" if inner else self.info.name
 
 
 @dataclass(frozen=True)

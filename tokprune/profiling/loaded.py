@@ -11,6 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from tokprune.adapters.checkpoint import check_vlm
 from tokprune.errors import OptionError
 from tokprune.profiling import flops
 from tokprune.profiling.build import _ToMeta
@@ -56,6 +57,7 @@ def preset_of_folder(name: str, folder: str | Path | None = None, size: tuple[in
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
     folder = folder or name
+    check_vlm(name, folder)
     try:
         config = AutoConfig.from_pretrained(folder)
         processor = AutoProcessor.from_pretrained(folder)

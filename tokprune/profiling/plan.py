@@ -329,10 +329,17 @@ def _advice(made: Plan, costs: CostModel) -> list[str]:
     gain = full.total / made.stops.total
     if made.stops.visual >= n:
         out.append(f"pruning hardly pays here: the time goes into {full.bound}, which it does not shorten")
-    else:
+    elif full.bound == "prefill":
         out.append(
             f"pruning pays down to about ratio {made.stops.visual / n:.2g} ({gain:.2g} times faster in all); "
             f"below, {made.stops.bound} dominates"
+        )
+    else:
+        share = getattr(full, full.bound) / full.total
+        out.append(
+            f"{full.bound} takes {share:.0%} of the time and is hardly shortened, so the whole gets at most "
+            f"{full.total / costs.at(1).total:.3g} times faster; {gain:.3g} times at ratio "
+            f"{made.stops.visual / n:.2g}, and below it little more"
         )
     for other in made.alternatives:
         if other.visual is None or other.estimate is None:

@@ -231,7 +231,7 @@ def name_of(method: MethodLike) -> str:
         return method
     if isinstance(method, Sequence):
         return "+".join(name_of(m) for m in method)
-    return str(method.info.name)
+    return str(method.label)
 
 
 def stages_of(method: MethodLike) -> set[str]:

@@ -216,7 +216,7 @@ class Pruning:
         return Report.build(self.config, installed.name, self.last, notes)
 
     def __repr__(self) -> str:
-        methods = " + ".join(m.info.name for m in self.config.methods)
+        methods = " + ".join(m.label for m in self.config.methods)
         amount = "" if self.config.budget is None else f", budget={self.config.budget}"
         amount = amount if self.config.ratio is None else f", ratio={self.config.ratio:g}"
         return f"<Pruning {self._installed.name} by {methods}{amount}{'' if self.active else ', removed'}>"

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
+from tokprune.errors import install_line
 from tokprune.testing.self_test import Check
 from tokprune.types import JsonObject
 
@@ -113,7 +114,7 @@ def _requirements() -> tuple[list[Package], list[Extra], list[str]]:
         return (
             [],
             [],
-            ["tokprune runs from a folder without being installed, so its tested ranges are unknown: pip install ."],
+            [f"tokprune is not installed here, so its tested ranges are unknown: {install_line()}"],
         )
     core: list[Package] = []
     extras: dict[str, list[Package]] = {}
@@ -130,7 +131,7 @@ def _requirements() -> tuple[list[Package], list[Extra], list[str]]:
                 (extras.setdefault(name, []) if name else core).append(package)
     return (
         core,
-        [Extra(name, tuple(package), f"pip install 'tokprune[{name}]'") for name, package in extras.items()],
+        [Extra(name, tuple(package), install_line(name)) for name, package in extras.items()],
         [],
     )
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import colorsys
+import unicodedata
 from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,10 +54,66 @@ def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
         return ImageFont.load_default()
 
 
+#: Fonts with letters that the built-in one lacks, as Pillow finds them by name in the folders of the system.
+WIDER = (
+    *("NotoSans-Regular.ttf", "DejaVuSans.ttf", "Arial Unicode.ttf", "arial.ttf", "NotoSansCJK-Regular.ttc"),
+    *("NotoSansDevanagari-Regular.ttf", "NotoSansArabic-Regular.ttf", "NotoSansThai-Regular.ttf", "wqy-zenhei.ttc"),
+    *("PingFang.ttc", "msyh.ttc", "malgun.ttf", "YuGothM.ttc", "Nirmala.ttf", "unifont.otf"),
+)
+
+
+@lru_cache(maxsize=256)
+def _wider(name: str, size: int) -> ImageFont.FreeTypeFont | None:
+    """A font of the system, or of matplotlib where it is installed; None where there is none of that name."""
+    found = find_spec("matplotlib")
+    folders = [Path(found.origin).parent / "mpl-data" / "fonts" / "ttf"] if found and found.origin else []
+    for path in (name, *(str(folder / name) for folder in folders)):
+        try:
+            return ImageFont.truetype(path, size)
+        except OSError:
+            continue
+    return None
+
+
+@lru_cache(maxsize=4096)
+def _drawn(letter: str, name: str) -> bool:
+    """Whether a font has a letter: it draws it otherwise than a code point that no font has."""
+    used = font(20) if not name else _wider(name, 20)
+    if used is None:
+        return False
+    return letter.isspace() or bytes(used.getmask(letter)) != bytes(used.getmask("\U0010ffff"))
+
+
+def runs(text: str) -> list[tuple[str, str]]:
+    """Parts of a line with the font that has their letters, "" being the built-in one. Letters that no font here has
+    are counted in words, in place of boxes.
+    """
+    out: list[tuple[str, str]] = []
+    for letter in text:
+        last = out[-1][1] if out else ""
+        has = next((f for f in (last, "", *WIDER) if f != NOWHERE and _drawn(letter, f)), NOWHERE)
+        if out and (has == last or letter.isspace() or unicodedata.category(letter)[0] == "M"):  # marks join a letter
+            out[-1] = (out[-1][0] + letter, last)
+        else:
+            out.append((letter, has))
+    return [(_counted(part), "") if name == NOWHERE else (part, name) for part, name in out]
+
+
+def _counted(part: str) -> str:
+    return f"[{len(part.strip())} letters that no font here has]" + part[len(part.rstrip()) :]
+
+
+NOWHERE = "?"
+
+
 def text_size(text: str, size: int) -> tuple[int, int]:
     """Width and height in pixels of one line in the font of that size; the height does not depend on the letters."""
-    box = font(size).getbbox(text or " ")
-    return int(np.ceil(box[2])), int(np.ceil(size * 1.3))
+    width = sum(_font(name, size).getbbox(part or " ")[2] for part, name in runs(text or " "))
+    return int(np.ceil(width)), int(np.ceil(size * 1.3))
+
+
+def _font(name: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return (_wider(name, size) if name else None) or font(size)
 
 
 def wrap(text: str, size: int, width: int, lines: int = 3) -> list[str]:
@@ -90,7 +149,16 @@ def _cut(line: str, size: int, width: int) -> str:
 
 def write(draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, size: int, colour: Colour = INK) -> None:
     """One line of text with its upper left corner at `at`."""
-    draw.text(at, text, font=font(size), fill=colour)
+    x, y = at
+    for part, name in runs(text):
+        used = _font(name, size)
+        down = _ascent(font(size)) - _ascent(used) if name else 0  # one base line
+        draw.text((x, y + down), part, font=used, fill=colour)
+        x += int(np.ceil(used.getbbox(part)[2]))
+
+
+def _ascent(used: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> int:
+    return int(used.getmetrics()[0]) if isinstance(used, ImageFont.FreeTypeFont) else 0
 
 
 def distinct(n: int) -> NDArray[np.uint8]:
