@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import sys
 from collections.abc import Callable
 
 import pytest
 
-from tokprune.errors import MissingExtraError, OptionError
+from tokprune.errors import MissingExtraError, OptionError, install_line
 from tokprune.profiling.formulas import DecoderShape, prefill_share
 from tokprune.schedule import Schedule
 from tokprune.search.journal import Journal
@@ -162,7 +163,7 @@ def test_budgets_and_samplers_that_cannot_be_met_are_refused() -> None:
 
 def test_without_optuna_the_pip_line_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'tokprune\[search\]'"):
+    with pytest.raises(MissingExtraError, match=re.escape(install_line("search"))):
         sigmoid(needs(0, 0, 0, 0, 0), LAYERS, cost, 0.5)
 
 
