@@ -68,6 +68,7 @@ def test_the_embedded_model() -> None:
     assert [c["ok"] for c in told["checks"]] == [True] * 7
     assert all(told["reach"]["signals"][name]["works"] for name in ("cls_attention", "encoder_features"))
     assert told["reach"]["encoder"]["tome"]["works"]
+    assert "keys:-1: keys of block" in invoke("--model", "demo").stdout
 
 
 def saved(folder: Path, weights: bool) -> Path:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.encoder.all_towers import hooks, written_out
 from tests.published.bipartite import unmerge
-from tokprune.adapters.tower_kinds import block_order
+from tokprune.adapters.hf_tower_kinds import block_order
 from tokprune.errors import OptionError
 from tokprune.ops.merge import bipartite_matching, merge_weighted
 from tokprune.runtime.encoder import apply_encoder

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from tokprune.adapters.dialect import arguments_from, cache_in, logical_length, parameters
 from tokprune.adapters.families import Family, family_named
 from tokprune.adapters.hooks import Ref
+from tokprune.adapters.tower_parts import TEXT_MODELS
 from tokprune.errors import PromptError, UnsupportedModelError
 
 # Raw inputs of each modality, as transformers names them.
 RAW = {"image": ("pixel_values", "pixel_values_images", "image_patches"), "video": ("pixel_values_videos",)}
 TYPE_IDS = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
-TEXT_MODELS = ("language_model", "text_model")
 
 
 def unwrap(model: Any) -> Any:

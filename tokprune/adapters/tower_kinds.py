@@ -6,49 +6,30 @@ A new kind is a class here and its place in KINDS; signals, encoder stage and pr
 from __future__ import annotations
 
 import functools
-import math
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from tokprune.adapters.hf_tower_kinds import PlainViT, QwenLike
 from tokprune.adapters.hooks import Ref
 from tokprune.adapters.patch_sizes import embedder
-from tokprune.adapters.tower_parts import NORMS, AttentionReader, BlockParts, Heads, Tower, attention_of, child
+from tokprune.adapters.tower_parts import (
+    NORMS,
+    AttentionReader,
+    BlockParts,
+    Heads,
+    HeadsFirstReader,
+    Tower,
+    TowerKind,
+    attention_of,
+    child,
+)
 from tokprune.adapters.types import ModelCall
 from tokprune.errors import UnsupportedModelError
-
-
-class TowerKind(ABC):
-    """One kind of vision tower."""
-
-    part_of_open_clip: ClassVar[bool] = False
-    """open_clip models hold such towers as `visual`, `trunk` or `visual.trunk`."""
-
-    @abstractmethod
-    def matches(self, module: nn.Module) -> bool:
-        """Whether `module` is a tower of this kind."""
-
-    def reader(self, block: nn.Module) -> AttentionReader | None:
-        """What reads the attention of `block`, where this kind reads it in a way of its own; else None."""
-        return None
-
-    @abstractmethod
-    def parts(self, block: Any) -> BlockParts:
-        """The parts of one block, or an error that says why its sequence cannot be shortened."""
-
-    @abstractmethod
-    def tower(self, root: Any, owner: nn.Module, side: int = 1) -> Tower:
-        """The tower `root` of the model `owner`, whose connector joins side x side patches to a token."""
-
-    def plain(self, root: nn.Module, owner: nn.Module, blocks: Iterable[nn.Module]) -> Tower:
-        """A tower of these blocks of which nothing else is known."""
-        parts = tuple(self.parts(block) for block in blocks)
-        return Tower(type(root).__name__, Ref(root), Ref(owner), blocks=parts, depth=len(parts))
 
 
 def is_a(module: object, package: str, name: str) -> bool:
@@ -56,124 +37,15 @@ def is_a(module: object, package: str, name: str) -> bool:
     return any(c.__module__.startswith(package + ".") and c.__name__ == name for c in type(module).__mro__)
 
 
-# -- transformers: CLIP, SigLIP, SigLIP 2, Idefics 3, InternVL ------------------------------------------------
-
-
-def block_order(side: int, n: int) -> Tensor:
-    """(n,) raster numbers of a square grid, block by block of side x side, each in raster order."""
-    width = math.isqrt(n)
-    if width * width != n or width % side:
-        raise UnsupportedModelError(
-            f"{n} patches are no square grid of {side} x {side} blocks, which this model's connector joins."
-        )
-    return torch.arange(n).view(width // side, side, width // side, side).transpose(1, 2).reshape(-1)
-
-
-def _rows_behind(table: nn.Embedding, prefix: int) -> Tensor:
-    return table.weight[prefix:]
-
-
-class ClipLike(TowerKind):
-    """Towers of transformers with a batch of equal pictures and an `encoder` of pre-norm blocks."""
-
-    ONE_TABLE = ("CLIPEncoderLayer", "SiglipEncoderLayer")
-    """Blocks of towers whose positions are one table, so that patches may be made larger."""
-    CLIP = (*ONE_TABLE, "Siglip2EncoderLayer", "Idefics3EncoderLayer", "SmolVLMEncoderLayer")
-    INTERNVL = ("InternVLVisionLayer",)
-
-    @staticmethod
-    def layers(module: nn.Module) -> list[nn.Module]:
-        """The blocks; none where this is no tower. Text encoders have no patch embedding."""
-        encoder, embeddings = child(module, "encoder"), child(module, "embeddings")
-        layers = child(encoder, "layers") or child(encoder, "layer")
-        patches = child(embeddings, "patch_embedding") or child(embeddings, "patch_embeddings")
-        return list(layers) if isinstance(layers, nn.ModuleList) and patches is not None else []
-
-    def matches(self, module: nn.Module) -> bool:
-        layers = self.layers(module)
-        return bool(layers) and type(layers[0]).__name__ in self.CLIP + self.INTERNVL
-
-    def parts(self, block: Any) -> BlockParts:
-        if type(block).__name__ in self.INTERNVL:
-            reader, after = AttentionReader(block.attention), functools.partial(getattr, block, "lambda_2", None)
-            return BlockParts(block, block.layernorm_before, reader, block.layernorm_after, block.dropout, after)
-        return BlockParts(block, block.layer_norm1, AttentionReader(block.self_attn), block.layer_norm2, block.mlp)
-
-    def tower(self, root: Any, owner: nn.Module, side: int = 1) -> Tower:
-        layers, embeddings = self.layers(root), root.embeddings
-        cls = hasattr(embeddings, "class_embedding") or getattr(embeddings, "cls_token", None) is not None
-        tower = replace(
-            self.plain(root, owner, layers),
-            prefix=int(cls),
-            cls=cls,
-            fold=side * side,
-            unit_order=functools.partial(block_order, side) if side > 1 else None,
-            pools=getattr(root, "head", None) is not None or bool(getattr(root.config, "use_mean_pooling", False)),
-        )
-        patch, table = child(embeddings, "patch_embedding"), child(embeddings, "position_embedding")
-        known = type(layers[0]).__name__ in self.ONE_TABLE and side == 1
-        if not known or not isinstance(table, nn.Embedding) or not isinstance(patch, nn.Conv2d):
-            return tower
-        after = child(root, "pre_layrnorm") or nn.Identity()
-        embed = embedder(patch, functools.partial(_rows_behind, table, int(cls)), after)
-        return replace(tower, patch=patch, embed=embed)
-
-
-# -- transformers: packed towers ------------------------------------------------------------------------------
-
-
-def _window_order(root_ref: Ref, grid: Tensor, kwargs: ModelCall) -> Tensor:
-    from transformers.vision_utils import get_vision_window_index
-
-    root = root_ref()
-    sizes = {name: getattr(root, name) for name in ("spatial_merge_size", "window_size", "patch_size")}
-    return get_vision_window_index(grid, **sizes, kwargs=dict(kwargs))[0]
-
-
-class QwenLike(TowerKind):
-    """Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3.5 and GLM-4V: all pictures in one sequence, rotary positions."""
-
-    BLOCKS = (
-        "Qwen2VLVisionBlock",
-        "Qwen2_5_VLVisionBlock",
-        "Qwen3VLVisionBlock",
-        "Qwen3VLMoeVisionBlock",
-        "Qwen3_5VisionBlock",
-        "Glm4vVisionBlock",
-    )
-
-    def matches(self, module: nn.Module) -> bool:
-        blocks = child(module, "blocks")
-        return isinstance(blocks, nn.ModuleList) and len(blocks) > 0 and type(blocks[0]).__name__ in self.BLOCKS
-
-    def parts(self, block: Any) -> BlockParts:
-        return BlockParts(block, block.norm1, AttentionReader(block.attn), block.norm2, block.mlp)
-
-    def tower(self, root: Any, owner: nn.Module, side: int = 1) -> Tower:
-        mergers, indexes = getattr(root, "deepstack_merger_list", ()), getattr(root, "deepstack_visual_indexes", ())
-        return replace(
-            self.plain(root, owner, root.blocks),
-            fold=int(root.spatial_merge_size) ** 2,
-            packed=True,
-            taps=tuple((module, int(index)) for module, index in zip(mergers, indexes, strict=False)),
-            vlm=True,
-            grids=functools.partial(_window_order, Ref(root)) if hasattr(root, "window_size") else None,
-        )
-
-
 # -- timm -----------------------------------------------------------------------------------------------------
 
 
-class TimmReader(AttentionReader):
-    """timm: norms see (B, H, N, d) and are always called; rotary positions are one table that spares the prefix."""
+class TimmReader(HeadsFirstReader):
+    """timm: norms are always called; rotary positions are one table that spares the prefix."""
 
     def watched(self) -> dict[str, nn.Module]:
         norms = {name: self.attention.get_submodule(name) for name in NORMS if child(self.attention, name)}
         return {**super().watched(), **norms}
-
-    def read(self, seen: Mapping[str, Tensor]) -> Heads:
-        q, k, v = super().read({name: x for name, x in seen.items() if name not in NORMS})
-        return seen.get("q_norm", q), seen.get("k_norm", k), v
 
     def positions(self, call: ModelCall) -> object:
         return call.get("rope")
@@ -307,7 +179,7 @@ class TimmEva(TimmViT):
                 f"{tower.family} has rotary positions of its own in every block (rope_type='mixed'), which cannot "
                 "follow merged tokens."
             )
-        return replace(tower, rope=True)
+        return replace(tower, rope="rope")
 
 
 # -- open_clip ------------------------------------------------------------------------------------------------
@@ -369,10 +241,45 @@ class OpenClip(TowerKind):
         )
 
 
-KINDS: tuple[TowerKind, ...] = (TimmEva(), TimmViT(), OpenClip(), ClipLike(), QwenLike())
+# -- torchvision ----------------------------------------------------------------------------------------------
+
+
+def _encoder_positions(root_ref: Ref) -> Tensor:
+    return root_ref().encoder.pos_embedding[0, 1:]  # type: ignore[no-any-return]
+
+
+class TorchvisionViT(TowerKind):
+    """torchvision's vision transformers, made of torch's MultiheadAttention."""
+
+    def matches(self, module: nn.Module) -> bool:
+        return is_a(module, "torchvision.models", "VisionTransformer")
+
+    def parts(self, block: Any) -> BlockParts:
+        reader = PackedProjectionReader(block.self_attention, block.ln_1)
+        return BlockParts(block, block.ln_1, reader, block.ln_2, block.mlp)
+
+    def tower(self, root: Any, owner: nn.Module, side: int = 1) -> Tower:
+        tower = replace(
+            self.plain(root, owner, root.encoder.layers),
+            family="torchvision VisionTransformer",
+            prefix=1,
+            cls=True,
+            mask="key_padding_mask",
+            padding=True,
+        )
+        if not isinstance(root.conv_proj, nn.Conv2d):  # a stem of several convolutions
+            return tower
+        return replace(
+            tower,
+            patch=root.conv_proj,
+            embed=embedder(root.conv_proj, functools.partial(_encoder_positions, Ref(root))),
+        )
+
+
+KINDS: tuple[TowerKind, ...] = (TimmEva(), TimmViT(), OpenClip(), TorchvisionViT(), PlainViT(), QwenLike())
 KNOWN = (
-    "timm (EVA included) and open_clip ViTs, and CLIP, SigLIP, SigLIP 2, InternVL and Qwen-VL towers of transformers, "
-    "alone or in a VLM"
+    "ViTs of timm (EVA included), open_clip and torchvision, and of transformers ViT, DeiT, DINO, BEiT, CLIP, SigLIP, "
+    "AIMv2, InternVL and Qwen-VL towers, alone or in a VLM"
 )
 
 

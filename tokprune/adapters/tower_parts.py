@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from tokprune.adapters.hooks import Ref
@@ -19,6 +21,7 @@ Heads: TypeAlias = tuple[Tensor, Tensor, Tensor]
 Moments: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and standard deviation of each colour."""
 
+TEXT_MODELS = ("language_model", "text_model")
 NORMS = ("q_norm", "k_norm")
 ATTENTIONS = ("self_attn", "attention", "attn")
 # What encodes pictures, in VLMs and in CLIP-like models.
@@ -94,13 +97,24 @@ class AttentionReader:
     def turn(self, x: Tensor, positions: Any) -> Tensor:
         """Queries or keys (B, H, N, d) as the attention turns them.
 
-        positions: cosine and sine, each (N, d), (B, N, d) or (B, 1, N, d).
+        positions: cosine and sine, each (N, d), (B, N, d) or (B, 1, N, d); of a shorter N, the last tokens'.
         """
         if positions is None:
             return x
         cos, sin = (p.to(x)[:, None] if p.dim() == 3 else p.to(x) for p in positions)
+        prefix = x.shape[2] - cos.shape[-2]  # DINOv3 turns patches alone
+        head, x = x[:, :, :prefix], x[:, :, prefix:]
         turned: Tensor = sys.modules[type(self.attention).__module__].rotate_half(x)
-        return x * cos + turned * sin
+        x = x * cos + turned * sin
+        return torch.cat([head, x], 2) if prefix else x
+
+
+class HeadsFirstReader(AttentionReader):
+    """Attention whose norms of queries and keys see (B, H, N, d)."""
+
+    def read(self, seen: Mapping[str, Tensor]) -> Heads:
+        q, k, v = super().read({name: x for name, x in seen.items() if name not in NORMS})
+        return seen.get("q_norm", q), seen.get("k_norm", k), v
 
 
 def no_scale() -> None:
@@ -180,8 +194,12 @@ class Tower:
     smaller: (pixels (B, 3, H, W), grid of the full picture, step) -> (B, n, C)."""
     normal: Moments | None = None
     """Of the pixels, where the model knows it."""
-    rope: bool = False
-    """Blocks take the keyword `rope`, a table (N, D) of the patches."""
+    rope: str = ""
+    """Keyword of the blocks that takes a rotary table (N, D) of the patches, or cosine and sine, (N, D) each."""
+    relative: bool = False
+    """The attention's mask is a table of relative positions, (1, H, N, N)."""
+    dense: bool = False
+    """What reads its output puts it back on the grid, and needs every patch at its place."""
 
     @property
     def root(self) -> Any:
@@ -193,6 +211,15 @@ class Tower:
         """The model that was given."""
         return self.owner_ref()
 
+    def listers(self) -> list[nn.Module]:
+        """Modules whose output may list hidden states: the root, and what is around its blocks and around itself, up
+        to the module that holds a language model, too."""
+        path = next(n for n, m in self.owner.named_modules() if m is self.blocks[0].block).split(".")
+        around = [self.owner.get_submodule(".".join(path[:i])) for i in range(len(path))]
+        texts = [i for i, m in enumerate(around) if any(hasattr(m, name) for name in TEXT_MODELS)]
+        around = around[texts[-1] + 1 :] if texts else around
+        return [m for m in around if m is self.root or hasattr(m, "base_model_prefix")]
+
     def owner_methods(self) -> tuple[tuple[Ref, str], ...]:
         """Methods through which the owner calls the root, as (object, name); none when it is the root itself."""
         owner = self.owner
@@ -201,3 +228,31 @@ class Tower:
         holder = owner.base_model if self.vlm else owner
         names = ENCODE if self.vlm else ("forward", "forward_intermediates", *ENCODE)
         return tuple((Ref(holder), name) for name in names if hasattr(holder, name))
+
+
+class TowerKind(ABC):
+    """One kind of vision tower."""
+
+    part_of_open_clip: ClassVar[bool] = False
+    """open_clip models hold such towers as `visual`, `trunk` or `visual.trunk`."""
+
+    @abstractmethod
+    def matches(self, module: nn.Module) -> bool:
+        """Whether `module` is a tower of this kind."""
+
+    def reader(self, block: nn.Module) -> AttentionReader | None:
+        """What reads the attention of `block`, where this kind reads it in a way of its own; else None."""
+        return None
+
+    @abstractmethod
+    def parts(self, block: Any) -> BlockParts:
+        """The parts of one block, or an error that says why its sequence cannot be shortened."""
+
+    @abstractmethod
+    def tower(self, root: Any, owner: nn.Module, side: int = 1) -> Tower:
+        """The tower `root` of the model `owner`, whose connector joins side x side patches to a token."""
+
+    def plain(self, root: nn.Module, owner: nn.Module, blocks: Iterable[nn.Module]) -> Tower:
+        """A tower of these blocks of which nothing else is known."""
+        parts = tuple(self.parts(block) for block in blocks)
+        return Tower(type(root).__name__, Ref(root), Ref(owner), blocks=parts, depth=len(parts))

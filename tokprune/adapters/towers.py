@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from tokprune.adapters.base import TEXT_MODELS, unwrap
 from tokprune.adapters.families import family_named
+from tokprune.adapters.hf_tower_kinds import why_not
 from tokprune.adapters.tower_kinds import KNOWN, kind_of, reader_of
 from tokprune.adapters.tower_parts import Tower, child
 from tokprune.errors import MissingSignalError, UnsupportedModelError
@@ -90,16 +91,19 @@ def find_tower(model: nn.Module) -> Tower:
         if kind is not None and kind.part_of_open_clip:
             return kind.tower(part, inner)
     base = getattr(inner, "base_model", inner)
+    for part in (base, child(inner, "backbone")):  # a ViT with a head
+        kind = kind_of(part)
+        if kind is not None:
+            return kind.tower(part, inner)
     tower = first_child(base, TOWERS)
     if tower is None:
-        raise UnsupportedModelError(
-            f"{type(inner).__name__} has no vision tower that can be reduced inside; known are {KNOWN}."
-        )
+        raise UnsupportedModelError(_no_tower(inner))
+    tower = child(tower, "transformer") if kind_of(child(tower, "transformer")) is not None else tower  # Ovis 2
     kind = kind_of(tower)
     if kind is None:
         raise UnsupportedModelError(
-            f"the vision tower {type(tower).__name__} of {type(inner).__name__} cannot be reduced inside; known are "
-            f"{KNOWN}. Methods of the connector stage work on its output."
+            f"the vision tower {type(tower).__name__} of {type(inner).__name__} cannot be reduced inside: "
+            f"{why_not(cast(nn.Module, tower))}. Known are {KNOWN}. Methods of the connector stage work on its output."
         )
     two_towers = hasattr(base, "visual_projection")  # CLIP compares pictures with texts
     if two_towers or not any(hasattr(base, name) for name in TEXT_MODELS):
@@ -107,3 +111,15 @@ def find_tower(model: nn.Module) -> Tower:
     family = family_named(str(inner.config.model_type))
     found = kind.tower(tower, inner, family.joined_side(base, inner.config))
     return replace(found, depth=used_depth(inner.config, found.depth), vlm=True)
+
+
+def _no_tower(model: nn.Module) -> str:
+    """Why a model without a vision tower cannot be reduced, and which part of it can."""
+    name = type(model).__name__
+    part = next((path for path, module in model.named_modules() if kind_of(module) is not None), None)
+    if part is not None:
+        return (
+            f"{name} holds a {type(model.get_submodule(part)).__name__} at {part!r} and may call it in other ways than "
+            f"by its own forward; apply to that: tokprune.apply(model.get_submodule({part!r}), ...)."
+        )
+    return f"{name} has no vision tower that can be reduced inside: {why_not(model)}. Known are {KNOWN}."

@@ -58,7 +58,7 @@ def _print(diagnosis: Diagnosis) -> None:
     from rich.console import Console
     from rich.markup import escape
 
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, emoji=False)  # signals are called keys:-1
     console.print(f"[bold]tokprune {diagnosis.tokprune}[/], Python {diagnosis.python}")
     for package in diagnosis.packages:
         console.print(f"  {_line(package)}")

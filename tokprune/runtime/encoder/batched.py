@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import torch
@@ -27,9 +28,13 @@ class BatchedSplice(Splice[Run]):
     the sequence is prefix, then unit after unit.
     """
 
+    names: tuple[str, ...] = ()
+    """What the attention calls its arguments."""
+
     def check(self) -> None:
         super().check()
         self._check_kernel()
+        self.names = tuple(inspect.signature(type(self.tower.blocks[0].attention).forward).parameters)[1:]
 
     def _check_kernel(self) -> None:
         """Refuse attention kernels that do not take the masks of reduced rows."""
@@ -39,6 +44,11 @@ class BatchedSplice(Splice[Run]):
 
     def start(self, x: Tensor, kwargs: ModelCall) -> Run:
         self._check_kernel()  # it may have been exchanged since apply
+        if kwargs.get("cu_seqlens") is not None:
+            raise UnsupportedModelError(
+                f"{self.tower.family} was given pictures of several sizes in one sequence; an encoder-stage method "
+                "needs a batch of equal pictures here."
+            )
         tokens, prefix, fold = x.shape[1], self.tower.prefix, self.fold
         if fold > 1 and (tokens - prefix) % fold:
             raise UnsupportedModelError(
@@ -48,21 +58,21 @@ class BatchedSplice(Splice[Run]):
         return Run(rows, tokens, x.shape[0])
 
     def block_arguments(self, run: Run, index: int, args: Positional, kwargs: ModelCall) -> Replaced:
-        """The rotary table of the rows that are left, where the blocks take one."""
-        if not self.tower.rope or kwargs.get("rope") is None:
+        """The rotary tables of the rows that are left, where the blocks take some."""
+        given = kwargs.get(self.tower.rope) if self.tower.rope else None
+        if given is None:
             return None
-        table, state = kwargs["rope"], run.states[index]
-        if table.dim() != 2:
+        tables, state = (given,) if isinstance(given, Tensor) else tuple(given), run.states[index]
+        if any(table.dim() != 2 for table in tables):
             raise UnsupportedModelError(
-                f"{self.tower.family} gave a rotary table of shape {tuple(table.shape)} (patch dropout in training?); "
-                "an encoder-stage method can follow one table for all images, (patches, channels)."
+                f"{self.tower.family} gave a rotary table of shape {tuple(tables[0].shape)} (patch dropout in "
+                "training?); an encoder-stage method can follow one table for all images, (patches, channels)."
             )
-        if state.rep is None:
-            run.ropes[index] = table
-            return None
-        place = (state.rep[:, self.tower.prefix :] - self.tower.prefix).clamp(min=0)
-        run.ropes[index] = table[place][:, None]  # (B, 1, K, D): a merged row keeps the angle of the one it sits at
-        return args, {**kwargs, "rope": run.ropes[index]}
+        if state.rep is not None:
+            place = (state.rep[:, self.tower.prefix :] - self.tower.prefix).clamp(min=0)
+            tables = tuple(table[place][:, None] for table in tables)  # (B, 1, K, D): a merged row keeps its place's
+        run.ropes[index] = tables[0] if isinstance(given, Tensor) else tables
+        return None if state.rep is None else (args, {**kwargs, self.tower.rope: run.ropes[index]})
 
     def order(self, run: Run, device: torch.device) -> Tensor:
         """(N0,) tokens in unit order, the prefix first."""
@@ -117,6 +127,7 @@ class BatchedSplice(Splice[Run]):
 
         def heads() -> Heads:
             q, k, v = reader.read(run.seen[index])
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))  # grouped heads
             return (q, k, v) if order is None else (q[:, :, order], k[:, :, order], v[:, :, order])
 
         def rotate(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,7 +147,7 @@ class BatchedSplice(Splice[Run]):
             fold=fold,
             hidden_prefix=prefix,
             cls=tower.cls,
-            bias=self.bias(run, index),
+            bias=self.whole_bias(run, index),
             blocks=len(tower.blocks),
             rotate=None if rope is None else rotate,
             entering=None if before is None else self.rows(before, order),
@@ -168,10 +179,29 @@ class BatchedSplice(Splice[Run]):
             size = torch.cat([size.new_ones(size.shape[0], self.tower.prefix), size], 1)
         return size.log()[:, None, None, :]
 
+    def whole_bias(self, run: Run, index: int) -> Tensor | None:
+        """`bias`, and what the table of relative positions (1, H, N, N) says of the rows that are left."""
+        bias, place, table = self.bias(run, index), run.states[index].rep, run.table
+        if table is None:
+            return bias
+        if place is not None:
+            if table.shape[-1] != run.tokens:
+                raise UnsupportedModelError(
+                    f"{self.tower.family} stretches its relative positions to {table.shape[-1]} tokens of "
+                    f"{run.tokens}: call it without interpolate_pos_encoding, which a shorter sequence cannot follow."
+                )
+            place = place.clamp(min=0)[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[-1])  # (B, H, K, N)
+            table = table.expand(len(place), -1, -1, -1).gather(2, place)
+            table = table.gather(3, place[..., :1].transpose(2, 3).expand(-1, -1, place.shape[2], -1))  # (B, H, K, K)
+        return table if bias is None else table + bias
+
     def attend(self, run: Run, index: int, args: Positional, kwargs: ModelCall) -> Replaced:
+        if not self.tower.padding and len(args) > 1:
+            args, kwargs = args[:1], {**dict(zip(self.names[1:], args[1:], strict=False)), **kwargs}
+        mask = kwargs.get(self.tower.mask)
+        run.table = mask if self.tower.relative else None
         if run.states[index].assign is None:
             return None
-        bias, mask = self.bias(run, index), kwargs.get(self.tower.mask)
         if mask is not None and not run.unmasked:  # reduced rows could not follow a mask; one that hides nothing goes
             visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
             if not bool(visible.all()):
@@ -180,6 +210,7 @@ class BatchedSplice(Splice[Run]):
                     "encoder-stage method cannot follow; run images of equal size together, or one by one."
                 )
             run.unmasked = True
+        bias = self.whole_bias(run, index)
         if bias is None:
             return None if mask is None else (args, {**kwargs, self.tower.mask: None})
         x = args[0] if args else kwargs["hidden_states"]

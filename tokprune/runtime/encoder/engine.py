@@ -195,7 +195,8 @@ class Splice(ABC, Generic[R]):
         for module, index in tower.taps:
             on.before(module, "_tap", index)
         on.before(tower.root, "_begin")
-        on.after(tower.root, "_root")
+        for module in tower.listers():
+            on.after(module, "_list")
         if tower.intermediates:
             on.instead(tower.root, NAME, "_intermediates")
         on.instead(tower.root, "__prepare_scriptable__", "_refuse_scripting")
@@ -385,7 +386,7 @@ class Splice(ABC, Generic[R]):
         run = self._run(index)
         return None if run is None else (self.widen(run, run.states[index + 1], args[0]), *args[1:])
 
-    def _root(self, module: nn.Module, args: Positional, output: Any) -> None:
+    def _list(self, module: nn.Module, args: Positional, output: Any) -> None:
         """Bring the listed hidden states to full length."""
         if not self.expand or not hasattr(output, "keys") or output.get("hidden_states") is None:
             return
@@ -393,7 +394,7 @@ class Splice(ABC, Generic[R]):
         states = output["hidden_states"]
         if run is None or self._foreign or len(states) != len(self.tower.blocks) + 1:
             return
-        last = len(states) - 1  # widened when it left the last block
         output["hidden_states"] = tuple(
-            h if h is None or i == last else self.widen(run, run.states[i], h) for i, h in enumerate(states)
+            h if h is None or h.shape[-2] == run.tokens else self.widen(run, run.states[i], h)
+            for i, h in enumerate(states)
         )

@@ -57,8 +57,10 @@ class Run:
     """What entered the blocks, while it is alive."""
     inputs: dict[int, Tensor] = field(default_factory=dict)
     """What entered the blocks that are cut at their end, for methods that restore the sequence."""
-    ropes: dict[int, Tensor] = field(default_factory=dict)
+    ropes: dict[int, Tensor | tuple[Tensor, ...]] = field(default_factory=dict)
     """Rotary tables of the rows."""
+    table: Tensor | None = None
+    """Relative positions, as the attention of the block now running was given them."""
     cuts: list[tuple[Tensor | None, Cut]] = field(default_factory=list)
     """Where a method that restores the full sequence left it. Packed towers: one per size of frames, with the (F, n)
     places of the frames' units."""

@@ -73,6 +73,12 @@ class EncoderStage:
             raise OptionError(
                 f"{method.info.name!r} restores the full sequence at the tower's end; expand=False has no meaning."
             )
+        if self.tower.dense and not self.tower.vlm and not expand:
+            raise UnsupportedModelError(
+                f"{self.name} puts the tower's output back on the grid, and {method.info.name!r} leaves "
+                "fewer tokens; take a method that merges or restores (tome, pitome, ipcv), or "
+                "apply_encoder(..., expand=True), which leaves zeros in the gaps."
+            )
         full_length = method.restores or (expand and method.info.merges)
         if method.info.adaptive and self.tower.pools and not self.tower.vlm and not full_length:
             raise UnsupportedModelError(
