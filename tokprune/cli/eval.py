@@ -9,6 +9,7 @@ import typer
 
 from tokprune.cli import options
 from tokprune.errors import OptionError
+from tokprune.types import JsonObject
 
 DEFAULT_METHODS = "none,random,divprune,hired"
 
@@ -27,6 +28,7 @@ def evaluate(  # the options of the command
         ),
     ] = None,
     ratios: options.Ratios = "0.5,0.25,0.1",
+    config: options.Config = None,
     limit: Annotated[str | None, typer.Option(help="Questions per task; all of them by default.")] = None,
     out: Annotated[Path, typer.Option(help="Where results go; an interrupted run goes on from there.")] = Path(
         "out/eval"
@@ -66,7 +68,7 @@ def evaluate(  # the options of the command
 ) -> None:
     """Measure what pruning loses on your tasks at each keep ratio. Exit code 1 when a cell failed."""
     from tokprune.cli.eval_run import EvalRequest, Outputs, compare_runs, print_reference, run
-    from tokprune.evaluation.cells import Settings, plan
+    from tokprune.evaluation.cells import Settings, config_cells, plan
     from tokprune.loading import check_device, check_dtype
 
     outputs = Outputs(csv=csv, markdown=markdown, latex=latex, plots=plots, html=html)
@@ -78,6 +80,13 @@ def evaluate(  # the options of the command
         return
     check_device(device)
     check_dtype(dtype)
+    names = options.methods(methods or (DEFAULT_METHODS if config is None else "none"))
+    cells = plan(task_names or ["tokprune_scenes"], names, options.ratios(ratios))
+    configs: JsonObject = {}
+    if config is not None:
+        pruning = options.config_of(config, positions=positions)
+        more, configs = config_cells(cells, pruning, options.ratio_of(pruning, config))
+        cells, positions = (*cells, *more), pruning.positions
     settings = Settings(
         model=model or "demo",
         limit=count(limit),
@@ -89,11 +98,10 @@ def evaluate(  # the options of the command
         positions=positions,
         prompts=prompts,
         model_args=pairs(model_args),
+        configs=configs,
     )
     request = EvalRequest(
-        cells=plan(
-            task_names or ["tokprune_scenes"], options.methods(methods or DEFAULT_METHODS), options.ratios(ratios)
-        ),
+        cells=cells,
         settings=settings,
         out=out,
         folders=include_path or [],

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tokprune.errors import OptionError
+
+if TYPE_CHECKING:
+    from tokprune.config import PruneConfig
 
 Model = Annotated[str, typer.Option(help="A hub id or path, or the embedded demo VLM.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:0, ...")]
@@ -18,6 +21,11 @@ Sheet = Annotated[Path, typer.Option("--out", "-o", help="Where the sheet goes (
 Question = Annotated[str, typer.Option(help="The question, which some methods read.")]
 Ratio = Annotated[float, typer.Option(help="Share of visual tokens that the methods keep.")]
 Ratios = Annotated[str, typer.Option("--ratios", "--ratio", help="Keep ratios, separated by commas.")]
+
+Config = Annotated[
+    Path | None,
+    typer.Option("--config", help="Methods and how much they keep, from a file of PruneConfig.save, not by options."),
+]
 
 QUESTION = "what is in this picture ?"
 
@@ -45,6 +53,24 @@ def ratios(text: str) -> list[float]:
             f"--ratios {text!r} is not a list of numbers; write for example --ratios 0.5,0.25,0.1"
         ) from None
     return [check_ratio(number) for number in numbers]
+
+
+def config_of(path: Path, **typed: object) -> PruneConfig:
+    """The pruning in a --config file. typed: options that say the same, None or empty where they were not given."""
+    from tokprune.config import PruneConfig
+
+    for name, value in typed.items():
+        if value not in (None, "", [], "auto"):
+            raise OptionError(f"--config already says what --{name} says; leave out --{name}, or change {path}.")
+    return PruneConfig.load(path)
+
+
+def ratio_of(config: PruneConfig, path: Path) -> float:
+    """The keep ratio of a config, for commands that compare ratios."""
+    if config.ratio is None:
+        amount = "no keep ratio" if config.budget is None else f"a budget of {config.budget} tokens"
+        raise OptionError(f'{path} holds {amount}, and this command compares keep ratios; write "ratio": 0.1 into it.')
+    return config.ratio
 
 
 def at_least_one(**counts: int | None) -> None:

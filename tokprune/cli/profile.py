@@ -15,8 +15,10 @@ from tokprune.cli import options
 from tokprune.cli.output import console_for, save_json, say_saved
 from tokprune.cli.profile_inputs import Work, config_case, from_model, from_preset, known_attention, preset_case
 from tokprune.errors import OptionError
+from tokprune.types import MethodLike
 
 if TYPE_CHECKING:
+    from tokprune.config import PruneConfig
     from tokprune.profiling.report import ProfileReport
     from tokprune.runtime.records import StreamRecord
 
@@ -50,10 +52,13 @@ class ProfileRequest:
     html: Path | None = None
     plots: Path | None = None
     quiet: bool = False
+    config: PruneConfig | None = None
 
     @property
-    def staged_methods(self) -> list[str | list[str]]:
-        """The methods as `profile` takes them: a name, or a list of names that work together."""
+    def staged_methods(self) -> list[MethodLike]:
+        """The methods as `profile` takes them: a name, or a list of names or methods that work together."""
+        if self.config is not None:
+            return [self.config.methods]
         return [name.split("+") if "+" in name else name for name in self.methods]
 
 
@@ -72,9 +77,13 @@ def profile(  # the options of the command
         bool, typer.Option("--random-weights", help="Build --preset for real: true times and bytes, no sense.")
     ] = False,
     methods: Annotated[
-        str, typer.Option("--methods", "--method", help="Methods, separated by commas; a+b work together.")
-    ] = "divprune",
-    ratios: options.Ratios = "0.5,0.1",
+        str | None,
+        typer.Option("--methods", "--method", help="Methods, separated by commas, divprune by default; a+b together."),
+    ] = None,
+    ratios: Annotated[
+        str | None, typer.Option("--ratios", "--ratio", help="Keep ratios, separated by commas; 0.5,0.1 by default.")
+    ] = None,
+    config: options.Config = None,
     image: Annotated[Path | None, typer.Option(help="The picture; a drawn scene by default.")] = None,
     video: Annotated[Path | None, typer.Option(help="A video instead of a picture.")] = None,
     frames: Annotated[int | None, typer.Option(help="Frames of --video (8), or of a preset's clip.")] = None,
@@ -96,7 +105,10 @@ def profile(  # the options of the command
     picture."""
     fields = dict(locals())  # each option is a field of the request
     fields["json"] = fields.pop("json_file")
-    fields["methods"], fields["ratios"] = options.methods(methods), options.ratios(ratios)
+    fields["methods"], fields["ratios"] = options.methods(methods or "divprune"), options.ratios(ratios or "0.5,0.1")
+    if config is not None:
+        fields["config"] = pruning = options.config_of(config, methods=methods, ratios=ratios)
+        fields["ratios"] = [options.ratio_of(pruning, config)]
     run_profile(ProfileRequest(**fields))
 
 

@@ -198,8 +198,10 @@ def from_model(request: ProfileRequest) -> Work:
     with no_bars(request.quiet):
         loaded = load(request.model, LoadOptions(request.device, request.dtype, request.attn), clip is not None)
     work = _image_work(request, loaded, picture) if clip is None else _clip_work(request, loaded, clip)
-    scorer = demo_scorer(loaded, request.methods)
+    scorer = demo_scorer(loaded, request.methods if request.config is None else request.config.methods)
     work.options = {} if scorer is None else {"scorer": scorer}
+    if request.config is not None:
+        work.options["positions"] = request.config.positions
     return work
 
 

@@ -72,13 +72,17 @@ def run(  # the options of the command
     video: Annotated[list[Path] | None, typer.Option(help="A video file; may be given several times.")] = None,
     image: Annotated[list[Path] | None, typer.Option(help="A picture; may be given several times.")] = None,
     model: options.Model = "demo",
-    method: Annotated[str, typer.Option(help="A method, or several of different stages: quota+divprune.")] = "divprune",
+    method: Annotated[
+        str | None,
+        typer.Option(help="A method, or several of different stages: quota+divprune; divprune if nothing is said."),
+    ] = None,
     ratio: Annotated[float | None, typer.Option(help="Share of visual tokens kept; 0.1 if nothing is said.")] = None,
     budget: Annotated[int | None, typer.Option(help="Tokens kept per video or picture, instead of --ratio.")] = None,
     option: Annotated[
         list[str] | None,
         typer.Option(help="A field of the method: --option score=clip; of one of several: --option quota.score=clip."),
     ] = None,
+    config: options.Config = None,
     scorer: Annotated[
         str | None,
         typer.Option(help="demo, open_clip:<model>/<weights>, or vlm:<hub id> (asked about frames)."),
@@ -121,10 +125,16 @@ def run(  # the options of the command
     options.at_least_one(max_new_tokens=max_new_tokens)
     check_device(device)
     check_dtype(dtype)
-    ratio = 0.1 if ratio is None and budget is None else ratio
-    config = PruneConfig.build(build_methods(method, option or (), scorer), ratio, budget, positions, question)
+    if config is not None:
+        typed = {"method": method, "ratio": ratio, "budget": budget, "option": option, "positions": positions}
+        pruning = options.config_of(config, **typed)
+        pruning = dataclasses.replace(pruning, query=pruning.query or question)
+    else:
+        ratio = 0.1 if ratio is None and budget is None else ratio
+        methods = build_methods(method or "divprune", option or (), scorer)
+        pruning = PruneConfig.build(methods, ratio, budget, positions, question)
     reading = Reading(count, fps, start, end, backend, rule, parse_select(select))
-    request = RunRequest(question, model, config, reading, scorer, max_new_tokens, compare, longer_context)
+    request = RunRequest(question, model, pruning, reading, scorer, max_new_tokens, compare, longer_context)
     pictures = [read_picture(path) for path in image or ()]
     files = open_videos(video or ())  # before the model: what is no video should not cost its loading
     with no_bars(quiet):

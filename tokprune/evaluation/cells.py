@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tokprune.budget import check_ratio
-from tokprune.config import POSITIONS
+from tokprune.config import POSITIONS, PruneConfig, method_from_dict, method_to_dict
 from tokprune.errors import OptionError, unknown
 from tokprune.methods.base import Method
 from tokprune.registry import method_class
@@ -63,6 +63,8 @@ class Settings:
     positions: str = "auto"
     prompts: str | None = None
     model_args: JsonObject = field(default_factory=dict)
+    configs: dict[str, list[JsonObject]] = field(default_factory=dict)
+    """Methods with all their options, as `tokprune.config.method_to_dict` writes them, by what a cell calls them."""
 
     def __post_init__(self) -> None:
         for name, value in (("limit", self.limit), ("batch_size", self.batch_size), ("frames", self.frames)):
@@ -72,8 +74,8 @@ class Settings:
             raise unknown("positions", self.positions, POSITIONS)
 
     def to_dict(self) -> JsonObject:
-        """Plain data."""
-        return dataclasses.asdict(self)
+        """Plain data; without `configs` where there are none, so that older results keep their keys."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value or name != "configs"}
 
     def options(self, method: str) -> JsonObject:
         """The options of model_args that belong to the methods that `method` names, as "<method>.<field>"."""
@@ -170,10 +172,26 @@ def plan(tasks: Sequence[str], methods: Sequence[str], ratios: Sequence[float]) 
     return tuple(cells)
 
 
+def config_cells(
+    cells: Sequence[Cell], config: PruneConfig, ratio: float
+) -> tuple[list[Cell], dict[str, list[JsonObject]]]:
+    """A cell per task for a config, and its methods under the name that these cells give them (`Settings.configs`).
+
+    cells: the others, whose tasks it joins and whose names it must not take.
+    """
+    name = " with ".join(m.label for m in config.methods)
+    while name in {cell.method for cell in cells}:
+        name += " (config)"
+    tasks = dict.fromkeys(cell.task for cell in cells)
+    return [Cell(task, name, ratio) for task in tasks], {name: [method_to_dict(m) for m in config.methods]}
+
+
 def build_methods(method: str, settings: Settings) -> tuple[Method, ...]:
     """The methods that a cell names, with the sweep's options and seed; none for the baseline."""
     from tokprune.evaluation.lmms_options import pruning_config
 
+    if method in settings.configs:
+        return tuple(method_from_dict(data) for data in settings.configs[method])
     config = pruning_config(method, ratio=1.0, options=settings.options(method), seed=settings.seed)
     return () if config is None else config.methods
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tokprune.errors import OptionError, missing_extra
-from tokprune.evaluation.cells import OPTION, Cell, CellResult, Settings
+from tokprune.evaluation.cells import OPTION, Cell, CellResult, Settings, build_methods
 from tokprune.evaluation.harness_log import CellLog
 from tokprune.evaluation.team import Team
 from tokprune.types import Fields, JsonObject
@@ -95,7 +95,10 @@ class Harness:
     def _evaluate(self, cell: Cell) -> Fields | None:
         s = self.settings
         ratio = None if cell.baseline else cell.ratio
-        self.model.set_pruning(cell.method, ratio=ratio, positions=s.positions, **s.options(cell.method))
+        if cell.method in s.configs:
+            self.model.set_pruning(list(build_methods(cell.method, s)), ratio=ratio, positions=s.positions)
+        else:
+            self.model.set_pruning(cell.method, ratio=ratio, positions=s.positions, **s.options(cell.method))
         return self._simple_evaluate(
             model=self.model,
             model_args=f"pretrained={s.model},method={cell.method},ratio={cell.ratio:g}",
