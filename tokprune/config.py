@@ -87,8 +87,8 @@ class PruneConfig:
                 raise OptionError(f"method is a name or a method object, not {type(m).__name__}: {m!r}.")
         if self.ratio is not None and self.budget is not None:
             raise BudgetError(f"both ratio={self.ratio!r} and budget={self.budget!r} given; choose one.")
-        # Such as ToMe's r tokens a block, or DyCoke's share of the keys.
-        own_schedule = all(m.stage in ("encoder", "cache") for m in self.methods)
+        # Such as ToMe's r tokens a block, FastV's layer and share, or DyCoke's share of the keys.
+        own_schedule = all(m.stage in ("encoder", "decoder", "cache") for m in self.methods)
         if self.ratio is None and self.budget is None and not own_schedule:
             raise BudgetError(
                 "neither ratio nor budget given; write ratio=0.1 to keep 10 % of the visual tokens, or budget=64."

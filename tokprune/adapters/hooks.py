@@ -155,6 +155,30 @@ class StandIn:
             target.__dict__[self.name] = self.before
 
 
+class _Reached(Exception):
+    """A module was reached."""
+
+
+def input_of(module: nn.Module, run: Callable[[], object]) -> tuple[Positional, dict[str, Any]]:
+    """The arguments that `module` is called with when `run` runs, which ends there."""
+    seen: list[tuple[Positional, dict[str, Any]]] = []
+    thread = threading.get_ident()
+
+    def stop(module: nn.Module, args: Positional, kwargs: dict[str, Any]) -> None:
+        if threading.get_ident() == thread:
+            seen.append((args, kwargs))
+            raise _Reached
+
+    handle = module.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
+    try:
+        run()
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    return seen[0]
+
+
 class Attachments:
     """Everything that one pruning has put on modules; `remove` takes all of it away."""
 

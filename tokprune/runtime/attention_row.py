@@ -1,10 +1,11 @@
-"""What the newest token pays to every key of one decoder layer, without the attention map: O(keys), any attention
+"""What chosen tokens pay to every key of one decoder layer, without the attention map: O(keys) a token, any attention
 kernel.
 """
 
 from __future__ import annotations
 
 import sys
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +13,17 @@ from torch import Tensor
 from tokprune.adapters.dialect import CACHE, cache_name, tested_versions
 from tokprune.adapters.types import Model
 from tokprune.errors import UnsupportedModelError
+
+KERNELS = ("eager", "sdpa", "flash")  # attention implementations whose masks can be cut
+
+
+def check_kernel(kernel: str, stage: str) -> None:
+    """Refuse an attention implementation whose masks cannot be cut."""
+    if not any(kernel.startswith(known) or f"/{known}" in kernel for known in KERNELS):
+        raise UnsupportedModelError(
+            f"attention {kernel!r} builds masks that cannot be cut to the chosen keys; load the model with "
+            f'attn_implementation="sdpa", "eager" or "flash_attention_2" for methods of the {stage} stage.'
+        )
 
 
 def check_attention(attention: Model) -> None:
@@ -28,28 +40,37 @@ def check_attention(attention: Model) -> None:
         )
 
 
-def newest_query(attention: Model, hidden: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
-    """The query of the last token as it meets the keys: (B, H, 1, d). hidden: (B, N, D) that the module was given.
-
-    positions: cosine and sine of the rotary embedding, (B or 1, N, d).
+def projected(attention: Model, hidden: Tensor, kind: Literal["q", "k", "v"]) -> Tensor:
+    """Queries, keys or values behind their norm and before rotation: (B, H, N, d). hidden: (B, N, D) that the module
+    was given.
     """
-    newest = hidden[:, -1:]
-    query = attention.q_proj(newest)
-    norm, size = getattr(attention, "q_norm", None), attention.head_dim
-    heads = attention.config.num_attention_heads
-    if query.shape[-1] == 2 * heads * size:  # Qwen3.5 projects a gate beside each head
-        query = query.unflatten(-1, (heads, 2, size))[..., 0, :]
+    states = getattr(attention, f"{kind}_proj")(hidden)
+    norm, size = getattr(attention, f"{kind}_norm", None), attention.head_dim
+    heads = attention.config.num_attention_heads if kind == "q" else states.shape[-1] // size
+    if states.shape[-1] == 2 * heads * size:  # Qwen3.5 projects a gate beside each head
+        states = states.unflatten(-1, (heads, 2, size))[..., 0, :]
     elif norm is None or norm.weight.shape[-1] == size:
-        query = query.unflatten(-1, (heads, size))
-    query = query if norm is None else norm(query)
-    query = query.reshape(query.shape[0], heads, 1, size)
+        states = states.unflatten(-1, (heads, size))
+    states = states if norm is None else norm(states)
+    return states.reshape(*hidden.shape[:2], heads, size).transpose(1, 2)
+
+
+def rotated(attention: Model, states: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
+    """Queries or keys (B, H, N, d) as they meet each other. positions: cosine and sine of the rotary embedding, (B or
+    1, N, d).
+    """
     # Cohere 2 rotates in its sliding layers only.
     if type(attention).__name__.startswith("Cohere2") and attention.sliding_window is None:
-        return query
-    cos, sin = (t[:, -1:] for t in positions)
+        return states
     rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-    rotated: Tensor = rotate(query, query, cos, sin)[0]
-    return rotated
+    turned: Tensor = rotate(states, states, *positions)[0]
+    return turned
+
+
+def newest_query(attention: Model, hidden: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
+    """The query of the last token as it meets the keys: (B, H, 1, d). hidden: (B, N, D) that the module was given."""
+    cos, sin = (t[:, -1:] for t in positions)
+    return rotated(attention, projected(attention, hidden[:, -1:], "q"), (cos, sin))
 
 
 def check_tensor_mask(mask: object) -> None:
@@ -62,25 +83,41 @@ def check_tensor_mask(mask: object) -> None:
         )
 
 
+def products(query: Tensor, keys: Tensor, scale: float, softcap: float | None = None) -> Tensor:
+    """Scaled products in float32, before any mask: (B, H, R, n).
+
+    query: (B, H, R, d). keys: (B, H', n, d); H' divides H. Grouped keys are not repeated.
+    """
+    batch, groups, n, size = keys.shape
+    rows = query.to(keys.device).reshape(batch, groups, -1, size).float()  # (B, H', H / H' * R, d)
+    logits = rows @ keys.float().transpose(-1, -2) * scale  # (B, H', H / H' * R, n)
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    return logits.reshape(batch, query.shape[1], -1, n)
+
+
+def masked(logits: Tensor, mask: Tensor | None) -> Tensor:
+    """Products (B, H, R, n) where the mask shows them. mask: None, (B, n) true or non-zero where visible, or one of
+    (B or 1, 1 or H, R, n) bool or additive.
+    """
+    if mask is None:
+        return logits
+    mask = mask.to(logits.device)
+    mask = mask[:, None, None].bool() if mask.ndim == 2 else mask
+    if mask.dtype == torch.bool:
+        return logits.masked_fill(~mask, -torch.inf)
+    return logits + mask.float()
+
+
 def attention_row(
     query: Tensor, keys: Tensor, scale: float, mask: Tensor | None, softcap: float | None = None
 ) -> Tensor:
     """Attention of one query per row to all keys, softmax in float32, mean over heads. -> (B, n).
 
-    query: (B, H, 1, d). keys: (B, H', n, d); H' divides H. mask: None, (B, n) true or non-zero where visible, or
-    (B or 1, 1, 1, n) bool or additive. Grouped keys are not repeated.
+    query: (B, H, 1, d). keys: (B, H', n, d). mask: None, (B, n), or (B or 1, 1, 1, n); its last n keys count.
     """
     check_tensor_mask(mask)
-    batch, groups, n, size = keys.shape
-    rows = query.to(keys.device).reshape(batch, groups, -1, size).float()  # (B, H', H / H', d)
-    logits = rows @ keys.float().transpose(-1, -2) * scale  # (B, H', H / H', n)
-    if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
+    n = keys.shape[2]
     if mask is not None:
-        mask = mask.to(keys.device)
-        mask = mask[:, None, None, -n:].bool() if mask.ndim == 2 else mask[:, :, -1:, -n:]
-        if mask.dtype == torch.bool:
-            logits = logits.masked_fill(~mask, -torch.inf)
-        else:
-            logits = logits + mask.float()
-    return logits.softmax(-1).mean((1, 2))
+        mask = mask[:, -n:] if mask.ndim == 2 else mask[:, :, -1:, -n:]
+    return masked(products(query, keys, scale, softcap), mask).softmax(-1).mean((1, 2))

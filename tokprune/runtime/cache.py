@@ -21,14 +21,12 @@ from tokprune.adapters.hooks import Attachments, PerThread
 from tokprune.adapters.types import KVCache, Model, ModelCall, ModelOutput, Positional, Replaced
 from tokprune.errors import OptionError, UnsupportedModelError
 from tokprune.methods.cache_base import CacheMethod
-from tokprune.runtime.attention_row import attention_row, check_attention, newest_query
+from tokprune.runtime.attention_row import attention_row, check_attention, check_kernel, newest_query
 from tokprune.runtime.cache_keys import Chosen, narrow_mask
 from tokprune.runtime.cache_record import PruneState, get_state
 
-KERNELS = ("eager", "sdpa", "flash")  # attention implementations whose masks can be cut to the chosen keys
 
-
-class _View:
+class View:
     """A cache as one attention module sees it: what `update` returns goes through `then`."""
 
     def __init__(self, cache: KVCache, then: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
@@ -78,7 +76,7 @@ class CacheStage:
     def install(self) -> None:
         """Put the hooks on; undone completely when one of them fails."""
         kernel = str(self.adapter.config.get_text_config()._attn_implementation)
-        self._check_kernel(kernel)
+        check_kernel(kernel, "cache")
         model = self.adapter.model
         try:
             self.on.before(self.source, "_before", with_kwargs=True)
@@ -116,14 +114,6 @@ class CacheStage:
             f"visual keys (chosen by layer {self.source_layer}); all keys stay in memory"
         ]
 
-    @staticmethod
-    def _check_kernel(kernel: str) -> None:
-        if not any(kernel.startswith(known) or f"/{known}" in kernel for known in KERNELS):
-            raise UnsupportedModelError(
-                f"attention {kernel!r} builds masks that cannot be cut to the chosen keys; load the model with "
-                'attn_implementation="sdpa", "eager" or "flash_attention_2" for methods of the cache stage.'
-            )
-
     # -- the layer whose attention is read
     # -------------------------------------------------------------------------------------------
 
@@ -154,7 +144,7 @@ class CacheStage:
             self.threads.now.keys = keys
             return keys, values
 
-        return args, swap_cache(kwargs, _View(cache, note))
+        return args, swap_cache(kwargs, View(cache, note))
 
     @torch.compiler.disable
     def _after(self, module: Model, args: Positional, kwargs: ModelCall, output: ModelOutput) -> None:
@@ -203,7 +193,7 @@ class CacheStage:
                 values.gather(2, where.expand(-1, -1, -1, values.shape[-1])),
             )
 
-        return args, {**swap_cache(kwargs, _View(cache, gather)), "attention_mask": mask}
+        return args, {**swap_cache(kwargs, View(cache, gather)), "attention_mask": mask}
 
     def _mask(
         self, chosen: Chosen, mask: Tensor | None, index: Tensor, filled: bool, kwargs: ModelCall

@@ -18,6 +18,7 @@ from torch import Tensor
 from tokprune.adapters.foreign import CACHE_RECORD, CACHE_VIEW
 from tokprune.adapters.types import CacheClass, KVCache, Mask
 from tokprune.errors import TokpruneError, UnsupportedModelError
+from tokprune.runtime.decoder.columns import LayerKeys, index_all
 from tokprune.runtime.masks import causal_mask, gather_mask
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ class PruneState:
     would take prompt columns for keys. visual: (B, P) bool, keys of visual tokens (newlines are none), where known.
     chosen: what the cache stage decided last, an object with `index(fn)`.
     next_position: (B,) position that the token after the prompt must have, -1 where none is certain; until it was
-    checked.
+    checked. layers: by number, those that hold fewer keys than layer 0, since the decoder stage dropped tokens in front
+    of them; physical keys and lengths are those of layer 0.
     """
 
     kept: Tensor
@@ -58,6 +60,7 @@ class PruneState:
     visual: Tensor | None = None
     chosen: Chosen | None = None
     next_position: Tensor | None = None
+    layers: dict[int, LayerKeys] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, object]) -> PruneState:
         """A copied cache is read by the same pruning; a copied model has one of its own."""
@@ -89,6 +92,7 @@ class PruneState:
             visual=None if self.visual is None else fn(self.visual),
             chosen=None if self.chosen is None else self.chosen.index(fn),
             next_position=None if self.next_position is None else fn(self.next_position),
+            layers=index_all(self.layers, fn),
         )
 
     def count_from(self, first: int) -> None:
@@ -109,7 +113,13 @@ class PruneState:
         kept = self.kept.masked_fill(~stay, -1)[:, :width]
         visual = None if self.visual is None else (self.visual & stay)[:, :width]
         has_fill = bool((kept < 0).any())
-        return PruneState(kept, self.moves[:, : length + 1], length, has_fill, self.reader, visual)
+        layers = {i: keys.cropped(width) for i, keys in self.layers.items()}
+        return PruneState(kept, self.moves[:, : length + 1], length, has_fill, self.reader, visual, layers=layers)
+
+    def removed_in(self, layer: int) -> int:
+        """Keys that a layer holds fewer than layer 0."""
+        keys = self.layers.get(layer)
+        return 0 if keys is None else keys.removed
 
     def shifted(self, positions: Tensor) -> Tensor:
         """Positions as prompted -> as kept, for tokens after the prefill. (B, L), or (axes, B, L)."""
@@ -148,12 +158,13 @@ class PrunedCacheMixin:
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Logical length: generate() slices prompts with it."""
         length: int = super().get_seq_length(layer_idx)  # type: ignore[misc]
+        length += self._tokprune.removed_in(layer_idx)
         return length + self._tokprune.removed if self._tokprune_view == "logical" else length
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
-        """Physical length: every mask builder uses it."""
+        """Physical length: every mask builder uses it. One for all layers: the decoder stage cuts masks itself."""
         length: int = super().get_seq_length(layer_idx)  # type: ignore[misc]
-        return length
+        return length + self._tokprune.removed_in(layer_idx)
 
     def get_mask_sizes(self, *args: object, **kwargs: object) -> tuple[int, int]:
         """Asked for by every forward; the place to refuse a model that is no longer pruned."""
@@ -163,7 +174,16 @@ class PrunedCacheMixin:
                 "keys no longer match. Apply a pruning again (any can read it), or start with a new cache."
             )
         sizes: tuple[int, int] = super().get_mask_sizes(*args, **kwargs)  # type: ignore[misc]
-        return sizes
+        layer = kwargs.get("layer_idx", args[-1])
+        removed = self._tokprune.removed_in(int(layer))  # type: ignore[call-overload]
+        if not removed:
+            return sizes
+        one = self.layers[layer]  # type: ignore[attr-defined]
+        if not getattr(one, "is_sliding", False):
+            return sizes[0] + removed, sizes[1]
+        query, window = sum(sizes) - one.get_seq_length(), one.sliding_window
+        total = one.get_seq_length() + removed
+        return min(total, window - 1) + query, max(total - window + 1, 0)
 
     def physical_length(self, layer_idx: int = 0) -> int:
         """Keys that are really held."""
@@ -193,7 +213,10 @@ class PrunedCacheMixin:
                 "the cache of a model with recurrent layers cannot be cropped back over pictures in a batch: its "
                 "prompts lost different tokens. Crop one prompt at a time, or start with a new cache."
             )
-        super().crop(stay - held)  # type: ignore[misc]
+        if state is self._tokprune or not state.layers:
+            super().crop(stay - held)  # type: ignore[misc]
+        for i, layer in enumerate(self.layers if state is not self._tokprune and state.layers else ()):  # type: ignore[attr-defined]
+            layer.crop(min(stay - state.removed_in(i) - int(layer.get_seq_length()), 0))
         self._tokprune = state
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

@@ -38,8 +38,8 @@ def choose(method: ConnectorMethod, streams: Sequence[StreamRecord], count: Call
             f"with a Selection per stream."
         )
     for (stream, keep), selection in zip(active, selections, strict=True):
-        check_form(method, selection, stream)
-        n, k = len(stream.tokens), len(selection)
+        n = len(stream.tokens)
+        k = len(check_form(method.info.name, selection, n, stream.tokens.features.shape[1]))
         if k != keep and (method.exact or not 0 < k <= n):
             raise TokpruneError(f"method {method.info.name!r} kept {k} tokens of {n} where {keep} were asked for.")
         stream.selection = selection
@@ -78,9 +78,10 @@ def _checked(method: ConnectorMethod, balanced: object, asked: list[int], sizes:
     return keeps
 
 
-def check_form(method: ConnectorMethod, selection: object, stream: StreamRecord) -> None:
-    """Refuse a decision of the wrong kind or shape: what can be told without asking the device."""
-    name, n = method.info.name, len(stream.tokens)
+def check_form(name: str, selection: object, n: int, width: int) -> Selection:
+    """Refuse a decision of the wrong kind or shape about n tokens of that width: what can be told without asking the
+    device.
+    """
     if not isinstance(selection, Selection):
         raise TokpruneError(
             f"method {name!r} returned {type(selection).__name__}; it must return a Selection per stream."
@@ -91,7 +92,7 @@ def check_form(method: ConnectorMethod, selection: object, stream: StreamRecord)
         if isinstance(indices, Tensor):
             form = f"{indices.dtype} of shape {tuple(indices.shape)}"
         raise TokpruneError(f"method {name!r} gave indices as {form}; they must be a (K,) tensor of torch.int64.")
-    k, width = len(selection), stream.tokens.features.shape[1]
+    k = len(selection)
     merge: object = selection.weights
     if merge is not None and not isinstance(merge, Merge):
         raise TokpruneError(f"method {name!r} gave weights as {type(merge).__name__}; a Merge is needed.")
@@ -112,6 +113,7 @@ def check_form(method: ConnectorMethod, selection: object, stream: StreamRecord)
         form = f"{given.dtype} of shape {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
         kind = "torch.int64 of shape " if whole else "shape "
         raise TokpruneError(f"method {name!r} gave {part} as {form}; a tensor of {kind}{shape} is needed.")
+    return selection
 
 
 def check_values(indices: Tensor, n: int) -> None:

@@ -112,6 +112,8 @@ class ConnectorStage(Prefill):
         chunked = getattr(config, "prefill_chunk_size", None) is not None
         if not chunked or not any(v is not None for v in encoded.values()):
             return original(ids, config, model_kwargs, **kwargs)
+        if self.options.decoder is not None:
+            self.options.decoder.refuse_chunks()
         cache = cache_in(model_kwargs)
         state = self._state(cache)
         call = self._whole_prompt(ids, config, model_kwargs)

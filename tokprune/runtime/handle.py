@@ -9,7 +9,6 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -26,18 +25,19 @@ from tokprune.budget import kept
 from tokprune.config import PruneConfig
 from tokprune.errors import OptionError, TokpruneError, UnsupportedModelError
 from tokprune.methods.base import ConnectorMethod, Method
-from tokprune.methods.cache_base import CacheMethod
 from tokprune.methods.encoder_base import EncoderMethod
-from tokprune.methods.frames_base import FramesMethod, PerFrame
+from tokprune.methods.frames_base import PerFrame
 from tokprune.registry import get_method
 from tokprune.report import Report
 from tokprune.runtime.encoder.report import EncoderReport
 from tokprune.runtime.encoder.run import EncoderTrace
 from tokprune.runtime.generate import ConnectorStage
 from tokprune.runtime.prefill import Options
+from tokprune.runtime.stages import Stages
 
 if TYPE_CHECKING:
     from tokprune.runtime.cache import CacheStage
+    from tokprune.runtime.decoder.stage import DecoderStage
     from tokprune.runtime.encoder.stage import EncoderStage
 
 OF_THE_STAGE = ("tower", "method", "expand", "ratio", "budget", "widen", "output", "places", "channels")
@@ -56,6 +56,7 @@ class Installed:
         self.kind = getattr(getattr(model, "config", None), "model_type", "?")
         self.encoder: EncoderStage | None = None
         self.connector: ConnectorStage | None = None
+        self.decoder: DecoderStage | None = None
         self.cache: CacheStage | None = None
         self._model = Ref(model)
         self.handle = Ref()
@@ -67,9 +68,10 @@ class Installed:
         return self._model()
 
     @property
-    def parts(self) -> list[EncoderStage | ConnectorStage | CacheStage]:
+    def parts(self) -> list[EncoderStage | ConnectorStage | DecoderStage | CacheStage]:
         """What has hooks, in the order of putting them on."""
-        return [part for part in (self.encoder, self.connector, self.cache) if part is not None]
+        parts = (self.encoder, self.connector, self.decoder, self.cache)
+        return [part for part in parts if part is not None]
 
     @property
     def active(self) -> bool:
@@ -161,6 +163,11 @@ class Pruning:
         return self._installed.cache
 
     @property
+    def decoder(self) -> DecoderStage | None:
+        """The stage inside the layers of the LLM (a DecoderStage), or None."""
+        return self._installed.decoder
+
+    @property
     def trace(self) -> EncoderTrace | None:
         """What the vision tower did in its last run, None without an encoder method or before the first run."""
         return None if self.encoder is None else self.encoder.trace
@@ -229,50 +236,6 @@ class Pruning:
         raise AttributeError(f"Pruning has no attribute {name!r}")
 
 
-@dataclass(frozen=True)
-class Stages:
-    """The methods of a config, one per stage at most."""
-
-    frames: FramesMethod | None = None
-    encoder: EncoderMethod | None = None
-    connector: ConnectorMethod | None = None
-    cache: CacheMethod | None = None
-
-    @property
-    def chooser(self) -> ConnectorMethod | None:
-        """What chooses between encoder and LLM: the connector method, inside each frame when there is a frames
-        method."""
-        return self.connector if self.frames is None else PerFrame(self.frames, self.connector)
-
-    @staticmethod
-    def of(config: PruneConfig) -> Stages:
-        """The methods of a config by their stage; other stages are refused."""
-        by_stage: dict[str, Any] = {}
-        for method in config.methods:
-            base = BASES.get(method.stage)
-            if base is None:
-                raise OptionError(
-                    f"method {method.info.name!r} belongs to the stage {method.stage!r}, which this version cannot run "
-                    f"in a model yet; the stages {', '.join(BASES)} can."
-                )
-            if not isinstance(method, base):
-                raise OptionError(
-                    f"{type(method).__name__} is of the stage {method.stage!r}, so it must derive from "
-                    f"{base.__module__}.{base.__name__}."
-                )
-            by_stage[method.stage] = method
-        return Stages(**by_stage)
-
-
-BASES: dict[str, type[Method]] = {
-    "frames": FramesMethod,
-    "encoder": EncoderMethod,
-    "connector": ConnectorMethod,
-    "cache": CacheMethod,
-}
-"""The stages that run in a model, and what their methods derive from."""
-
-
 def _everything(n: int) -> int:
     return n
 
@@ -290,13 +253,30 @@ def vlm_pruning(model: Model, config: PruneConfig, processor: Processor = None, 
         from tokprune.runtime.encoder.handoff import AmongSurvivors
         from tokprune.runtime.encoder.stage import EncoderStage
 
-        # The budget is one: the connector's when there is one. The encoder then follows its own schedule; one that has
-        # none reduces by the same factor as the connector behind it.
-        amount = (None, None) if connector is not None else (config.ratio, config.budget)
-        if connector is not None and config.ratio is not None and not stages.encoder.scheduled:
+        # The budget is one: the connector's when there is one, else the decoder's. The encoder then follows its own
+        # schedule; one that has none reduces by the same factor as the stage behind it.
+        later = connector is not None or stages.decoder is not None
+        amount = (None, None) if later else (config.ratio, config.budget)
+        if later and config.ratio is not None and not stages.encoder.scheduled:
             amount = (math.sqrt(config.ratio), None)
         installed.encoder = EncoderStage(adapter.model, stages.encoder, *amount, processor=processor)
         method = AmongSurvivors() if connector is None else AmongSurvivors(connector)
+    if stages.decoder is not None:
+        from tokprune.runtime.decoder.stage import DecoderStage
+
+        if stages.cache is not None:
+            raise OptionError(
+                f"{stages.cache.info.name!r} lets all layers read the same visual keys, {stages.decoder.info.name!r} "
+                "leaves them different ones; a method of the cache stage cannot run beside one of the decoder stage."
+            )
+        alone = connector is None and (config.ratio is not None or config.budget is not None)
+        installed.decoder = DecoderStage(
+            adapter,
+            stages.decoder,
+            config.count if alone else None,
+            config.ratio if alone else None,
+            config.positions,
+        )
     if stages.cache is not None:
         from tokprune.runtime.cache import CacheStage
 
@@ -309,7 +289,8 @@ def vlm_pruning(model: Model, config: PruneConfig, processor: Processor = None, 
     count = _everything if connector is None else config.count
     frames = connector if isinstance(connector, PerFrame) else None
     options = Options(method, count, config.positions, config.query, processor, scorer, installed.encoder, frames)
-    options.cached = installed.cache is not None
+    options.cached = installed.cache is not None or installed.decoder is not None
+    options.decoder = installed.decoder
     installed.connector = ConnectorStage(adapter, options)
     return Pruning(installed)
 

@@ -59,6 +59,7 @@ from tokprune.runtime.tripwires import (
 from tokprune.tokens import Query
 
 if TYPE_CHECKING:
+    from tokprune.runtime.decoder.stage import DecoderStage
     from tokprune.runtime.encoder.stage import EncoderStage
 
 
@@ -78,7 +79,14 @@ class Options:
     frames: PerFrame | None = None
     """The frames method with what works inside the frames; `method` is it, or wraps it."""
     cached: bool = False
-    """A cache stage follows: it needs the record even of a prompt that keeps everything."""
+    """A decoder or cache stage follows: it needs the record even of a prompt that keeps everything."""
+    decoder: DecoderStage | None = None
+    """The decoder stage of the same model."""
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Signals that the vision tower is read for."""
+        return tuple(dict.fromkeys((*self.method.needs, *(self.decoder.method.needs if self.decoder else ()))))
 
 
 class GenerateStep:
@@ -125,7 +133,7 @@ class Prefill:
         self.adapter, self.options = adapter, options
         self.threads = PerThread(ThreadState)
         self.on = Attachments(self)
-        self.recorder = Recorder(adapter, options.method.needs, options.scorer, options.encoder)
+        self.recorder = Recorder(adapter, options.needs, options.scorer, options.encoder)
         self.frame_scorer = FrameScorer.of(adapter, options.frames, options.processor, options.scorer)
         self.last: LastRun | None = None
         self.reader = Reader()
@@ -188,6 +196,8 @@ class Prefill:
         thread.forward = None  # an interrupt may have left one behind: torch does not call hooks after a BaseException
         if not thread.physical_prefill:
             thread.rotary_table = None
+        if self.options.decoder is not None:
+            self.options.decoder.expect(None)
         if not compiling:
             thread.passage.begin(None)
         if step is not None and step.physical:
@@ -220,7 +230,14 @@ class Prefill:
         new, forward, thread.rotary_table = execute(self.adapter, plan, call, self._hide_positions())
         forward.for_generate = step is not None
         forward.as_tuple = not _wants_dict(self.adapter, call)
-        forward.path = wide_path(self.adapter.text_model, call, forward.expand, forward.index)
+        decoder = self.options.decoder
+        if decoder is None:
+            forward.path = wide_path(self.adapter.text_model, call, forward.expand, forward.index)
+        else:
+            prompt = decoder.prepare(plan, forward, None if step is None else step.prompt_length)
+            if self.last is not None:
+                self.last.drops = prompt.drops
+            decoder.expect(prompt)
         thread.forward = forward
         thread.passage.begin(forward.index.shape[1], table_due=thread.rotary_table is not None)
         return {**new, "return_dict": True}
@@ -311,13 +328,15 @@ class Prefill:
                 if encoded.get(modality) is None or not bool(where.any()):
                     continue
                 one = Encoded(modality, encoded[modality], where, sources.get(modality), survivors.get(modality))
-                streams += build_streams(self.adapter, one, prompts, self.options.method.needs)
+                streams += build_streams(self.adapter, one, prompts, self.options.needs)
             if not streams:
                 return None
             if self.options.method.reads_examples:
                 give_examples(self.adapter, call, columns, streams, (processor, self.options.scorer))
             score_ms = self._score_frames(streams, encoded)
             choose(self.options.method, streams, self.options.count)
+            if self.options.decoder is not None:
+                self.options.decoder.note_signals(streams)
         select_ms = (time.perf_counter() - start) * 1e3 - score_ms
         plan = make_plan(self.adapter, call, encoded, columns, streams, self.options.positions)
         plan.untouched &= not self.options.cached

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from tokprune.adapters.foreign import ENCODER_RECORD
 from tokprune.adapters.types import EncoderOutput, ModelCall
 from tokprune.runtime.signals import SignalSet
 from tokprune.tokens import Layout, Selection, VisualTokens
+
+if TYPE_CHECKING:
+    from tokprune.runtime.decoder.frame import Drop
 
 
 @dataclass
@@ -77,6 +81,8 @@ class StreamRecord:
     """(total + separators,) prompt columns of its rows, in encoder order."""
     candidates: Tensor = field(init=False, repr=False)
     """(total,) the column of each token as `layout` and `selection` number them."""
+    signals: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    """Those of the kept tokens that the decoder stage needs, until it has them."""
 
     @property
     def tokens(self) -> VisualTokens:
@@ -136,3 +142,5 @@ class LastRun:
     encode_ms: float
     select_ms: float
     score_ms: float = 0.0
+    drops: list[Drop] = field(default_factory=list)
+    """What the decoder stage dropped in front of layers of the LLM."""

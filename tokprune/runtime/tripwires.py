@@ -21,6 +21,7 @@ from tokprune.adapters.foreign import GENERATE_STEP, UNFINISHED
 from tokprune.adapters.types import KVCache, Mask, ModelCall, ModelOutput, Positional
 from tokprune.errors import TranslationError
 from tokprune.runtime.cache_record import PrunedCacheMixin, PruneState, Reader, class_before, get_state, physical_length
+from tokprune.runtime.decoder.columns import LayerKeys
 
 
 def fail(what: str) -> TranslationError:
@@ -114,6 +115,7 @@ def check_attached(cache: KVCache, state: PruneState) -> None:
     held, kept = check_record(cache, state), state.kept.shape[1]
     if held is not None and held != kept:
         raise fail(f"a pruned prompt of {kept} tokens left {held} keys in its cache.")
+    check_layer_lengths(cache, state.layers, kept)
     cache.__dict__.pop(UNFINISHED, None)
 
 
@@ -145,6 +147,17 @@ def check_mask(mask: Mask, keys: int | None, width: int, cache: KVCache, has_fil
             f"an attention mask is about {shape[-2]} x {shape[-1]} tokens, but there are {width} new ones and "
             f"{' or '.join(map(str, sizes))} keys."
         )
+
+
+def check_layer_lengths(cache: KVCache, layers: Mapping[int, LayerKeys], slots: int) -> None:
+    """Raise unless every layer that lost tokens holds what its record says, `slots` keys being in layer 0."""
+    for i, keys in layers.items():
+        held = int(cache.layers[i].get_seq_length())
+        if held + keys.removed != slots:
+            raise fail(
+                f"layer {i} of a cache holds {held} keys where {slots - keys.removed} are recorded: it was left out, "
+                "or ran without the pruning."
+            )
 
 
 def check_callers_mask(mask: Mask, keys: int, cache: KVCache) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import math
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from tokprune.adapters.base import TEXT_MODELS
 from tokprune.adapters.families import FAMILIES as REGISTERED
 from tokprune.adapters.families import tiny_families
 from tokprune.adapters.families.tiny import BOS, BYTES, PAD, TinyParts
@@ -101,11 +103,14 @@ class TinyVLM:
         return features.to(device=self.model.device, dtype=self.model.dtype)
 
 
-def build(family: str, *, seed: int = 0, attn: str = "sdpa", dtype: torch.dtype = torch.float32) -> TinyVLM:
+def build(
+    family: str, *, seed: int = 0, attn: str = "sdpa", dtype: torch.dtype = torch.float32, layers: int | None = None
+) -> TinyVLM:
     """Build a tiny model of `family` in eval mode with its processor; no download, the global random state stays as it
     is.
 
     seed: equal seeds give equal weights. attn: attention implementation of tower and language model ("sdpa", "eager").
+    layers: of the language model, where its few are not enough.
     The weights are scaled so that every mistake shows in the logits. Generation is greedy, never ends early and only
     ever writes bytes: a placeholder id that a random model happens to emit would break the next turn.
     """
@@ -118,6 +123,8 @@ def build(family: str, *, seed: int = 0, attn: str = "sdpa", dtype: torch.dtype 
         torch.manual_seed(seed)
         parts: TinyParts = REGISTERED[family].tiny(family)
     model = parts.model
+    if layers is not None:
+        _deepen(model, layers)
     _randomise(model, seed)
     model.set_attn_implementation(attn)
     _quiet_generation(model)
@@ -142,6 +149,24 @@ def _metadata(frames: NDArray[np.uint8]) -> JsonObject:
 def _require(package: str, purpose: str) -> None:
     if importlib.util.find_spec(package) is None:
         raise missing_extra(package, "vision", purpose)
+
+
+def _deepen(model: VLM, layers: int) -> None:
+    """Repeat the language model's layers, of whatever kinds they are, until there are `layers`."""
+    text = next(getattr(model.base_model, name) for name in TEXT_MODELS if hasattr(model.base_model, name))
+    few, config = list(text.layers), text.config
+    for i in range(len(few), layers):
+        layer = copy.deepcopy(few[i % len(few)])
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = i
+        text.layers.append(layer)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[i % len(few)] for i in range(layers)]
+    kinds = getattr(text, "rope_types", None)  # Molmo 2
+    if kinds:
+        text.rope_types = [kinds[i % len(few)] for i in range(layers)]
+    config.num_hidden_layers = layers
 
 
 @torch.no_grad()

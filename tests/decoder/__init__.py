@@ -1,0 +1,1 @@
+"""Dropping inside the LLM: in models, against masking by hand."""

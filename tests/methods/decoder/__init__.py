@@ -1,0 +1,1 @@
+"""Tests of methods that drop inside the LLM."""

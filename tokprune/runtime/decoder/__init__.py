@@ -1,0 +1,1 @@
+"""The decoder stage: tokens dropped in front of layers of the LLM."""

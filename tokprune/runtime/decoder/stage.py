@@ -1,0 +1,282 @@
+"""The decoder stage: hooks on the LLM's layers, in front of some of which a method drops visual tokens of the prompt.
+
+Layer 0 gets the whole prompt as the connector stage left it; lengths, masks and positions that transformers makes are
+about it. A deeper layer gets the tokens that are left: hidden states, mask, rotation and position ids are cut on its
+doorstep. Which slot of layer 0 each key of a deeper layer is stands on the cache's record, so that decode steps cut
+their masks to it, and beams, copies, crops and later turns keep it.
+
+Where positions are numbered anew, the numbers end where they ended before: rotation tells distances alone, so that
+tokens behind the prompt keep their positions in every layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokprune.adapters.base import Adapter
+from tokprune.adapters.dialect import cache_in, swap_cache
+from tokprune.adapters.foreign import CANDIDATES
+from tokprune.adapters.hooks import Attachments, PerThread
+from tokprune.adapters.types import Model, ModelCall, ModelOutput, Positional, Replaced
+from tokprune.errors import UnsupportedModelError
+from tokprune.methods.decoder_base import DecoderMethod
+from tokprune.runtime.cache import View
+from tokprune.runtime.cache_record import get_state, physical_length
+from tokprune.runtime.decoder.attention import LayerInputs
+from tokprune.runtime.decoder.candidates import candidates_of
+from tokprune.runtime.decoder.choose import Dropper
+from tokprune.runtime.decoder.frame import Frame, Live, Prompt, Step, unknown_tensors
+from tokprune.runtime.decoder.support import check_call, check_layers
+from tokprune.runtime.execute import PrunedForward
+from tokprune.runtime.outputs import widen
+from tokprune.runtime.plan import Plan
+from tokprune.runtime.records import StreamRecord
+from tokprune.runtime.tripwires import check_layer_lengths, width_of
+from tokprune.schedule import Schedule
+
+
+class _Now:
+    """What this thread's forward of the language model is in the middle of."""
+
+    def __init__(self) -> None:
+        self.frame: Frame | None = None
+        self.prompt: Prompt | None = None
+
+
+class DecoderStage:
+    """A decoder method on one model; `remove` leaves it as it was.
+
+    count: tokens left behind the last drop of a picture with n of them, None where the method's own schedule says it.
+    share: the same as a share of the whole, where it is one. positions: "keep" or "compact" instead of the method's own
+    policy ("auto").
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        method: DecoderMethod,
+        count: Callable[[int], int] | None = None,
+        share: float | None = None,
+        positions: str = "auto",
+    ) -> None:
+        self.adapter, self.method, self.count, self.share = adapter, method, count, share
+        self.compact = (method.positions if positions == "auto" else positions) == "compact"
+        self.on = Attachments(self)
+        self.threads = PerThread(_Now)
+        self.depth = len(adapter.text_model.layers)
+        self.layers = self.schedule(0.5 if share is None and count is not None else share).layers
+        check_layers(adapter, method, self.layers)
+
+    # -- on and off
+    # -----------------------------------------------------------------------------------------------------------
+
+    def install(self) -> None:
+        """Put the hooks on; undone completely when one of them fails."""
+        model, text = self.adapter.model, self.adapter.text_model
+        try:
+            self.on.before(text, "_begin", with_kwargs=True)
+            self.on.after(text, "_end", with_kwargs=True, always_call=True)
+            for i, layer in enumerate(text.layers):
+                self.on.before(layer, "_before_layer", i, with_kwargs=True)
+                if "middle" in self.method.reads:
+                    self.on.before(layer.mlp, "_before_mlp", i)
+            if self.compact:
+                for module in text.modules():
+                    if type(module).__name__.endswith("RotaryEmbedding"):
+                        self.on.after(module, "_after_rotary", with_kwargs=True)
+            if hasattr(model, CANDIDATES):
+                self.on.instead(model, CANDIDATES, "_refuse_assistance")
+        except BaseException:
+            self.remove()
+            raise
+
+    def remove(self) -> None:
+        """Take every hook and instance attribute away."""
+        self.on.remove()
+
+    def release(self) -> None:
+        """The model is gone; there is nothing to let go of."""
+
+    def anchor(self) -> Model:
+        """The model that this stage belongs to."""
+        return self.adapter.model
+
+    # -- what is to be dropped
+    # ---------------------------------------------------------------------------------------------------
+
+    def schedule(self, share: float | None) -> Schedule:
+        """Where and how many tokens are dropped when `share` of them is to be left."""
+        own = self.method.schedule
+        return self.method.plan(self.depth, share) if own is None else Schedule(own)
+
+    def prepare(self, plan: Plan, forward: PrunedForward, prompt_length: int | None) -> Prompt:
+        """What there is to drop in a planned prefill."""
+        signals = [s.signals for s in plan.streams]
+        for stream in plan.streams:
+            stream.signals = {}
+        length = plan.keep.shape[1]
+        counts = (forward.index >= 0).sum(1).tolist()
+        width = forward.index.shape[1]
+        filler = torch.tensor([width - n for n in counts], device=plan.keep.device)
+        slot = plan.keep.cumsum(1) - 1 + filler[:, None]  # (B, L)
+        candidates = candidates_of(plan.streams, slot, signals, self.count)
+        numbers = torch.arange(width, device=slot.device).expand_as(forward.index)
+        live = Live(torch.where(forward.index < 0, -1, numbers), counts)
+        answer = 0 if prompt_length is None else max(length - prompt_length, 0)
+        steps = self._steps([(len(c), c.final) for c in candidates])
+        return Prompt(forward, candidates, steps, live, forward.index, answer, [{} for _ in candidates])
+
+    def note_signals(self, streams: list[StreamRecord]) -> None:
+        """Keep what the vision tower said of the tokens that were chosen, for the method."""
+        for stream in streams:
+            at = stream.selection.indices
+            values = {name: stream.tokens.signal(name) for name in self.method.needs}
+            stream.signals = {name: value[at.to(value.device)] for name, value in values.items()}
+
+    def expect(self, prompt: Prompt | None) -> None:
+        """The next forward of the language model in this thread is of `prompt`."""
+        self.threads.now.prompt = prompt
+
+    def _steps(self, rows: list[tuple[int, int | None]]) -> dict[int, Step]:
+        """What is to be left in front of each layer. rows: tokens of each prompt, and those to be left at last."""
+        steps: dict[int, Step] = {}
+        bound = self.count is not None or self.method.schedule is not None
+        for b, (total, final) in enumerate(rows):
+            share = self.share if final is None or not total or self.share is not None else final / total
+            schedule = self.schedule(share)
+            for layer, keep in zip(schedule.layers, schedule.counts(total, final), strict=True):
+                steps.setdefault(layer, Step([None] * len(rows), bound)).keep[b] = keep
+        return steps
+
+    # -- one forward of the language model
+    # -----------------------------------------------------------------------------------------
+
+    @torch.compiler.disable
+    def _begin(self, module: Model, args: Positional, kwargs: ModelCall) -> None:
+        now: _Now = self.threads.now
+        prompt, now.prompt, now.frame = now.prompt, None, None
+        cache = cache_in(kwargs)
+        state = get_state(cache)
+        if prompt is None and (state is None or not state.layers):
+            return
+        width, past = width_of(args, kwargs) or 0, physical_length(cache)
+        kernel = str(self.adapter.config.get_text_config()._attn_implementation)
+        check_call(self.adapter, self.method, cache, kwargs, None if prompt is None else min(prompt.steps))
+        if state is not None:
+            check_layer_lengths(cache, state.layers, past)
+        plain = kwargs.get("attention_mask") is None
+        now.frame = Frame(past, width, cache, state, kernel, self.adapter.model.dtype, plain, prompt)
+
+    @torch.compiler.disable
+    def _end(self, module: Model, args: Positional, kwargs: ModelCall, output: ModelOutput) -> None:
+        now: _Now = self.threads.now
+        frame, now.frame = now.frame, None
+        if frame is None or frame.prompt is None or output is None:
+            return
+        expand = {id(live): live.expand(frame.width) for _, live in frame.lives}
+        states = output.get("hidden_states")
+        if states is not None and frame.lives:
+            by_layer = [next((v for at, v in reversed(frame.lives) if at < i), None) for i in range(len(states))]
+            output.hidden_states = tuple(
+                h if h is None or live is None else widen(h, expand[id(live)])
+                for h, live in zip(states, by_layer, strict=True)
+            )
+        if frame.lives and not frame.prompt.forward.for_generate:
+            output.last_hidden_state = widen(output.last_hidden_state, expand[id(frame.lives[-1][1])])
+        frame.prompt.forward.state.layers = frame.layers
+
+    @torch.compiler.disable
+    def _before_layer(self, i: int, module: Model, args: Positional, kwargs: ModelCall) -> Replaced:
+        frame: Frame | None = self.threads.now.frame
+        if frame is None:
+            return None
+        prompt = frame.prompt
+        if prompt is None:  # a decode step, or a later turn of words
+            keys = frame.keys(i)
+            if keys is None or (kwargs.get("attention_mask") is None and not keys.has_fill):
+                return None
+            return args, frame.rewritten(i, kwargs, None)
+        hidden = args[0] if args else kwargs["hidden_states"]
+        self._check_arguments(module, args, kwargs, frame)
+        if i == 0 and "embeddings" in self.method.reads:
+            frame.saved["embeddings"] = hidden
+        original, before = kwargs, frame.live
+        if frame.live is not None or frame.keys(i) is not None:
+            kwargs = frame.rewritten(i, original, frame.live)
+        if i in prompt.steps:
+            dropper = Dropper(self.method, frame, prompt, i, LayerInputs(module, hidden, kwargs, held=frame.held(i)[1]))
+            hidden = dropper.drop(self.adapter.text_model)
+            if frame.live is not before:
+                kwargs = frame.rewritten(i, original, frame.live)
+        frame.note(i)
+        if i + 1 in prompt.steps:
+            kwargs = self._watch(module, hidden, kwargs, frame)
+        if args:
+            return (hidden, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": hidden}
+
+    def _watch(self, module: Model, hidden: Tensor, kwargs: ModelCall, frame: Frame) -> ModelCall:
+        """Keep at hand what the layer below a drop is given and which keys it uses."""
+        inputs = LayerInputs(module, hidden, kwargs)
+        frame.saved["below"] = inputs
+        cache = cache_in(kwargs)
+        if cache is None:
+            return kwargs
+
+        def note(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+            inputs.used = keys, values
+            return keys, values
+
+        return swap_cache(kwargs, View(cache, note))
+
+    def _before_mlp(self, i: int, module: Model, args: Positional) -> None:
+        frame: Frame | None = self.threads.now.frame
+        if frame is not None and frame.prompt is not None and i + 1 in frame.prompt.steps:
+            frame.saved["middle"] = args[0]
+
+    @torch.compiler.disable
+    def _after_rotary(self, module: Model, args: Positional, kwargs: ModelCall, output: Any) -> None:
+        frame: Frame | None = self.threads.now.frame
+        if frame is None or frame.prompt is None:
+            return
+        positions = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
+
+        def again(positions: Tensor) -> tuple[Tensor, Tensor]:
+            if "position_ids" in kwargs:
+                tables = module.forward(*args, **{**kwargs, "position_ids": positions})
+            else:
+                tables = module.forward(args[0], positions, *args[2:], **kwargs)
+            return tables[0], tables[1]
+
+        frame.tables[id(output[0])] = output[0], again, positions
+
+    @staticmethod
+    def _check_arguments(module: Model, args: Positional, kwargs: ModelCall, frame: Frame) -> None:
+        unknown = unknown_tensors(kwargs, frame.width)
+        tables = kwargs.get("position_embeddings")
+        fits = isinstance(tables, tuple) and all(isinstance(t, Tensor) and t.ndim == 3 for t in tables)
+        if len(args) > 1 or unknown or not fits:
+            what = f"{', '.join(unknown)} for each token" if unknown else "positions in a way that cannot be cut"
+            raise UnsupportedModelError(
+                f"{type(module).__name__} is given {what}, so tokens cannot be dropped in front of it. Methods of the "
+                "decoder stage do not run in this model; those of the connector stage do."
+            )
+
+    def refuse_chunks(self) -> None:
+        """A prompt is not read in chunks."""
+        raise UnsupportedModelError(
+            f"{self.method.info.name!r} looks at the whole prompt in front of a layer, which a prefill in chunks never "
+            "has there; generate without prefill_chunk_size."
+        )
+
+    @staticmethod
+    def _refuse_assistance(*args: object, **kwargs: object) -> object:
+        raise UnsupportedModelError(
+            "assisted decoding and prompt lookup put drafted tokens behind the prompt in its first forward, while a "
+            "method of the decoder stage looks at the prompt's last token: the answers would differ. Generate without "
+            "assistant_model and prompt_lookup_num_tokens."
+        )

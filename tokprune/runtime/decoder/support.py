@@ -1,0 +1,94 @@
+"""What the decoder stage cannot do with a model or a call, said before anything is dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from tokprune.adapters.base import Adapter
+from tokprune.adapters.dialect import CACHE, parameters
+from tokprune.adapters.types import KVCache, ModelCall
+from tokprune.errors import OptionError, UnsupportedModelError
+from tokprune.methods.decoder_base import DecoderMethod
+from tokprune.runtime.attention_row import check_kernel
+
+LAYER: tuple[str, ...] = (
+    *("hidden_states", "attention_mask", "position_ids", "position_embeddings", "cache_position", *CACHE),
+    *("use_cache", "output_attentions", "output_router_logits"),
+)
+"""Arguments of a decoder layer that are known."""
+INSTEAD = "Methods of the connector stage run in this model."
+
+
+def check_layers(adapter: Adapter, method: DecoderMethod, layers: Sequence[int]) -> None:
+    """Refuse a model in whose layers tokens cannot be dropped, and layers that it does not have."""
+    text, name, what = adapter.text_model, type(adapter.model).__name__, method.info.name
+    depth = len(getattr(text, "layers", ()))
+    lowest = max(
+        1, len(getattr(getattr(adapter.config, "vision_config", None), "deepstack_visual_indexes", None) or ())
+    )
+    if not layers or layers[0] < lowest or layers[-1] >= depth:
+        why = "" if lowest == 1 else f", and adds DeepStack features to all visual tokens behind the first {lowest}"
+        allowed = f"{lowest} <= layer <= {depth - 1}" if depth > lowest else "it has too few"
+        raise OptionError(
+            f"method {what!r} drops tokens in front of layers {list(layers)}; the LLM of {name} has {depth} layers"
+            f"{why}: {allowed}. Give the method's layers, or schedule=((layer, share), ...)."
+        )
+    if adapter.hybrid:
+        raise UnsupportedModelError(
+            f"{name} has recurrent layers, whose state every token changes: what is left of a prompt cannot be told "
+            f"from what was dropped in them. {INSTEAD}"
+        )
+    for i, layer in enumerate(text.layers):
+        unknown = [p for p in parameters(type(layer).forward) if p not in LAYER]
+        attention = getattr(layer, "self_attn", None)
+        if "position_embeddings" not in parameters(type(layer).forward) or unknown:
+            given = f"takes {', '.join(unknown)}" if unknown else "takes no position_embeddings"
+            raise UnsupportedModelError(
+                f"{type(layer).__name__} of {name} {given}: tokens cannot be cut there. {INSTEAD}"
+            )
+        if attention is None or getattr(attention, "is_kv_shared_layer", False):
+            kind = "no self_attn" if attention is None else "the keys of another layer"
+            raise UnsupportedModelError(f"layer {i} of {name} has {kind}: tokens cannot be dropped there. {INSTEAD}")
+        if "middle" in method.reads and not hasattr(layer, "mlp"):
+            raise UnsupportedModelError(f"{what!r} reads what enters the MLP, but layer {i} of {name} has no mlp.")
+    if "normed" in method.reads and not any(hasattr(text, n) for n in ("norm", "final_layernorm")):
+        raise UnsupportedModelError(f"{what!r} reads states behind the last norm, but the LLM of {name} has no norm.")
+    check_kernel(_kernel(adapter), "decoder")
+
+
+def _kernel(adapter: Adapter) -> str:
+    return str(adapter.config.get_text_config()._attn_implementation)
+
+
+def check_call(adapter: Adapter, method: DecoderMethod, cache: KVCache, call: ModelCall, first: int | None) -> None:
+    """Refuse a call of the language model in which tokens cannot be dropped, or are dropped already. first: the first
+    layer in front of which tokens are to be dropped.
+    """
+    name, kernel = method.info.name, _kernel(adapter)
+    check_kernel(kernel, "decoder")
+    if getattr(cache, "is_compileable", False):
+        raise UnsupportedModelError(
+            f"{type(cache).__name__} has one fixed length for all layers, and {name!r} leaves them different numbers "
+            "of tokens; use the default cache (DynamicCache) with methods of the decoder stage."
+        )
+    if first is None:
+        return
+    planes = call.get("deepstack_visual_embeds")
+    if planes is not None and len(planes) > first:
+        raise UnsupportedModelError(
+            f"this model adds DeepStack features behind its first {len(planes)} layers, and {name!r} drops tokens in "
+            f"front of layer {first}."
+        )
+    if "flash" in kernel and any(getattr(layer, "is_sliding", False) for layer in getattr(cache, "layers", ())):
+        raise UnsupportedModelError(
+            "under flash attention, layers with a sliding window count the tokens that are left instead of those of "
+            'the prompt; call model.set_attn_implementation("sdpa") for methods of the decoder stage.'
+        )
+    text = adapter.text_model
+    if text.training and torch.is_grad_enabled() and getattr(text, "is_gradient_checkpointing", False):
+        raise UnsupportedModelError(
+            "gradient checkpointing runs layers again in the backward pass, where nothing tells which tokens were "
+            f"left; call model.gradient_checkpointing_disable() to train with {name!r}."
+        )
