@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from tokprune.errors import OptionError
+from tokprune.errors import MissingSignalError, OptionError
 from tokprune.methods.base import Method, check_finite
 from tokprune.methods.options import option
 from tokprune.ops.topk import top
@@ -62,7 +62,8 @@ class LayerTokens:
     columns: Tensor
     """(n,) prompt column of each token, ascending."""
     visual: Tensor
-    """(V,) ascending places among the n tokens: visual tokens of this call that are left, the candidates."""
+    """(V,) ascending places among the n tokens: visual tokens of this call that are left, the candidates. At least
+    one (without any there is nothing to ask), and never the prompt's last token, whose state is the answer's."""
     picture: Tensor
     """(V,) number of the image or video that each candidate belongs to."""
     row: Tensor
@@ -91,6 +92,26 @@ class LayerTokens:
     notes: dict[str, Tensor] = field(default_factory=dict)
     """What the method wrote down for itself at earlier layers of this prefill of this prompt; empty at first."""
 
+    def signal(self, name: str) -> Tensor:
+        """What the vision tower says of each candidate, (V, ...), or the error that names what is missing."""
+        if name not in self.signals:
+            at_hand = ", ".join(sorted(self.signals)) or "none"
+            raise MissingSignalError(f"signal {name!r} is not at hand (present: {at_hand}); name it in `needs`.")
+        return self.signals[name]
+
+    def read(self, name: str) -> Tensor:
+        """A state that the method `reads`, (n, D)."""
+        state: Tensor | None = getattr(self, name)
+        if state is None:
+            raise OptionError(f"the state {name!r} is not at hand; name it in the method's `reads`.")
+        return state
+
+    @property
+    def pictures(self) -> tuple[Tensor, list[int]]:
+        """(V,) running number of each candidate's picture, from 0 on, and how many candidates each has left."""
+        number, sizes = torch.unique_consecutive(self.picture, return_inverse=True, return_counts=True)[1:]
+        return number, sizes.tolist()
+
     @property
     def last(self) -> Tensor:
         """(1,) place of the prompt's last token."""
@@ -98,9 +119,8 @@ class LayerTokens:
 
     @property
     def behind(self) -> Tensor:
-        """Places of the tokens behind the last candidate: the question, as a rule; `last` where there are none."""
-        start, n = (int(self.visual[-1]) + 1 if len(self.visual) else 0), len(self.columns)
-        return torch.arange(start, n, device=self.columns.device) if start < n else self.last
+        """Places of the tokens behind the last candidate, at least one: the question, as a rule."""
+        return torch.arange(int(self.visual[-1]) + 1, len(self.columns), device=self.columns.device)
 
 
 def in_depth(layers: Sequence[int], depth: int, published: int = 32) -> tuple[int, ...]:
@@ -113,6 +133,15 @@ def in_depth(layers: Sequence[int], depth: int, published: int = 32) -> tuple[in
         if at < depth:
             out.append(at)
     return tuple(out)
+
+
+def at_layers(given: int | Sequence[int] | None, published: Sequence[int], depth: int) -> tuple[int, ...]:
+    """Layers that an option gives, as they are; where it gives none, the published ones of an LLM of 32 layers, moved
+    in proportion to one of `depth`.
+    """
+    if given is None:
+        return in_depth(published, depth) or (1,)
+    return (given,) if isinstance(given, int) else tuple(given)
 
 
 @dataclass(frozen=True)

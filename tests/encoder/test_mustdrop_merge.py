@@ -1,0 +1,83 @@
+"""MustDrop's merge of windows: the published output, pictures of a batch on their own, and what it refuses."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.golden_vectors import GoldenCase, claims
+from tokprune.errors import OptionError
+from tokprune.methods.encoder.mustdrop_merge import MustDropMerge, window_similarity
+from tokprune.methods.encoder_base import BlockView
+
+
+def view(x: Tensor, prefix: int = 1, target: int | None = None) -> BlockView:
+    return BlockView(x, 0, 12, prefix, x.shape[1] - prefix, lambda: (x, x, x), 1.0, target)
+
+
+@claims("mustdrop_spatial_merge", anchor="x")
+def test_golden(case: GoldenCase) -> None:
+    x = case["x"]
+    prefix = x.shape[1] - case.number("side") ** 2
+    found = [key for key in case if re.fullmatch(r"y_w\d+_t\d+", key)]
+    assert found
+    for key in found:
+        window, threshold = map(int, re.findall(r"\d+", key))
+        out = MustDropMerge(window=window, threshold=threshold / 100).reduce(view(x, prefix))
+        assert out is not None
+        torch.testing.assert_close(out.x, case[key], atol=1e-5, rtol=1e-5)
+        assert torch.equal(out.size, case[key.replace("y_", "size_")])
+
+
+def test_similarity_is_the_mean_over_pairs() -> None:
+    patches = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    for b in range(2):
+        for g in range(3):
+            pairs = [
+                torch.cosine_similarity(patches[b, g, i], patches[b, g, j], dim=0)
+                for i in range(4)
+                for j in range(4)
+                if i != j
+            ]
+            torch.testing.assert_close(window_similarity(patches)[b, g], torch.stack(pairs).mean())
+
+
+def test_pictures_of_a_batch_merge_on_their_own() -> None:
+    generator = torch.Generator().manual_seed(1)
+    plain = torch.randn(1, 1, 6, generator=generator) + 0.01 * torch.randn(1, 50, 6, generator=generator)
+    busy = torch.randn(1, 50, 6, generator=generator)
+    method = MustDropMerge(window=3)
+    alone, both = method.reduce(view(plain)), method.reduce(view(torch.cat([plain, busy])))
+    assert method.reduce(view(busy)) is None
+    assert alone is not None
+    assert both is not None
+    n = alone.x.shape[1]  # 7 x 7: four windows, 13 patches beyond them, [CLS]
+    assert n == 1 + 4 + 13
+    assert torch.equal(both.x[0, :n], alone.x[0])
+    assert (both.rep[0, n:] == -1).all()
+    assert (both.size[0, n:] == 0).all()
+    assert torch.equal(both.x[1], busy[0])
+    assert torch.equal(both.assign[1], torch.arange(50))
+
+
+@pytest.mark.parametrize("target", [80, 64, 50, 8])
+def test_a_target_is_met_from_below(target: int) -> None:
+    x = torch.randn(2, 65, 6, generator=torch.Generator().manual_seed(2))
+    if target == 80 or target == 64:
+        assert MustDropMerge(window=2).reduce(view(x, target=target)) is None
+    elif target == 50:
+        out = MustDropMerge(window=2).reduce(view(x, target=target))
+        assert out is not None
+        assert out.x.shape[1] == 1 + 64 - 3 * 5
+        assert torch.equal(out.size.sum(1), torch.full((2, 1), 65.0))
+    else:
+        with pytest.raises(OptionError, match="at least 16"):
+            MustDropMerge(window=2).reduce(view(x, target=target))
+
+
+def test_a_line_of_patches_is_refused() -> None:
+    with pytest.raises(OptionError, match="square grid"):
+        MustDropMerge().reduce(view(torch.zeros(1, 11, 4)))

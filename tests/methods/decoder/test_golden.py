@@ -1,0 +1,156 @@
+"""Decoder methods against what published code returned."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor
+
+from tests.golden_vectors import GoldenCase, claims
+from tests.methods.decoder.layers import Dense, Rows, given
+from tokprune.methods.decoder.fitprune import FitPrune, sums
+from tokprune.methods.decoder.llavolta import LLaVolta
+from tokprune.methods.decoder.mustdrop import dual_filter
+from tokprune.methods.decoder.promptdistill import smoothed
+from tokprune.methods.decoder.sparsevlm import (
+    SparseVLM,
+    cluster_plan,
+    rank_count,
+    rater_scores,
+    raters,
+)
+from tokprune.methods.decoder.sparsevlm_plus import SparseVLMPlus, looking_heads
+from tokprune.ops.topk import top
+from tokprune.tokens import Merge
+
+close = torch.testing.assert_close
+
+
+def spliced(hidden: Tensor, start: int, count: int, middle: Tensor) -> Tensor:
+    """The sequence with the visual tokens replaced."""
+    return torch.cat([hidden[:start], middle, hidden[start + count :]])
+
+
+def mask_of(indices: Tensor, n: int) -> Tensor:
+    return torch.zeros(n, dtype=torch.bool).index_fill(0, indices, True)
+
+
+@claims("sparsevlm_stage", anchor="hidden_in")
+def test_sparsevlm_stage(case: GoldenCase) -> None:
+    hidden, rows = case["hidden_in"][0], case["attn_text_rows"][0]
+    count = case["v1_keep_mask"].shape[1]
+    start, words = len(hidden) - count - rows.shape[1], rows.shape[1]
+    found = rater_scores(hidden[start : start + count], hidden[-words:])
+    close(found, case["rater_score"][0])
+    assert torch.equal(raters(found), case["rater_idx"])
+
+    tokens = given(hidden, start, count, Rows(rows), embeddings=hidden)
+    chosen = SparseVLM(compat="published").select(tokens, case.number("v1_v_token_num"))
+    close(chosen.info["scores"], case["v1_relation"][0])
+    kept = int(case["v1_keep_mask"].sum())
+    assert torch.equal(mask_of(top(chosen.info["scores"], kept), count), case["v1_keep_mask"][0])
+    out = spliced(hidden, start, count, chosen.apply(hidden[tokens.visual]))
+    close(out, case["v1_hidden_out"][0], atol=1e-5, rtol=1e-5)
+    assert SparseVLM.positions == "compact"
+    assert torch.equal(case["v1_position_ids"][0], torch.arange(len(out)))
+    ours = SparseVLM().select(tokens, case.number("v1_v_token_num"))  # the same tokens, means at their centres
+    assert torch.equal(ours.indices, chosen.indices)
+    close(ours.apply(hidden[tokens.visual]).sum(0), chosen.apply(hidden[tokens.visual]).sum(0), atol=1e-4, rtol=1e-4)
+
+    tokens = given(hidden, start, count, Rows(rows), embeddings=hidden)
+    chosen = SparseVLMPlus().select(tokens, case.number("v2_v_token_num"))
+    close(chosen.info["scores"], case["v2_relation"][0])
+    assert torch.equal(mask_of(chosen.indices, count), case["v2_keep_mask"][0])
+    close(spliced(hidden, start, count, chosen.apply(hidden[tokens.visual])), case["v2_hidden_out"][0])
+    places = spliced(tokens.columns[:, None], start, count, tokens.columns[tokens.visual[chosen.indices], None])
+    assert torch.equal(places[:, 0], case["v2_position_ids"][0])
+    heads = case["heads_in"]
+    assert torch.equal(looking_heads(heads, len(case["heads_top14"])), case["heads_top14"].sort().values)
+
+
+@claims("sparsevlm_cluster_merge", anchor="x")
+def test_sparsevlm_clusters(case: GoldenCase) -> None:
+    x = case["x"][0]
+    found = [key for key in case if re.fullmatch(r"merged(_noise)?_c\d+", key)]
+    assert found
+    for key in found:
+        clusters = int(key.rsplit("c", 1)[1])
+        centres, into = cluster_plan(x, clusters)
+        assert torch.equal(into[centres], torch.arange(clusters))
+        scale = 1 / (torch.bincount(into, minlength=clusters).float() + 1e-6)
+        close(Merge(target=into, scale=scale[into]).apply(x, clusters), case[key][0], atol=1e-5, rtol=1e-5)
+
+
+@claims("sparsevlm_v1_rank", anchor="attn_text_to_visual")
+def test_sparsevlm_rank(case: GoldenCase) -> None:
+    attention = case["attn_text_to_visual"][0].mean(0)
+    close(attention.mean(0), case["relation"][0])
+    assert rank_count(attention, 1, 0) == min(case.number("rank"), attention.shape[1] - 1)
+    found = [key for key in case if key.startswith("mask_s")]
+    assert found
+    for key in found:
+        scale, bias = map(float, key.removeprefix("mask_s").split("_b"))
+        kept = top(attention.mean(0), rank_count(attention, scale, bias))
+        assert torch.equal(mask_of(kept, attention.shape[1]), case[key][0])
+
+
+@claims("mustdrop_dual_filter", anchor="attn_text_to_visual")
+def test_mustdrop_filter(case: GoldenCase) -> None:
+    attention = case["attn_text_to_visual"][0].mean(0)
+    keys, unions = case["key_set"], []
+    for key in case:
+        if key.startswith("keep_g"):
+            overall, single = map(float, key.removeprefix("keep_g").split("_i"))
+            stays = dual_filter(attention, overall, single) >= 1
+            assert torch.equal(stays.nonzero()[:, 0], case[key])
+            unions.append((stays | mask_of(keys, len(stays))).nonzero()[:, 0])
+    union = case["union_with_keyset"]
+    assert any(torch.equal(union, found) for found in unions)
+    assert torch.equal(torch.searchsorted(union, keys.sort().values), case["new_keyset"].sort().values)
+
+
+@claims("fitprune_select", anchor="attn_visual_rows")
+def test_fitprune(case: GoldenCase) -> None:
+    visual, text = case["attn_visual_rows"][0], case["attn_text_rows"][0]
+    heads, n, words = *visual.shape[:2], text.shape[1]
+    rows = torch.nn.functional.pad(text, (0, words))
+    tokens = given(torch.zeros(n + words, 4), 0, n, Rows(rows, torch.nn.functional.pad(visual, (0, words))))
+    cross, own = sums(tokens)
+    close(cross, case["cross"])
+    close(own, case["self"])
+    found = [key for key in case if key.startswith("deleted_")]
+    assert found
+    assert heads
+    for key in found:
+        gone = int(key.removeprefix("deleted_"))
+        stays = FitPrune().select(tokens, n - gone).indices
+        assert set(range(n)) - set(stays.tolist()) == set(case[key].tolist())
+
+
+@claims("promptdistill_select", anchor="logits")
+def test_promptdistill(case: GoldenCase) -> None:
+    pooled = not case.path.stem.endswith("pool0")
+    keep = case.number("n_topk")
+    for row, logits in enumerate(case["logits"]):
+        end = int(case["prompt_ends"][row])
+        values = smoothed(logits[:end], 5 if pooled else 1, "published")
+        tail = case["attention_mask"][row].nonzero()[:, 0]
+        expected = case["keep_idx"][row][case["keep_valid"][row].bool()]
+        assert torch.equal(torch.cat([top(values, keep), tail[tail >= end]]), expected)
+
+
+@claims("llavolta_avgpool", anchor="hidden")
+def test_llavolta(case: GoldenCase) -> None:
+    start, length = case.number("image_start"), case.number("image_len")
+    strides = [int(key.removeprefix("y_s")) for key in case if key.startswith("y_s")]
+    assert strides
+    for stride in strides:
+        used = length // stride * stride  # the published code drops a tail
+        for row, hidden in enumerate(case["hidden"]):
+            tokens = given(hidden, start, used, Dense(*torch.zeros(3, 1, len(hidden), 2)))
+            chosen = LLaVolta().select(tokens, used // stride)
+            out = spliced(hidden, start, length, chosen.apply(hidden[tokens.visual]))
+            close(out, case[f"y_s{stride}"][row], atol=1e-6, rtol=1e-5)
+            places = spliced(tokens.columns[:, None], start, length, tokens.visual[chosen.indices, None])[:, 0]
+            assert torch.equal(places, case[f"pos_s{stride}"][row].long())
