@@ -14,6 +14,7 @@ from tokprune.cli.methods import methods
 from tokprune.cli.plan import plan
 from tokprune.cli.plots import plots
 from tokprune.cli.profile import profile
+from tokprune.cli.recommend import recommend
 from tokprune.cli.run import run
 from tokprune.cli.show import show
 
@@ -24,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (demo, methods, run, show, heatmap, profile, plan, plots, doctor):
+for command in (demo, methods, run, show, heatmap, profile, recommend, plan, plots, doctor):
     app.command()(command)
 app.command("eval")(evaluate)
 
