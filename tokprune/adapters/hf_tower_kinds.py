@@ -90,7 +90,8 @@ def _prefix(embeddings: Any) -> int:
 
 def _rows_behind(table: Any, skipped: int) -> Tensor:
     """Position embeddings of the patches, (n, C). table: a module or a parameter (1, skipped + n, C)."""
-    return (table.weight if isinstance(table, nn.Module) else table[0])[skipped:]  # type: ignore[no-any-return]
+    rows: Any = table.weight if isinstance(table, nn.Module) else table[0]
+    return rows[skipped:]  # type: ignore[no-any-return]
 
 
 def _convolution(embeddings: nn.Module) -> nn.Conv2d | None:
@@ -208,15 +209,15 @@ class QwenLike(TowerKind):
 
 
 def why_not(module: nn.Module) -> str:
-    """Why tokens cannot be reduced inside `module`, a model of no known kind, in a clause."""
+    """What is particular to `module`, a vision tower of no known kind, in a clause."""
     parts = [(type(m).__name__, m) for m in module.modules()]
     attend = [name for name, _ in parts if "Attention" in name or "Attn" in name]
     if any(hasattr(m, "window_size") for _, m in parts):
-        return "its attention sees windows of the grid, which merged or dropped tokens would break up"
+        return "its attention sees windows of the grid, or positions relative to each query"
     if any(name in ("sr_ratio", "sr") or name.endswith("_reduction_ratio") for _, m in parts for name in vars(m)):
         return "its attention reads keys that a convolution over the whole grid has made"
     if not attend:
         return "it has no transformer blocks (a convolutional network?)"
     blocks = [type(m[0]).__name__ for _, m in parts if isinstance(m, (nn.ModuleList, nn.Sequential)) and len(m) > 1]
     blocks = [name for name in blocks if name.endswith(("Layer", "Block"))]
-    return f"its blocks ({', '.join(dict.fromkeys(blocks)) or 'none found'}) are of no kind that tokprune can cut"
+    return f"its blocks ({', '.join(dict.fromkeys(blocks)) or 'none found'}) are of no kind that tokprune knows"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from tokprune.adapters.attention_readers import attention_reader
 from tokprune.adapters.hf_tower_kinds import PlainViT, QwenLike
 from tokprune.adapters.hooks import Ref
 from tokprune.adapters.patch_sizes import embedder
@@ -295,4 +296,4 @@ def reader_of(block: nn.Module) -> AttentionReader | None:
         if reader is not None:
             return reader
     attention = attention_of(block)
-    return None if attention is None else AttentionReader(attention)
+    return None if attention is None else attention_reader(attention)

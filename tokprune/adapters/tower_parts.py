@@ -38,7 +38,7 @@ def child(module: object, path: str) -> nn.Module | None:
 def attention_of(block: nn.Module) -> nn.Module | None:
     """The attention module of a transformer block that has its own projections, or None."""
     parts = (child(block, name) for name in ATTENTIONS)
-    return next((p for p in parts if p is not None and (child(p, "qkv") or child(p, "q_proj"))), None)
+    return next((p for p in parts if p is not None and any(child(p, name) for name in ("qkv", "q_proj", "q"))), None)
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,8 @@ class AttentionReader:
         """The modules whose outputs `read` takes, by name, as they are now: LoRA may wrap them at any time."""
         names = ("qkv",) if child(self.attention, "qkv") else ("q_proj", "k_proj", "v_proj")
         found = {name: child(self.attention, name) for name in (*names, *NORMS)}
+        if names[-1] == "v_proj" and found["v_proj"] is None:  # Qwen2.5-Omni calls them q, k and v
+            found |= {name: child(self.attention, name[0]) for name in names}
         return {k: m for k, m in found.items() if m is not None and not isinstance(m, nn.Identity)}
 
     def read(self, seen: Mapping[str, Tensor]) -> Heads:
@@ -97,16 +99,17 @@ class AttentionReader:
     def turn(self, x: Tensor, positions: Any) -> Tensor:
         """Queries or keys (B, H, N, d) as the attention turns them.
 
-        positions: cosine and sine, each (N, d), (B, N, d) or (B, 1, N, d); of a shorter N, the last tokens'.
+        positions: cosine and sine, each (N, d), (B, N, d) or (B, 1, N, d); of a shorter N, the last tokens'; of a
+        shorter d, the first channels'.
         """
         if positions is None:
             return x
         cos, sin = (p.to(x)[:, None] if p.dim() == 3 else p.to(x) for p in positions)
-        prefix = x.shape[2] - cos.shape[-2]  # DINOv3 turns patches alone
-        head, x = x[:, :, :prefix], x[:, :, prefix:]
-        turned: Tensor = sys.modules[type(self.attention).__module__].rotate_half(x)
-        x = x * cos + turned * sin
-        return torch.cat([head, x], 2) if prefix else x
+        prefix, width = x.shape[2] - cos.shape[-2], cos.shape[-1]  # DINOv3 turns patches alone
+        part = x[:, :, prefix:, :width]
+        turned: Tensor = sys.modules[type(self.attention).__module__].rotate_half(part)
+        part = torch.cat([part * cos + turned * sin, x[:, :, prefix:, width:]], -1)
+        return torch.cat([x[:, :, :prefix], part], 2)
 
 
 class HeadsFirstReader(AttentionReader):

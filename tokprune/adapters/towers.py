@@ -23,6 +23,8 @@ BLOCKS = (
     "blocks",
     "transformer.layers",
     "layers",
+    "model.layers",
+    "model.layer",
     "vision_model.encoder.layers",
     "transformer.encoder.layers",
     "timm_model.blocks",
@@ -50,11 +52,10 @@ def tower_blocks(tower: nn.Module) -> list[nn.Module]:
     """The transformer blocks of a vision tower, or the error that says that it has none."""
     for path in BLOCKS:
         blocks = child(tower, path)
-        if isinstance(blocks, (nn.ModuleList, nn.Sequential)) and len(blocks) and reader_of(blocks[0]) is not None:
+        if isinstance(blocks, (nn.ModuleList, nn.Sequential)) and any(reader_of(b) is not None for b in blocks):
             return list(blocks)
     raise MissingSignalError(
-        f"{type(tower).__name__} has no transformer blocks with queries and keys (a convolutional tower?), so "
-        f"attention signals cannot be read. {FEATURES_ALONE}"
+        f"attention signals cannot be read from {type(tower).__name__}: {why_not(tower)}. {FEATURES_ALONE}"
     )
 
 

@@ -44,7 +44,7 @@ class Projections:
     segments: list[int] | None = None
     """Lengths of the parts of a packed sequence (B = 1) that attend only to themselves."""
     mask: Tensor | None = None
-    """(B or 1, 1, N, N) true or 0 where a query may attend."""
+    """(B or 1, 1 or H, 1 or N, N) true or 0 where a query may attend; other floats are added to its logits."""
 
     def _pairs(self) -> tuple[Tensor, Tensor]:
         """Queries and keys as they meet. -> (B, H, N, d) each, in float32."""
@@ -60,8 +60,8 @@ class Projections:
         return mask & real.transpose(-1, -2)
 
     def _bias(self) -> Tensor | None:
-        """(B, 1, 1, N) what a float mask of keys adds to their logits, where it does not hide them; None: nothing."""
-        if self.mask is None or not self.mask.is_floating_point() or self.mask.shape[-2] != 1:
+        """(B, 1 or H, 1 or N, N) what a float mask adds to the logits that it does not hide; None: nothing."""
+        if self.mask is None or not self.mask.is_floating_point():
             return None
         return wide(self.mask).masked_fill(self.mask <= torch.finfo(self.mask.dtype).min / 2, 0)
 
@@ -74,7 +74,7 @@ class Projections:
         row = (q[:, :, :1] * scale) @ k.transpose(-1, -2)  # (B, H, 1, N)
         if logits:
             return row.mean(1)[:, 0]
-        row = row if (bias := self._bias()) is None else row + bias
+        row = row if (bias := self._bias()) is None else row + bias[:, :, :1]
         visible = self._visible()
         if visible is not None:
             row = row.masked_fill(~visible[:, :, :1], -torch.inf)
@@ -138,7 +138,8 @@ def _column_mean(
     step = max(1, _CHUNK // max(b * h * n, 1))
     for start in range(0, n, step):
         scores = (q[:, :, start : start + step] * scale) @ keys
-        scores = scores if bias is None else scores + bias
+        if bias is not None:
+            scores = scores + (bias if bias.shape[2] == 1 else bias[:, :, start : start + step])
         if visible is not None:
             seen = visible[:, :, start : start + step]
             # Queries that see nothing are padding; they give nothing.
