@@ -7,7 +7,8 @@ CORE := $(VENV)/.core
 DEV := $(VENV)/.dev
 FAMILIES ?= llava,llava_next,llava_onevision,qwen2_vl,qwen2_5_vl,qwen3_vl,internvl,gemma3,idefics3,smolvlm
 
-.PHONY: help setup demo eval-smoke bench-video test test-slow test-versions test-peers lint format docs constraints clean
+.PHONY: help setup demo app eval-smoke bench-video test test-slow test-versions test-peers lint format docs site \
+  site-serve dist constraints clean
 
 help:
 	@echo "make demo          ask the embedded VLM about pictures at several keep ratios (sets itself up)"
@@ -18,6 +19,9 @@ help:
 	@echo "make eval-smoke    lmms-eval end to end, offline, on the embedded VLM"
 	@echo "make bench-video   video QA over video methods and keep ratios"
 	@echo "make docs          rebuild the generated pages and tables"
+	@echo "make site          the documentation site, in out/site; make site-serve shows it while you write"
+	@echo "make app           method, ratio and pictures side by side, in the browser"
+	@echo "make dist          wheel and source archive in dist/, tried in an empty environment"
 	@echo "make constraints   write the installed versions to constraints.txt"
 
 $(CORE): pyproject.toml constraints.txt
@@ -66,6 +70,18 @@ format: setup
 docs: setup
 	$(BIN)/python benchmarks/encoder_tables.py
 	$(BIN)/python -m tools.pages
+
+site: setup
+	$(BIN)/python -m tools.site build
+
+site-serve: setup
+	$(BIN)/python -m tools.site serve
+
+app: setup
+	$(BIN)/python examples/app.py
+
+dist: setup
+	$(BIN)/python -m tools.dist
 
 constraints: setup
 	(grep '^#' constraints.txt; $(BIN)/python -m pip freeze --all --exclude-editable \

@@ -1,4 +1,6 @@
-"""A method of your own that scores tokens, run on the embedded demo VLM. `python examples/own_method.py`
+"""A method of your own that scores tokens: registered, evaluated and drawn on the embedded demo VLM.
+
+python examples/own_method.py
 
 A third-party package registers it by an entry point instead, and users then write method="brightest":
 
@@ -6,6 +8,7 @@ A third-party package registers it by an entry point instead, and users then wri
     brightest = "my_package.brightest"
 """
 
+import argparse
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,10 +16,12 @@ from torch import Tensor
 
 import tokprune.demo
 from tokprune.demo.asking import Asker
+from tokprune.demo.sweep import run_cell
 from tokprune.methods.base import ScoreMethod
 from tokprune.methods.options import option
 from tokprune.registry import register_method
 from tokprune.tokens import VisualTokens
+from tokprune.viz.kept import kept_on_image
 
 
 def brightness(features: Tensor, attention: Tensor, mix: float) -> Tensor:
@@ -42,15 +47,20 @@ class Brightest(ScoreMethod):
 
 
 def main() -> None:
-    """Ask three questions with and without the method."""
-    model, processor = tokprune.demo.load()
-    asker = Asker(model, processor)
-    examples = tokprune.demo.held_out(3)
-    inputs = asker.inputs(examples)
-    print("all tokens:", asker.answers(inputs))
-    with tokprune.apply(model, "brightest", ratio=0.25) as pruning:
-        print("a quarter: ", asker.answers(inputs))
-        print(pruning.report())
+    """Its accuracy beside random tokens, all of them, and a picture of what it keeps."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--questions", type=int, default=70)
+    parser.add_argument("--out", default="brightest.png")
+    args = parser.parse_args()
+    asker = Asker(*tokprune.demo.load())
+    examples = tokprune.demo.held_out(args.questions)
+    for method, ratio in (("none", 1.0), ("random", 0.25), ("brightest", 0.25)):
+        cell = run_cell(asker, examples, method, ratio)
+        print(f"{method:10} {cell.kept:5.0f} tokens  {cell.accuracy:6.1%} of {cell.questions} answers right")
+    one = examples[0]
+    answered = asker.ask(one.question, one.image, "brightest", 0.25)
+    caption = {"brightest": f"{one.question} {answered.text}"}
+    kept_on_image(one.image, {"brightest": answered.stream}, asker.processor, captions=caption).save(args.out)
 
 
 if __name__ == "__main__":

@@ -112,6 +112,10 @@ class Browser:
 
     def open(self, file: Path, width: int = 1200, height: int = 800, dark: bool = False, phone: bool = False) -> None:
         """Load a file in a window of that size and wait until it is complete."""
+        self.open_address(file.resolve().as_uri(), width, height, dark, phone)
+
+    def open_address(self, url: str, width: int, height: int, dark: bool = False, phone: bool = False) -> None:
+        """The same for an address of this machine."""
         self.call(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -122,7 +126,7 @@ class Browser:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.events.clear()
-        self.call("Page.navigate", url=file.resolve().as_uri())
+        self.call("Page.navigate", url=url)
         deadline = time.monotonic() + LIMIT
         while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
             self.events.append(self._receive(deadline))

@@ -17,7 +17,8 @@ ROOT = Path(__file__).parent.parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 FREE = {"decord", "torchcodec"}  # video backends that one may choose: `make test` runs without them
-TOOLS = {"ruff", "mypy", "pre-commit", "lmms-eval", "filelock"}  # not part of the lowest run
+SITE = {"mkdocs", "mkdocs-material", "mkdocstrings", "nbclient", "ipykernel", "gradio"}
+TOOLS = {"ruff", "mypy", "pre-commit", "build", "lmms-eval", "filelock"} | SITE  # not part of the lowest run
 
 
 def pins(name: str) -> dict[str, Version]:

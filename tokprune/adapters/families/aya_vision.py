@@ -33,6 +33,7 @@ class Aya(Tiles):
 
 
 def cohere_language() -> dict[str, Any]:
+    """Config of a tiny Cohere 2 LLM: one layer with a sliding window, one without."""
     return language("cohere2", head_dim=16, sliding_window=2048, layer_types=["sliding_attention", "full_attention"])
 
 

@@ -77,6 +77,7 @@ def words() -> Any:
 
 
 def cropped(kind: Any, **more: Any) -> Any:
+    """A processor of `kind` that scales the short edge to 32 px and crops the middle."""
     return kind(size={"shortest_edge": 32}, crop_size=square(32), **more)
 
 

@@ -122,11 +122,13 @@ NAMES = {
 
 
 def words() -> tuple[Any, dict[str, Any]]:
+    """A tokenizer with the family's special tokens, and their ids as the config names them."""
     text = tokenizer(list(NAMES.values()), named=NAMES)
     return text, {f"{name}_id": text.convert_tokens_to_ids(token) for name, token in NAMES.items()}
 
 
 def images() -> Any:
+    """The family's image processor, for pictures of 16 to 64 px."""
     import transformers as hf
 
     return hf.Qwen2VLImageProcessor(size=pixel_range(16 * 16, 64 * 64), **PIXELS)
@@ -149,6 +151,7 @@ def _clips_in_frames() -> Any:  # from Qwen3-VL on the size counts all frames, a
 
 
 def packed_tower(depth: int, **more: Any) -> dict[str, Any]:
+    """Config of a tiny vision tower that reads all pictures as one packed sequence."""
     return {
         "depth": depth,
         "hidden_size": 32,
