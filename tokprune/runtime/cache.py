@@ -33,6 +33,7 @@ class View:
         self._cache, self._then = cache, then
 
     def update(self, keys: Tensor, values: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        """Keys and values that the attention module goes on with: (B, H, S, hd) each."""
         return self._then(*self._cache.update(keys, values, *args, **kwargs))
 
     def __getattr__(self, name: str) -> object:
