@@ -14,7 +14,7 @@ from PIL import Image
 import tokprune
 import tokprune.demo
 from tokprune.demo.asking import Asker
-from tokprune.errors import TokpruneError
+from tokprune.errors import TokpruneError, install_line
 from tokprune.loading import LoadOptions, check_device, demo_scorer, load
 from tokprune.registry import method_class
 from tokprune.viz.kept import kept_on_image
@@ -80,7 +80,7 @@ def main() -> None:
     try:
         import gradio  # noqa: F401
     except ImportError:
-        raise SystemExit("this example needs gradio: pip install '.[app]'") from None
+        raise SystemExit(f"this example needs gradio: {install_line('app')}") from None
     check_device(args.device)
     loaded = load(args.model, LoadOptions(args.device))
     asker = Asker(loaded.model, loaded.processor, loaded.embedded, demo_scorer(loaded, names()))

@@ -15,6 +15,7 @@ from PIL import Image
 
 import tokprune
 import tokprune.demo
+from tokprune.errors import install_line
 
 
 def pictures_of(folder: Path | None, count: int) -> tuple[list[Image.Image], list[str]]:
@@ -41,7 +42,7 @@ def main() -> None:
     try:
         import open_clip
     except ImportError:
-        raise SystemExit("this example needs open_clip: pip install 'open-clip-torch>=2.32', or '.[vision]'") from None
+        raise SystemExit(f"this example needs open_clip: {install_line('vision')}") from None
 
     torch.manual_seed(0)
     model, _, prepare = open_clip.create_model_and_transforms(args.model, pretrained=args.weights)

@@ -41,12 +41,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
 
-    try:
-        import timm
-    except ImportError:
-        raise SystemExit(
-            "this example needs timm: pip install 'timm>=1.0.22', or pip install '.[vision]' here"
-        ) from None
     model = timm.create_model(args.model, pretrained=args.pretrained).eval()
     images = torch.randn(args.batch, *model.pretrained_cfg["input_size"])
     plain = images_per_second(model, images, args.rounds)

@@ -27,7 +27,12 @@ ROOT = Path(__file__).parents[2]
 COPIES = "repository"  # where files outside docs/ come to lie in the site
 LINK = re.compile(r"(\]\()([^)\s#:]+)(#[^)\s]*|)(\))")
 FROM_ROOT = ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "CODE_OF_CONDUCT.md")
-SECTIONS = {"#models": "models.md", "#not-there-yet": "limits.md", "#when-it-does-not-help": "limits.md", "#methods": "methods/index.md"}
+SECTIONS = {
+    "#models": "models.md",
+    "#methods": "methods/index.md",
+    "#when-it-does-not-help": "limits.md",
+    "#not-there-yet": "limits.md",
+}
 """Sections of the README that are pages here."""
 WITH_PICTURES = os.environ.get("TOKPRUNE_SITE_PICTURES", "1") != "0"
 _drawn: dict[str, bytes | str] = {}  # `mkdocs serve` builds many times in one process
