@@ -4,6 +4,7 @@ scorer."""
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -98,6 +99,7 @@ def split_methods(text: str) -> list[str]:
     """The names in "quota+divprune", or with commas between; raises OptionError for one that is not registered."""
     from tokprune.registry import method_class
 
+    text = re.sub(r"(?<=\w)\+\s*(?=$|,|\+)", "_plus", text)  # the "+" of PruMerge+ joins nothing
     names = [part.strip() for part in text.replace(",", "+").split("+") if part.strip()]
     if not names:
         raise OptionError("no method is named; write for example divprune, or quota+divprune for two stages.")

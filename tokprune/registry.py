@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import pkgutil
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -104,10 +105,33 @@ def method_class(name: str) -> type[Method]:
     _load()
     if not isinstance(name, str):
         raise OptionError(f"a method is named by a string, not {type(name).__name__}: {name!r}.")
-    key = name.lower().replace("-", "_")
-    if key not in _methods:
-        raise unknown("method", name, _methods)
-    return _methods[key]
+    known = _methods.get(name.lower().replace("-", "_"))
+    known = known or next((cls for other, cls in _methods.items() if _key(other) == _key(name)), None)
+    if known is not None:
+        return known
+    if papers := by_paper(name):
+        raise OptionError(
+            f"{name!r} is the name of a paper; what it does is called {' or '.join(map(repr, papers))} here."
+        )
+    raise unknown("method", name, _methods)
+
+
+def _key(text: str) -> str:
+    """A name without what people write differently: "LLaVA-PruMerge+" is "llavaprumergeplus"."""
+    return re.sub(r"[^a-z0-9]", "", text.lower().replace("+", "plus"))
+
+
+def by_paper(name: str) -> list[str]:
+    """Names of the methods whose paper or official code goes by `name`: "videollamb" -> ["scenetilling"]."""
+    _load()
+    return sorted(other for other, cls in _methods.items() if _key(name) in _paper_keys(cls.info))
+
+
+def _paper_keys(info: MethodInfo) -> set[str]:
+    """What a paper is called: the title, its part before a colon, the repository with and without its owner."""
+    short = [part.rpartition("after ")[2] for part in info.paper.split(": ")[:-1]]
+    repository = info.checked.repository if info.checked is not None else ""
+    return {key for text in (info.paper, *short, repository, repository.rpartition("/")[2]) if (key := _key(text))}
 
 
 def get_method(name: str, **options: object) -> Method:

@@ -141,6 +141,8 @@ def test_devices_and_dtypes() -> None:
 
 def test_lists_of_methods() -> None:
     assert split_methods("quota+divprune") == split_methods(" quota , divprune ") == ["quota", "divprune"]
+    assert split_methods("prumerge+") == ["prumerge_plus"]  # not PruMerge without its plus
+    assert split_methods("quota+prumerge+") == ["quota", "prumerge_plus"]
     with pytest.raises(OptionError, match="no method is named"):
         split_methods("+")
     with pytest.raises(OptionError, match="divprune"):

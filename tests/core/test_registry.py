@@ -212,3 +212,54 @@ def test_a_published_method_says_what_it_was_checked_against() -> None:
         assert info.checked.repository.count("/") == 1 or not (info.checked.repository or info.checked.agrees), (
             info.name
         )
+
+
+@pytest.mark.parametrize(
+    ("written", "name"),
+    [
+        ("FasterVLM", "fastervlm"),
+        ("Zero-TPrune", "zerotprune"),
+        ("PruMerge+", "prumerge_plus"),
+        ("dart-llm", "dart_llm"),
+    ],
+)
+def test_names_are_known_as_people_write_them(written: str, name: str) -> None:
+    assert method_class(written).info.name == name
+
+
+@pytest.mark.parametrize(
+    ("paper", "names"),
+    [
+        ("llavolta", ["llavolta"]),
+        ("adaptvision", ["adaptive_budget"]),
+        ("VideoLLaMB", ["scenetilling"]),
+        ("dtop", ["dtop"]),
+        ("aurora", ["auroracap", "auroracap_frames"]),
+    ],
+)
+def test_paper_names_lead_to_ours(paper: str, names: list[str]) -> None:
+    from tokprune.cli.methods import named
+    from tokprune.registry import by_paper
+
+    assert named(paper) == names
+    if paper != names[0]:
+        with pytest.raises(OptionError, match=f"{paper}.*{'.*'.join(names)}"):
+            method_class(paper)
+    assert set(names) <= set(by_paper(paper)) | {paper}
+
+
+def test_every_official_repository_leads_somewhere() -> None:
+    """What people call a method is often the name of its repository."""
+    from tokprune.registry import by_paper
+
+    for name in list_methods():
+        checked = method_class(name).info.checked
+        if checked is not None and checked.repository:
+            assert name in by_paper(checked.repository)
+            assert name in by_paper(checked.repository.split("/")[1])
+
+
+def test_two_names_never_read_alike() -> None:
+    from tokprune.registry import _key
+
+    assert len({_key(name) for name in list_methods()}) == len(list_methods())

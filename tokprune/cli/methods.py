@@ -14,8 +14,9 @@ from rich.table import Table
 
 from tokprune.cli import options
 from tokprune.cli.output import console_for, save_json
+from tokprune.errors import OptionError
 from tokprune.files import STDOUT
-from tokprune.registry import STAGES, list_methods, method_class
+from tokprune.registry import STAGES, by_paper, list_methods, method_class
 from tokprune.types import JsonObject
 
 
@@ -67,16 +68,15 @@ def methods(
     json_file: options.Json = None,
 ) -> None:
     """List the methods, or explain one."""
-    chosen = facts(name) if name is not None else None
-    rows = [] if chosen else [facts(n) for n in list_methods(stage, query_aware=query_aware, merges=merges)]
+    names = list_methods(stage, query_aware=query_aware, merges=merges) if name is None else named(name)
+    rows, one = [facts(n) for n in names], name is not None and len(names) == 1
     if json_file is not None:
-        save_json(
-            console_for(json=json_file), json_file, chosen or [{k: v for k, v in r.items() if k != "doc"} for r in rows]
-        )
+        data = rows[0] if one else [{k: v for k, v in r.items() if k != "doc"} for r in rows]
+        save_json(console_for(json=json_file), json_file, data)
     if json_file == STDOUT:
         return
-    if chosen is not None:
-        explain(chosen)
+    if one:
+        explain(rows[0])
         return
     console = Console()
     for at in STAGES:
@@ -84,6 +84,16 @@ def methods(
         if mine:
             console.print(_table(at, mine))
     console.print("? reads the question, + merges tokens. tokprune methods NAME explains one.")
+
+
+def named(name: str) -> list[str]:
+    """The method of that name, or those of the paper of that name."""
+    try:
+        return [method_class(name).info.name]
+    except OptionError:
+        if papers := by_paper(name):
+            return papers
+        raise
 
 
 def _table(stage: str, rows: list[JsonObject]) -> Table:
