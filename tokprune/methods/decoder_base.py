@@ -30,6 +30,10 @@ class LayerAttention(Protocol):
         """Keys as the layer used them, rotated: (H', n, d)."""
 
     @property
+    def plain_keys(self) -> Tensor:
+        """Keys before their rotation: (H', n, d)."""
+
+    @property
     def values(self) -> Tensor:
         """Values of the layer: (H', n, d)."""
 

@@ -23,6 +23,10 @@ class Dense:
     keys: Tensor
     values: Tensor
 
+    @property
+    def plain_keys(self) -> Tensor:
+        return self.keys
+
     def _products(self, queries: Tensor) -> Tensor:
         k = self.keys.repeat_interleave(len(self.q) // len(self.keys), 0)
         return self.q[:, queries].float() @ k.float().transpose(1, 2) / self.q.shape[-1] ** 0.5  # (H, R, n)

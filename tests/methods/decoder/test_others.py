@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.methods.decoder.layers import fresh, layer_tokens, steps
+from tests.methods.decoder.layers import Dense, fresh, layer_tokens, steps
 from tests.published.dart import dart_in_llm
 from tokprune.errors import OptionError
 from tokprune.methods.decoder.catp_llm import CATPLLM, context_scores
@@ -77,6 +77,24 @@ def test_dart_keeps_what_its_authors_keep(each: int) -> None:
     chosen = DartLLM().select(tokens, 4 + 8 * each)
     assert torch.equal(tokens.visual[chosen.indices], expected)
     assert DartLLM().plan(32, None).counts(576) == [132]
+
+
+def test_dart_reads_keys_before_their_rotation() -> None:
+    class Rotated(Dense):
+        """Rotation that leaves nothing of the keys' order."""
+
+        @property
+        def plain_keys(self) -> torch.Tensor:
+            return self.keys.flip(1)
+
+    tokens = layer_tokens(((6, 8),), seed=4)
+    below = Rotated(tokens.below.q, tokens.below.keys, tokens.below.values)  # type: ignore[attr-defined]
+    rotated = fresh(tokens, below=below)
+    flipped = fresh(tokens, below=Dense(below.q, below.plain_keys, below.values))
+    assert torch.equal(DartLLM().select(rotated, 12).indices, DartLLM().select(flipped, 12).indices)
+    published = DartLLM(compat="published").select(rotated, 12).indices
+    assert torch.equal(published, DartLLM().select(tokens, 12).indices)
+    assert not torch.equal(published, DartLLM().select(rotated, 12).indices)
 
 
 def test_smoothing_counts_what_is_there() -> None:

@@ -100,6 +100,11 @@ class RowAttention:
         return self._own(self.inputs.pairs[0])
 
     @property
+    def plain_keys(self) -> Tensor:
+        """(H', n, d)."""
+        return self.inputs.plain_keys[self.row, :, self.start : self.start + self.n]
+
+    @property
     def values(self) -> Tensor:
         """(H', n, d)."""
         return self._own(self.inputs.pairs[1])

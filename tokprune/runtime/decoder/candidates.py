@@ -35,6 +35,8 @@ class Candidates:
     """(S,)."""
     total: int
     """Tokens that entered the LLM."""
+    fixed: int = 0
+    """Of these, those that always stay: 1 where the prompt's last token, whose state is the answer's, is visual."""
     final: int | None = None
     """How many are to be left behind the last drop, where ratio or budget say so."""
 
@@ -52,6 +54,19 @@ class Candidates:
             signals={name: value[indices.to(value.device)] for name, value in self.signals.items()},
             separators=torch.where(alive, self.separators, -1),
         )
+
+
+def spared(rows: Sequence[Candidates], last: int) -> list[Candidates]:
+    """The candidates, and separators, without the prompt's last token, slot `last`. One look at the device for all."""
+    some = [c for c in rows if len(c)]
+    ends = torch.stack([c.slots[-1] for c in some]).tolist() if some else []
+    at_end = {id(c) for c, end in zip(some, ends, strict=True) if end == last}
+    out = []
+    for c in rows:
+        separators = torch.where(c.separators == last, -1, c.separators)
+        without = c.chosen(torch.arange(len(c) - 1, device=c.slots.device)) if id(c) in at_end else c
+        out.append(replace(without, separators=separators, fixed=int(id(c) in at_end)))
+    return out
 
 
 def candidates_of(
@@ -104,5 +119,6 @@ def _of_row(
         separators=torch.cat(separators),
         separator_line=torch.cat(lines),
         total=sum(s.kept for s, _ in members),
+        fixed=0,
         final=final,
     )

@@ -27,7 +27,7 @@ from tokprune.methods.decoder_base import DecoderMethod
 from tokprune.runtime.cache import View
 from tokprune.runtime.cache_record import get_state, physical_length
 from tokprune.runtime.decoder.attention import LayerInputs
-from tokprune.runtime.decoder.candidates import candidates_of
+from tokprune.runtime.decoder.candidates import Candidates, candidates_of, spared
 from tokprune.runtime.decoder.choose import Dropper
 from tokprune.runtime.decoder.frame import Frame, Live, Prompt, Step, unknown_tensors
 from tokprune.runtime.decoder.support import check_call, check_layers
@@ -123,11 +123,11 @@ class DecoderStage:
         width = forward.index.shape[1]
         filler = torch.tensor([width - n for n in counts], device=plan.keep.device)
         slot = plan.keep.cumsum(1) - 1 + filler[:, None]  # (B, L)
-        candidates = candidates_of(plan.streams, slot, signals, self.count)
+        answer = 0 if prompt_length is None else max(length - prompt_length, 0)
+        candidates = spared(candidates_of(plan.streams, slot, signals, self.count), width - 1 - answer)
         numbers = torch.arange(width, device=slot.device).expand_as(forward.index)
         live = Live(torch.where(forward.index < 0, -1, numbers), counts)
-        answer = 0 if prompt_length is None else max(length - prompt_length, 0)
-        steps = self._steps([(len(c), c.final) for c in candidates])
+        steps = self._steps(candidates)
         return Prompt(forward, candidates, steps, live, forward.index, answer, [{} for _ in candidates])
 
     def note_signals(self, streams: list[StreamRecord]) -> None:
@@ -141,15 +141,16 @@ class DecoderStage:
         """The next forward of the language model in this thread is of `prompt`."""
         self.threads.now.prompt = prompt
 
-    def _steps(self, rows: list[tuple[int, int | None]]) -> dict[int, Step]:
-        """What is to be left in front of each layer. rows: tokens of each prompt, and those to be left at last."""
+    def _steps(self, rows: list[Candidates]) -> dict[int, Step]:
+        """What is to be left of the candidates of each prompt in front of each layer."""
         steps: dict[int, Step] = {}
         bound = self.count is not None or self.method.schedule is not None
-        for b, (total, final) in enumerate(rows):
+        for b, row in enumerate(rows):
+            total, final = row.total, row.final
             share = self.share if final is None or not total or self.share is not None else final / total
             schedule = self.schedule(share)
             for layer, keep in zip(schedule.layers, schedule.counts(total, final), strict=True):
-                steps.setdefault(layer, Step([None] * len(rows), bound)).keep[b] = keep
+                steps.setdefault(layer, Step([None] * len(rows), bound)).keep[b] = max(keep - row.fixed, 0)
         return steps
 
     # -- one forward of the language model
