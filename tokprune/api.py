@@ -43,9 +43,9 @@ def apply(
     to choose by the second inside each frame; images of the same prompt go to the second alone, or stay whole.
 
     A method of the encoder stage reduces the vision tower itself, and a VLM's LLM then gets one token per group. Stages
-    compose: method=[get_method("tome", r=1), "divprune"]; the ratio is the connector's then. `model` may also be a timm
-    or open_clip
-    ViT: ratio is optional for methods with a schedule of their own (`apply(vit, "tome", r=8)`), the handle is the same.
+    compose: method=[get_method("tome", r=1), "divprune"]; the ratio is the connector's then. `model` may also be a ViT
+    of timm, open_clip, torchvision or transformers: ratio is optional for methods with a schedule of their own
+    (`apply(vit, "tome", r=8)`), the handle is the same.
 
     A method of the cache stage lets each new token read a part of the visual keys: method=["dycoke", "dycoke_cache"].
     Its share is its own there; alone, the ratio is.

@@ -307,7 +307,7 @@ def apply_encoder(
 ) -> Pruning:
     """Let the vision tower of `model` run on fewer tokens, in place; of a VLM, nothing but the tower.
 
-    model: a timm or open_clip ViT, a CLIP-like tower of transformers, or a VLM with one. method: a name (see
+    model: a ViT of timm, open_clip, torchvision or transformers, with a head or without, or a VLM with one. method: a name (see
     list_methods("encoder")) with its fields as `options`, or a method object. ratio, budget: patches left at the
     tower's end, per image or frame, for methods that have no schedule of their own. expand: whether the tower's output
     keeps its full length, each merged token repeated at the places of its members (then pooling over patches is the
