@@ -58,6 +58,11 @@ TOWERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"hidden_states": noise(64, 96), **GRIDS},
     ),
     "minimax_m3_vl": ("MiniMaxM3VLVisionModel", SIZES, {"pixel_values": noise(64, 96), **GRIDS}),
+    "exaone4_5": (
+        "Exaone4_5_VisionModel",
+        {**PACKED, "num_key_value_heads": 2, "window_size": 16, "fullatt_block_indexes": [1], "out_hidden_size": 32},
+        {"hidden_states": noise(64, 96), **GRIDS},
+    ),
     "lfm3_vl": (
         "Lfm3VlVisionModel",
         {**SIZES, "num_key_value_heads": 2, "layer_types": ["conv", "full_attention", "full_attention"]},

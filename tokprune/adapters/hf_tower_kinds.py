@@ -175,7 +175,10 @@ def _window_order(root_ref: Ref, grid: Tensor, kwargs: ModelCall) -> Tensor:
 
 
 class QwenLike(TowerKind):
-    """Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3.5 and GLM-4V: all pictures in one sequence, rotary positions."""
+    """Qwen2-VL to Qwen4, Qwen3-Omni, GLM-4V, Cohere Compass: all pictures in one sequence, rotary positions.
+
+    Kin whose queries and keys are normed (GLM-OCR, GLM-5 next) have no room for the size in them, and stay out.
+    """
 
     BLOCKS = (
         "Qwen2VLVisionBlock",
@@ -183,7 +186,12 @@ class QwenLike(TowerKind):
         "Qwen3VLVisionBlock",
         "Qwen3VLMoeVisionBlock",
         "Qwen3_5VisionBlock",
+        "Qwen3_5MoeVisionBlock",
+        "Qwen3OmniMoeVisionBlock",
+        "Qwen4ExpVisionBlock",
         "Glm4vVisionBlock",
+        "Glm4vMoeVisionBlock",
+        "CohereCompassVisionBlock",
     )
 
     def matches(self, module: nn.Module) -> bool:

@@ -67,7 +67,10 @@ class AttentionReader:
         heads = getattr(self.attention, "num_heads", None)
         heads = heads or getattr(getattr(self.attention, "config", None), "num_attention_heads", None)
         size = getattr(self.attention, "head_dim", None)
-        if "qkv" in seen:
+        if "qkv" in seen and hasattr(self.attention, "kv_dim"):  # EXAONE 4.5: grouped heads
+            groups = self.attention.kv_dim // size
+            q, k, v = seen["qkv"].unflatten(-1, (-1, size)).split((heads, groups, groups), -2)
+        elif "qkv" in seen:
             q, k, v = seen["qkv"].unflatten(-1, (3, heads, -1)).unbind(-3)  # (..., N, H, d)
         else:
             split = (-1, size) if size else (heads, -1)

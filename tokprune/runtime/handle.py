@@ -307,11 +307,11 @@ def apply_encoder(
 ) -> Pruning:
     """Let the vision tower of `model` run on fewer tokens, in place; of a VLM, nothing but the tower.
 
-    model: a ViT of timm, open_clip, torchvision or transformers, with a head or without, or a VLM with one. method: a name (see
-    list_methods("encoder")) with its fields as `options`, or a method object. ratio, budget: patches left at the
-    tower's end, per image or frame, for methods that have no schedule of their own. expand: whether the tower's output
-    keeps its full length, each merged token repeated at the places of its members (then pooling over patches is the
-    weighted mean, and everything behind the tower still fits); by default for VLMs always, and for bare towers with
+    model: a ViT of timm, open_clip, torchvision or transformers, with a head or without, or a VLM with one. method: a
+    name (see list_methods("encoder")) with its fields as `options`, or a method object. ratio, budget: patches left at
+    the tower's end, per image or frame, for methods that have no schedule of their own. expand: whether the tower's
+    output keeps its full length, each merged token repeated at the places of its members (then pooling over patches is
+    the weighted mean, and everything behind the tower still fits); by default for VLMs always, and for bare towers with
     methods that merge. Dropped tokens are zeros. processor: tells methods that look at the picture (apt) how its pixels
     were normalised.
 
