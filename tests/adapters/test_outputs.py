@@ -140,3 +140,31 @@ def test_picture_features_keep_their_container(family: str) -> None:
         assert sum(len(f) for f in seen[0]) == sum(kept)
         if len(seen[0]) == len(kept):
             assert [len(f) for f in seen[0]] == kept
+
+
+@pytest.mark.parametrize("method", ["random", "pyramiddrop", "none"])
+@torch.no_grad()
+def test_the_last_run_says_which_columns_every_layer_worked_on(method: str) -> None:
+    """What enters a layer is the returned hidden state at these columns; attentions are as wide as they are."""
+    tiny = build("llava", attn="eager", layers=4)
+    inputs = prompt("llava", "image").inputs
+    options = {"schedule": ((1, 0.6), (3, 0.2))} if method == "pyramiddrop" else {"ratio": 0.4}
+    entering: dict[int, Tensor] = {}
+
+    def note(layer: int, args: Any, kwargs: Any) -> None:
+        entering[layer] = args[0] if args else kwargs["hidden_states"]
+
+    more = {"output_hidden_states": True, "output_attentions": True}
+    with tokprune.apply(tiny.model, method, **options) as pruning:
+        generated = tiny.model.generate(**inputs, max_new_tokens=2, return_dict_in_generate=True, **more)
+        for i, layer in enumerate(tiny.model.base_model.language_model.layers):
+            layer.register_forward_pre_hook(lambda m, a, k, i=i: note(i, a, k), with_kwargs=True)
+        out = tiny.model(**inputs, **more)
+        columns = [pruning.last.columns(i) for i in range(4)]
+    for i, seen in entering.items():
+        width = columns[i].shape[1]
+        assert out.attentions[i].shape[-2:] == generated.attentions[0][i].shape[-2:] == (width, width)
+        real = columns[i] >= 0
+        states = out.hidden_states[i].gather(1, columns[i].clamp(min=0)[..., None].expand_as(seen))
+        torch.testing.assert_close(states[real], seen[real])
+    assert len({c.shape[1] for c in columns}) == {"random": 1, "pyramiddrop": 3, "none": 1}[method]

@@ -13,8 +13,10 @@ from tokprune.tokens import Layout, Query, VisualTokens
 
 WIDTH, ENCODER_WIDTH, CLIP_WIDTH, HEADS, HEAD_WIDTH = 16, 12, 10, 2, 6
 
-PER_TOKEN = re.compile(r"(cls_attention|cls_attention_1head|received_attention|value_attention)(:-?[\d.]+)?$")
-REAL = re.compile(r"(cls_logits|value_norm):-?[\d.]+$")
+PER_TOKEN = re.compile(
+    r"(cls_attention|cls_attention_1head|received_attention|value_attention|llm_attention)(:-?[\d.]+)?$"
+)
+REAL = re.compile(r"(cls_logits|value_norm|llm_logits):-?[\d.]+$")
 KEYS = re.compile(r"keys:-?[\d.]+$")
 
 
@@ -60,6 +62,8 @@ def signals(needs: Iterable[str], layout: Layout, generator: torch.Generator) ->
             out[name] = torch.randn(n, generator=generator) + (4 if name.startswith("value_norm") else 0)
         elif KEYS.match(name):
             out[name] = torch.randn(n, HEADS, HEAD_WIDTH, generator=generator)
+        elif name.startswith("llm_question:"):
+            out[name] = (2 * torch.randn(n + 1, HEADS, generator=generator)).softmax(0)[1:].clone()
         elif name == "encoder_features":
             out[name] = torch.randn(n, ENCODER_WIDTH, generator=generator)
         elif name == "clip_image":

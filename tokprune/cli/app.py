@@ -16,6 +16,7 @@ from tokprune.cli.plots import plots
 from tokprune.cli.profile import profile
 from tokprune.cli.recommend import recommend
 from tokprune.cli.run import run
+from tokprune.cli.search import search
 from tokprune.cli.show import show
 
 app = typer.Typer(
@@ -25,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (demo, methods, run, show, heatmap, profile, recommend, plan, plots, doctor):
+for command in (demo, methods, run, show, heatmap, profile, recommend, search, plan, plots, doctor):
     app.command()(command)
 app.command("eval")(evaluate)
 

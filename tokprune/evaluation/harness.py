@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from tokprune.config import PruneConfig
 from tokprune.errors import OptionError, missing_extra
 from tokprune.evaluation.cells import OPTION, Cell, CellResult, Settings, build_methods
 from tokprune.evaluation.harness_log import CellLog
@@ -77,8 +78,8 @@ class Harness:
             **more,
         }
 
-    def __call__(self, cell: Cell) -> CellResult | None:
-        """Run a cell; None on ranks other than 0."""
+    def __call__(self, cell: Cell, config: PruneConfig | None = None) -> CellResult | None:
+        """Run a cell; None on ranks other than 0. config: how to prune, in place of the cell's method and ratio."""
         from tokprune.evaluation.harness_results import cell_result
 
         if self.log_of is None or not self.team.leads:
@@ -87,15 +88,17 @@ class Harness:
             logged = self.log.to(self.log_of(cell))
         with logged:
             try:
-                output = self._evaluate(cell)
+                output = self._evaluate(cell, config)
             finally:
                 self._tidy()
         return None if output is None else cell_result(cell, output, self.model.records)
 
-    def _evaluate(self, cell: Cell) -> Fields | None:
+    def _evaluate(self, cell: Cell, config: PruneConfig | None) -> Fields | None:
         s = self.settings
         ratio = None if cell.baseline else cell.ratio
-        if cell.method in s.configs:
+        if config is not None:
+            self.model.set_pruning(config)
+        elif cell.method in s.configs:
             self.model.set_pruning(list(build_methods(cell.method, s)), ratio=ratio, positions=s.positions)
         else:
             self.model.set_pruning(cell.method, ratio=ratio, positions=s.positions, **s.options(cell.method))

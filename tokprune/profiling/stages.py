@@ -11,6 +11,7 @@ from torch import nn
 from tokprune.adapters.base import TEXT_MODELS
 from tokprune.adapters.towers import TOWERS, first_child, projectors_of
 from tokprune.errors import UnsupportedModelError
+from tokprune.runtime.lookahead import looking_ahead
 
 #: The parts of one `generate` call, in order. `select` is what happens between projector and LLM: scoring and pruning,
 #: and (pruned or not) embedding the text and placing the image rows. `other` is the bookkeeping of the call itself.
@@ -65,8 +66,12 @@ def watch(stages: StageModules, on_enter: Callable[[str], None], on_leave: Calla
 
     def add(module: nn.Module, part: str) -> None:
         # First to enter and last to leave: other hooks on the same module (pruning's) are booked under its part.
-        handles.append(module.register_forward_pre_hook(lambda m, a, k: on_enter(part), with_kwargs=True, prepend=True))
-        handles.append(module.register_forward_hook(lambda m, a, o: on_leave(part)))
+        def enter(module: nn.Module, args: object, kwargs: object) -> None:
+            if not looking_ahead():  # a method's first pass through the LLM is a part of its choice
+                on_enter(part)
+
+        handles.append(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
+        handles.append(module.register_forward_hook(lambda m, a, o: None if looking_ahead() else on_leave(part)))
 
     try:
         add(stages.vision, "vision")

@@ -20,13 +20,11 @@ from tokprune.adapters.hooks import Attachments, PerThread
 from tokprune.adapters.types import EncoderOutput, ModelCall, Original
 from tokprune.runtime.probe import AttentionProbe
 from tokprune.runtime.records import EncoderRecord, encoder_record
-from tokprune.runtime.signals import PatchScorer, SignalSet, compute_signals, signal_probe
+from tokprune.runtime.signals import PatchScorer, SignalSet, compute_signals, of_tower, signal_probe
 
 if TYPE_CHECKING:
     from tokprune.runtime.encoder.stage import EncoderStage
 
-QUERY_NEEDS = ("clip_text", "frame_scores")
-"""Needs that do not come from the vision tower's call."""
 SURVIVORS = "encoder_survivor"
 """The signal which rows the encoder stage left as groups' own places; from that stage, not from a probe."""
 
@@ -68,7 +66,7 @@ class Recorder:
         encoder: EncoderStage | None = None,
     ) -> None:
         self.adapter, self.scorer, self.encoder = adapter, scorer, encoder
-        self.needs = tuple(n for n in needs if n not in QUERY_NEEDS and n != SURVIVORS)
+        self.needs = tuple(n for n in of_tower(needs) if n != SURVIVORS)
         self.threads = PerThread(_Call)
         self.on = Attachments(self)
         self.probe: AttentionProbe | None = signal_probe(adapter.base, self.needs) if self.needs else None

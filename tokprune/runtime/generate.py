@@ -121,6 +121,8 @@ class ConnectorStage(Prefill):
         if plan is None or (plan.untouched and state is None):
             return self._chunks(original, None, ids, config, model_kwargs, **kwargs)
         new, forward, table = execute(self.adapter, plan, call, self._hide_positions())
+        if self.last is not None:
+            self.last.index = forward.index
         # prepare_inputs_for_generation takes positions that count from 0; PaliGemma's makes them count from 1.
         positions, first = new["position_ids"], self.adapter.family.first_position
         if call["position_ids"] is None:

@@ -114,6 +114,12 @@ class Installed:
         return {**vars(self), "_gone": None}
 
 
+def installed_on(model: Model) -> Installed | None:
+    """What is on a model now; None where it is not pruned."""
+    found = vars(unwrap(model)).get(HANDLE)
+    return found if isinstance(found, Installed) else None
+
+
 def _release(removed: weakref.ref[Installed], _: object, ending: Callable[[], bool] = sys.is_finalizing) -> None:
     """A removed pruning whose model is gone lets go of the model's parts, unless Python ends and modules are gone,
     too."""

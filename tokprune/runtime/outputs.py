@@ -2,7 +2,7 @@
 
 One rule for forward() and generate(): whatever has one row per prompt token (logits, hidden states) has the prompt's
 width, and a dropped token answers with the nearest kept one before it. Attentions are what was computed: queries and
-keys that were kept, `pruning.last.keep` says which.
+keys that were kept, `pruning.last.columns(layer)` says which.
 """
 
 from __future__ import annotations

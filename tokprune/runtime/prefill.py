@@ -40,6 +40,7 @@ from tokprune.runtime.contract import check_contract
 from tokprune.runtime.encode import Recorder, encode, encoding_ms
 from tokprune.runtime.execute import PrunedForward, clear_raw, execute
 from tokprune.runtime.frames.scores import FrameScorer
+from tokprune.runtime.lookahead import FirstPass, looking_ahead
 from tokprune.runtime.outputs import wide_path, widen_output
 from tokprune.runtime.plan import Columns, Plan, make_plan, tokens_of
 from tokprune.runtime.questions import give_examples, questions_of
@@ -135,6 +136,7 @@ class Prefill:
         self.on = Attachments(self)
         self.recorder = Recorder(adapter, options.needs, options.scorer, options.encoder)
         self.frame_scorer = FrameScorer.of(adapter, options.frames, options.processor, options.scorer)
+        self.ahead = FirstPass(adapter, options.method.needs)
         self.last: LastRun | None = None
         self.reader = Reader()
 
@@ -190,6 +192,8 @@ class Prefill:
     # -----------------------------------------------------------------------------
 
     def _before_base(self, module: nn.Module, args: Positional, kwargs: ModelCall) -> Replaced:
+        if looking_ahead():
+            return None
         step: GenerateStep | None = kwargs.pop(GENERATE_STEP, None)
         thread, compiling = self.threads.now, torch.compiler.is_compiling()
         _remove_path(thread.forward)
@@ -228,6 +232,8 @@ class Prefill:
             clear_raw(call)
             return call
         new, forward, thread.rotary_table = execute(self.adapter, plan, call, self._hide_positions())
+        if self.last is not None:
+            self.last.index = forward.index
         forward.for_generate = step is not None
         forward.as_tuple = not _wants_dict(self.adapter, call)
         decoder = self.options.decoder
@@ -259,6 +265,8 @@ class Prefill:
         return call
 
     def _after_base(self, module: nn.Module, args: Positional, kwargs: ModelCall, output: ModelOutput) -> ModelOutput:
+        if looking_ahead():
+            return None
         thread = self.threads.now
         forward, thread.forward = thread.forward, None
         _remove_path(forward)
@@ -281,7 +289,7 @@ class Prefill:
 
     def _before_llm(self, module: nn.Module, args: Positional, kwargs: ModelCall) -> None:
         """What the language model is given fits the keys that it has."""
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and not looking_ahead():
             check_entry(self.threads.now.passage, self.reader, args, kwargs)
 
     def _after_llm(self, module: nn.Module, args: Positional, kwargs: ModelCall, output: ModelOutput) -> None:
@@ -333,6 +341,7 @@ class Prefill:
                 return None
             if self.options.method.reads_examples:
                 give_examples(self.adapter, call, columns, streams, (processor, self.options.scorer))
+            self._look_ahead(call, encoded, columns, streams, prompt_length)
             score_ms = self._score_frames(streams, encoded)
             choose(self.options.method, streams, self.options.count)
             if self.options.decoder is not None:
@@ -343,6 +352,27 @@ class Prefill:
         width = max(int(plan.keep.sum(1).max()), 1)
         self.last = LastRun(plan.keep, plan.streams, plan.policy, width, encode_ms, select_ms, score_ms)
         return plan
+
+    def _look_ahead(
+        self,
+        call: ModelCall,
+        encoded: dict[str, EncoderOutput],
+        columns: Columns,
+        streams: list[StreamRecord],
+        prompt_length: int | None,
+    ) -> None:
+        """Give the streams what the method needs of the LLM, where it has anything to choose."""
+        thread, length, method = self.threads.now, columns.visible.shape[1], self.options.method
+        sizes = [len(stream.tokens) for stream in streams]
+        if not method.drops_at_full_budget and all(self.options.count(n) >= n for n in sizes):
+            return
+
+        def rotate(table: RotaryTable | None) -> None:
+            thread.rotary_table = table
+
+        answer = 0 if prompt_length is None else max(length - prompt_length, 0)
+        hide = self._hide_positions()
+        self.ahead.fill(call, encoded, columns, streams, answer=answer, hide_positions=hide, rotate=rotate)
 
     def _questions(
         self, call: ModelCall, columns: Columns, encoded: dict[str, EncoderOutput], prompt_length: int | None

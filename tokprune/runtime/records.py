@@ -144,3 +144,18 @@ class LastRun:
     score_ms: float = 0.0
     drops: list[Drop] = field(default_factory=list)
     """What the decoder stage dropped in front of layers of the LLM."""
+    index: Tensor | None = field(default=None, repr=False)
+    """(B, P) prompt column of each slot of layer 0, -1 for filler; None where the call ran as it was written."""
+
+    def columns(self, layer: int = 0) -> Tensor:
+        """(B, K) prompt column of each token that a layer of the LLM worked on in the prefill, -1 for filler.
+
+        These are rows and columns of that layer's attentions in what forward() and generate() return. Hidden states
+        have the prompt's own width.
+        """
+        drop = next((drop for drop in reversed(self.drops) if drop.layer <= layer), None)
+        if drop is not None:
+            return drop.columns
+        if self.index is not None:
+            return self.index
+        return torch.arange(self.keep.shape[1], device=self.keep.device).masked_fill(~self.keep, -1)

@@ -36,7 +36,10 @@ NAMES = (
 )
 """Signals of this module; all but the last two take a block: "keys:-1", "received_attention:0.348"."""
 
-ELSEWHERE = ("clip_text", "frame_scores")
+LLM_SIGNALS = ("llm_attention", "llm_logits", "llm_question")
+"""Signals of the LLM, all with a layer: "llm_attention:2"; `runtime.lookahead` makes them."""
+
+ELSEWHERE = ("clip_text", "frame_scores", *LLM_SIGNALS)
 """Needs that do not come from the vision tower; they are passed over here."""
 
 
@@ -67,8 +70,13 @@ class PatchScorer(Protocol):
         """Pictures (U, 3, H, W) as the processor normalised them -> (U, N, E), one per patch in raster order."""
 
 
-def block_index(spec: str | int | float, count: int) -> int:
-    """The 0-based block that `spec` means in a tower of `count` blocks.
+def of_tower(needs: Iterable[str]) -> list[str]:
+    """Those of `needs` that come from the vision tower."""
+    return [name for name in needs if name.partition(":")[0] not in ELSEWHERE]
+
+
+def block_index(spec: str | int | float, count: int, where: str = "the vision tower") -> int:
+    """The 0-based block that `spec` means in a tower of `count` blocks. where: what has them, for the error.
 
     "8" is block 8, "-1" the last one; a fraction in (0, 1) is a relative depth: "0.348" is block
     round(0.348 * (count - 1)), so that block 8 of a 24-block tower carries over to towers of any depth.
@@ -89,8 +97,8 @@ def block_index(spec: str | int | float, count: int) -> int:
         return round(depth * (count - 1))
     if not -count <= index < count:
         raise OptionError(
-            f"block {index} does not exist: the vision tower has {count} blocks (0 to {count - 1}, or -{count} to -1). "
-            f"To mean the same depth in every tower write a fraction, such as {8 / 23:.3f} for block 8 of 24."
+            f"block {index} does not exist: {where} has {count} blocks (0 to {count - 1}, or -{count} to -1). "
+            f"To mean the same depth in every model write a fraction, such as {8 / 23:.3f} for block 8 of 24."
         )
     return index % count
 

@@ -13,9 +13,9 @@ from tokprune.adapters.base import Adapter, flatten
 from tokprune.adapters.families import PlaceholderRun, StreamLayout, placeholder_runs
 from tokprune.adapters.types import EncoderOutput
 from tokprune.errors import MissingSignalError, PromptError
-from tokprune.runtime.encode import QUERY_NEEDS
 from tokprune.runtime.records import EncoderRecord, StreamRecord, encoder_record
 from tokprune.runtime.reuse import are_copies, arranged
+from tokprune.runtime.signals import of_tower
 from tokprune.tokens import Layout, Query, VisualTokens
 
 
@@ -75,7 +75,7 @@ def build_streams(adapter: Adapter, encoded: Encoded, prompts: Prompts, needs: S
         )
     geometry = _recorded(adapter, encoded, prompts, features, per_prompt)
     if geometry is None:
-        geometry = _unrecorded(encoded, per_prompt, [n for n in needs if n not in QUERY_NEEDS])
+        geometry = _unrecorded(encoded, per_prompt, of_tower(needs))
     queue = iter(zip(geometry.layouts, geometry.first_rows, strict=True))
     streams: list[StreamRecord] = []
     start = 0

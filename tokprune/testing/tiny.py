@@ -156,7 +156,7 @@ def _deepen(model: VLM, layers: int) -> None:
     text = next(getattr(model.base_model, name) for name in TEXT_MODELS if hasattr(model.base_model, name))
     few, config = list(text.layers), text.config
     for i in range(len(few), layers):
-        layer = copy.deepcopy(few[i % len(few)])
+        layer = copy.deepcopy(few[i % len(few)], {id(config): config})  # one config: the attention kernel stands there
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
                 module.layer_idx = i

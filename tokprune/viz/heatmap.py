@@ -46,8 +46,9 @@ def draw_heatmap(
 ) -> Image.Image:
     """The picture under a colour per token: dark blue is low, pale yellow high; parts that no token saw are pale grey.
 
-    values: (N,) one number per token of the stream; higher is brighter. name: what the numbers are, for the legend.
-    strength: how much of the colour covers the picture. Tiled pictures become two views, the tiles and the thumbnail.
+    values: (N,) one number per token of the stream; higher is brighter, NaN is as if no token saw the place. name: what
+    the numbers are, for the legend. strength: how much of the colour covers the picture. Tiled pictures become two
+    views, the tiles and the thumbnail.
     """
     if values.ndim != 1 or len(values) != len(layout.group):
         raise OptionError(
@@ -56,10 +57,11 @@ def draw_heatmap(
         )
     level, low, high = scaled(values)
     colours = style.ramp(level).astype(float)
+    known = ~values.detach().isnan().cpu().numpy()
 
     def paint(pixels: Pixels, cells: NDArray[np.int64]) -> Pixels:
         grey = (pixels @ np.array([0.299, 0.587, 0.114]))[..., None]
-        out, seen = unseen(pixels), cells >= 0
+        out, seen = unseen(pixels), (cells >= 0) & known[cells]
         out[seen] = (1 - strength) * grey[seen] + strength * colours[cells[seen]]
         return out
 
