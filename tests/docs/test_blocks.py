@@ -102,4 +102,8 @@ def test_set_up_commands_name_what_there_is(page: str) -> None:
 def test_blocks_that_are_not_run_are_few() -> None:
     """Each names its reason, and there are no more than these."""
     why = [b.why for page in PAGES for b in blocks(page) if b.why]
-    assert sorted(why) == ["lmms-eval's tasks are loaded from the hub", *["needs several GPUs"] * 2]
+    assert sorted(why) == [
+        "lmms-eval's tasks are loaded from the hub",
+        *["needs several GPUs"] * 2,
+        "tested in tests/evaluation, on pictures of its own",
+    ]

@@ -70,14 +70,13 @@ def method_page(name: str, picture: str | None, why_not: str = "") -> str:
 def _use(r: dict[str, Any]) -> list[str]:
     """The line that switches it on."""
     name = r["name"]
-    extra = ", processor=processor" if r["query_aware"] else ""
-    if r["wrapper"]:
-        call = f'tokprune.apply(model, tokprune.get_method("{name}", method="divprune"), ratio=0.1{extra})'
-    else:
-        call = f'tokprune.apply(model, "{name}", ratio=0.1{extra})'
-    if name == "none":
-        call = 'tokprune.apply(model, "none", ratio=1)'
-    return ["```python", call, "```"]
+    what = f'tokprune.get_method("{name}", method="{pictures.INSIDE}")' if r["wrapper"] else f'"{name}"'
+    takes = pictures.takes_ratio(name)
+    if takes is None:
+        return [f"It needs more than a name: see the options of `{name}` below."]
+    ratio = ", ratio=0.1" if takes else ""
+    question = ", processor=processor" if r["query_aware"] else ""
+    return ["```python", f"tokprune.apply(model, {what}{ratio}{question})", "```"]
 
 
 def _accuracy(name: str) -> list[str]:
