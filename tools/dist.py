@@ -10,6 +10,7 @@ The wheel is made from the source archive, so a file that is missing there is mi
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -82,10 +83,11 @@ def attempt(wheel: Path, bare: bool) -> None:
             install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet"]
             install += ["--no-deps", "--ignore-installed", str(wheel)]
         subprocess.run(install, check=True, cwd=folder)
-        subprocess.run([str(python), "-c", TRIAL], check=True, cwd=folder)
+        alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        subprocess.run([str(python), "-c", TRIAL], check=True, cwd=folder, env=alone)
         for words in (["methods", "--json"], ["eval", "--reference", "--methods", "divprune"]):
             command = [str(place / "bin" / "tokprune"), *words]
-            subprocess.run(command, check=True, cwd=folder, stdout=subprocess.DEVNULL)
+            subprocess.run(command, check=True, cwd=folder, env=alone, stdout=subprocess.DEVNULL)
 
 
 def main() -> None:

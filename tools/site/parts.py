@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import tokprune
+
 ROOT = Path(__file__).parents[2]
 
 API = {
-    "tokprune": ["tokprune"],
+    "tokprune": [f"tokprune.{name}" for name in tokprune.__all__ if name != "__version__"],
     "Errors": ["tokprune.errors"],
     "Budgets and schedules": ["tokprune.budget", "tokprune.schedule"],
     "Writing methods": [
@@ -40,7 +42,7 @@ API = {
     "Demo models": ["tokprune.demo", "tokprune.demo.asking"],
     "Testing": ["tokprune.testing", "tokprune.testing.self_test"],
 }
-"""Modules whose names are for users, by page."""
+"""Modules whose names are for users (of the first page: the names themselves), by page."""
 
 
 def api_pages() -> dict[str, str]:
