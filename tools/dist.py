@@ -85,7 +85,7 @@ def attempt(wheel: Path, bare: bool) -> None:
         subprocess.run(install, check=True, cwd=folder)
         alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         subprocess.run([str(python), "-c", TRIAL], check=True, cwd=folder, env=alone)
-        for words in (["methods", "--json"], ["eval", "--reference", "--methods", "divprune"]):
+        for words in (["methods", "--json", "-"], ["eval", "--reference", "--methods", "divprune"]):
             command = [str(place / "bin" / "tokprune"), *words]
             subprocess.run(command, check=True, cwd=folder, env=alone, stdout=subprocess.DEVNULL)
 
