@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -59,19 +60,12 @@ class AnyRes(Family):
             return base.pack_image_features(parts, sizes, image_newline=newline, vision_aspect_ratio=ratio)[0]
         return base.pack_image_features(parts, sizes, vision_feature_select_strategy="full", image_newline=newline)[0]
 
-    def canvas(self, call: EncoderCall, size: list[int]) -> tuple[int, int]:
-        """Tiles down and across of an image of `size`."""
-        from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
-
-        tile = pair(call.vision_config.image_size)[0]
-        down, across = get_anyres_image_grid_shape(size, call.config.image_grid_pinpoints, tile)
-        return int(down), int(across)
-
     def streams(self, call: EncoderCall) -> list[StreamLayout]:
         if call.modality == "video":
             return self.video_streams(call)
         side, counts, sizes = self.side(call), self.tile_counts(call), call.rows_of("image_sizes")
-        shapes = [self.canvas(call, size) for size in sizes]
+        tile = pair(call.vision_config.image_size)[0]
+        shapes = [canvas_of(size, call.config.image_grid_pinpoints, tile) for size in sizes]
         y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
         zero = torch.zeros(side * side, dtype=torch.float32)
         cell = torch.stack([zero, y.flatten(), x.flatten()], -1)  # (patches, 3): in a tile, y, x
@@ -82,7 +76,7 @@ class AnyRes(Family):
             corner = torch.stack([one, tile // across * side, tile % across * side], -1)
             places += [cell[None], cell + corner[:, None]]
         traced = self.pack(call, torch.cat(places), torch.nan)
-        return [_traced(rows, side, count, shape) for rows, count, shape in zip(traced, counts, shapes, strict=True)]
+        return [traced_layout(rows, side, count, shape) for rows, count, shape in zip(traced, counts, shapes, strict=True)]
 
     def arrange(self, call: EncoderCall, values: Tensor, fill: float = 0.0) -> Tensor:
         per_unit = values.unflatten(0, (-1, self.side(call) ** 2))
@@ -122,7 +116,15 @@ class AnyRes(Family):
         return llava_next() if model_type == "llava_next" else llava_next_video()
 
 
-def _traced(rows: Tensor, side: int, count: int, canvas: tuple[int, int]) -> StreamLayout:
+def canvas_of(size: Sequence[int], pinpoints: Any, tile: int) -> tuple[int, int]:
+    """Tiles of `tile` pixels down and across of an image of `size` (height, width)."""
+    from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+
+    down, across = get_anyres_image_grid_shape(size, pinpoints, tile)
+    return int(down), int(across)
+
+
+def traced_layout(rows: Tensor, side: int, count: int, canvas: tuple[int, int]) -> StreamLayout:
     """The layout of one image from its traced patches. rows: (n, 3) in a tile (0 or 1), canvas y, canvas x; newlines
     NaN."""
     newline = torch.isnan(rows[:, 0])

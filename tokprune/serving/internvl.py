@@ -1,0 +1,82 @@
+"""InternVL in vLLM (checkpoints in the format of transformers): tiles with a thumbnail last; clips frame by frame."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from vllm.model_executor.models.interns1 import (
+    InternS1DummyInputsBuilder,
+    InternS1ForConditionalGeneration,
+    InternS1MultiModalProcessor,
+    InternS1ProcessingInfo,
+)
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.transformers_utils.processor import cached_processor_from_config
+
+from tokprune.adapters.families.base import StreamLayout
+from tokprune.adapters.families.geometry import canvas_from_pixels, frames, plain, tiled
+from tokprune.serving.choose import Kept
+from tokprune.serving.model import Pruned
+from tokprune.serving.processor import PrunedInfo, PrunedProcessor
+from tokprune.serving.weave import woven
+from tokprune.tokens import Layout
+
+
+class Info(PrunedInfo, InternS1ProcessingInfo):  # type: ignore[misc]
+    pass
+
+
+class Processor(PrunedProcessor, InternS1MultiModalProcessor):  # type: ignore[misc]
+    weaves = frozenset({"video"})
+
+
+@MULTIMODAL_REGISTRY.register_processor(Processor, info=Info, dummy_inputs=InternS1DummyInputsBuilder)
+class PrunedInternVL(Pruned, InternS1ForConditionalGeneration):  # type: ignore[misc]
+    """InternVL with fewer visual tokens."""
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.tokprune_words = cached_processor_from_config(vllm_config.model_config)
+
+    def geometry(self, modality: str, inputs: Mapping[str, Any], features: Sequence[Tensor]) -> list[StreamLayout]:
+        side = math.isqrt(self.num_image_token)
+        if modality == "video":
+            return [plain(frames(int(count), (side, side))) for count in inputs["video_num_patches"].flatten().tolist()]
+        counts = [int(count) for count in inputs["image_num_patches"].flatten().tolist()]
+        pictures = inputs["pixel_values"].split(counts)
+        return [_picture(pixels, (side, side)) for pixels in pictures]
+
+    def placed(self, modality: str, inputs: Mapping[str, Any], features: Sequence[Tensor], kept: Sequence[Kept | None]) -> Any:
+        if modality == "image":
+            return super().placed(modality, inputs, features, kept)
+        out = []
+        counts = inputs["video_num_patches"].flatten().tolist()
+        for rows, k, count in zip(features, kept, counts, strict=True):
+            ids = self._words(int(count))
+            out.append(rows if k is None else woven(ids, self._video_token, k, self.language_model.embed_input_ids))
+        return out
+
+    @property
+    def _video_token(self) -> int:
+        words = self.tokprune_words
+        return int(words.tokenizer.convert_tokens_to_ids(words.video_token))
+
+    def _words(self, count: int) -> list[int]:
+        """Token ids that stand for a clip of `count` frames before pruning, as vLLM's processor writes it."""
+        words = self.tokprune_words
+        frame = words.start_image_token + words.video_token * words.image_seq_length + words.end_image_token
+        text = "\n".join(f"Frame{i + 1}: {frame}" for i in range(count))
+        ids: list[int] = words.tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+
+def _picture(pixels: Tensor, grid: tuple[int, int]) -> StreamLayout:
+    """Where the rows of a picture lie. pixels: (tiles, 3, H, W), the thumbnail last where there are several."""
+    count = pixels.shape[0]
+    if count == 1:
+        return plain(Layout.grid(*grid))
+    canvas, _ = canvas_from_pixels(pixels[:-1], pixels[-1])
+    return tiled(count, grid, canvas, count - 1)
