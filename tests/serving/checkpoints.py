@@ -20,7 +20,14 @@ from tokprune.adapters.families.tiny import BOS, BYTES, EOS, PAD
 from tokprune.testing import Part, clip
 from tokprune.testing.tiny import _randomise
 
-FAMILIES = ("llava", "llava_next", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "internvl")
+ARCHITECTURES = {
+    "llava": "LlavaForConditionalGeneration",
+    "llava_next": "LlavaNextForConditionalGeneration",
+    "llava_onevision": "LlavaOnevisionForConditionalGeneration",
+    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",
+    "internvl": "InternVLForConditionalGeneration",
+}
 VIDEO = ("llava_onevision", "qwen2_5_vl", "qwen3_vl", "internvl")
 WIDTH = 128  # four heads of 32
 TOKENS = 16
@@ -75,15 +82,15 @@ def picture(width: int, height: int, seed: int) -> Image.Image:
     return Image.fromarray((smooth + rng.integers(-40, 41, (height, width, 3))).clip(0, 255).astype(np.uint8))
 
 
-def requests(kind: str = "image") -> list[list[Part]]:
-    """32 questions about pictures of mixed sizes (or 6 about clips); the last ones repeat pictures and whole requests,
-    and one has no picture."""
+def requests(kind: str, family: str) -> list[list[Part]]:
+    """32 questions about pictures of mixed sizes (or 5 about clips); the last ones repeat pictures and whole requests,
+    and one has no picture. LLaVA-OneVision gets one picture a prompt: vLLM cuts several into tiles, transformers does not."""
     if kind == "video":
         clips = [clip(frames, 40, 32 + 16 * (frames % 3), seed=frames) for frames in (2, 4, 6, 8)]
         return [*([("video", c), QUESTIONS[i]] for i, c in enumerate(clips)), [("video", clips[1]), QUESTIONS[3]]]
     out: list[list[Part]] = []
     for i in range(24):
-        count = 2 if i % 4 == 3 else 1
+        count = 2 if i % 4 == 3 and family != "llava_onevision" else 1
         pictures = [("image", picture(*SIZES[(i + j) % len(SIZES)], seed=10 * i + j)) for j in range(count)]
         out.append([*pictures, QUESTIONS[i % len(QUESTIONS)]])
     again = [[*out[i][:-1], QUESTIONS[(i + 1) % 4]] for i in range(0, 8, 2)]  # the same picture, another question
@@ -92,6 +99,5 @@ def requests(kind: str = "image") -> list[list[Part]]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for name in sys.argv[2:] or FAMILIES:
+    for name in sys.argv[2:] or ARCHITECTURES:
         build(name, Path(sys.argv[1]) / name)
-        print(name, BYTES)

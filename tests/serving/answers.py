@@ -1,0 +1,89 @@
+"""Answers of transformers with tokprune on the same checkpoints: what vLLM's must be equal to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+import tokprune
+from tests.serving.checkpoints import BYTES, TOKENS, requests
+from tokprune.adapters.families import FAMILIES as REGISTERED
+from tokprune.testing import Part, TinyVLM
+from tokprune.testing.tiny import Spec
+
+
+def load(folder: Path, family: str) -> TinyVLM:
+    """A checkpoint of `checkpoints.build`."""
+    marks = REGISTERED[family].tiny(family)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folder / family, dtype=torch.float32).eval()
+    processor = transformers.AutoProcessor.from_pretrained(folder / family)
+    return TinyVLM(family, model, processor, Spec(marks.image, marks.video, marks.mixes))
+
+
+def greedy(tiny: TinyVLM, **inputs: Any) -> list[int]:
+    """TOKENS bytes."""
+    vocabulary = tiny.model.config.get_text_config().vocab_size
+    told = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "suppress_tokens": list(range(BYTES, vocabulary))}
+    with torch.no_grad():
+        out: Tensor = tiny.model.generate(**inputs, **told, do_sample=False)
+    return out[0, -TOKENS:].tolist()
+
+
+def answers(tiny: TinyVLM, kind: str, ratio: float | None, method: str = "divprune", **options: Any) -> list[dict[str, Any]]:
+    """Prompt length and answer of every request. ratio: None for the model without tokprune."""
+    out = []
+    for parts in requests(kind, tiny.family):
+        inputs = tiny.chat([parts])
+        length = inputs["input_ids"].shape[1]
+        if ratio is None or all(isinstance(part, str) for part in parts):
+            out.append({"prompt": length, "tokens": greedy(tiny, **inputs)})
+            continue
+        with tokprune.apply(tiny.model, method, ratio=ratio, processor=tiny.processor, **options) as pruning:
+            if tiny.family in ("llava_next", "llava_onevision"):
+                with torch.no_grad():
+                    tiny.model(**inputs)
+                streams = list(pruning.last.streams)
+            else:
+                tokens = greedy(tiny, **inputs)
+                dropped = sum(stream.total - stream.kept for stream in pruning.last.streams)
+                out.append({"prompt": length - dropped, "tokens": tokens})
+                continue
+        out.append(with_all_newlines(tiny, inputs, streams))
+    return out
+
+
+def with_all_newlines(tiny: TinyVLM, inputs: Any, streams: list[Any]) -> dict[str, Any]:
+    """The answer where all newlines stay, from embeddings put together by hand."""
+    ids = inputs["input_ids"]
+    video = "pixel_values_videos" in inputs
+    config = tiny.model.config
+    visual = ids[0] == (config.video_token_index if video else config.image_token_index)
+    rows, start = [], 0
+    for stream in streams:
+        geometry = stream.geometry
+        stay = torch.cat([geometry.rows[stream.selection.indices], geometry.separators])
+        rows.append(start + stay.sort().values)
+        start += geometry.total
+    with torch.no_grad():
+        if video:
+            found = tiny.model.model.get_video_features(inputs["pixel_values_videos"])
+        else:
+            found = tiny.model.model.get_image_features(inputs["pixel_values"], inputs["image_sizes"])
+        features = torch.cat([x.flatten(0, -2) for x in found.pooler_output])
+        embedded = tiny.model.get_input_embeddings()(ids)[0]
+    kept = torch.cat(rows)
+    embedded[visual.nonzero().flatten()[kept]] = features[kept]
+    columns = ~visual
+    columns[visual.nonzero().flatten()[kept]] = True
+    prompt = embedded[columns][None]
+    mask = torch.ones(prompt.shape[:2], dtype=torch.long)
+    return {"prompt": prompt.shape[1], "tokens": greedy(tiny, inputs_embeds=prompt, attention_mask=mask)}
+
+
+def described(parts: list[Part]) -> str:
+    """A request in words, for messages."""
+    return ", ".join(p if isinstance(p, str) else f"{p[0]} {getattr(p[1], 'size', None)}" for p in parts)
