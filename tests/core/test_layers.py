@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from tests.core.layers import (
-    BORN_OF_LMMS_EVAL,
     FILES,
     MAY_IMPORT,
     OPTIONAL,
     PUBLIC,
     ROOT,
+    SUBCLASSED,
     TRANSFORMERS,
     UPPER,
     allowed,
@@ -48,7 +48,7 @@ def test_heavy_packages_stay_where_they_belong(path: Path) -> None:
     source = layer(module_of(path))
     wrong = [line for line, name in imports(path) if name.split(".")[0] == "transformers"]
     assert source in TRANSFORMERS or not wrong, f"only {sorted(TRANSFORMERS)} may import transformers: lines {wrong}"
-    own = {"lmms_eval"} if path.relative_to(ROOT).as_posix() in BORN_OF_LMMS_EVAL else set()
+    own = {SUBCLASSED.get(path.relative_to(ROOT).as_posix())}
     eager = [(line, name) for line, name in imports(path, top_level=True) if name.split(".")[0] in OPTIONAL - own]
     assert not eager, f"optional packages are imported inside the functions that use them: {eager}"
 

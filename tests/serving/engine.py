@@ -18,8 +18,8 @@ from tokprune.testing import Part
 
 
 def job(folder: Path, family: str, kind: str = "image", ratio: float | None = 0.25, **more: Any) -> dict[str, Any]:
-    """A job: answer the requests of a kind. ratio: None for vLLM's own model. more: method, options, rounds, and `engine`,
-    arguments of vllm.LLM."""
+    """A job: answer the requests of a kind. ratio: None for vLLM's own model. more: method, options, rounds, and
+    `engine`, arguments of vllm.LLM."""
     return {"folder": str(folder / family), "family": family, "kind": kind, "ratio": ratio, **more}
 
 
@@ -55,7 +55,10 @@ def run(job: dict[str, Any]) -> list[list[dict[str, Any]]]:
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    limits = {"image": 4, **({} if job["family"] in ("llava", "llava_next") else {"video": int(job["kind"] == "video")})}
+    limits = {
+        "image": 4,
+        **({} if job["family"] in ("llava", "llava_next") else {"video": int(job["kind"] == "video")}),
+    }
     settings = {"dtype": "float32", "max_num_seqs": 32, "block_size": 32, **job.get("engine", {})}
     llm = LLM(
         job["folder"],

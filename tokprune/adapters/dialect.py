@@ -22,6 +22,16 @@ def tested_versions() -> str:
     return f"transformers {' and '.join(TESTED)}; installed: {transformers.__version__}"
 
 
+def is_older() -> bool:
+    """Whether the installed transformers is older than those that are known to work; the methods alone run beside it."""
+    import transformers
+
+    def minor(version: str) -> list[int]:
+        return [int(part) for part in version.split(".")[:2]]
+
+    return minor(transformers.__version__) < minor(TESTED[0])
+
+
 def parameters(function: Callable[..., Any]) -> tuple[str, ...]:
     """Names of a function's parameters, `self` and catch-alls left out. Wrapped functions answer for what they wrap."""
     function = inspect.unwrap(function)  # the cache below must hold no model

@@ -16,7 +16,15 @@ from typing import NamedTuple
 import torch
 
 from tokprune.adapters.base import Adapter
-from tokprune.adapters.dialect import CACHE, TESTED, cache_name, library_cache_name, parameters, tested_versions
+from tokprune.adapters.dialect import (
+    CACHE,
+    TESTED,
+    cache_name,
+    is_older,
+    library_cache_name,
+    parameters,
+    tested_versions,
+)
 from tokprune.adapters.types import Model, ModelCall
 from tokprune.adapters.types import Original as Function
 from tokprune.errors import UnsupportedModelError
@@ -185,6 +193,8 @@ def check_contract(adapter: Adapter) -> None:
     """Raise UnsupportedModelError where this transformers does not keep a convention that pruning this model rests
     on."""
     problem = broken(Functions.of(adapter))
+    if problem is None and is_older():
+        problem = f"transformers is {TESTED[0]} or newer"
     if problem is None and "flash" in str(adapter.config.get_text_config()._attn_implementation):
         rotary = [m for m in adapter.text_model.modules() if type(m).__name__.endswith("RotaryEmbedding")]
         if not any("position_ids" in parameters(type(m).forward) for m in rotary):

@@ -43,6 +43,30 @@ ELSEWHERE = ("clip_text", "frame_scores", *LLM_SIGNALS)
 """Needs that do not come from the vision tower; they are passed over here."""
 
 
+CLS_KINDS = ("cls_attention", "cls_logits", "cls_attention_1head", "value_attention")
+"""Signals that [CLS] gives; in a tower without it they tell what a token receives."""
+
+
+def block_values(kind: str, seen: Projections, cls: bool, frame: Tensor | None = None) -> tuple[Tensor, str]:
+    """Signal `kind` of all tokens of one block, special ones included, and what it is in words. -> (B, N, ...).
+
+    cls: the first token is [CLS]. frame: (N,) queries of the frame of each row, as of `Projections.received`.
+    """
+    if kind == "keys":
+        return wide(seen.k).transpose(1, 2), "keys"
+    if kind == "value_norm":
+        return mean_value_norm(seen.v), "L1 norm of the head-mean values"
+    logits, one_head = kind == "cls_logits", kind == "cls_attention_1head"
+    what = {"cls_logits": "logits", "cls_attention_1head": "attention, heads taken as one,"}.get(kind, "attention")
+    values = kind == "value_attention"
+    if kind in CLS_KINDS and cls:
+        if values:
+            return seen.cls_value_row(), "[CLS] row of value similarities"
+        return seen.cls_row(logits, one_head), f"[CLS] row of {what}"
+    received = seen.received(logits, one_head, values, frame)
+    return received, f"received {'value similarities' if values else what}"
+
+
 def mean_value_norm(values: Tensor) -> Tensor:
     """L1 norm of each token's value vector after its heads were averaged. (..., H, S, d) -> (..., S) in float32.
 
@@ -290,22 +314,11 @@ class _Reader:
 
     def score(self, kind: str, seen: Projections, cls: bool, block: int) -> tuple[Tensor, str]:
         """(B, N, ...) values of a block's tokens, special ones included."""
-        where = f"of block {block}"
-        if kind == "keys":
-            return wide(seen.k).transpose(1, 2), f"keys {where}"
-        if kind == "value_norm":
-            return mean_value_norm(seen.v), f"L1 norm of the head-mean values {where}"
-        logits, one_head = kind == "cls_logits", kind == "cls_attention_1head"
-        what = {"cls_logits": "logits", "cls_attention_1head": "attention, heads taken as one,"}.get(kind, "attention")
-        if kind != "received_attention" and cls:
-            if kind == "value_attention":
-                return seen.cls_value_row(), f"[CLS] row of value similarities {where}"
-            return seen.cls_row(logits, one_head), f"[CLS] row of {what} {where}"
-        values = kind == "value_attention"
         frame = self.frame_sizes(block) if seen.segments is not None else None
-        score = seen.received(logits, one_head, values, None if frame is None else frame.to(seen.q.device))
-        source = f"received {'value similarities' if values else what} {where}"
-        return score, source if kind == "received_attention" else source + ", the tower has no [CLS]"
+        values, what = block_values(kind, seen, cls, None if frame is None else frame.to(seen.q.device))
+        source = f"{what} of block {block}"
+        instead = kind in CLS_KINDS and not cls
+        return values, f"{source}, the tower has no [CLS]" if instead else source
 
     def prefix(self, tokens: int) -> int:
         """Special tokens before the patches of each unit."""

@@ -1,5 +1,5 @@
-"""Pruning inside vLLM: out-of-tree models that keep a share of the visual tokens, and embeddings pruned here for a server
-elsewhere.
+"""Pruning inside vLLM: out-of-tree models that keep a share of the visual tokens, and embeddings pruned here for a
+server elsewhere.
 
 vllm serve CKPT --hf-overrides '{"architectures": ["TokpruneLlavaForConditionalGeneration"],
                                  "tokprune": {"method": "divprune", "ratio": 0.25}}'

@@ -37,9 +37,9 @@ class Kept:
 
 
 def choose(settings: Settings, streams: Sequence[Stream], width: int) -> list[Kept | None]:
-    """What stays of each stream, None where all does; separators all stay, for their number must not depend on the choice.
+    """What stays of each stream, None where all does.
 
-    width: columns that the method sees.
+    Separators all stay, for their number must not depend on the choice. width: columns that the method sees.
     """
     method, out = settings.method, [None] * len(streams)  # type: list[Kept | None]
     counts = [settings.config.count(len(stream.geometry.rows)) for stream in streams]

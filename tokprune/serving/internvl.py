@@ -17,16 +17,17 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.transformers_utils.processor import cached_processor_from_config
 
 from tokprune.adapters.families.base import StreamLayout
-from tokprune.adapters.families.geometry import canvas_from_pixels, frames, plain, tiled
+from tokprune.adapters.families.geometry import canvas_from_pixels, frames, plain, pool, tiled
 from tokprune.serving.choose import Kept
 from tokprune.serving.model import Pruned
 from tokprune.serving.processor import PrunedInfo, PrunedProcessor
+from tokprune.serving.signals import KINDS, TowerSignals, check_parallel
 from tokprune.serving.weave import woven
 from tokprune.tokens import Layout
 
 
 class Info(PrunedInfo, InternS1ProcessingInfo):  # type: ignore[misc]
-    pass
+    signals = KINDS
 
 
 class Processor(PrunedProcessor, InternS1MultiModalProcessor):  # type: ignore[misc]
@@ -37,9 +38,15 @@ class Processor(PrunedProcessor, InternS1MultiModalProcessor):  # type: ignore[m
 class PrunedInternVL(Pruned, InternS1ForConditionalGeneration):  # type: ignore[misc]
     """InternVL with fewer visual tokens."""
 
+    signals = KINDS
+
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.tokprune_words = cached_processor_from_config(vllm_config.model_config)
+        needs = self.tokprune.method.needs
+        check_parallel(needs, vllm_config.parallel_config)
+        blocks, depth = self.vision_tower.encoder.layer, self.config.vision_config.num_hidden_layers
+        self.tokprune_signals = TowerSignals(needs, self.vision_tower, blocks, depth, cls=True)
 
     def geometry(self, modality: str, inputs: Mapping[str, Any], features: Sequence[Tensor]) -> list[StreamLayout]:
         side = math.isqrt(self.num_image_token)
@@ -49,7 +56,22 @@ class PrunedInternVL(Pruned, InternS1ForConditionalGeneration):  # type: ignore[
         pictures = inputs["pixel_values"].split(counts)
         return [_picture(pixels, (side, side)) for pixels in pictures]
 
-    def placed(self, modality: str, inputs: Mapping[str, Any], features: Sequence[Tensor], kept: Sequence[Kept | None]) -> Any:
+    def read(self, modality: str, inputs: Mapping[str, Any]) -> dict[str, list[Tensor]]:
+        vision = self.config.vision_config
+        grid = (vision.image_size[0] // vision.patch_size[0], vision.image_size[1] // vision.patch_size[1])
+        joined = round(1 / self.config.downsample_ratio)
+        counts = inputs[f"{modality}_num_patches"].flatten().tolist()
+        out = {}
+        for name, values in self.tokprune_signals.take(grid[0] * grid[1]).items():
+            flat = values.flatten(2) if values.dim() > 2 else values[..., None]  # (U, patches, C)
+            pooled = pool(flat, grid, (grid[0] // joined, grid[1] // joined))
+            rows = [part.flatten(0, 1) for part in pooled.split([int(n) for n in counts])]
+            out[name] = [x.reshape(x.shape[0], *values.shape[2:]) for x in rows]
+        return out
+
+    def placed(
+        self, modality: str, inputs: Mapping[str, Any], features: Sequence[Tensor], kept: Sequence[Kept | None]
+    ) -> Any:
         if modality == "image":
             return super().placed(modality, inputs, features, kept)
         out = []

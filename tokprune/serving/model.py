@@ -37,7 +37,13 @@ class Pruned:
         """Where the rows of each picture or clip of an encoder call lie. features: (R, W) each."""
         raise NotImplementedError
 
-    def placed(self, modality: str, inputs: Mapping[str, Any], features: Sequence[Tensor], kept: Sequence[Kept | None]) -> Any:
+    def read(self, modality: str, inputs: Mapping[str, Any]) -> dict[str, list[Tensor]]:
+        """The signals of an encoder call, (R, ...) for each picture or clip; none where the family gives none."""
+        return {}
+
+    def placed(
+        self, modality: str, inputs: Mapping[str, Any], features: Sequence[Tensor], kept: Sequence[Kept | None]
+    ) -> Any:
         """What the engine keeps of each picture or clip: the kept rows, in families without M-RoPE just these."""
         return [rows if k is None else k.features for rows, k in zip(features, kept, strict=True)]
 
@@ -49,7 +55,7 @@ class Pruned:
             return features  # embeddings made elsewhere stay as they are
         if len(modalities) > 1:
             raise OptionError("pictures and clips in one encoder call; vLLM is expected to make one for each.")
-        features = list(features)
+        features = [rows.flatten(0, -2) for rows in features]  # LLaVA-OneVision gives clips as (1, R, W)
         geometry = self.geometry(modalities[0], inputs, features)
         width = self.config.get_text_config().hidden_size
         for rows, layout in zip(features, geometry, strict=True):
@@ -57,5 +63,9 @@ class Pruned:
                 raise TokpruneError(
                     f"the encoder gave {len(rows)} rows where {layout.total} were expected of this {modalities[0]}."
                 )
-        streams = [Stream(rows, layout) for rows, layout in zip(features, geometry, strict=True)]
+        signals = self.read(modalities[0], inputs)
+        streams = [
+            Stream(rows, layout, {name: value[i][layout.rows.to(rows.device)] for name, value in signals.items()})
+            for i, (rows, layout) in enumerate(zip(features, geometry, strict=True))
+        ]
         return self.placed(modalities[0], inputs, features, choose(self.tokprune, streams, width))

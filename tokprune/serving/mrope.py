@@ -2,8 +2,9 @@
 
 vLLM fixes the positions of a prompt before the encoder runs. Here every placeholder of a pruned picture first gets the
 position at which the picture begins, and the text behind it the one that it has unpruned. `embed_input_ids` takes the
-columns (time, row and column from there) off the embeddings into a buffer as long as a batch, and `forward` adds the buffer
-to the positions. Nothing of vLLM's runner is touched, and a buffer at a fixed address is what CUDA graphs ask for.
+columns (time, row and column from there) off the embeddings into a buffer as long as a batch, and `forward` adds the
+buffer to the positions. Nothing of vLLM's runner is touched, and a buffer at a fixed address is what CUDA graphs ask
+for.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ class Positions(Pruned):
         parallel = vllm_config.parallel_config
         if parallel.pipeline_parallel_size > 1 or getattr(parallel, "enable_dbo", False):
             raise OptionError(
-                "tokprune serves models with M-RoPE on one pipeline stage and in whole batches: later stages, and the second "
-                "half of a batch cut in two, do not see the embeddings that bring positions. Leave --pipeline-parallel-size "
-                "and --enable-dbo out; --tensor-parallel-size is independent of this."
+                "tokprune serves models with M-RoPE on one pipeline stage and in whole batches: later stages, and the "
+                "second half of a batch cut in two, do not see the embeddings that bring positions. Leave "
+                "--pipeline-parallel-size and --enable-dbo out."
             )
         rows = vllm_config.scheduler_config.max_num_batched_tokens
         self.register_buffer("tokprune_offsets", torch.zeros(3, rows, dtype=torch.int64), persistent=False)
@@ -60,7 +61,9 @@ class Positions(Pruned):
         """Captured encoders would go past `embed_multimodal`, so none is captured."""
         return replace(super().get_encoder_cudagraph_config(), modalities=[])  # type: ignore[misc]
 
-    def placed(self, modality: str, inputs: Mapping[str, Any], features: Sequence[Tensor], kept: Sequence[Kept | None]) -> Any:
+    def placed(
+        self, modality: str, inputs: Mapping[str, Any], features: Sequence[Tensor], kept: Sequence[Kept | None]
+    ) -> Any:
         """Kept rows with their positions behind them."""
         out = []
         for i, (rows, k) in enumerate(zip(features, kept, strict=True)):
@@ -94,7 +97,9 @@ class Positions(Pruned):
             ids = self.words(feature.modality, data)
             whole += input_tokens[start:at]
             regions.append((len(whole), len(ids), length))
-            features.append(replace(feature, mm_position=replace(feature.mm_position, offset=len(whole), length=len(ids))))
+            features.append(
+                replace(feature, mm_position=replace(feature.mm_position, offset=len(whole), length=len(ids)))
+            )
             whole += ids
             start = at + length
         whole += input_tokens[start:]

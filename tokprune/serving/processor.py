@@ -70,8 +70,8 @@ class PrunedProcessor:
 def shorten(content: Any, count: Callable[[int], int], separators: int, weave: bool) -> Any:
     """The tokens that stand for a picture or clip in the prompt, with as many placeholders as rows stay.
 
-    content: token ids, or vLLM's PromptUpdateDetails. weave: how many placeholders fall on each frame is known only after
-    the encoder, so the whole, words included, is one embedding; `weave.woven` writes the words into it.
+    content: token ids, or vLLM's PromptUpdateDetails. weave: how many placeholders fall on each frame is known only
+    after the encoder, so the whole, words included, is one embedding; `weave.woven` writes the words into it.
     """
     details = isinstance(content, PromptUpdateDetails)
     ids: Sequence[int] = content.full if details else content
@@ -86,4 +86,3 @@ def shorten(content: Any, count: Callable[[int], int], separators: int, weave: b
     if not details:
         return short
     return PromptUpdateDetails(short, None if weave else content.is_embed)
-

@@ -29,7 +29,7 @@ class Settings:
     config: PruneConfig
     """Holds the method and the rule for keep counts."""
     salt: str
-    """Joins the cache keys of pictures: an engine with other settings must not take these encoder outputs or KV blocks."""
+    """Joins the cache keys of pictures: an engine with other settings must not take its outputs or KV blocks."""
 
     @property
     def method(self) -> ConnectorMethod:
@@ -48,7 +48,8 @@ class Settings:
         if not isinstance(raw, dict) or "method" not in raw:
             raise OptionError(
                 f"a Tokprune architecture needs to know what to keep, and {KEY}={raw!r} does not say it. Write "
-                '--hf-overrides \'{"architectures": ["Tokprune..."], "tokprune": {"method": "divprune", "ratio": 0.25}}\'.'
+                '--hf-overrides \'{"architectures": ["Tokprune..."], '
+                '"tokprune": {"method": "divprune", "ratio": 0.25}}\'.'
             )
         for key in raw:
             if key not in FIELDS:
@@ -68,8 +69,8 @@ def why_not(method: Method, signals: Collection[str]) -> str:
         return ELSEWHERE[method.stage]
     if method.query_aware:
         return (
-            "reads the question, and vLLM's caches know a picture by its pixels alone: a second question about it would "
-            "get the tokens of the first"
+            "reads the question, and vLLM's caches know a picture by its pixels alone: a second question about it "
+            "would get the tokens of the first"
         )
     missing = [name for name in method.needs if name.partition(":")[0] not in signals]
     if missing:

@@ -7,7 +7,7 @@ import re
 from tokprune.errors import UnsupportedModelError
 
 TESTED = (0, 32), (0, 33)
-"""Minor versions of vLLM: the first is what `make serve-test` runs; of the second the files that we use are the same."""
+"""Minor versions of vLLM: `make serve-test` runs the first; the second has the same files, as far as we use them."""
 
 
 def check_version(installed: str | None = None) -> None:
@@ -19,6 +19,6 @@ def check_version(installed: str | None = None) -> None:
     if minor is None or not TESTED[0] <= minor <= TESTED[-1]:
         span = " to ".join(".".join(map(str, version)) for version in (TESTED[0], TESTED[-1]))
         raise UnsupportedModelError(
-            f"vLLM {installed} is installed; tokprune's models for vLLM are written for {span}, and each minor version so "
-            f"far has moved something. Run: pip install 'tokprune[vllm]'"
+            f"vLLM {installed} is installed; tokprune's models for vLLM are written for {span}, and each minor version "
+            "so far has moved something. Run: pip install 'tokprune[vllm]'"
         )

@@ -76,7 +76,9 @@ class AnyRes(Family):
             corner = torch.stack([one, tile // across * side, tile % across * side], -1)
             places += [cell[None], cell + corner[:, None]]
         traced = self.pack(call, torch.cat(places), torch.nan)
-        return [traced_layout(rows, side, count, shape) for rows, count, shape in zip(traced, counts, shapes, strict=True)]
+        return [
+            traced_layout(rows, side, count, shape) for rows, count, shape in zip(traced, counts, shapes, strict=True)
+        ]
 
     def arrange(self, call: EncoderCall, values: Tensor, fill: float = 0.0) -> Tensor:
         per_unit = values.unflatten(0, (-1, self.side(call) ** 2))

@@ -1,0 +1,76 @@
+"""Encode here, serve there: pruned image embeddings for a server that runs with --enable-mm-embeds and no plug-in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokprune.adapters.base import flatten, get_adapter
+from tokprune.adapters.foreign import HANDLE
+from tokprune.config import PruneConfig
+from tokprune.errors import OptionError, UnsupportedModelError
+from tokprune.runtime.choose import choose, kept_rows
+from tokprune.runtime.encode import Recorder
+from tokprune.runtime.reuse import sources_of
+from tokprune.runtime.streams import Encoded, Prompts, build_streams
+from tokprune.serving.settings import why_not
+from tokprune.serving.signals import KINDS
+
+FAMILIES = ("llava",)
+"""Model types whose embeddings a server takes as long as they are."""
+
+
+@torch.no_grad()
+def encode(
+    model: Any,
+    processor: Any,
+    images: Sequence[Any],
+    method: str = "divprune",
+    *,
+    ratio: float | None = None,
+    budget: int | None = None,
+    **options: Any,
+) -> list[Tensor]:
+    """The visual tokens that the LLM shall see of each picture, (K, D) in the model's dtype and on its device.
+
+    model: of transformers, as for `tokprune.apply`, which must not be on it. Only methods that choose by the picture
+    alone: the server may answer any question about it. A vLLM 0.32 batch takes embeddings of one length only, so give
+    a budget, or pictures of one size.
+    """
+    adapter = get_adapter(model)
+    kind = adapter.config.model_type
+    if kind not in FAMILIES:
+        raise UnsupportedModelError(
+            f"embeddings of {kind!r} are not exported. Qwen-VL derives placeholders and M-RoPE positions from the grid "
+            f"that comes with the embeddings, so shorter ones fail or are silently misplaced; other families were not "
+            f"tried. Exported: {', '.join(FAMILIES)}. Serve with the plug-in instead: docs/serving.md."
+        )
+    if hasattr(adapter.model, HANDLE):
+        raise OptionError("tokprune is applied to this model; remove() it first: encode prunes by itself.")
+    config = PruneConfig.build(method, ratio=ratio, budget=budget, **options)
+    why = why_not(config.methods[0], KINDS)
+    if why:
+        raise OptionError(f"the method {method!r} cannot be used for export: it {why}.")
+    chooser: Any = config.methods[0]
+    recorder = Recorder(adapter, chooser.needs)
+    recorder.install()
+    out = []
+    try:
+        for image in images:
+            pixels = processor.image_processor(images=[image], return_tensors="pt").to(model.device, model.dtype)
+            output = adapter.base.get_image_features(**pixels)
+            features = torch.cat(flatten(output.pooler_output))  # (R, D)
+            columns = torch.ones(1, len(features), dtype=torch.bool, device=features.device)
+            ids = torch.full_like(columns, adapter.config.image_token_id, dtype=torch.long)
+            encoded = Encoded("image", output, columns, sources_of(output))
+            (stream,) = build_streams(adapter, encoded, Prompts(ids, [None]), chooser.needs)
+            choose(chooser, [stream], config.count)
+            slots, _, _ = kept_rows(stream)
+            chosen = stream.selection.apply(features[stream.geometry.rows.to(features.device)])
+            out.append(chosen[slots.argsort()])
+    finally:
+        recorder.remove()
+    return out
