@@ -23,7 +23,7 @@ def tested_versions() -> str:
 
 
 def is_older() -> bool:
-    """Whether the installed transformers is older than those that are known to work; the methods alone run beside it."""
+    """Whether the installed transformers is older than those that are known to work; methods alone run beside it."""
     import transformers
 
     def minor(version: str) -> list[int]:

@@ -41,7 +41,8 @@ def choose(settings: Settings, streams: Sequence[Stream], width: int) -> list[Ke
 
     Separators all stay, for their number must not depend on the choice. width: columns that the method sees.
     """
-    method, out = settings.method, [None] * len(streams)  # type: list[Kept | None]
+    method = settings.method
+    out: list[Kept | None] = [None] * len(streams)
     counts = [settings.config.count(len(stream.geometry.rows)) for stream in streams]
     active = [i for i, stream in enumerate(streams) if counts[i] < len(stream.geometry.rows)]
     if not active:

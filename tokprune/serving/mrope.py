@@ -30,6 +30,8 @@ class Positions(Pruned):
 
     weaves: ClassVar[frozenset[str]] = frozenset()
     """Modalities of which the processor makes one embedding, words included."""
+    register_buffer: Any
+    tokprune_offsets: Tensor
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
@@ -117,7 +119,7 @@ class Positions(Pruned):
         self, input_ids: Tensor, multimodal_embeddings: Any = None, *, is_multimodal: Tensor | None = None
     ) -> Tensor:
         """vLLM's embeddings; the extra columns go to the buffer."""
-        offsets: Tensor = self.tokprune_offsets  # type: ignore[assignment]
+        offsets = self.tokprune_offsets
         if self.tokprune_used:  # here and not in forward, which a CUDA graph may replay without Python
             offsets.zero_()
             self.tokprune_used = False
@@ -145,7 +147,7 @@ class Positions(Pruned):
         **kwargs: Any,
     ) -> Any:
         """vLLM's forward at the kept tokens' positions."""
-        offsets: Tensor = self.tokprune_offsets  # type: ignore[assignment]
+        offsets = self.tokprune_offsets
         moved = positions + offsets[:, : positions.shape[-1]]
         return super().forward(input_ids, moved, intermediate_tensors, inputs_embeds, **kwargs)  # type: ignore[misc]
 

@@ -13,8 +13,10 @@ TESTED = (0, 32), (0, 33)
 def check_version(installed: str | None = None) -> None:
     """Refuse a vLLM whose models and processors may have other methods than those that we override."""
     if installed is None:
-        from vllm import __version__ as installed
-    found = re.match(r"(\d+)\.(\d+)", str(installed))
+        import vllm
+
+        installed = str(vllm.__version__)
+    found = re.match(r"(\d+)\.(\d+)", installed)
     minor = tuple(int(part) for part in found.groups()) if found else None
     if minor is None or not TESTED[0] <= minor <= TESTED[-1]:
         span = " to ".join(".".join(map(str, version)) for version in (TESTED[0], TESTED[-1]))
