@@ -1,23 +1,25 @@
-"""What every connector method promises, tried on every one that is registered."""
+"""What every connector method promises, tried on every one that is registered; and that each promise can be broken."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
 from tests.methods.streams import LAYOUTS, changed, stream
-from tokprune.config import PruneConfig
-from tokprune.errors import BudgetError, MissingQueryError, MissingSignalError, OptionError
-from tokprune.methods.base import ConnectorMethod
-from tokprune.registry import get_method, list_methods
+from tokprune import registry
+from tokprune.methods.base import ConnectorMethod, ScoreMethod
+from tokprune.ops.topk import top
+from tokprune.registry import get_method, list_methods, register_method
+from tokprune.testing import contract
 from tokprune.tokens import Selection, VisualTokens
 
 METHODS = list_methods("connector")
-IGNORES_BUDGET = {"none"}  # documented: keeps all
 every_method = pytest.mark.parametrize("name", METHODS)
 
 
@@ -28,227 +30,11 @@ def method(name: str) -> ConnectorMethod:
     return built
 
 
-def keeps(n: int) -> list[int]:
-    if n <= 7:
-        return list(range(1, n + 1))
-    if n > 100:
-        return [1, 58, n - 1]
-    return sorted({1, 2, 5, n // 3 | 1, n - 1, n})
-
-
-def check(chosen: Selection, tokens: VisualTokens, keep: int, name: str) -> None:
-    """Exactly `keep` unique ascending indices, and merge weights that fit them."""
-    n = len(tokens)
-    expected = n if name in IGNORES_BUDGET else keep
-    indices = chosen.indices
-    assert indices.shape == (expected,), f"{len(indices)} of {expected} tokens at N={n}"
-    assert indices.dtype == torch.long
-    assert not indices.requires_grad
-    assert (indices[1:] > indices[:-1]).all(), "not unique and ascending"
-    assert int(indices[0]) >= 0
-    assert int(indices[-1]) < n
-    if chosen.weights is not None:
-        dense = chosen.weights.dense(expected, n).cpu()
-        assert dense.shape == (expected, n)
-        assert torch.isfinite(dense).all()
-        assert (dense != 0).any(1).all(), "an output that nothing flows into"
-    out = chosen.apply(tokens.features)
-    assert out.shape == (expected, tokens.features.shape[1])
-    assert out.dtype == tokens.features.dtype
-    assert torch.isfinite(out).all()
-
-
-def same(a: Selection, b: Selection, tokens: VisualTokens) -> None:
-    assert torch.equal(a.indices, b.indices)
-    torch.testing.assert_close(a.apply(tokens.features), b.apply(tokens.features), atol=1e-5, rtol=1e-5)
-
-
 @every_method
-@pytest.mark.parametrize("where", LAYOUTS)
-def test_keeps_exactly_what_is_asked(name: str, where: str) -> None:
-    tokens = stream(LAYOUTS[where], method(name).needs, seed=1)
-    for keep in keeps(len(tokens)):
-        check(method(name).select(tokens, keep), tokens, keep, name)
-
-
-@every_method
-def test_result_depends_on_no_neighbour_and_no_chance(name: str) -> None:
-    needs = method(name).needs
-    batch = [stream(LAYOUTS[w], needs, seed) for seed, w in enumerate(["image", "video", "image", "unpadded", "image"])]
-    counts = [9, 13, 9, 21, 20]
-    together = method(name).select_batch(batch, counts)
-    backwards = method(name).select_batch(batch[::-1], counts[::-1])[::-1]
-    torch.manual_seed(3)
-    for tokens, keep, a, b in zip(batch, counts, together, backwards, strict=True):
-        alone = method(name).select(tokens, keep)
-        same(a, alone, tokens)
-        same(b, alone, tokens)
-        same(method(name).select(tokens, keep), alone, tokens)
-
-
-def repeat_rows(x: torch.Tensor) -> torch.Tensor:
-    """The first few rows over and over."""
-    return x[torch.arange(len(x)) % min(5, len(x))]
-
-
-DEGENERATE = {
-    "duplicates": repeat_rows,
-    "all equal": lambda x: x[:1].expand_as(x).clone(),
-    "all ones": torch.ones_like,
-    "some zero": lambda x: x * (torch.arange(len(x)) % 3 > 0).reshape(-1, *[1] * (x.dim() - 1)),
-    "all zero": torch.zeros_like,
-    "huge": lambda x: x * 1e4,
-    "tiny": lambda x: x * 1e-6,
-}
-
-
-@every_method
-@pytest.mark.parametrize("kind", DEGENERATE)
-def test_degenerate_inputs(name: str, kind: str) -> None:
-    for where in ("image", "unpadded", "video"):
-        tokens = changed(stream(LAYOUTS[where], method(name).needs, seed=2), DEGENERATE[kind])
-        for keep in (1, 16, 33):
-            check(method(name).select(tokens, keep), tokens, keep, name)
-
-
-@every_method
-def test_equal_attention(name: str) -> None:
-    tokens = stream(LAYOUTS["tiles"], method(name).needs, seed=3)
-    flat = {k: torch.full_like(v, 1 / 49) if v.dim() == 1 else v for k, v in tokens.signals.items()}
-    tokens = dataclasses.replace(tokens, signals=flat)
-    for keep in (1, 15, 47):
-        check(method(name).select(tokens, keep), tokens, keep, name)
-
-
-@every_method
-def test_nan_is_refused_or_not_read(name: str) -> None:
-    clean = stream(LAYOUTS["image"], method(name).needs, seed=4)
-    expected = method(name).select(clean, 9).indices
-    for broken in [None, *clean.signals]:
-        source = clean.features if broken is None else clean.signals[broken]
-        value = source.clone()
-        value[min(5, len(value) - 1)] = torch.nan
-        tokens = (
-            dataclasses.replace(clean, features=value)
-            if broken is None
-            else dataclasses.replace(clean, signals={**clean.signals, broken: value})
-        )
-        try:
-            chosen = method(name).select(tokens, 9)
-        except OptionError as error:
-            assert "NaN" in str(error)  # noqa: PT017 - either outcome is right, the message has to be too
-        else:
-            assert torch.equal(chosen.indices, expected), f"NaN in {broken or 'features'} changed the choice"
-
-
-@every_method
-def test_keeping_all_changes_nothing(name: str) -> None:
-    for where in ("seven", "unpadded", "video"):
-        tokens = stream(LAYOUTS[where], method(name).needs, seed=5)
-        chosen = method(name).select(tokens, len(tokens))
-        assert torch.equal(chosen.indices, torch.arange(len(tokens)))
-        if not method(name).info.merges:
-            assert torch.equal(chosen.apply(tokens.features), tokens.features)
-
-
-@every_method
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_other_dtypes(name: str, dtype: torch.dtype) -> None:
-    tokens = changed(stream(LAYOUTS["unpadded"], method(name).needs, seed=6), lambda x: x.to(dtype))
-    for keep in (1, 17):
-        check(method(name).select(tokens, keep), tokens, keep, name)
-
-
-@every_method
-def test_inputs_stay_as_they_are(name: str) -> None:
-    for where in ("tiles", "video"):
-        tokens = stream(LAYOUTS[where], method(name).needs, seed=7)
-        before = [tokens.features.clone(), *(v.clone() for v in tokens.signals.values())]
-        layout = [t.clone() for t in (tokens.layout.group, tokens.layout.row, tokens.layout.col)]
-        method(name).select(tokens, 11)
-        assert all(torch.equal(a, b) for a, b in zip(before, [tokens.features, *tokens.signals.values()], strict=True))
-        now = (tokens.layout.group, tokens.layout.row, tokens.layout.col)
-        assert all(torch.equal(a, b) for a, b in zip(layout, now, strict=True))
-
-
-@every_method
-def test_with_and_without_gradients(name: str) -> None:
-    tokens = stream(LAYOUTS["unpadded"], method(name).needs, seed=8)
-    with torch.no_grad():
-        plain = method(name).select(tokens, 14)
-    with torch.inference_mode():
-        same(method(name).select(stream(LAYOUTS["unpadded"], method(name).needs, seed=8), 14), plain, tokens)
-    tracked = changed(tokens, lambda x: x.clone().requires_grad_())
-    chosen = method(name).select(tracked, 14)
-    check(chosen, tracked, 14, name)
-    same(chosen, plain, tokens)
-    chosen.apply(tracked.features).sum().backward()
-    grad = tracked.features.grad
-    assert grad is not None
-    assert torch.isfinite(grad).all()
-    assert (grad[chosen.indices] != 0).any(1).all(), "a kept token gets no gradient"
-
-
-@every_method
-def test_question_is_asked_for_only_when_read(name: str) -> None:
-    tokens = stream(LAYOUTS["image"], method(name).needs, seed=9, query=False)
-    if method(name).query_aware:
-        with pytest.raises(MissingQueryError):
-            method(name).select(tokens, 9)
-    else:
-        check(method(name).select(tokens, 9), tokens, 9, name)
-
-
-@every_method
-def test_missing_signals_are_named(name: str) -> None:
-    wanted = [need for need in method(name).needs if need != "clip_text"]
-    for missing in wanted:
-        tokens = stream(LAYOUTS["tiles"], method(name).needs, seed=10)
-        signals = {k: v for k, v in tokens.signals.items() if k != missing}
-        with pytest.raises(MissingSignalError, match=missing):
-            method(name).select(dataclasses.replace(tokens, signals=signals), 9)
-
-
-@every_method
-@pytest.mark.parametrize("keep", [0, -1, 65])
-def test_impossible_counts_are_refused(name: str, keep: int) -> None:
-    if name in IGNORES_BUDGET:
-        return
-    tokens = stream(LAYOUTS["image"], method(name).needs, seed=11)
-    with pytest.raises(BudgetError):
-        method(name).select(tokens, keep)
-
-
-@every_method
-def test_config_round_trip(name: str) -> None:
-    config = PruneConfig.build(name, ratio=0.1)
-    again = PruneConfig.from_dict(json.loads(json.dumps(config.to_dict())))
-    assert again == config
-    assert again.methods[0] == method(name)
-    assert hash(again.methods[0]) == hash(method(name))
-
-
-@every_method
-def test_is_a_described_frozen_dataclass(name: str) -> None:
-    built = method(name)
-    assert built.info.name == name
-    assert built.info.paper
-    assert built.info.complexity
-    assert (type(built).__doc__ or "").strip()
-    assert not (type(built).__doc__ or "").startswith(f"{type(built).__name__}("), "the docstring is the generated one"
-    for field in dataclasses.fields(built):
-        with pytest.raises(dataclasses.FrozenInstanceError):
-            setattr(built, field.name, None)
-
-
-@every_method
-def test_shares_of_a_prompt_stay_exact(name: str) -> None:
-    needs = method(name).needs
-    batch = [stream(LAYOUTS[w], needs, seed) for seed, w in enumerate(["image", "image", "unpadded", "seven"])]
-    given = [10, 10, 30, 1]
-    shared = method(name).budgets(batch, given)
-    assert sum(shared) == sum(given)
-    assert all(1 <= k <= len(t) for k, t in zip(shared, batch, strict=True))
+@pytest.mark.parametrize("promise", [*contract.ANY, *contract.CONNECTOR], ids=lambda promise: promise.__name__)
+def test_promise(name: str, promise: Any) -> None:
+    promise(method(name))
+    assert method(name).info.name == name
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -260,4 +46,141 @@ def test_on_a_gpu(name: str) -> None:
         there = dataclasses.replace(there, layout=here.layout.to("cuda"))
         chosen = method(name).select(there, 17)
         assert chosen.indices.is_cuda
-        check(chosen, there, 17, name)
+        contract.well_formed(method(name), chosen, there, 17)
+
+
+# -- broken methods ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def own_names() -> Iterator[None]:
+    """Forget what a test registers."""
+    before = dict(registry._methods)
+    yield
+    registry._methods.clear()
+    registry._methods.update(before)
+
+
+@dataclass(frozen=True)
+class Good(ScoreMethod):
+    """Keeps the longest tokens."""
+
+    needs: ClassVar[tuple[str, ...]] = ("cls_attention",)
+
+    def scores(self, tokens: VisualTokens) -> torch.Tensor:
+        return tokens.features.float().norm(dim=-1) + tokens.signal("cls_attention").float()
+
+
+class OneLess(Good):
+    """Keeps one token less."""
+
+    def choose(self, tokens: VisualTokens, scores: torch.Tensor, keep: int) -> torch.Tensor:
+        return top(scores, max(1, keep - 1))
+
+
+class Unsorted(Good):
+    """By falling score."""
+
+    def choose(self, tokens: VisualTokens, scores: torch.Tensor, keep: int) -> torch.Tensor:
+        return scores.topk(keep).indices
+
+
+class Dice(Good):
+    """Random without a seed."""
+
+    def scores(self, tokens: VisualTokens) -> torch.Tensor:
+        return torch.rand(len(tokens)) + 0 * super().scores(tokens)
+
+
+class Neighbours(Good):
+    """Looks at the whole batch."""
+
+    def select_batch(self, batch: Any, keeps: Any) -> list[Selection]:
+        shift = sum(float(t.features.sum()) for t in batch)
+        return [Selection(top((self.scores(t) * shift).sin(), k)) for t, k in zip(batch, keeps, strict=True)]
+
+
+class Silent(Good):
+    """Takes NaN for a number, and any count."""
+
+    def select(self, tokens: VisualTokens, keep: int) -> Selection:
+        keep = min(max(keep, 1), len(tokens))
+        return Selection(top(self.scores(tokens).nan_to_num(0.0), keep))
+
+
+class Writes(Good):
+    """Normalises in place."""
+
+    def scores(self, tokens: VisualTokens) -> torch.Tensor:
+        with torch.no_grad():
+            tokens.features.mul_(1 / 3)
+        return super().scores(tokens)
+
+
+class Forgets(Good):
+    """Has a default for a signal that is missing."""
+
+    def scores(self, tokens: VisualTokens) -> torch.Tensor:
+        return tokens.features.float().norm(dim=-1) + tokens.signals.get("cls_attention", torch.zeros(1)).float().sum()
+
+
+class Reads(Good):
+    """Says that it reads the question."""
+
+
+class Shares(Good):
+    """Loses tokens in the shares."""
+
+    def budgets(self, batch: Any, keeps: Any) -> list[int]:
+        return [max(1, k - 1) for k in keeps]
+
+
+class HalfOnly(Good):
+    """Computes in the dtype that it is given, which overflows."""
+
+    def scores(self, tokens: VisualTokens) -> torch.Tensor:
+        return (tokens.features * 1e4).to(torch.float16).norm(dim=-1).float() + 0 * tokens.signal(
+            "cls_attention"
+        ).float()
+
+
+BROKEN = {
+    OneLess: "keeps exactly what is asked",
+    Unsorted: "keeps exactly what is asked",
+    Dice: "depends on no neighbour and no chance",
+    Neighbours: "depends on no neighbour and no chance",
+    Silent: "refuses nan or does not read it",
+    Writes: "leaves its inputs alone",
+    Forgets: "names missing signals",
+    Reads: "asks for the question only when it reads it",
+    Shares: "shares a prompt out exactly",
+    HalfOnly: "takes degenerate inputs",
+}
+
+
+def registered(cls: type[Good], **more: Any) -> Good:
+    built = dataclass(frozen=True)(type(cls.__name__, (cls,), {"__doc__": cls.__doc__, "__module__": __name__}))
+    return register_method(cls.__name__.lower(), paper="none", complexity="O(N)", **more)(built)()
+
+
+def test_a_good_method_passes() -> None:
+    checks = contract.check_method(registered(Good))
+    assert [c for c in checks if not c.ok] == []
+    assert len(checks) == len(contract.ANY) + len(contract.CONNECTOR)
+
+
+@pytest.mark.parametrize("cls", BROKEN)
+def test_a_broken_promise_is_found_and_named(cls: type[Good]) -> None:
+    checks = contract.check_method(registered(cls, query_aware=cls is Reads))
+    assert BROKEN[cls] in [c.name for c in checks if not c.ok], checks
+    assert all(c.detail for c in checks if not c.ok)
+
+
+def test_a_method_that_is_not_described_is_found() -> None:
+    @register_method("silent", paper="x")
+    @dataclass(frozen=True)
+    class Undescribed(ConnectorMethod):
+        size: int = 3
+
+    described = contract.check_method(Undescribed())[0]
+    assert not described.ok

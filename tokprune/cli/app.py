@@ -11,6 +11,7 @@ from tokprune.cli.doctor import doctor
 from tokprune.cli.eval import evaluate
 from tokprune.cli.heatmap import heatmap
 from tokprune.cli.methods import methods
+from tokprune.cli.own_methods import check_method, new_method
 from tokprune.cli.plan import plan
 from tokprune.cli.plots import plots
 from tokprune.cli.profile import profile
@@ -26,7 +27,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (demo, methods, run, show, heatmap, profile, recommend, search, plan, plots, doctor):
+for command in (demo, methods, run, show, heatmap, profile, recommend, search, plan, plots):
+    app.command()(command)
+for command in (new_method, check_method, doctor):
     app.command()(command)
 app.command("eval")(evaluate)
 

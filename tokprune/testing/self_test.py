@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import tokprune
 from tokprune.adapters.prompting import build_inputs
+from tokprune.methods.base import Method
 from tokprune.runtime.handle import Pruning
 from tokprune.testing.media import picture
 from tokprune.types import VLM, Fields, Inputs, JsonObject, Processor
@@ -73,12 +74,20 @@ def prompts(model: VLM, processor: Processor) -> Prompts:
     return make
 
 
-def self_test(model: VLM, make: Prompts, *, ratio: float = 0.3, method: str = "divprune") -> list[Check]:
+def self_test(
+    model: VLM,
+    make: Prompts,
+    *,
+    ratio: float = 0.3,
+    method: str | Method = "divprune",
+    processor: Processor | None = None,
+) -> list[Check]:
     """Test pruning on `model`; it comes back unpruned. An error inside a check is that check's failure.
 
-    make: builds inputs, see `prompts`. ratio: share of visual tokens kept. method: any that needs no question.
+    make: builds inputs, see `prompts`. ratio: share of visual tokens kept. processor: for a method that reads the
+    question.
     """
-    test = _Test(model, make, ratio, method)
+    test = _Test(model, make, ratio, method, processor)
     with torch.no_grad(), _evaluating(model):
         test.untouched()
         for positions in ("keep", "compact"):
@@ -105,7 +114,8 @@ class _Test:
     model: VLM
     make: Prompts
     ratio: float
-    method: str
+    method: str | Method
+    processor: Processor | None
     checks: list[Check] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -134,7 +144,7 @@ class _Test:
 
     def pruned(self, **options: Any) -> Pruning:
         """The model pruned inside a with block."""
-        return tokprune.apply(self.model, method=self.method, **options)
+        return tokprune.apply(self.model, method=self.method, processor=self.processor, **options)
 
     @contextmanager
     def reported(self, name: str) -> Iterator[None]:
@@ -173,7 +183,11 @@ class _Test:
             apart = cached.apart(uncached)
             self.add(name, apart <= self.allowed, apart, self.allowed)
             name = f"= embeddings cut by hand, positions={positions!r}"
+            merges = any(m.info.merges for m in pruning.config.methods)
             pruning.remove()
+            if merges:
+                self.checks.append(Check(name, None, "the method merges: cutting tokens out is not what it does"))
+                return
             self.by_hand(name, positions, keep, calls[0], cached)
 
     def by_hand(self, name: str, positions: str, keep: Tensor, seen: Fields, got: Generated) -> None:
