@@ -26,6 +26,7 @@ from tools.site.parts import api_pages, cli_page, limits_page, models_page
 ROOT = Path(__file__).parents[2]
 COPIES = "repository"  # where files outside docs/ come to lie in the site
 LINK = re.compile(r"(\]\()([^)\s#:]+)(#[^)\s]*|)(\))")
+LIST = re.compile(r"^((?![-*`#|])\S.*)\n(?=- )", re.MULTILINE)  # right below a line: lists elsewhere
 FROM_ROOT = ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "CODE_OF_CONDUCT.md")
 SECTIONS = {
     "#models": "models.md",
@@ -144,4 +145,4 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         relative = posixpath.relpath(place, posixpath.dirname(here) or ".")
         return f"{before}{relative}{anchor}{after}"
 
-    return LINK.sub(moved, markdown)
+    return LIST.sub(r"\1\n\n", LINK.sub(moved, markdown))

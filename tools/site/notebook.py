@@ -25,13 +25,14 @@ def notebook_page() -> tuple[str, dict[str, bytes]]:
             lines += [cell.source, ""]
             continue
         lines += ["```python", cell.source, "```", ""]
-        for output in cell.outputs:
-            data = output.get("data", {})
-            if "image/png" in data:
-                name = f"tour_{len(pictures)}.png"
-                pictures[name] = base64.b64decode(data["image/png"])
-                lines += [f"![output]({name})", ""]
-            elif text := (output.get("text") if output.get("name") != "stderr" else "") or data.get("text/plain"):
-                lines += ["```text", str(text).rstrip(), "```", ""]
+        printed = "".join(o.text for o in cell.outputs if o.output_type == "stream" and o.name == "stdout")
+        shown = [o.data for o in cell.outputs if o.output_type != "stream"]
+        printed += "".join(data["text/plain"] for data in shown if "image/png" not in data)
+        if printed:
+            lines += ["```text", printed.rstrip(), "```", ""]
+        for data in (data for data in shown if "image/png" in data):
+            name = f"tour_{len(pictures)}.png"
+            pictures[name] = base64.b64decode(data["image/png"])
+            lines += [f"![output]({name})", ""]
     lines += ["[The notebook](../examples/tour.ipynb)", ""]
     return "\n".join(lines), pictures
