@@ -68,7 +68,7 @@ class AttentionReader:
         heads = heads or getattr(getattr(self.attention, "config", None), "num_attention_heads", None)
         size = getattr(self.attention, "head_dim", None)
         if "qkv" in seen and hasattr(self.attention, "kv_dim"):  # EXAONE 4.5: grouped heads
-            groups = self.attention.kv_dim // size
+            size, groups = int(size), int(self.attention.kv_dim) // int(size)  # type: ignore[arg-type]
             q, k, v = seen["qkv"].unflatten(-1, (-1, size)).split((heads, groups, groups), -2)
         elif "qkv" in seen:
             q, k, v = seen["qkv"].unflatten(-1, (3, heads, -1)).unbind(-3)  # (..., N, H, d)
