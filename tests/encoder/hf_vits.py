@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,14 @@ def hf_vit(config: str, model: str, **options: Any) -> nn.Module:
     return settle(getattr(hf, model)(made))
 
 
+def of_module(kind: str, config: str, model: str, **options: Any) -> nn.Module:
+    """A tower that transformers does not export."""
+    pytest.importorskip("transformers")
+    module = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
+    made = getattr(module, config)(**{**BASE, **options})
+    return settle(getattr(module, model)._from_config(made, attn_implementation="sdpa"))
+
+
 def torchvision_vit() -> nn.Module:
     vision = pytest.importorskip("torchvision.models.vision_transformer")
     return settle(vision.VisionTransformer(32, 4, 4, 3, 24, 48, num_classes=5))
@@ -38,6 +47,7 @@ def torchvision_vit() -> nn.Module:
 SAPIENS = {"num_key_value_heads_per_layer": [1, 3, 1, 3], "use_qk_norm": True, "num_register_tokens": 2}
 RADIO = {"max_img_size": 32, "mlp_ratio": 2.0, "num_cls_tokens": 2, "num_registers": 3, "summary_idxs": [0]}
 BEIT = {"drop_path_rate": 0.0, "use_mean_pooling": False}
+QIANFAN = {"image_size": (32, 32), "patch_size": (4, 4), "drop_path_rate": 0.0}
 VITS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "vit": (lambda: hf_vit("ViTConfig", "ViTModel"), 1),
     "deit": (lambda: hf_vit("DeiTConfig", "DeiTModel"), 2),
@@ -62,6 +72,10 @@ VITS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "altclip": (lambda: hf_vit("AltCLIPVisionConfig", "AltCLIPVisionModel"), 1),
     "chinese_clip": (lambda: hf_vit("ChineseCLIPVisionConfig", "ChineseCLIPVisionModel"), 1),
     "janus": (lambda: hf_vit("JanusVisionConfig", "JanusVisionModel"), 0),
+    "owlvit": (lambda: hf_vit("OwlViTVisionConfig", "OwlViTVisionModel"), 1),
+    "owlv2": (lambda: hf_vit("Owlv2VisionConfig", "Owlv2VisionModel"), 1),
+    "idefics2": (lambda: of_module("idefics2", "Idefics2VisionConfig", "Idefics2VisionTransformer"), 0),
+    "qianfan": (lambda: of_module("qianfan_ocr", "QianfanOCRVisionConfig", "QianfanOCRVisionModel", **QIANFAN), 1),
     "torchvision": (torchvision_vit, 1),
 }
 """Model and number of tokens that are no patches."""

@@ -83,3 +83,15 @@ def test_a_model_that_calls_its_tower_in_its_own_way_names_it() -> None:
     config = hf.VisionEncoderDecoderConfig.from_encoder_decoder_configs(vision, text)
     with pytest.raises(UnsupportedModelError, match=r"get_submodule\('encoder'\)"):
         tokprune.apply(hf.VisionEncoderDecoderModel(config), "tome", r=4)
+
+
+@pytest.mark.parametrize("method", ["tome", "evit", "zerotprune", "ipcv", "toc3d"])
+@torch.no_grad()
+def test_hidden_tokens_are_refused_before_the_first_cut(method: str) -> None:
+    """Whatever a method does with the sequence later: padding may not be chosen, nor merge."""
+    vit, hidden = VITS["vit"][0](), torch.ones(2, 65, dtype=torch.bool)
+    hidden[0, 60:] = False
+    with tokprune.apply(vit, method, **({"r": 3} if method == "tome" else {})):
+        with pytest.raises(UnsupportedModelError, match="equal size"):
+            vit(pixels(), attention_mask=hidden)
+        vit(pixels(), attention_mask=torch.ones_like(hidden))

@@ -63,9 +63,8 @@ ONE_TABLE: dict[str, Names] = {
 BLOCKS: dict[str, Names] = {
     **ONE_TABLE,
     **dict.fromkeys(("Siglip2EncoderLayer", "Idefics3EncoderLayer", "SmolVLMEncoderLayer"), CLIP),
-    **dict.fromkeys(("AltCLIPEncoderLayer", "ChineseCLIPVisionLayer", "Kosmos2VisionEncoderLayer"), CLIP),
-    **dict.fromkeys(("Idefics2EncoderLayer", "JanusVisionEncoderLayer", "OwlViTEncoderLayer"), CLIP),
-    **dict.fromkeys(("Owlv2EncoderLayer", "GraniteDoclingEncoderLayer"), CLIP),
+    **dict.fromkeys(("AltCLIPEncoderLayer", "ChineseCLIPVisionLayer", "JanusVisionEncoderLayer"), CLIP),
+    **dict.fromkeys(("Idefics2EncoderLayer", "OwlViTEncoderLayer", "Owlv2EncoderLayer"), CLIP),
     **dict.fromkeys(("ViTMAELayer", "VivitLayer"), VIT),
     **dict.fromkeys(("DINOv3ViTLayer", "Sapiens2Layer", "RadioLayer", "Tipsv2VisionLayer"), DINO),
     **dict.fromkeys(("Aimv2EncoderLayer", "Ovis2VisionEncoderLayer"), AIM),

@@ -335,7 +335,10 @@ class AttentionProbe:
         """What reads the attention of block `block`."""
         reader = reader_of(self._modules[block])
         if reader is None:
-            raise MissingSignalError(f"block {block} of {type(self.tower).__name__} has no attention to read from.")
+            attends = [i for i, b in enumerate(tower_blocks(self.tower)) if reader_of(b) is not None]
+            raise MissingSignalError(
+                f"block {block} of {type(self.tower).__name__} has no attention to read from; blocks {attends} have."
+            )
         return reader
 
 

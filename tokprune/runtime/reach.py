@@ -86,7 +86,12 @@ def _reduced(model: Model, method: EncoderMethod, inputs: Inputs | None) -> str:
     if inputs is None:
         return ""
     with _installed(stage):
-        get_adapter(model).encode(inputs) if stage.tower.vlm else model(**inputs)
+        if stage.tower.vlm:
+            adapter = get_adapter(model)
+            with _installed(Recorder(adapter, (), encoder=stage)):  # which of the LLM's tokens are left
+                adapter.encode(inputs)
+        else:
+            model(**inputs)
         report = stage.report()
     return f"{report.start} patches -> {' + '.join(map(str, report.left))} in {report.tower}"
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokprune.adapters.families import EncoderCall, UnknownGeometryError, arrange, family_of
+from tokprune.adapters.tower_kinds import reader_of
 from tokprune.adapters.towers import FEATURES_ALONE, tower_blocks, tower_of
 from tokprune.errors import MissingSignalError, OptionError, unknown
 from tokprune.ops.numeric import wide
@@ -165,7 +166,11 @@ def _parse(needs: Iterable[str]) -> list[tuple[str, str, str | None]]:
 
 
 def _block(base: nn.Module, spec: str | None, count: int, kwargs: Inputs | None = None) -> int:
-    return selected_block(base, count, kwargs) if spec is None else block_index(spec, count)
+    if spec is not None:
+        return block_index(spec, count)
+    chosen, blocks = selected_block(base, count, kwargs), tower_blocks(tower_of(base))
+    attends = [i for i in range(chosen + 1) if reader_of(blocks[i]) is not None]  # LFM3's towers mix with convolutions
+    return attends[-1] if attends else chosen
 
 
 def required_blocks(base: nn.Module, needs: Sequence[str]) -> AttentionProbe:

@@ -157,6 +157,7 @@ class BatchedSplice(Splice[Run]):
         out = self.method.reduce(view)
         if out is None:
             return None
+        self.check_mask(run, run.mask)  # hidden tokens would be chosen, and merge, like the others
         detour = self.method.restores
         if detour and not run.cuts:
             run.cuts.append((None, Cut(rows, out)))
@@ -179,6 +180,18 @@ class BatchedSplice(Splice[Run]):
             size = torch.cat([size.new_ones(size.shape[0], self.tower.prefix), size], 1)
         return size.log()[:, None, None, :]
 
+    def check_mask(self, run: Run, mask: Tensor | None) -> None:
+        """Refuse a mask that hides tokens: reduced rows could not follow it."""
+        if mask is None or run.unmasked:
+            return
+        visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        if not bool(visible.all()):
+            raise UnsupportedModelError(
+                f"{self.tower.family}: the batch pads images to one length with an attention mask, which an "
+                "encoder-stage method cannot follow; run images of equal size together, or one by one."
+            )
+        run.unmasked = True
+
     def whole_bias(self, run: Run, index: int) -> Tensor | None:
         """`bias`, and what the table of relative positions (1, H, N, N) says of the rows that are left."""
         bias, place, table = self.bias(run, index), run.states[index].rep, run.table
@@ -199,17 +212,10 @@ class BatchedSplice(Splice[Run]):
         if not self.tower.padding and len(args) > 1:
             args, kwargs = args[:1], {**dict(zip(self.names[1:], args[1:], strict=False)), **kwargs}
         mask = kwargs.get(self.tower.mask)
-        run.table = mask if self.tower.relative else None
+        run.table, run.mask = mask if self.tower.relative else None, mask
         if run.states[index].assign is None:
             return None
-        if mask is not None and not run.unmasked:  # reduced rows could not follow a mask; one that hides nothing goes
-            visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-            if not bool(visible.all()):
-                raise UnsupportedModelError(
-                    f"{self.tower.family}: the batch pads images to one length with an attention mask, which an "
-                    "encoder-stage method cannot follow; run images of equal size together, or one by one."
-                )
-            run.unmasked = True
+        self.check_mask(run, mask)
         bias = self.whole_bias(run, index)
         if bias is None:
             return None if mask is None else (args, {**kwargs, self.tower.mask: None})

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tokprune.adapters.families import EncoderCall, arrange
+from tokprune.adapters.families import EncoderCall, UnknownGeometryError, arrange
+from tokprune.errors import UnsupportedModelError
 from tokprune.methods.base import ConnectorMethod, Wrapper
 from tokprune.methods.connector.none import NoPruning
 from tokprune.methods.options import option
@@ -35,7 +36,14 @@ def survivor_rows(encoder: EncoderStage, call: EncoderCall) -> Tensor:
         order = tower.unit_order(values.shape[1] * tower.fold).to(values.device)
         patches = values.repeat_interleave(tower.fold, 1)
         values = torch.empty_like(patches).index_copy_(1, order, patches)
-    return (arrange(call, values.flatten()) > 0).float()
+    try:
+        return (arrange(call, values.flatten()) > 0).float()
+    except UnknownGeometryError as error:
+        raise UnsupportedModelError(
+            f"the tokens that {encoder.method.info.name!r} left inside the vision tower of {encoder.name} cannot be "
+            f"matched with those that its LLM reads ({error}); tokprune.runtime.encoder.apply_encoder reduces the tower "
+            "alone."
+        ) from None
 
 
 @dataclass(frozen=True)

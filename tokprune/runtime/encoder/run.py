@@ -70,6 +70,8 @@ class Run:
     """The run is to be differentiated."""
     trace: EncoderTrace | None = None
     """Known when the last block has run."""
+    mask: Tensor | None = None
+    """What the attention of the block now running was given."""
     unmasked: bool = False
     """An attention mask was looked at and hides nothing."""
     grid: tuple[int, int] | None = None
