@@ -41,8 +41,8 @@ def survivor_rows(encoder: EncoderStage, call: EncoderCall) -> Tensor:
     except UnknownGeometryError as error:
         raise UnsupportedModelError(
             f"the tokens that {encoder.method.info.name!r} left inside the vision tower of {encoder.name} cannot be "
-            f"matched with those that its LLM reads ({error}); tokprune.runtime.encoder.apply_encoder reduces the tower "
-            "alone."
+            f"matched with those that its LLM reads ({error}); tokprune.runtime.encoder.apply_encoder reduces the "
+            "tower alone."
         ) from None
 
 
