@@ -11,14 +11,17 @@ import pytest
 import torch
 
 import tokprune
+from tokprune.adapters.families import FAMILIES, EncoderCall
 from tokprune.adapters.families.base import StreamLayout
 from tokprune.adapters.families.geometry import plain
 from tokprune.errors import BudgetError, OptionError, UnsupportedModelError
 from tokprune.serving import ARCHITECTURES, overrides
 from tokprune.serving.choose import Kept, Stream, choose
 from tokprune.serving.settings import Settings
+from tokprune.serving.tiles import clip, pack, tiles
 from tokprune.serving.versions import check_version
 from tokprune.serving.weave import staying, woven
+from tokprune.testing import build, picture
 from tokprune.tokens import Layout
 
 CLIP = ("cls_attention", "received_attention", "keys", "encoder_features")
@@ -158,3 +161,40 @@ def test_words_between_frames_stay_in_their_places() -> None:
     assert staying(ids, 9, kept).tolist() == [True, False, True, True, False, False, True]
     out = woven(ids, 9, kept, lambda tokens: -tokens[:, None].float())
     assert out.tolist() == [[-1, 0], [5, 6], [-2, 0], [-3, 0]]
+
+
+@pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
+@pytest.mark.parametrize("size", [(32, 32), (40, 64), (64, 40), (96, 96), (28, 20), (32, 96)])
+def test_tiles_lie_where_the_model_of_transformers_puts_them(family: str, size: tuple[int, int]) -> None:
+    """Also OneVision's canvases that are shrunk, and signals, which are packed like the features."""
+    tiny = build(family)
+    inputs = tiny.inputs([[("image", picture(size[1], size[0]))]])
+    images = {name: inputs[name] for name in ("pixel_values", "image_sizes")}
+    config = tiny.model.config
+    if family == "llava_onevision":
+        config.vision_aspect_ratio = "anyres_max_2"
+    call = EncoderCall(tiny.model.model, "image", images, None)
+    (expected,) = FAMILIES[family].streams(call)
+    found = tiles(config, inputs["image_sizes"][0].tolist())
+    assert (found.total, found.layout.grids, found.layout.canvas) == (
+        expected.total,
+        expected.layout.grids,
+        expected.layout.canvas,
+    )
+    for name in ("rows", "separators"):
+        assert torch.equal(getattr(found, name), getattr(expected, name))
+    for name in ("group", "row", "col"):
+        assert torch.equal(getattr(found.layout, name), getattr(expected.layout, name))
+    values = torch.randn(len(images["pixel_values"][0]), 64, 3)
+    packed = pack(config, inputs["image_sizes"][0].tolist(), values, 0.0)
+    torch.testing.assert_close(packed, FAMILIES[family].arrange(call, values.flatten(0, 1)))
+
+
+def test_clips_lie_where_the_model_of_transformers_puts_them() -> None:
+    tiny = build("llava_onevision")
+    call = EncoderCall(tiny.model.model, "video", {"pixel_values_videos": torch.zeros(1, 3, 3, 32, 32)}, None)
+    (expected,) = FAMILIES["llava_onevision"].streams(call)
+    found = clip(tiny.model.config, 3)
+    assert (found.total, found.layout.grids) == (expected.total, expected.layout.grids)
+    assert torch.equal(found.rows, expected.rows)
+    assert torch.equal(found.separators, expected.separators)

@@ -1,0 +1,158 @@
+"""Requests a second and time to first token of a vLLM server under load, pruned and not, by vLLM's own client.
+
+On a GPU, with vLLM in the environment that runs this:
+    python benchmarks/serving_load.py --model llava-hf/llava-1.5-7b-hf --ratios 1 0.25 0.1 --json load.json
+
+On a machine without one, a LLaVA with random weights and the environment that `make serve-test` sets up:
+    python benchmarks/serving_load.py --model small --python .serve/bin/python --ratios 1 0.1 --json load.json
+
+Every picture is new (random pixels), caches are off, answers have a fixed length.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tokprune.environment import command_line, commit, machine
+from tokprune.files import write_json
+from tokprune.serving import overrides
+
+METRICS = ("request_throughput", "mean_ttft_ms", "p99_ttft_ms", "mean_tpot_ms", "total_input_tokens", "completed")
+
+
+def small(folder: Path) -> Path:
+    """A LLaVA-1.5 of 30 million random weights with the 576 visual tokens of the real one."""
+    import torch
+    import transformers
+
+    from tokprune.adapters.families import FAMILIES
+
+    parts = FAMILIES["llava"].tiny("llava")
+    config = parts.model.config
+    config.vision_config.update({"image_size": 96, "hidden_size": 128, "intermediate_size": 256})
+    sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "head_dim": 64}
+    config.text_config.update({**sizes, "num_attention_heads": 8, "num_key_value_heads": 8})
+    config.image_seq_length = 576
+    torch.manual_seed(0)
+    model = transformers.LlavaForConditionalGeneration(config)
+    images = parts.processor.image_processor
+    images.size, images.crop_size = {"shortest_edge": 96}, {"height": 96, "width": 96}
+    model.save_pretrained(folder)
+    parts.processor.save_pretrained(folder)
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "model.safetensors"  # vLLM knows the names of the hub's checkpoints
+    weights = {k.replace("vision_tower.e", "vision_tower.vision_model.e"): v for k, v in load_file(file).items()}
+    weights = {k.replace("vision_tower.p", "vision_tower.vision_model.p"): v for k, v in weights.items()}
+    save_file(weights, file, metadata={"format": "pt"})
+    return folder
+
+
+@contextmanager
+def server(told: argparse.Namespace, model: str, ratio: float) -> Iterator[str]:
+    """A server of the model; ratio 1 is vLLM's own, without the plug-in's models."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = ["--model", model, "--served-model-name", "model", "--port", str(port), "--host", "127.0.0.1"]
+    flags += ["--no-enable-prefix-caching", "--mm-processor-cache-gb", "0", *told.serve_args.split()]
+    if ratio < 1:
+        flags += ["--hf-overrides", json.dumps(overrides(told.architecture, told.method, ratio=ratio))]
+    command = [told.python, "-m", "vllm.entrypoints.openai.api_server", *flags]
+    log = Path(tempfile.gettempdir()) / f"serving_load_{port}.txt"
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        while not _healthy(address):
+            if process.poll() is not None:
+                raise SystemExit(log.read_text(errors="replace")[-4000:])
+            time.sleep(2)
+        yield address
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(120)
+
+
+def _healthy(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(address + "/health", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+def load(told: argparse.Namespace, address: str, model: str, concurrency: int, folder: Path) -> dict[str, Any]:
+    """One run of `vllm bench serve`."""
+    height, width = (int(part) for part in told.image.split("x"))
+    count = max(told.prompts, 2 * concurrency)
+    flags = [
+        "--backend",
+        "openai-chat",
+        "--endpoint",
+        "/v1/chat/completions",
+        "--base-url",
+        address,
+        "--model",
+        "model",
+    ]
+    flags += ["--tokenizer", model, "--dataset-name", "random-mm", "--num-prompts", str(count)]
+    flags += ["--random-input-len", str(told.input_len), "--random-output-len", str(told.output_len), "--ignore-eos"]
+    flags += ["--random-mm-base-items-per-request", "1", "--random-mm-num-mm-items-range-ratio", "0"]
+    flags += ["--random-mm-limit-mm-per-prompt", '{"image": 1, "video": 0}']
+    flags += ["--random-mm-bucket-config", f"{{({height}, {width}, 1): 1.0}}"]
+    flags += ["--max-concurrency", str(concurrency), "--num-warmups", "2", "--disable-tqdm"]
+    flags += ["--save-result", "--result-dir", str(folder), "--result-filename", "one.json"]
+    subprocess.run([told.python, "-m", "vllm.entrypoints.cli.main", "bench", "serve", *flags], check=True)
+    result = json.loads((folder / "one.json").read_text(encoding="utf-8"))
+    return {"concurrency": concurrency, "prompts": count, **{name: result[name] for name in METRICS}}
+
+
+def main() -> None:
+    """Serve at every ratio, load at every concurrency."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help='a checkpoint, or "small"')
+    parser.add_argument("--architecture", default="LlavaForConditionalGeneration")
+    parser.add_argument("--method", default="divprune")
+    parser.add_argument("--ratios", type=float, nargs="+", default=[1.0, 0.25, 0.1])
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
+    parser.add_argument("--prompts", type=int, default=16, help="requests per run, at least two per concurrent client")
+    parser.add_argument("--image", default="336x336", help="height x width")
+    parser.add_argument("--input-len", type=int, default=32)
+    parser.add_argument("--output-len", type=int, default=16)
+    parser.add_argument("--python", default=sys.executable, help="the python that has vLLM")
+    parser.add_argument("--serve-args", default="", help="further flags of the server, in one string")
+    parser.add_argument("--note", default="", help="what else the numbers depend on")
+    parser.add_argument("--json", type=Path)
+    told = parser.parse_args()
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    runs = []
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        model = str(small(folder / "small")) if told.model == "small" else told.model
+        for ratio in told.ratios:
+            with server(told, model, ratio) as address:
+                for concurrency in told.concurrency:
+                    runs.append({"ratio": ratio, **load(told, address, model, concurrency, folder)})
+                    print(json.dumps(runs[-1]), flush=True)
+    settings = {name: getattr(told, name) for name in ("model", "method", "image", "input_len", "output_len", "note")}
+    if told.json:
+        head = {"type": "tokprune.serving_load", "version": 1, "command": command_line(), "commit": commit()}
+        write_json(told.json, {**head, "environment": machine(), "settings": settings, "runs": runs})
+
+
+if __name__ == "__main__":
+    main()
