@@ -17,6 +17,7 @@ from tokprune.adapters.families.geometry import plain
 from tokprune.errors import BudgetError, OptionError, UnsupportedModelError
 from tokprune.serving import ARCHITECTURES, overrides
 from tokprune.serving.choose import Kept, Stream, choose
+from tokprune.serving.model import check_engine
 from tokprune.serving.settings import Settings
 from tokprune.serving.tiles import clip, pack, tiles
 from tokprune.serving.versions import check_version
@@ -198,3 +199,20 @@ def test_clips_lie_where_the_model_of_transformers_puts_them() -> None:
     assert (found.total, found.layout.grids) == (expected.total, expected.layout.grids)
     assert torch.equal(found.rows, expected.rows)
     assert torch.equal(found.separators, expected.separators)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"additional_config": {"tokprune": {}}}, "hf-overrides"),
+        ({"pruning": True}, "video-pruning-rate"),
+        ({"speculative_config": object()}, "speculative"),
+        ({"lora_config": SimpleNamespace(enable_tower_connector_lora=True)}, "LoRA"),
+    ],
+)
+def test_engines_that_do_not_fit_are_refused(change: dict[str, Any], words: str) -> None:
+    pruning = change.pop("pruning", False)
+    multimodal = SimpleNamespace(is_multimodal_pruning_enabled=lambda: pruning)
+    told = {"additional_config": {}, "speculative_config": None, "lora_config": None, **change}
+    with pytest.raises(OptionError, match=words):
+        check_engine(SimpleNamespace(model_config=SimpleNamespace(multimodal_config=multimodal), **told))

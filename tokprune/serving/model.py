@@ -15,6 +15,24 @@ from tokprune.serving.settings import KEY, Settings
 PIXELS = {"pixel_values": "image", "pixel_values_videos": "video"}
 
 
+def check_engine(vllm_config: Any) -> None:
+    """Refuse settings of the engine under which pruning would be wrong, or of which nobody knows."""
+    if KEY in (vllm_config.additional_config or {}):
+        raise OptionError(
+            f"{KEY!r} stands in --additional-config, which the processor of prompts does not see; write it into "
+            "--hf-overrides."
+        )
+    if vllm_config.model_config.multimodal_config.is_multimodal_pruning_enabled():
+        raise OptionError("--video-pruning-rate and tokprune both prune; give one of them.")
+    if vllm_config.speculative_config is not None:
+        raise OptionError("speculative decoding with pruned pictures was not tried; leave --speculative-config out.")
+    if getattr(vllm_config.lora_config, "enable_tower_connector_lora", False):
+        raise OptionError(
+            "LoRA on the vision tower is mapped by vLLM to as many tokens as stay, not to those that are encoded; "
+            "leave --enable-tower-connector-lora out."
+        )
+
+
 class Pruned:
     """Mixin before a multimodal model of vLLM."""
 
@@ -25,13 +43,7 @@ class Pruned:
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self.tokprune = Settings.of(self.config, self.signals)
-        if KEY in (vllm_config.additional_config or {}):
-            raise OptionError(
-                f"{KEY!r} stands in --additional-config, which the processor of prompts does not see; write it into "
-                "--hf-overrides."
-            )
-        if vllm_config.model_config.multimodal_config.is_multimodal_pruning_enabled():
-            raise OptionError("--video-pruning-rate and tokprune both prune; give one of them.")
+        check_engine(vllm_config)
 
     def geometry(self, modality: str, inputs: Mapping[str, Any], features: Sequence[Tensor]) -> list[StreamLayout]:
         """Where the rows of each picture or clip of an encoder call lie. features: (R, W) each."""
