@@ -32,6 +32,7 @@ from tokprune.adapters.types import (
     RotaryTable,
     Scorer,
 )
+from tokprune.errors import TokpruneError
 from tokprune.methods.base import ConnectorMethod
 from tokprune.methods.frames_base import PerFrame
 from tokprune.runtime.cache_record import PruneState, Reader, attach_state, get_state, physical_length
@@ -175,8 +176,15 @@ class Prefill:
     def _state(self, cache: KVCache) -> PruneState | None:
         """The pruning record of a cache, which this pruning reads from now on."""
         state = get_state(cache)
-        if state is not None:
-            state.reader = self.reader
+        if state is None:
+            return None
+        if state.layers and self.options.decoder is None:
+            raise TokpruneError(
+                "this cache was filled under a method of the decoder stage, so that its layers hold different tokens, "
+                "which this pruning does not know how to read. Apply one with a method of the decoder stage (any can), "
+                "or start with a new cache."
+            )
+        state.reader = self.reader
         return state
 
     def _attach(self, cache: KVCache, forward: PrunedForward) -> None:
