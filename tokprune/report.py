@@ -48,6 +48,18 @@ class StreamReport:
 
 
 @dataclass(frozen=True)
+class LayerReport:
+    """One drop inside the LLM."""
+
+    layer: int
+    """In front of which it happens, 0-based."""
+    kept: tuple[int, ...]
+    """Visual tokens of each prompt from this layer on."""
+    counted_below: int = 0
+    """How many layers below it the method's paper counts as reduced already."""
+
+
+@dataclass(frozen=True)
 class Report:
     """The last prefill of a pruned model. Times in ms; on a GPU they are host times, without waiting for the device."""
 
@@ -62,10 +74,18 @@ class Report:
     select_ms: float = 0.0
     score_ms: float = 0.0
     notes: tuple[str, ...] = ()
+    depth: int = 0
+    """Layers of the LLM, where a method drops tokens inside it."""
+    layers: tuple[LayerReport, ...] = ()
 
     @staticmethod
-    def build(config: PruneConfig, model: str, last: LastRun | None, notes: list[str]) -> Report:
-        """The report of `last`, or of a pruning that has not run yet."""
+    def build(
+        config: PruneConfig, model: str, last: LastRun | None, notes: list[str], depth: int = 0, counted_below: int = 0
+    ) -> Report:
+        """The report of `last`, or of a pruning that has not run yet.
+
+        depth, counted_below: of the LLM and of the method inside it (`DecoderMethod.counted_below`).
+        """
         methods = tuple(m.label for m in config.methods)
         asked = "the method's own share" if config.budget is None else f"budget {config.budget}"
         asked = asked if config.ratio is None else f"ratio {config.ratio:g}"
@@ -100,6 +120,8 @@ class Report:
             select_ms=last.select_ms,
             score_ms=last.score_ms,
             notes=tuple(notes),
+            depth=depth,
+            layers=tuple(LayerReport(d.layer, d.kept, counted_below) for d in last.drops),
         )
 
     @property
@@ -112,9 +134,22 @@ class Report:
         """Visual tokens kept, separators not counted."""
         return sum(s.kept for s in self.streams)
 
+    def average(self, published: bool = False) -> float | None:
+        """Visual tokens that a layer of the LLM works on, mean over its layers, all prompts together; None where no
+        method drops any inside. published: as the method's paper counts.
+        """
+        if not self.depth or not self.layers:
+            return None
+        left = [self.kept] * self.depth
+        for drop in self.layers:
+            first = max(drop.layer - (drop.counted_below if published else 0), 0)
+            left[first:] = [sum(drop.kept)] * (self.depth - first)
+        return sum(left) / self.depth
+
     def to_dict(self) -> JsonObject:
         """Plain data."""
-        return {"total": self.total, "kept": self.kept, **asdict(self)}
+        averages = {} if not self.layers else {"average": self.average(), "published_average": self.average(True)}
+        return {"total": self.total, "kept": self.kept, **averages, **asdict(self)}
 
     def to_json(self) -> str:
         """The report as JSON."""
@@ -140,4 +175,16 @@ class Report:
                 + (f"score frames {self.score_ms:.1f} ms, " if self.score_ms else "")
                 + f"select {self.select_ms:.1f} ms"
             )
+        lines += self._layer_lines()
         return "\n".join([*lines, *(f"  note: {n}" for n in self.notes)])
+
+    def _layer_lines(self) -> list[str]:
+        """What is left in the layers of the LLM."""
+        average, published = self.average(), self.average(published=True)
+        if average is None or published is None:
+            return []
+        steps = ", ".join(f"{sum(d.kept)} from layer {d.layer} on" for d in self.layers)
+        share = f" ({average / self.kept:.1%} of what enters it)" if self.kept else ""
+        line = f"  layers of the LLM: {self.kept} visual tokens, {steps}; average over {self.depth} layers "
+        line += f"{average:.1f}{share}"
+        return [line if published == average else f"{line}, {published:.1f} as the method's paper counts"]

@@ -19,20 +19,22 @@ METHODS = {
     "fastv": {"layer": 3, "ratio": 0.25},
     "vtw": {"layer": 3},
     "pyramiddrop": {"layers": (3, 4), "shares": (0.5, 0.1)},
+    "fastv-compact": {"schedule": ((3, 0.6), (4, 0.2)), "positions": "compact"},
     "pyramiddrop-keep": {"layers": (3, 4), "shares": (0.5, 0.1), "positions": "keep"},
 }
+SHORT = (("fastv", "sdpa"), ("pyramiddrop", "eager"))
 
 
 def options_of(name: str) -> tuple[str, dict[str, Any], bool]:
     """Method, its options, and whether positions are numbered anew."""
     method = name.split("-")[0]
-    return method, METHODS[name], name == "pyramiddrop"
+    return method, METHODS[name], name in ("pyramiddrop", "fastv-compact")
 
 
 @pytest.mark.parametrize(
     ("family", "name", "attn"),
     [
-        slow_unless((f in QUICK and n == "fastv" and a == "sdpa") or (f == "llava" and a == "eager"), f, n, a)
+        slow_unless((f in QUICK and (n, a) in SHORT) or (f == "llava" and a == "eager"), f, n, a)
         for f in ATTENDING
         for n in METHODS
         for a in ("sdpa", "eager")
@@ -42,8 +44,6 @@ def test_what_is_left_equals_masking(family: str, name: str, attn: str) -> None:
     """A left-padded batch of three, one of words alone, against each prompt alone with the dropped tokens masked."""
     method, options, compact = options_of(name)
     tiny = deep(family, attn)
-    if compact and tiny.model.config.get_text_config().rope_parameters.get("mrope_section"):
-        pytest.skip("numbered anew axis by axis: test_positions")
     inputs = tiny.inputs(prompts(family))
     with tokprune.apply(tiny.model, method, **options) as pruning:
         got = run(tiny, inputs, pruning)

@@ -156,12 +156,14 @@ class DecoderMethod(Method):
 
     reads: states that `select` looks at ("embeddings", "entering", "middle", "normed"), class data like `needs`.
     positions: what happens to position ids of the tokens that are left: "keep" leaves them, "compact" numbers the
-    tokens of a layer without gaps (an option of methods that have been published both ways).
+    tokens of a layer without gaps; apply(..., positions=) overrides it.
+    counted_below: layers below a drop that the paper's token counts take for reduced already, though they work on all.
     """
 
     stage: ClassVar[str] = "decoder"
     reads: ClassVar[tuple[str, ...]] = ()
     positions: ClassVar[Literal["keep", "compact"]] = "keep"
+    counted_below: ClassVar[int] = 0
     schedule: tuple[tuple[int, float], ...] | None = option(
         None, example=((2, 0.5),), hint="Pairs of a layer and the share left from it on, in place of the method's own."
     )

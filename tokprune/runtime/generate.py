@@ -62,8 +62,8 @@ class ConnectorStage(Prefill):
             out[GENERATE_STEP] = GenerateStep(physical=False, encoded=kwargs.get("mm_encoder_outputs"))
             thread.prompt_length = input_ids.shape[1]
         elif state is not None:
-            out = self._decode_step(original, input_ids, kwargs, state)
-            out[GENERATE_STEP] = GenerateStep(physical=True, decode=not first)
+            out, hidden = self._decode_step(original, input_ids, kwargs, state)
+            out[GENERATE_STEP] = GenerateStep(physical=True, decode=not first, open=not hidden)
         else:
             out = original(input_ids, **kwargs)
             if self.adapter.has_visual(out):  # without a cache, every step reads the prompt and the answer so far
@@ -72,8 +72,10 @@ class ConnectorStage(Prefill):
         return out
 
     @staticmethod
-    def _decode_step(original: Original, input_ids: Tensor, kwargs: ModelCall, state: PruneState) -> ModelCall:
-        """A step without pictures on the cache of a pruned prompt, at physical lengths."""
+    def _decode_step(
+        original: Original, input_ids: Tensor, kwargs: ModelCall, state: PruneState
+    ) -> tuple[ModelCall, bool]:
+        """A step without pictures on the cache of a pruned prompt, at physical lengths; whether a mask hides keys."""
         cache = cache_in(kwargs)
         held = check_record(cache, state, input_ids.shape[0])
         length = kwargs.get("next_sequence_length")
@@ -83,7 +85,7 @@ class ConnectorStage(Prefill):
         out: ModelCall = original(input_ids, **{**kwargs, "attention_mask": mask})
         if out.get("position_ids") is not None:
             out["position_ids"] = state.shifted(out["position_ids"])
-        return out
+        return out, mask is not None
 
     # -- the prefill
     # --------------------------------------------------------------------------------------------------------

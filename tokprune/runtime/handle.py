@@ -226,7 +226,9 @@ class Pruning:
             notes += str(self.encoder.report()).splitlines()
         if self.cache is not None and self.last is not None:
             notes += self.cache.notes()
-        return Report.build(self.config, installed.name, self.last, notes)
+        decoder = self.decoder
+        depth, below = (0, 0) if decoder is None else (decoder.depth, decoder.method.counted_below)
+        return Report.build(self.config, installed.name, self.last, notes, depth, below)
 
     def __repr__(self) -> str:
         methods = " + ".join(m.label for m in self.config.methods)

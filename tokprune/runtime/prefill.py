@@ -100,8 +100,10 @@ class GenerateStep:
         encoded: dict[str, EncoderOutput] | None = None,
         prompt_length: int | None = None,
         decode: bool = False,
+        open: bool = False,
     ) -> None:
         self.physical = physical  # the call is translated already
+        self.open = open  # no key is hidden by a mask
         self.decode = decode  # it is a decode step
         # Of the prompt that generate() was given, where a call holds words of the answer as well.
         self.prompt_length = prompt_length
@@ -213,6 +215,8 @@ class Prefill:
         if not compiling:
             thread.passage.begin(None)
         if step is not None and step.physical:
+            if self.options.decoder is not None:
+                self.options.decoder.expect(None, step.open)
             if not compiling:
                 thread.passage.arrive(cache_in(kwargs), translated=True)
                 thread.passage.begin(width_of(args, kwargs), step.decode, thread.rotary_table is not None)

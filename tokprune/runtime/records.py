@@ -159,3 +159,9 @@ class LastRun:
         if self.index is not None:
             return self.index
         return torch.arange(self.keep.shape[1], device=self.keep.device).masked_fill(~self.keep, -1)
+
+    def columns_at(self, layer: int) -> Tensor:
+        """(B, L) bool: prompt columns that are in a layer of the LLM."""
+        columns = self.columns(layer).to(self.keep.device)
+        left = torch.zeros(self.keep.shape[0], self.keep.shape[1] + 1, dtype=torch.bool, device=columns.device)
+        return left.scatter(1, columns + 1, True)[:, 1:]

@@ -107,6 +107,7 @@ class Rated(DecoderMethod):
     """Base of methods in which words rate; raters are chosen once, in front of the first of the layers."""
 
     reads: ClassVar[tuple[str, ...]] = ("embeddings",)
+    counted_below: ClassVar[int] = 1  # layers 2, 6 and 15, whose attention is read
     shares: ClassVar[tuple[float, ...]]
     layers: tuple[int, ...] | None = option(None, low=1, filled=True, example=(3, 7, 16))
 

@@ -45,6 +45,7 @@ class _Now:
     def __init__(self) -> None:
         self.frame: Frame | None = None
         self.prompt: Prompt | None = None
+        self.open = False
 
 
 class DecoderStage:
@@ -137,9 +138,12 @@ class DecoderStage:
             values = {name: stream.tokens.signal(name) for name in self.method.needs}
             stream.signals = {name: value[at.to(value.device)] for name, value in values.items()}
 
-    def expect(self, prompt: Prompt | None) -> None:
-        """The next forward of the language model in this thread is of `prompt`."""
-        self.threads.now.prompt = prompt
+    def expect(self, prompt: Prompt | None, open: bool = False) -> None:
+        """The next forward of the language model in this thread is of `prompt`, or of no pictures. open: no mask hides
+        keys, whatever the masks in the call look like.
+        """
+        now: _Now = self.threads.now
+        now.prompt, now.open = prompt, open
 
     def _steps(self, rows: list[Candidates]) -> dict[int, Step]:
         """What is to be left of the candidates of each prompt in front of each layer."""
@@ -169,7 +173,7 @@ class DecoderStage:
         check_call(self.adapter, self.method, cache, kwargs, None if prompt is None else min(prompt.steps))
         if state is not None:
             check_layer_lengths(cache, state.layers, past)
-        plain = kwargs.get("attention_mask") is None
+        plain = now.open or kwargs.get("attention_mask") is None
         now.frame = Frame(past, width, cache, state, kernel, self.adapter.model.dtype, plain, prompt)
 
     @torch.compiler.disable
