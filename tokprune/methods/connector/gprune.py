@@ -12,7 +12,7 @@ from tokprune.methods.base import ScoreMethod, check_finite
 from tokprune.methods.options import option
 from tokprune.ops.numeric import wide
 from tokprune.ops.similarity import cosine_similarity
-from tokprune.ops.topk import grouped_top
+from tokprune.ops.topk import grouped_top, top
 from tokprune.registry import Checked, register_method
 from tokprune.tokens import Layout, VisualTokens
 
@@ -38,8 +38,7 @@ def gprune(features: Tensor, threshold: float = 0.5, temperature: float = 0.03, 
 @register_method(
     "gprune",
     paper="What Kind of Visual Tokens Do We Need? Training-Free Visual Token Pruning for Multi-Modal Large Language "
-    "Models "
-    "from the Perspective of Graph",
+    "Models from the Perspective of Graph",
     year=2025,
     url="https://arxiv.org/abs/2501.02268",
     complexity="O(N²D)",
@@ -76,6 +75,8 @@ class GPrune(ScoreMethod):
     def choose(self, tokens: VisualTokens, scores: Tensor, keep: int) -> Tensor:
         """The best of each graph, the same share of each."""
         sizes = _graphs(tokens.layout)
+        if len(sizes) == 1:
+            return top(scores, keep)
         graph = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes), output_size=len(scores))
         return grouped_top(scores, graph, share(keep, sizes, sizes))
 

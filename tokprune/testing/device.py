@@ -1,0 +1,223 @@
+"""A device without hardware: tensors that behave as if on an accelerator, and a count of what would cost time there.
+
+with StandInDevice() as device:
+    model, inputs = device.move(tiny.model), device.put(tiny.inputs(...))
+    with device.count() as cost:
+        model(**inputs)
+print(cost.launches, cost.syncs, cost.uploads)
+
+Values are computed on the CPU. What an accelerator refuses is refused (tensors of two devices in one operation), and
+what makes the host wait there is counted with the line that did it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import traceback
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+import tokprune
+
+M = TypeVar("M", bound=nn.Module)
+
+NAME = "privateuseone"
+"""The type of the stand-in: the one that torch keeps free for devices of others."""
+DATA_DEPENDENT = {
+    "_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount",
+    "equal", "is_nonzero", "argwhere", "count_nonzero_host",
+}  # fmt: skip
+"""Operations whose result the host needs, or whose shape depends on values: an accelerator's queue runs dry for them."""
+PACKAGE = str(Path(tokprune.__file__).parent)
+
+
+@dataclass
+class Cost:
+    """What one piece of code would cost on an accelerator, as counts."""
+
+    launches: int = 0
+    """Operations that compute on the device; views are none."""
+    uploads: int = 0
+    """Copies from the host to the device; the host does not wait."""
+    by_line: Counter[str] = field(default_factory=Counter)
+    """Launches by the innermost line of tokprune, "" for those of others."""
+    waits: Counter[str] = field(default_factory=Counter)
+    """Times the host waits for the device, by operation and line."""
+
+    @property
+    def syncs(self) -> int:
+        """Times the host waits for the device."""
+        return sum(self.waits.values())
+
+
+class DeviceTensor(Tensor):
+    """A tensor that says it is on the stand-in device; its values are in `inner`."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> DeviceTensor:
+        made: DeviceTensor = torch.Tensor._make_wrapper_subclass(
+            cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype,
+            device=torch.device(NAME, 0), requires_grad=False,
+        )  # fmt: skip
+        made.inner = inner
+        return made
+
+    def tolist(self) -> Any:
+        """As nested lists: the host waits."""
+        return self.cpu().tolist()
+
+    def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
+        return f"DeviceTensor({self.inner!r})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return run(func, args, kwargs or {}, None)
+
+
+def _is_device(value: object) -> bool:
+    return value is not None and torch.device(value).type == NAME  # type: ignore[arg-type]
+
+
+def run(func: Any, args: Any, kwargs: Mapping[str, Any], cost: Cost | None) -> Any:
+    """One operation of torch's dispatcher on tensors of host and stand-in device, counted in `cost`."""
+    name = func._schema.name.split("::")[1]
+    tensors = [x for x in tree_flatten((args, dict(kwargs)))[0] if isinstance(x, Tensor)]
+    inside = [x for x in tensors if isinstance(x, DeviceTensor)]
+    to, moves = kwargs.get("device"), name in ("_to_copy", "copy_", "to")
+    here = bool(inside) if to is None else _is_device(to)
+    if name == "copy_":
+        here = isinstance(args[0], DeviceTensor)
+    if inside and not moves:
+        _refuse_two_devices(name, args, tensors)
+    if cost is not None:
+        _count(func, name, args, kwargs, (bool(inside), here, moves), cost)
+    inner_args, inner_kwargs = tree_map(_unwrapped, (tuple(args), dict(kwargs)))
+    if "device" in inner_kwargs and _is_device(inner_kwargs["device"]):
+        inner_kwargs["device"] = torch.device("cpu")
+    with torch._C._DisableTorchDispatch():  # type: ignore[attr-defined]
+        result = func(*inner_args, **inner_kwargs)
+    known = {id(x.inner): x for x in inside}  # an operation in place returns what it was given
+    return tree_map(lambda x: _wrapped(x, known, here), result)
+
+
+def _unwrapped(x: Any) -> Any:
+    return x.inner if isinstance(x, DeviceTensor) else x
+
+
+def _wrapped(x: Any, known: Mapping[int, DeviceTensor], here: bool) -> Any:
+    if not isinstance(x, Tensor):
+        return x
+    if id(x) in known:
+        return known[id(x)]
+    return DeviceTensor(x) if here else x
+
+
+def _refuse_two_devices(name: str, args: Any, tensors: list[Tensor]) -> None:
+    """As an accelerator does; numbers (0-d) and indices may come from the host."""
+    indices: list[int] = []
+    if name.startswith("index") and len(args) > 1 and isinstance(args[1], list | tuple):
+        indices = [id(x) for x in args[1] if isinstance(x, Tensor)]
+    for x in tensors:
+        if not isinstance(x, DeviceTensor) and x.dim() > 0 and id(x) not in indices:
+            raise RuntimeError(f"Expected all tensors to be on the same device: {name} got one of the host.")
+
+
+def _count(func: Any, name: str, args: Any, kwargs: Any, where: tuple[bool, bool, bool], cost: Cost) -> None:
+    """where: whether a tensor of the device is given, the result is on it, and the operation moves between the two."""
+    inside, here, moves = where
+    if not inside and not here:
+        return
+    from_device = inside if name != "copy_" else isinstance(args[1], DeviceTensor)
+    if moves and from_device != here:
+        if here:
+            cost.uploads += 1
+        else:
+            cost.waits[f"{name} @ {_line()}"] += 1
+        return
+    returns = func._schema.returns
+    alias = returns[0].alias_info if returns else None
+    if alias is not None and not alias.is_write:
+        return  # a view
+    masked = name in ("index", "index_put", "index_put_") and any(
+        x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1]
+    )
+    unsized = name == "repeat_interleave" and kwargs.get("output_size") is None
+    if name in DATA_DEPENDENT or masked or unsized:
+        cost.waits[f"{name} @ {_line()}"] += 1
+    cost.launches += 1
+    cost.by_line[_line()] += 1
+
+
+def _line() -> str:
+    """The innermost line of tokprune that is running, "" where none is."""
+    for frame in reversed(traceback.extract_stack()):
+        if frame.filename.startswith(PACKAGE) and "/testing/" not in frame.filename:
+            return f"{frame.filename[len(PACKAGE) + 1 :]}:{frame.lineno} {frame.line}"
+    return ""
+
+
+@functools.cache
+def _register() -> None:
+    """Tell torch, once in a process, that a device of this type exists."""
+    _setup_privateuseone_for_python_backend()
+
+
+class StandInDevice(TorchDispatchMode):
+    """A context in which the stand-in device is there; `device` names it for tensors made inside."""
+
+    device = torch.device(NAME, 0)
+
+    def __init__(self) -> None:
+        super().__init__()
+        _register()
+        self._cost: Cost | None = None
+
+    def __enter__(self) -> StandInDevice:
+        self._lifted = torch._C._only_lift_cpu_tensors()
+        torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=...) comes by here, too
+        super().__enter__()
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        super().__exit__(*args)
+        torch._C._set_only_lift_cpu_tensors(self._lifted)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return run(func, args, kwargs or {}, self._cost)
+
+    @contextlib.contextmanager
+    def count(self) -> Iterator[Cost]:
+        """Count what runs inside."""
+        self._cost = cost = Cost()
+        try:
+            yield cost
+        finally:
+            self._cost = None
+
+    def put(self, value: Any) -> Any:
+        """Tensors in nested containers, copied to the device."""
+        return tree_map(lambda x: DeviceTensor(x) if type(x) in (Tensor, nn.Parameter) else x, value)
+
+    def move(self, model: M) -> M:
+        """The model with all its tensors on the device, in place; for inference."""
+        moved: dict[int, Tensor] = {}
+        for module in model.modules():
+            for held in (module._parameters, module._buffers):
+                for key, value in held.items():
+                    if value is not None and not isinstance(value, DeviceTensor):
+                        new = moved.setdefault(id(value), DeviceTensor(value.detach()))
+                        new._is_param = held is module._parameters  # type: ignore[attr-defined]
+                        held[key] = new  # type: ignore[assignment]
+        return model
