@@ -175,11 +175,12 @@ def build_queries(
     questions: str | Sequence[str] | None,
     visual_ids: Sequence[int],
     scorer: Any,
+    device: torch.device | None = None,
 ) -> list[Query | None]:
     """One Query per prompt.
 
-    table: the LLM's embedding module. rows: (L,) ids per prompt without padding, None when only embeddings are known.
-    questions: one for all prompts or one per prompt. scorer: object with embed_text, or None.
+    table: the LLM's embedding module, asked on `device`. rows: (L,) ids per prompt without padding, None when only
+    embeddings are known. questions: one for all prompts or one per prompt. scorer: object with embed_text, or None.
     """
     if questions is not None and not isinstance(questions, str) and len(questions) != len(rows):
         raise MissingQueryError(
@@ -194,7 +195,7 @@ def build_queries(
         else:
             out.append(None)
             continue
-        out.append(read(processor, table, text, source, scorer, None if ids is None else ids.device))
+        out.append(read(processor, table, text, source, scorer, device))
     return out
 
 

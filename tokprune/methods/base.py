@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, ClassVar
 
@@ -209,10 +211,54 @@ def check_keep(keep: int, n: int) -> None:
         raise BudgetError(f"keep={keep} is not between 1 and the {n} tokens of this stream.")
 
 
+class Checks:
+    """What a method found to be finite or not, to be read by the host together with what it chose."""
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[Tensor, str]] = []
+
+    def add(self, finite: Tensor, what: str) -> None:
+        """Note one answer of the device, (1,) bool."""
+        self._seen.append((finite, what))
+
+    def flags(self) -> list[Tensor]:
+        """The answers, (1,) each."""
+        return [finite for finite, _ in self._seen]
+
+    def raise_unless(self, flags: Sequence[Tensor]) -> None:
+        """Refuse what is not finite, by the answers as the host knows them."""
+        for finite, (_, what) in zip(flags, self._seen, strict=True):
+            if not finite:
+                raise OptionError(
+                    f"{what} hold NaN or infinity; the model's forward is broken before pruning (overflow in half "
+                    "precision?)."
+                )
+
+
+_CHECKS: ContextVar[Checks | None] = ContextVar("tokprune_checks", default=None)
+
+
+@contextlib.contextmanager
+def deferred_checks() -> Iterator[Checks]:
+    """While a method runs inside, `check_finite` does not wait for an accelerator: who opened this reads the flags."""
+    checks = Checks()
+    token = _CHECKS.set(checks)
+    try:
+        yield checks
+    finally:
+        _CHECKS.reset(token)
+
+
 def check_finite(values: Tensor, what: str) -> Tensor:
-    """Return `values`, or refuse NaN and infinity, which would make any choice meaningless."""
-    if not torch.isfinite(values).all():
-        raise OptionError(
-            f"{what} hold NaN or infinity; the model's forward is broken before pruning (overflow in half precision?)."
-        )
+    """Return `values`, or refuse NaN and infinity, which would make any choice meaningless.
+
+    On an accelerator the refusal may come when the choice is read (`deferred_checks`).
+    """
+    finite, checks = torch.isfinite(values).all()[None], _CHECKS.get()
+    if checks is None or values.device.type == "cpu":
+        checks = Checks()
+        checks.add(finite, what)
+        checks.raise_unless([finite])
+    else:
+        checks.add(finite, what)
     return values

@@ -19,6 +19,7 @@ from tokprune.adapters.foreign import CACHE_RECORD, CACHE_VIEW
 from tokprune.adapters.types import CacheClass, KVCache, Mask
 from tokprune.errors import TokpruneError, UnsupportedModelError
 from tokprune.runtime.decoder.columns import LayerKeys, index_all
+from tokprune.runtime.host import to_host
 from tokprune.runtime.masks import causal_mask, gather_mask
 
 if TYPE_CHECKING:
@@ -94,6 +95,12 @@ class PruneState:
             next_position=None if self.next_position is None else fn(self.next_position),
             layers=index_all(self.layers, fn),
         )
+
+    def on_host(self) -> PruneState:
+        """A copy of what later turns are planned with, on the host; one wait."""
+        visual = [] if self.visual is None else [self.visual]
+        kept, moves, *visual = to_host(self.kept, self.moves, *visual)
+        return PruneState(kept, moves, self.n_logical, self.has_fill, self.reader, visual[0] if visual else None)
 
     def count_from(self, first: int) -> None:
         """Let the position that the next token must have, until now counted from 0, count from `first`."""

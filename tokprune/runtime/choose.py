@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from tokprune.errors import TokpruneError
-from tokprune.methods.base import ConnectorMethod
+from tokprune.methods.base import Checks, ConnectorMethod, deferred_checks
+from tokprune.runtime.host import to_host
 from tokprune.runtime.records import StreamRecord
 from tokprune.tokens import Merge, Selection
 
@@ -27,10 +28,11 @@ def choose(method: ConnectorMethod, streams: Sequence[StreamRecord], count: Call
         if keep < n or method.drops_at_full_budget:
             active.append((stream, keep))
         else:
-            stream.selection = Selection(torch.arange(n, device=stream.tokens.features.device))
+            stream.selection, stream.indices = Selection(torch.arange(n)), torch.arange(n)
     if not active:
         return
-    selections: object = method.select_batch([stream.tokens for stream, _ in active], [keep for _, keep in active])
+    with deferred_checks() as checks:
+        selections: object = method.select_batch([stream.tokens for stream, _ in active], [keep for _, keep in active])
     if not isinstance(selections, list | tuple) or len(selections) != len(active):
         given = f"{len(selections)} of them" if isinstance(selections, list | tuple) else type(selections).__name__
         raise TokpruneError(
@@ -43,6 +45,21 @@ def choose(method: ConnectorMethod, streams: Sequence[StreamRecord], count: Call
         if k != keep and (method.exact or not 0 < k <= n):
             raise TokpruneError(f"method {method.info.name!r} kept {k} tokens of {n} where {keep} were asked for.")
         stream.selection = selection
+    _fetch([stream for stream, _ in active], checks)
+
+
+def _fetch(streams: Sequence[StreamRecord], checks: Checks) -> None:
+    """Bring what was chosen to the host, with all that is left to check: the prefill's second wait."""
+    targets = [None if (merge := s.selection.weights) is None else merge.target for s in streams]
+    highest = [target.amax()[None] for target in targets if target is not None]
+    flags, indices = checks.flags(), [stream.selection.indices for stream in streams]
+    host = to_host(*indices, *highest, *flags)
+    checks.raise_unless(host[len(indices) + len(highest) :])
+    tops = iter(host[len(indices) :])
+    for stream, chosen, target in zip(streams, host, targets, strict=False):
+        stream.indices = chosen.long()
+        if target is not None and (top := int(next(tops))) >= len(chosen):
+            raise TokpruneError(f"a method merges tokens into slot {top}, but keeps {len(chosen)} slots.")
 
 
 def _keep_counts(method: ConnectorMethod, streams: Sequence[StreamRecord], count: Callable[[int], int]) -> list[int]:
@@ -134,14 +151,7 @@ def kept_rows(stream: StreamRecord) -> tuple[Tensor, Tensor, int]:
     Returns slots (K,) of the selected candidates in the order of the selection, all kept rows as a (total,) bool, and
     how many separators are among them (a newline stays iff a token of its line does).
     """
-    geometry = stream.geometry
-    indices, merge = stream.selection.indices, stream.selection.weights
-    if merge is not None and merge.target is not None:  # both in one look at the device
-        both = torch.cat([indices, merge.target.amax()[None].to(indices)]).to(geometry.rows.device)
-        indices, highest = both[:-1], int(both[-1])
-        if highest >= len(indices):
-            raise TokpruneError(f"a method merges tokens into slot {highest}, but keeps {len(indices)} slots.")
-    indices = indices.to(geometry.rows.device)
+    geometry, indices = stream.geometry, stream.indices
     check_values(indices, stream.total)
     slots = geometry.rows[indices]  # (K,)
     keep = torch.zeros(geometry.total, dtype=torch.bool, device=geometry.rows.device)

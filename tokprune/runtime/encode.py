@@ -18,6 +18,7 @@ from tokprune.adapters.families import EncoderCall
 from tokprune.adapters.foreign import ENCODER_RECORD, ENCODERS
 from tokprune.adapters.hooks import Attachments, PerThread
 from tokprune.adapters.types import EncoderOutput, ModelCall, Original
+from tokprune.runtime.host import to_host
 from tokprune.runtime.probe import AttentionProbe
 from tokprune.runtime.records import EncoderRecord, encoder_record
 from tokprune.runtime.signals import PatchScorer, SignalSet, compute_signals, of_tower, signal_probe
@@ -25,6 +26,8 @@ from tokprune.runtime.signals import PatchScorer, SignalSet, compute_signals, of
 if TYPE_CHECKING:
     from tokprune.runtime.encoder.stage import EncoderStage
 
+SIZES = ("_sizes", "_sizes_videos", "_grid_thw", "_grids")
+"""Ends of the names of arguments that say how large each picture is."""
 SURVIVORS = "encoder_survivor"
 """The signal which rows the encoder stage left as groups' own places; from that stage, not from a probe."""
 
@@ -113,6 +116,8 @@ class Recorder:
         seconds = time.perf_counter() - start
         arguments = dict(inspect.signature(original).bind(*args, **kwargs).arguments)
         arguments.update(arguments.pop("kwargs", {}))
+        sizes = [n for n, v in arguments.items() if n.endswith(SIZES) and isinstance(v, Tensor)]
+        arguments.update(zip(sizes, to_host(*(arguments[n] for n in sizes)), strict=True))  # read often from now on
         with torch.no_grad():
             self._record(modality, arguments, output, seconds)
         return output

@@ -7,7 +7,6 @@ last token.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,10 +16,11 @@ from tokprune.adapters.base import RAW, TYPE_IDS, Adapter, like
 from tokprune.adapters.dialect import cache_in
 from tokprune.adapters.types import EncoderOutput, KVCache, Mask, ModelCall, RotaryTable
 from tokprune.errors import OptionError
-from tokprune.runtime.cache_record import PruneState, get_state, physical_length
+from tokprune.runtime.cache_record import PruneState, physical_length
+from tokprune.runtime.host import to_device
 from tokprune.runtime.masks import causal_mask, gather_mask, is_full
 from tokprune.runtime.outputs import WidePath
-from tokprune.runtime.plan import Features, Plan
+from tokprune.runtime.plan import Features, Plan, tokens_of
 from tokprune.runtime.tripwires import next_positions
 
 
@@ -43,7 +43,7 @@ class PrunedForward:
 
 @dataclass
 class Slots:
-    """Where the kept columns of a plan go."""
+    """Where the kept columns of a plan go; on the host, but for `at` and `filled`."""
 
     index: Tensor
     """(B, P) prompt column of each slot; filler has one, too."""
@@ -55,10 +55,14 @@ class Slots:
     """Keys before these."""
     columns: Tensor
     """(B, held + P) prompt column of every key, -1 for filler."""
+    at: Tensor
+    """`index` where the call is."""
+    filled: Tensor | None
+    """(B, P) bool, true for filler, where the call is; None without any."""
 
     @staticmethod
-    def of(plan: Plan, past: KVCache) -> Slots:
-        """The slots of a plan behind the keys of a cache."""
+    def of(plan: Plan, past: KVCache, device: torch.device) -> Slots:
+        """The slots of a plan behind the keys of a cache, for a call on `device`."""
         keep = plan.keep
         batch, length = keep.shape
         counts = keep.sum(1)
@@ -66,12 +70,13 @@ class Slots:
         order = torch.argsort(keep.int(), dim=1, stable=True)  # (B, L) dropped columns first
         index = order[:, length - width :]  # (B, P)
         filler = (width - counts)[:, None]  # (B, 1)
-        used = torch.arange(width, device=keep.device) >= filler  # (B, P)
-        held, state = physical_length(past), get_state(past)
+        used = torch.arange(width) >= filler  # (B, P)
+        held = physical_length(past)
         check_room(past, held + width)
-        before = torch.arange(held, device=keep.device).expand(batch, -1) if state is None else state.columns(held)
-        columns = torch.cat([before.to(keep.device), torch.where(used, index + plan.start, -1)], 1)  # (B, held + P)
-        return Slots(index, used, filler, held, columns)
+        before = torch.arange(held).expand(batch, -1) if plan.earlier is None else plan.earlier.columns(held)
+        columns = torch.cat([before, torch.where(used, index + plan.start, -1)], 1)  # (B, held + P)
+        at, *filled = to_device(device, index, *([] if used.all() else [~used]))
+        return Slots(index, used, filler, held, columns, at, filled[0] if filled else None)
 
     @property
     def width(self) -> int:
@@ -81,7 +86,7 @@ class Slots:
     @property
     def numbers(self) -> Tensor:
         """(P,) 0, 1, ..."""
-        return torch.arange(self.width, device=self.index.device)
+        return torch.arange(self.width)
 
     @property
     def known(self) -> Tensor:
@@ -89,8 +94,9 @@ class Slots:
         return torch.where(self.used, self.index, -1)
 
     def take(self, values: Tensor, filler: int = 0) -> Tensor:
-        """(B, L) per prompt column -> (B, P) per slot."""
-        return values.gather(1, self.index).masked_fill(~self.used, filler)
+        """(..., B, L) per prompt column -> (..., B, P) per slot."""
+        taken = values.gather(-1, self.at.to(values.device).expand(*values.shape[:-2], -1, -1))
+        return taken if self.filled is None else taken.masked_fill(self.filled.to(values.device), filler)
 
 
 def execute(
@@ -101,48 +107,57 @@ def execute(
     hide_positions: give attention contiguous positions and only the rotary embedding the kept ones; flash attention
     reads gaps in them as packing.
     """
-    past = cache_in(call)
-    slots = Slots.of(plan, past)
+    past, device = cache_in(call), tokens_of(call).device
+    slots = Slots.of(plan, past, device)
+    visible = _visible_keys(plan, slots)
+    state = _record(plan, slots, visible)
+    ends_in_text = plan.keep[:, -1] & ~plan.visual[:, -1]  # (B,)
+    of_call = (visible.long(), _expand(slots, plan.keep.shape[1]), slots.known, ends_in_text)
+    placed = to_device(device, state.kept, state.moves, state.visual, *of_call)
+    (state.kept, state.moves, state.visual), (visible, expand, known, ends_in_text) = placed[:3], placed[3:]
     new = dict(call)
     if call.get("input_ids") is not None:
         new["input_ids"] = slots.take(call["input_ids"], adapter.pad_id)  # (B, P)
     if call.get("inputs_embeds") is not None:
         embeds = call["inputs_embeds"]  # (B, L, D)
-        gathered = embeds.gather(1, slots.index[..., None].expand(-1, -1, embeds.shape[-1]))
-        new["inputs_embeds"] = gathered.masked_fill(~slots.used[..., None], 0)  # (B, P, D)
-    new["attention_mask"] = _mask(adapter, plan, call, slots)
-    _cut_type_ids(new, plan.keep.shape[1], slots)
-    at = slots.index.expand(*plan.positions.shape[:-2], -1, -1)
-    kept_positions = plan.positions.gather(-1, at).masked_fill(~slots.used.expand_as(at), 0)  # (..., B, P)
+        taken = embeds.gather(1, slots.at[..., None].expand(-1, -1, embeds.shape[-1]))  # (B, P, D)
+        new["inputs_embeds"] = taken if slots.filled is None else taken.masked_fill(slots.filled[..., None], 0)
+    new["attention_mask"] = _mask(adapter, plan, call, (visible, state.kept, known))
+    _cut_type_ids(new, plan.keep.shape[1], slots, state.kept)
+    kept_positions = slots.take(plan.positions)  # (..., B, P)
     new["position_ids"], table = _positions(plan, slots, kept_positions, hide_positions)
     if plan.columns.packed:
         _cut_lengths(new, plan.keep)
     new["mm_encoder_outputs"] = _encoder_outputs(plan, call, slots)
     clear_raw(new)
-    expected = next_positions(kept_positions, plan.keep[:, -1] & ~plan.visual[:, -1])  # (B,)
-    state = _record(plan, slots, past, new["attention_mask"], expected)
-    return new, PrunedForward(past, state, _expand(slots, plan.keep.shape[1]), slots.known), table
+    state.next_position = next_positions(kept_positions, ends_in_text)
+    return new, PrunedForward(past, state, expand, known), table
 
 
-def _mask(adapter: Adapter, plan: Plan, call: ModelCall, slots: Slots) -> Mask:
+def _visible_keys(plan: Plan, slots: Slots) -> Tensor:
+    """(B, held + P) bool, on the host: keys that a two-dimensional mask leaves visible."""
+    there, mask = slots.columns >= 0, plan.columns.mask
+    return there if mask is None else there & mask.gather(1, slots.columns.clamp(min=0))
+
+
+def _mask(adapter: Adapter, plan: Plan, call: ModelCall, keys: tuple[Tensor, Tensor, Tensor]) -> Mask:
     """The physical mask, always explicit: transformers would take gaps in kept positions for packed sequences
     otherwise.
 
-    But for rows that are packed, whose samples it must tell apart by their positions.
+    But for rows that are packed, whose samples it must tell apart by their positions. keys: (B, held + P) which are
+    visible (0 or 1) and their prompt columns, and (B, P) the columns of the new ones.
     """
     mask: Mask = call.get("attention_mask")
+    visible, columns, known = keys
     if is_full(mask):
-        causal = causal_mask(slots.columns, slots.width, adapter.model.dtype)
-        return gather_mask(mask, slots.columns, slots.known, causal)
+        return gather_mask(mask, columns, known, causal_mask(columns, known.shape[1], adapter.model.dtype))
     if plan.columns.packed:
         return None  # filler is a sample of its own
-    if mask is None or isinstance(mask, Mapping):
-        return (slots.columns >= 0).long()  # (B, held + P)
-    return gather_mask(mask, slots.columns)
+    return visible.bool() if isinstance(mask, Tensor) and mask.dtype == torch.bool else visible
 
 
-def _cut_type_ids(call: ModelCall, length: int, slots: Slots) -> None:
-    """Token types of the kept columns. length: of the prompt's new columns."""
+def _cut_type_ids(call: ModelCall, length: int, slots: Slots, columns: Tensor) -> None:
+    """Token types of the kept columns. length: of the prompt's new columns. columns: (B, held + P) of every key."""
     for name in TYPE_IDS:
         types = call.get(name)
         if types is None:
@@ -152,7 +167,7 @@ def _cut_type_ids(call: ModelCall, length: int, slots: Slots) -> None:
         if types.shape[1] == length:
             call[name] = slots.take(types)  # (B, P)
         else:  # Gemma-3 passes them from the start of the sequence
-            call[name] = types.gather(1, slots.columns.clamp(min=0)).masked_fill(slots.columns < 0, 0)  # (B, held + P)
+            call[name] = types.gather(1, columns.clamp(min=0)).masked_fill(columns < 0, 0)  # (B, held + P)
 
 
 def _positions(plan: Plan, slots: Slots, kept: Tensor, hide: bool) -> tuple[Tensor, RotaryTable | None]:
@@ -162,12 +177,14 @@ def _positions(plan: Plan, slots: Slots, kept: Tensor, hide: bool) -> tuple[Tens
         sample = torch.where(slots.used, plan.columns.segments.gather(1, slots.index), -1)  # (B, P)
         first = sample.diff(dim=1, prepend=sample[:, :1] - 1) != 0  # (B, P) where a sample begins
         in_sample = numbers - torch.where(first, numbers, 0).cummax(1).values  # (B, P)
+        in_sample = in_sample.to(kept.device)
         if kept.ndim == 3:
             return torch.cat([in_sample[None], kept[1:]]), None
         return in_sample, (kept, 0)
     if hide and plan.policy == "keep" and kept.ndim == 2 and slots.width > 1:
         contiguous = numbers.expand(slots.used.shape[0], -1) - slots.filler  # (B, P)
-        return torch.where(slots.used, contiguous, 0), (kept, slots.filler)
+        contiguous, filler = to_device(kept.device, torch.where(slots.used, contiguous, 0), slots.filler)
+        return contiguous, (kept, filler)
     return kept, None
 
 
@@ -178,7 +195,7 @@ def _cut_lengths(call: ModelCall, keep: Tensor) -> None:
         ends = call.get(f"cu_seq_lens_{side}")
         if ends is None:
             continue
-        new = before[ends.long()].to(ends.dtype)
+        new = before[ends.cpu().long()].to(ends)
         call[f"cu_seq_lens_{side}"] = new
         if call.get(f"max_length_{side}") is not None:
             call[f"max_length_{side}"] = int(new.diff().max())
@@ -209,36 +226,29 @@ def _encoder_output(features: Features, rows: Tensor) -> EncoderOutput:
 
 def _expand(slots: Slots, length: int) -> Tensor:
     """(B, L) slot that answers for each prompt column: of a dropped one, the nearest kept one before it."""
-    slot = torch.full((slots.index.shape[0], length), -1, dtype=torch.long, device=slots.index.device)  # (B, L)
+    slot = torch.full((slots.index.shape[0], length), -1, dtype=torch.long)  # (B, L)
     slot.scatter_(1, slots.index, torch.where(slots.used, slots.numbers, -1))
     return slot.cummax(1).values.clamp(min=0)
 
 
-def _record(plan: Plan, slots: Slots, past: KVCache, mask: Mask, expected: Tensor) -> PruneState:
-    """What the cache must know after this forward. mask: the physical one. expected: (B,) position of the next
-    token."""
-    state, device = get_state(past), plan.keep.device
+def _record(plan: Plan, slots: Slots, visible: Tensor) -> PruneState:
+    """What the cache must know after this forward, still on the host. visible: (B, held + P), `_visible_keys`."""
     batch, length = plan.keep.shape
-    hidden = slots.columns < 0  # (B, held + P)
-    if isinstance(mask, Tensor) and mask.ndim == 2:
-        hidden = mask == 0
     candidate = torch.zeros_like(plan.keep)  # (B, L)
     for stream in plan.streams:
-        candidate[stream.row, stream.candidates.to(device)] = True
+        candidate[stream.row, stream.candidates] = True
     visual = candidate.gather(1, slots.index) & slots.used  # (B, P)
-    seen = state.visual if state is not None and state.visual is not None else visual[:, :0]
-    seen = torch.nn.functional.pad(seen.to(device), (0, slots.held - seen.shape[1]))  # (B, held)
-    moves = plan.moves.to(device)  # (B, L + 1)
-    earlier = moves[:, :0]
-    if plan.start:
-        earlier = moves.new_zeros(batch, plan.start) if state is None else state.moves_until(plan.start).to(device)
+    before = plan.earlier
+    seen = before.visual if before is not None and before.visual is not None else visual[:, :0]
+    seen = torch.nn.functional.pad(seen, (0, slots.held - seen.shape[1]))  # (B, held)
+    none = plan.moves.new_zeros(batch, plan.start)
+    earlier = none if before is None or not plan.start else before.moves_until(plan.start)
     return PruneState(
         slots.columns,
-        torch.cat([earlier, moves], 1),
+        torch.cat([earlier, plan.moves], 1),  # (B, start + L + 1)
         plan.start + length,
-        bool(hidden.any()),
+        bool((~visible).any()),
         visual=torch.cat([seen, visual], 1),
-        next_position=expected,
     )
 
 

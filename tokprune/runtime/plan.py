@@ -12,8 +12,9 @@ from tokprune.adapters.base import Adapter, flatten
 from tokprune.adapters.dialect import cache_in, logical_length
 from tokprune.adapters.types import EncoderOutput, ModelCall
 from tokprune.errors import UnsupportedModelError
-from tokprune.runtime.cache_record import get_state
+from tokprune.runtime.cache_record import PruneState, get_state
 from tokprune.runtime.choose import kept_rows
+from tokprune.runtime.host import to_host
 from tokprune.runtime.masks import check_mask
 from tokprune.runtime.positions import restarts, translate
 from tokprune.runtime.records import StreamRecord
@@ -21,7 +22,7 @@ from tokprune.runtime.records import StreamRecord
 
 @dataclass(frozen=True)
 class Columns:
-    """What is known of the columns of a call before anything is chosen; all (B, L)."""
+    """What is known of the columns of a call before anything is chosen; all (B, L), on the host."""
 
     visible: Tensor
     """The mask shows the token (to somebody, where it says so for each query)."""
@@ -33,25 +34,30 @@ class Columns:
     """Number of the sample in a packed row, or None."""
     packed: bool = False
     """transformers would keep these samples apart by their positions."""
+    mask: Tensor | None = None
+    """(B, keys) bool: the two-dimensional mask of the call, with what stands before its columns."""
 
     @staticmethod
     def of(adapter: Adapter, call: ModelCall, encoded: Mapping[str, EncoderOutput]) -> Columns:
         """Of the columns of `call`, whose mask covers those before them as well."""
         x, mask, past = tokens_of(call), call.get("attention_mask"), cache_in(call)
         check_mask(mask)
-        placeholders = adapter.placeholders(call, encoded)
-        visible = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)  # (B, L)
-        if isinstance(mask, Tensor) and mask.ndim == 2:
-            visible = mask[:, -x.shape[1] :].bool().to(x.device)
+        marks = adapter.placeholders(call, encoded)
+        given = [mask] if isinstance(mask, Tensor) and mask.ndim == 2 else []
+        breaks = None
+        if mask is None and past is None and call.get("position_ids") is not None:
+            breaks = restarts(adapter.positions(call, x))
+        host = to_host(*marks.values(), *given, *([] if breaks is None else [breaks]))  # the prefill's first wait
+        placeholders = dict(zip(marks, host, strict=False))
+        keys = host[len(marks)].bool() if given else None
+        visible = torch.ones(x.shape[:2], dtype=torch.bool) if keys is None else keys[:, -x.shape[1] :]  # (B, L)
         after = visible.flip(1).cumsum(1).flip(1) > 0
         present = (visible.cumsum(1) > 0) & after  # (B, L) between the first and the last visible token
         for columns in placeholders.values():
             present = present | columns
-        segments, packed = None, False
-        if mask is None and past is None and call.get("position_ids") is not None:
-            segments = restarts(adapter.positions(call, x))
-            packed = segments is not None and not adapter.caches(call)
-        return Columns(visible, present, placeholders, segments, packed)
+        segments = None if breaks is None or not host[-1].any() else host[-1].cumsum(-1)
+        packed = segments is not None and not adapter.caches(call)
+        return Columns(visible, present, placeholders, segments, packed, keys)
 
 
 @dataclass
@@ -61,7 +67,7 @@ class Features:
     output: EncoderOutput
     """As the encoder gave it."""
     row: Tensor
-    """(B, L) encoder row that fills each column, -1 elsewhere."""
+    """(B, L) encoder row that fills each column, -1 elsewhere; on the host, like the next two."""
     where: Tensor
     """(R, 2) prompt and column of each row."""
     sizes: list[int]
@@ -77,8 +83,8 @@ class Features:
     def of(output: EncoderOutput, columns: Tensor) -> Features:
         """Before anything is dropped. columns: (B, L) bool, the placeholders that the rows fill."""
         where = columns.nonzero()  # (R, 2)
-        row = torch.full(columns.shape, -1, dtype=torch.long, device=columns.device)  # (B, L)
-        row[columns] = torch.arange(where.shape[0], device=columns.device)
+        row = torch.full(columns.shape, -1, dtype=torch.long)  # (B, L)
+        row[columns] = torch.arange(where.shape[0])
         items = flatten(output.pooler_output)
         sizes = [item.shape[0] for item in items]
         deepstack = getattr(output, "deepstack_features", None)
@@ -108,13 +114,13 @@ class Plan:
 
     columns: Columns
     keep: Tensor
-    """(B, L) bool, the prompt columns that stay."""
+    """(B, L) bool, the prompt columns that stay; on the host."""
     features: dict[str, Features]
     """By modality."""
     positions: Tensor
     """(B, L), or (3 or 4, B, L): position ids of the kept columns, still at their prompt columns."""
     moves: Tensor
-    """(B, L + 1) by which positions moved (`PruneState.moves`)."""
+    """(B, L + 1) by which positions moved (`PruneState.moves`); on the host."""
     start: int
     """Logical length of the cache."""
     policy: str
@@ -122,6 +128,8 @@ class Plan:
     untouched: bool
     """Nothing is dropped or merged."""
     streams: list[StreamRecord]
+    earlier: PruneState | None = None
+    """The record of earlier turns; on the host."""
 
     @property
     def visual(self) -> Tensor:
@@ -158,9 +166,8 @@ def make_plan(
         records += copies
     x = tokens_of(call)
     state = get_state(cache_in(call))
-    shift = torch.zeros(x.shape[0], 1, dtype=torch.long, device=x.device)  # (B, 1)
-    if state is not None:
-        shift = state.shift.to(x.device)
+    earlier = None if state is None else state.on_host()
+    shift = torch.zeros(x.shape[0], 1, dtype=torch.long) if earlier is None else earlier.shift  # (B, 1)
     positions = adapter.positions(call, x)
     if policy == "auto":
         policy = "keep" if positions.ndim == 3 else "compact"
@@ -173,7 +180,7 @@ def make_plan(
             "kept cache."
         )
     start = logical_length(cache_in(call))
-    return Plan(columns, keep, features, positions, moves, start, policy, untouched, records)
+    return Plan(columns, keep, features, positions, moves, start, policy, untouched, records, earlier)
 
 
 def _place(
@@ -184,7 +191,7 @@ def _place(
     size: rows of its modality in one copy of the prompt. Returns whether anything was dropped or merged, and a finished
     record for each copy.
     """
-    selection, total, device = stream.selection, stream.geometry.total, keep.device
+    selection, total = stream.selection, stream.geometry.total
     slots, stay, stream.separators_kept = kept_rows(stream)
     merges = selection.weights is not None or selection.features is not None
     if selection.features is not None and features.deepstack:
@@ -192,12 +199,12 @@ def _place(
             f"{type(adapter.model).__name__} has DeepStack planes, which explicit replacement features cannot reach; "
             "the method must return merge weights (Selection.weights) for this model."
         )
-    dropped = ~stay.to(device)  # (total,)
+    dropped = ~stay  # (total,)
     records = []
     for copy in range(stream.copies):
         start = stream.offset + copy * size
         span = features.where[start : start + total]  # (total, 2): prompt, column
-        features.stays[start : start + total] = stay.cpu()
+        features.stays[start : start + total] = stay
         keep[span[dropped, 0], span[dropped, 1]] = False
         if merges:
             features.write(stream, start, slots)

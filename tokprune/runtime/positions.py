@@ -7,23 +7,23 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from tokprune.runtime.host import to_device, to_host
+
 if TYPE_CHECKING:
     from tokprune.runtime.plan import Columns
 
 
 def restarts(positions: Tensor) -> Tensor | None:
-    """(B, L) number of the sample that each column belongs to, where positions start anew inside a row; None where none
-    does.
+    """(B, L) bool, where positions start anew inside a row; None where they cannot tell.
 
     positions: (B, L), or (4, B, L), whose first row counts the tokens. It is transformers' own rule for packed rows:
-    the next position is not one more than the last. Asks the device.
+    the next position is not one more than the last.
     """
     if positions.ndim == 3:
         if positions.shape[0] != 4:
             return None  # three axes do not tell a picture from a restart, to transformers neither
         positions = positions[0]
-    segments = (positions.diff(dim=-1, prepend=positions[:, :1] - 1) != 1).cumsum(-1)
-    return segments if bool(segments[:, -1].any()) else None
+    return positions.diff(dim=-1, prepend=positions[:, :1] - 1) != 1
 
 
 def _since_restart(dropped: Tensor, segments: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -41,13 +41,13 @@ def compact_1d(positions: Tensor, lost: Tensor, shift: Tensor, segments: Tensor 
     """Re-number: each position moves back by the tokens dropped before it in its row.
 
     positions: (B, L). lost: (B, L) bool, dropped tokens that had a number. shift: (B, 1) move that earlier turns left.
-    segments: (B, L) samples of a packed row, each with numbers of its own. Returns the new positions and the moves (B,
-    L + 1): of each column, and the one that later tokens inherit. Works for arange and for mask-cumsum conventions
-    alike.
+    segments: (B, L) samples of a packed row, each with numbers of its own. All but the positions are on the host.
+    Returns the new positions and the moves (B, L + 1): of each column, and the one that later tokens inherit. Works for
+    arange and for mask-cumsum conventions alike.
     """
     before, upto = _since_restart(lost.long(), segments)
     moves = shift + torch.cat([before, upto[:, -1:]], 1)
-    return positions - moves[:, :-1], moves
+    return positions - to_device(positions.device, moves[:, :-1])[0], moves
 
 
 def compact_mrope(
@@ -55,9 +55,9 @@ def compact_mrope(
 ) -> tuple[Tensor, Tensor]:
     """Re-number M-RoPE: in each visual run every axis by the dense rank of its kept coordinates.
 
-    positions: (3, B, L) time, height, width. keep, visual: (B, L) bool. shift: (B, 1). segments: as in compact_1d. What
-    follows a run moves back by how much the larger of its height and width shrank. Returns the new positions and the
-    moves (B, L + 1); inside a run they are those of its start.
+    positions: (3, B, L) time, height, width. keep, visual: (B, L) bool. shift: (B, 1). segments: as in compact_1d. All
+    are on the host. What follows a run moves back by how much the larger of its height and width shrank. Returns the
+    new positions and the moves (B, L + 1); inside a run they are those of its start.
     """
     positions = positions.clone()
     moves = shift.repeat(1, positions.shape[2] + 1)
@@ -112,21 +112,27 @@ def translate(
 
     positions: (B, L), (3, B, L) or (4, B, L); the first of four rows is text bookkeeping that only feeds mask building,
     so it is always made contiguous. keep: (B, L) bool, among the columns that are present. visual: (B, L) bool
-    placeholders. shift: (B, 1). Returns positions of the same shape and the moves (B, L + 1) of each column and of
-    later tokens.
+    placeholders. shift: (B, 1). All but the positions are on the host. Returns positions of the same shape and the
+    moves (B, L + 1) of each column and of later tokens.
     """
     dropped, segments = columns.present & ~keep, columns.segments  # (B, L) padding is neither kept nor dropped
+    hidden = bool((dropped & ~columns.visible).any())  # only of these must the positions be known
+
+    def numbered(positions: Tensor) -> Tensor:
+        return counted(to_host(positions)[0], columns.visible) if hidden else columns.visible
+
     text_row = None
     if positions.ndim == 3 and positions.shape[0] == 4:
         text_row, positions = positions[0], positions[1:]
     if policy == "keep":
         new, moves = positions, shift.expand(-1, positions.shape[-1] + 1)
     elif positions.ndim == 2:
-        new, moves = compact_1d(positions, dropped & counted(positions, columns.visible), shift, segments)
+        new, moves = compact_1d(positions, dropped & numbered(positions), shift, segments)
     else:
-        new, moves = compact_mrope(positions, keep, visual, shift, segments)
+        new, moves = compact_mrope(to_host(positions)[0], keep, visual, shift, segments)
+        new = new.to(positions.device)
     if text_row is not None:
-        lost = dropped & counted(text_row, columns.visible)
+        lost = dropped & numbered(text_row)
         row, _ = compact_1d(text_row, lost, torch.zeros_like(shift), segments)
         new = torch.cat([row[None], new])
     return new, moves

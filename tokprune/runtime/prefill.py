@@ -361,7 +361,7 @@ class Prefill:
         select_ms = (time.perf_counter() - start) * 1e3 - score_ms
         plan = make_plan(self.adapter, call, encoded, columns, streams, self.options.positions)
         plan.untouched &= not self.options.cached
-        width = max(int(plan.keep.sum(1).max()), 1)
+        width = max(int(plan.keep.sum(1).max()), 1)  # of the host, like all of the plan
         self.last = LastRun(plan.keep, plan.streams, plan.policy, width, encode_ms, select_ms, score_ms)
         return plan
 

@@ -167,10 +167,12 @@ class _Seen:
     outputs: dict[Key, Tensor] = field(default_factory=dict)
     calls: dict[int, tuple[Positional, ModelCall]] = field(default_factory=dict)
     """Arguments of each block's attention."""
+    segments: dict[int, list[int]] = field(default_factory=dict)
+    """Lengths of the segments that each block's attention was confined to, once the host knows them."""
 
     def clear(self) -> None:
         """Let go of everything."""
-        self.outputs, self.calls = {}, {}
+        self.outputs, self.calls, self.segments = {}, {}, {}
 
 
 class AttentionProbe:
@@ -286,6 +288,7 @@ class AttentionProbe:
         seen: _Seen = self._threads.now
         if seen.running:
             seen.calls[block] = (args, dict(kwargs))
+            seen.segments.pop(block, None)
 
     def output(self, block: int) -> Tensor:
         """The hidden state that block `block` gave, (B, N, C)."""
@@ -317,7 +320,9 @@ class AttentionProbe:
         q, k, v = reader.read(outputs)
         bounds = call.get("cu_seqlens")
         bounds = call.get("cu_seq_lens_q") if bounds is None else bounds
-        segments = None if bounds is None else bounds.diff().tolist()
+        if bounds is not None and block not in seen.segments:
+            seen.segments[block] = bounds.diff().tolist()
+        segments = seen.segments.get(block)
         mask = call.get("attention_mask", call.get("attn_mask"))
         positions = reader.positions(call)
         reader.check_positions(positions)

@@ -43,6 +43,7 @@ def questions_of(
     batch = visible.shape[0]
     rows: list[Tensor | None] = [None] * batch
     if ids is not None:
+        ids = ids.cpu()
         rows = [ids[b, :prompt_length][visible[b, :prompt_length]] for b in range(batch)]  # (L_b,) each
     if question is not None and not isinstance(question, str) and len(question) and batch % len(question) == 0:
         copies = batch // len(question)
@@ -50,7 +51,8 @@ def questions_of(
             question = [one for one in question for _ in range(copies)]
     tokens = [getattr(adapter.config, name, None) for name in ("image_token_id", "video_token_id")]
     placeholders = [token for token in tokens if token is not None]
-    return build_queries(processor, adapter.base.get_input_embeddings(), rows, question, placeholders, scorer)
+    table, device = adapter.base.get_input_embeddings(), tokens_of(call).device
+    return build_queries(processor, table, rows, question, placeholders, scorer, device)
 
 
 def _repeated(call: ModelCall, columns: Columns, encoded: Mapping[str, EncoderOutput], copies: int) -> bool:
@@ -90,13 +92,13 @@ def give_examples(
             first, last = stream.offset, stream.offset + stream.geometry.total - 1
             spans.append((rows[first], places[first], places[last], stream))
     spans.sort(key=lambda span: span[:2])
-    query, table = None, adapter.base.get_input_embeddings()
+    query, table, host_ids = None, adapter.base.get_input_embeddings(), ids.cpu()
     for (row, _, last, stream), after in reversed(list(zip(spans, [*spans[1:], None], strict=True))):
         if after is None or after[0] != row:
             query = stream.tokens.query
         else:
-            shown = columns.visible[row, last + 1 : after[1]].to(ids.device)
-            words = words_between(processor, ids[row, last + 1 : after[1]][shown])
+            shown = columns.visible[row, last + 1 : after[1]]
+            words = words_between(processor, host_ids[row, last + 1 : after[1]][shown])
             if words:
                 query = read(processor, table, words, "the words behind the picture", scorer, ids.device)
         stream.visual = dataclasses.replace(stream.tokens, query=query)

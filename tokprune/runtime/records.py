@@ -75,6 +75,8 @@ class StreamRecord:
     note: str = ""
     # From the method (choose.py)
     selection: Selection = field(init=False, repr=False)
+    indices: Tensor = field(init=False, repr=False)
+    """(K,) `selection.indices` on the host."""
     # From the plan (plan.py)
     separators_kept: int = 0
     columns: Tensor = field(init=False, repr=False)

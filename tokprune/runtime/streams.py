@@ -43,7 +43,7 @@ class Encoded:
     modality: str
     output: EncoderOutput
     columns: Tensor
-    """(B, L) bool, the placeholders that it fills."""
+    """(B, L) bool, the placeholders that it fills; on the host."""
     source: list[int] | None = None
     """Which recorded item each item of the output is (`sources_of`)."""
     survivors: Tensor | None = None
@@ -232,7 +232,7 @@ def _runs(adapter: Adapter, prompts: Prompts, columns: Tensor, copies: int) -> l
         return None
     ids = prompts.ids
     if ids is None:
-        ids = ids_of(adapter.base.get_input_embeddings(), prompts.x, ~columns)
+        ids = ids_of(adapter.base.get_input_embeddings(), prompts.x, ~columns.to(prompts.x.device))
     return placeholder_runs(ids[::copies], columns[::copies])
 
 

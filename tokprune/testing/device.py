@@ -14,11 +14,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import traceback
+import linecache
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -35,9 +38,9 @@ NAME = "privateuseone"
 """The type of the stand-in: the one that torch keeps free for devices of others."""
 DATA_DEPENDENT = {
     "_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount",
-    "equal", "is_nonzero", "argwhere", "count_nonzero_host",
+    "equal", "is_nonzero",
 }  # fmt: skip
-"""Operations whose result the host needs, or whose shape depends on values: an accelerator's queue runs dry for them."""
+"""Operations whose result the host needs, or whose shape depends on values: the host waits for an accelerator."""
 PACKAGE = str(Path(tokprune.__file__).parent)
 
 
@@ -162,16 +165,29 @@ def _count(func: Any, name: str, args: Any, kwargs: Any, where: tuple[bool, bool
 
 def _line() -> str:
     """The innermost line of tokprune that is running, "" where none is."""
-    for frame in reversed(traceback.extract_stack()):
-        if frame.filename.startswith(PACKAGE) and "/testing/" not in frame.filename:
-            return f"{frame.filename[len(PACKAGE) + 1 :]}:{frame.lineno} {frame.line}"
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if name.startswith(PACKAGE) and "/testing/" not in name:
+            return f"{name[len(PACKAGE) + 1 :]}:{frame.f_lineno} {linecache.getline(name, frame.f_lineno).strip()}"
+        frame = frame.f_back
     return ""
 
 
+_COUNTING: ContextVar[Cost | None] = ContextVar("tokprune_cost", default=None)
+
+
 @functools.cache
-def _register() -> None:
+def _register() -> torch.library.Library:
     """Tell torch, once in a process, that a device of this type exists."""
     _setup_privateuseone_for_python_backend()
+    library = torch.library.Library("aten", "IMPL")  # for what does not pass by a mode: torch.tensor of a list of these
+
+    def number(x: DeviceTensor) -> Any:
+        return run(torch.ops.aten._local_scalar_dense.default, (x,), {}, _COUNTING.get())
+
+    library.impl("_local_scalar_dense", number, "PrivateUse1")
+    return library
 
 
 class StandInDevice(TorchDispatchMode):
@@ -182,7 +198,6 @@ class StandInDevice(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         _register()
-        self._cost: Cost | None = None
 
     def __enter__(self) -> StandInDevice:
         self._lifted = torch._C._only_lift_cpu_tensors()
@@ -195,16 +210,17 @@ class StandInDevice(TorchDispatchMode):
         torch._C._set_only_lift_cpu_tensors(self._lifted)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return run(func, args, kwargs or {}, self._cost)
+        return run(func, args, kwargs or {}, _COUNTING.get())
 
     @contextlib.contextmanager
     def count(self) -> Iterator[Cost]:
         """Count what runs inside."""
-        self._cost = cost = Cost()
+        cost = Cost()
+        token = _COUNTING.set(cost)
         try:
             yield cost
         finally:
-            self._cost = None
+            _COUNTING.reset(token)
 
     def put(self, value: Any) -> Any:
         """Tensors in nested containers, copied to the device."""
