@@ -26,10 +26,14 @@ from tokprune.runtime.signals import PatchScorer, SignalSet, compute_signals, of
 if TYPE_CHECKING:
     from tokprune.runtime.encoder.stage import EncoderStage
 
-SIZES = ("_sizes", "_sizes_videos", "_grid_thw", "_grids")
-"""Ends of the names of arguments that say how large each picture is."""
 SURVIVORS = "encoder_survivor"
 """The signal which rows the encoder stage left as groups' own places; from that stage, not from a probe."""
+
+
+def sizes_in(arguments: ModelCall) -> list[str]:
+    """Names of the arguments of an encoder call that say how large each picture is; the host reads them often."""
+    ends = ("_sizes", "_sizes_videos", "_grid_thw", "_grids")
+    return [name for name, value in arguments.items() if name.endswith(ends) and isinstance(value, Tensor)]
 
 
 def encode(
@@ -116,8 +120,12 @@ class Recorder:
         seconds = time.perf_counter() - start
         arguments = dict(inspect.signature(original).bind(*args, **kwargs).arguments)
         arguments.update(arguments.pop("kwargs", {}))
-        sizes = [n for n, v in arguments.items() if n.endswith(SIZES) and isinstance(v, Tensor)]
-        arguments.update(zip(sizes, to_host(*(arguments[n] for n in sizes)), strict=True))  # read often from now on
+        if self.needs or self.encoder is not None:  # signals are laid out now; else sizes come with the placeholders
+            sizes, ends = sizes_in(arguments), [] if self.probe is None else list(self.probe.unknown().values())
+            host = to_host(*(arguments[n] for n in sizes), *ends)
+            arguments.update(zip(sizes, host, strict=False))
+            if self.probe is not None:
+                self.probe.learn(*host[len(sizes) :])
         with torch.no_grad():
             self._record(modality, arguments, output, seconds)
         return output

@@ -14,10 +14,11 @@ from tokprune.adapters.types import EncoderOutput, ModelCall
 from tokprune.errors import UnsupportedModelError
 from tokprune.runtime.cache_record import PruneState, get_state
 from tokprune.runtime.choose import kept_rows
+from tokprune.runtime.encode import sizes_in
 from tokprune.runtime.host import to_host
 from tokprune.runtime.masks import check_mask
 from tokprune.runtime.positions import restarts, translate
-from tokprune.runtime.records import StreamRecord
+from tokprune.runtime.records import StreamRecord, encoder_record
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,15 @@ class Columns:
     """transformers would keep these samples apart by their positions."""
     mask: Tensor | None = None
     """(B, keys) bool: the two-dimensional mask of the call, with what stands before its columns."""
+    ids: Tensor | None = None
+    """(B, L) token ids, where the call has them."""
 
     @staticmethod
     def of(adapter: Adapter, call: ModelCall, encoded: Mapping[str, EncoderOutput]) -> Columns:
-        """Of the columns of `call`, whose mask covers those before them as well."""
+        """Of the columns of `call`, whose mask covers those before them as well.
+
+        The first wait of a prefill: the sizes of the pictures come along.
+        """
         x, mask, past = tokens_of(call), call.get("attention_mask"), cache_in(call)
         check_mask(mask)
         marks = adapter.placeholders(call, encoded)
@@ -47,7 +53,13 @@ class Columns:
         breaks = None
         if mask is None and past is None and call.get("position_ids") is not None:
             breaks = restarts(adapter.positions(call, x))
-        host = to_host(*marks.values(), *given, *([] if breaks is None else [breaks]))  # the prefill's first wait
+        ids = [] if call.get("input_ids") is None else [call["input_ids"]]
+        asked = [*marks.values(), *given, *ids, *([] if breaks is None else [breaks])]
+        calls = [r.kwargs for output in encoded.values() if (r := encoder_record(output)) is not None]
+        sizes = [(kwargs, name) for kwargs in calls for name in sizes_in(kwargs)]
+        host = to_host(*asked, *(kwargs[name] for kwargs, name in sizes))
+        for (kwargs, name), size in zip(sizes, host[len(asked) :], strict=True):
+            kwargs[name] = size
         placeholders = dict(zip(marks, host, strict=False))
         keys = host[len(marks)].bool() if given else None
         visible = torch.ones(x.shape[:2], dtype=torch.bool) if keys is None else keys[:, -x.shape[1] :]  # (B, L)
@@ -55,9 +67,11 @@ class Columns:
         present = (visible.cumsum(1) > 0) & after  # (B, L) between the first and the last visible token
         for columns in placeholders.values():
             present = present | columns
-        segments = None if breaks is None or not host[-1].any() else host[-1].cumsum(-1)
+        new = None if breaks is None else host[len(asked) - 1]  # (B, L) where a sample begins
+        segments = None if new is None or not new.any() else new.cumsum(-1)
         packed = segments is not None and not adapter.caches(call)
-        return Columns(visible, present, placeholders, segments, packed, keys)
+        words = host[len(marks) + len(given)] if ids else None
+        return Columns(visible, present, placeholders, segments, packed, keys, words)
 
 
 @dataclass
@@ -153,8 +167,9 @@ def make_plan(
     columns: Columns,
     streams: Sequence[StreamRecord],
     policy: str,
+    cached: bool = False,
 ) -> Plan:
-    """Turn the streams' selections into a plan for the columns of this call."""
+    """Turn the streams' selections into a plan for the columns of this call. cached: `Options.cached`."""
     masks = columns.placeholders
     features = {m: Features.of(encoded[m], mask) for m, mask in masks.items() if encoded.get(m) is not None}
     keep = columns.present.clone()  # (B, L)
@@ -168,6 +183,11 @@ def make_plan(
     state = get_state(cache_in(call))
     earlier = None if state is None else state.on_host()
     shift = torch.zeros(x.shape[0], 1, dtype=torch.long) if earlier is None else earlier.shift  # (B, 1)
+    start = logical_length(cache_in(call))
+    if untouched and state is None and not cached:  # the call will be made as it is
+        if policy == "auto":
+            policy = "keep" if hasattr(adapter.base, "compute_3d_position_ids") else "compact"
+        return Plan(columns, keep, features, shift, shift, start, policy, True, records)
     positions = adapter.positions(call, x)
     if policy == "auto":
         policy = "keep" if positions.ndim == 3 else "compact"
@@ -179,8 +199,7 @@ def make_plan(
             "of tokens would need filler in the middle of the sequence. Run these prompts one by one, or without the "
             "kept cache."
         )
-    start = logical_length(cache_in(call))
-    return Plan(columns, keep, features, positions, moves, start, policy, untouched, records, earlier)
+    return Plan(columns, keep, features, positions, moves, start, policy, untouched and not cached, records, earlier)
 
 
 def _place(

@@ -342,7 +342,8 @@ class Prefill:
         with torch.no_grad():
             processor = self.options.processor
             decode = None if processor is None else tokenizer_of(processor).decode
-            prompts = Prompts(tokens_of(call), self._questions(call, columns, encoded, prompt_length), decode)
+            questions = self._questions(call, columns, encoded, prompt_length)
+            prompts = Prompts(tokens_of(call), questions, decode, columns.ids)
             streams: list[StreamRecord] = []
             for modality, where in columns.placeholders.items():
                 if encoded.get(modality) is None or not bool(where.any()):
@@ -359,8 +360,8 @@ class Prefill:
             if self.options.decoder is not None:
                 self.options.decoder.note_signals(streams)
         select_ms = (time.perf_counter() - start) * 1e3 - score_ms
-        plan = make_plan(self.adapter, call, encoded, columns, streams, self.options.positions)
-        plan.untouched &= not self.options.cached
+        options = self.options
+        plan = make_plan(self.adapter, call, encoded, columns, streams, options.positions, options.cached)
         width = max(int(plan.keep.sum(1).max()), 1)  # of the host, like all of the plan
         self.last = LastRun(plan.keep, plan.streams, plan.policy, width, encode_ms, select_ms, score_ms)
         return plan

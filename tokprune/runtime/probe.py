@@ -20,6 +20,7 @@ from tokprune.adapters.towers import tower_blocks, tower_of
 from tokprune.adapters.types import ModelCall, Positional
 from tokprune.errors import MissingSignalError
 from tokprune.ops.numeric import wide
+from tokprune.runtime.host import to_host
 
 __all__ = ["AttentionProbe", "Projections", "tower_blocks", "tower_of"]
 
@@ -318,10 +319,8 @@ class AttentionProbe:
         if reader.watched().keys() - outputs.keys() - set(NORMS):
             raise self._missing(block, self.blocks)
         q, k, v = reader.read(outputs)
-        bounds = call.get("cu_seqlens")
-        bounds = call.get("cu_seq_lens_q") if bounds is None else bounds
-        if bounds is not None and block not in seen.segments:
-            seen.segments[block] = bounds.diff().tolist()
+        if _bounds(call) is not None and block not in seen.segments:
+            self.learn(*to_host(*self.unknown().values()))
         segments = seen.segments.get(block)
         mask = call.get("attention_mask", call.get("attn_mask"))
         positions = reader.positions(call)
@@ -336,6 +335,18 @@ class AttentionProbe:
             mask=_square(mask, v.shape[2]) if isinstance(mask, Tensor) and segments is None else None,
         )
 
+    def unknown(self) -> dict[int, Tensor]:
+        """Where the segments of each block's attention end, of those that the host does not know yet; in order."""
+        seen: _Seen = self._threads.now
+        new = {block: call for block, call in seen.calls.items() if block not in seen.segments}
+        calls = {block: _named(self._reader(block).attention, *call) for block, call in new.items()}
+        return {block: bounds for block, call in calls.items() if (bounds := _bounds(call)) is not None}
+
+    def learn(self, *bounds: Tensor) -> None:
+        """What `unknown` asked for, on the host."""
+        for block, ends in zip(self.unknown(), bounds, strict=True):
+            self._threads.now.segments[block] = ends.diff().tolist()
+
     def _reader(self, block: int) -> AttentionReader:
         """What reads the attention of block `block`."""
         reader = reader_of(self._modules[block])
@@ -345,6 +356,12 @@ class AttentionProbe:
                 f"block {block} of {type(self.tower).__name__} has no attention to read from; blocks {attends} have."
             )
         return reader
+
+
+def _bounds(call: ModelCall) -> Tensor | None:
+    """(S + 1,) where the segments of an attention call begin and end; None where it has none."""
+    bounds: Tensor | None = call.get("cu_seqlens")
+    return call.get("cu_seq_lens_q") if bounds is None else bounds
 
 
 def _named(module: nn.Module, args: Positional, kwargs: ModelCall) -> ModelCall:

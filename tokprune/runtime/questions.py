@@ -39,11 +39,10 @@ def questions_of(
             "picture a "
             'question is about. Give one for all: with pruning.query("..."), or run the samples as rows of a batch.'
         )
-    visible, ids = columns.visible, call.get("input_ids")
+    visible, ids = columns.visible, columns.ids
     batch = visible.shape[0]
     rows: list[Tensor | None] = [None] * batch
     if ids is not None:
-        ids = ids.cpu()
         rows = [ids[b, :prompt_length][visible[b, :prompt_length]] for b in range(batch)]  # (L_b,) each
     if question is not None and not isinstance(question, str) and len(question) and batch % len(question) == 0:
         copies = batch // len(question)
@@ -79,7 +78,7 @@ def give_examples(
     Pictures with no words between them share those behind the last of them. The last of a prompt keeps the prompt's
     question.
     """
-    ids, (processor, scorer) = call.get("input_ids"), helpers
+    ids, (processor, scorer) = columns.ids, helpers
     if processor is None or ids is None or columns.segments is not None:
         raise MissingQueryError(
             "text='example' reads the words behind each picture off the prompt: pass input_ids, one sample per row, "
@@ -92,15 +91,15 @@ def give_examples(
             first, last = stream.offset, stream.offset + stream.geometry.total - 1
             spans.append((rows[first], places[first], places[last], stream))
     spans.sort(key=lambda span: span[:2])
-    query, table, host_ids = None, adapter.base.get_input_embeddings(), ids.cpu()
+    query, table = None, adapter.base.get_input_embeddings()
     for (row, _, last, stream), after in reversed(list(zip(spans, [*spans[1:], None], strict=True))):
         if after is None or after[0] != row:
             query = stream.tokens.query
         else:
             shown = columns.visible[row, last + 1 : after[1]]
-            words = words_between(processor, host_ids[row, last + 1 : after[1]][shown])
+            words = words_between(processor, ids[row, last + 1 : after[1]][shown])
             if words:
-                query = read(processor, table, words, "the words behind the picture", scorer, ids.device)
+                query = read(processor, table, words, "the words behind the picture", scorer, tokens_of(call).device)
         stream.visual = dataclasses.replace(stream.tokens, query=query)
         stream.question = None if query is None else query.text
         stream.question_source = None if query is None else query.source

@@ -29,11 +29,8 @@ class Prompts:
     """The question of each prompt."""
     decode: Callable[[list[int]], str] | None = None
     """Token ids to text, when a processor is at hand."""
-
-    @property
-    def ids(self) -> Tensor | None:
-        """(B, L) token ids, when known."""
-        return self.x if self.x.ndim == 2 else None
+    ids: Tensor | None = None
+    """(B, L) token ids, when known; on the host."""
 
 
 @dataclass(frozen=True)
