@@ -12,6 +12,7 @@ What tokprune sees of a vision tower and can do inside it: `reach(model, inputs)
 from __future__ import annotations
 
 from tokprune.runtime.reach import Answer, Reach, reach
+from tokprune.testing.device import StandInDevice
 from tokprune.testing.doctor import Diagnosis, diagnose
 from tokprune.testing.media import clip, picture
 from tokprune.testing.self_test import Check, prompts, self_test
@@ -25,6 +26,7 @@ __all__ = [
     "Part",
     "Reach",
     "Spec",
+    "StandInDevice",
     "TinyVLM",
     "build",
     "clip",

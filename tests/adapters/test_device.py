@@ -1,0 +1,47 @@
+"""A pruned prefill on an accelerator, without one: no tensors of two devices meet, and the host hardly waits.
+
+The device is `tokprune.testing.StandInDevice`, which refuses what a GPU refuses and counts what costs time there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import tokprune
+from tokprune.testing import FAMILIES, StandInDevice, build, picture
+
+QUICK = ("llava", "qwen2_5_vl")
+WAITS = {"none": 2, "random": 2, "divprune": 2, "cdpruner": 2, "evs": 2, "hired": 3, "visionzip": 3, "quota": 3}
+"""How often the host may wait for the device because of pruning: once for the prompt and once for the choice; a third
+time for methods that lay out signals, where the sizes of pictures are on the device."""
+MORE = {"internvl": 2, "minicpmv4_6": 2}
+"""Families that tell thumbnails from tiles by what they show: once more a picture."""
+
+
+def cost(model: Any, inputs: Any, device: StandInDevice) -> Any:
+    model(**inputs)  # the first run fills caches
+    with device.count() as counted:
+        model(**inputs)
+    return counted
+
+
+@pytest.mark.parametrize("family", [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES])
+def test_the_host_waits_as_often_as_the_budget_says(family: str) -> None:
+    tiny = build(family)
+    inputs = dict(
+        tiny.inputs([["a", ("image", picture(56, 56)), "what?"], ["b", ("image", picture(56, 56)), "it is?"]])
+    )
+    found = {}
+    with torch.no_grad(), StandInDevice() as device:
+        device.move(tiny.model)
+        placed = device.put(inputs)
+        plain = cost(tiny.model, placed, device)
+        for method in WAITS:
+            with tokprune.apply(tiny.model, method, ratio=0.25, query="what?", processor=tiny.processor):
+                counted = cost(tiny.model, placed, device)
+            found[method] = (counted.syncs - plain.syncs, counted.waits - plain.waits)
+    over = {m: f for m, f in found.items() if f[0] > WAITS[m] + MORE.get(family, 0)}
+    assert not over, over
