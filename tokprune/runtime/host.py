@@ -26,8 +26,9 @@ def to_host(*tensors: Tensor) -> list[Tensor]:
 
 
 def to_device(device: torch.device, *tensors: Tensor) -> list[Tensor]:
-    """Copies on `device` of bool and integer tensors of the CPU, in one transfer that nobody waits for."""
-    if device.type == "cpu" or not tensors:
+    """Copies on `device` of bool and integer tensors of the CPU, in one transfer that nobody waits for; what is there
+    already stays."""
+    if all(tensor.device == device for tensor in tensors):
         return list(tensors)
     packed = _packed(tensors)
     packed = packed.pin_memory() if device.type == "cuda" else packed

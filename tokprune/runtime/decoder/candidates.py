@@ -97,7 +97,7 @@ def _of_row(
     order = sorted(range(len(members)), key=lambda i: firsts[i])
     for number, i in enumerate(order):
         stream, geometry = members[i][0], members[i][0].geometry
-        at = stream.selection.indices.to(geometry.rows.device)
+        at = stream.indices
         parts["slots"].append(slot[stream.candidates[at.to(stream.candidates.device)].to(device)])
         parts["picture"].append(torch.full((len(at),), number, device=device))
         for name in ("row", "col"):

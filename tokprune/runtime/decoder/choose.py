@@ -7,11 +7,13 @@ from torch import Tensor
 
 from tokprune.adapters.types import Model
 from tokprune.errors import TokpruneError
+from tokprune.methods.base import Checks, deferred_checks
 from tokprune.methods.decoder_base import DecoderMethod, LayerTokens
 from tokprune.runtime.choose import check_form
 from tokprune.runtime.decoder.attention import LayerInputs, RowAttention
 from tokprune.runtime.decoder.candidates import Candidates
 from tokprune.runtime.decoder.frame import Drop, Frame, Live, Prompt
+from tokprune.runtime.host import to_host
 from tokprune.runtime.positions import compact_1d, compact_mrope
 from tokprune.tokens import Selection
 
@@ -30,11 +32,11 @@ class Dropper:
         """Let the method choose for every row; the frame knows what is left then. Returns the hidden states of that."""
         step = self.prompt.steps[self.layer]
         rows = range(len(self.prompt.candidates))
-        with torch.no_grad():
+        with torch.no_grad(), deferred_checks() as checks:
             chosen = [self._choose(b, step.keep[b], step.bound, text_model) for b in rows]
         self._merge(chosen)
         if any(s is not None for s in chosen):
-            self._carry_out(chosen)
+            self._carry_out(chosen, checks)
         kept = tuple(len(c) + c.fixed for c in self.prompt.candidates)
         columns = self.live.index.clamp(min=0).to(self.prompt.columns.device)
         columns = self.prompt.columns.gather(1, columns).masked_fill(self.live.index < 0, -1)
@@ -116,13 +118,15 @@ class Dropper:
             at = places[selection.indices.to(places.device)]
             self.hidden = self.hidden.index_put((torch.full_like(at, row), at), merged)
 
-    def _carry_out(self, chosen: list[Selection | None]) -> None:
+    def _carry_out(self, chosen: list[Selection | None], checks: Checks) -> None:
         """Take what was not chosen out of the live tokens. One look at the device for all rows."""
         live, before = self.live, list(self.prompt.candidates)
         keep = live.index >= 0  # (B, P)
         visual = torch.zeros_like(keep)  # (B, P)
         facts = [self._take_out(row, selection, keep, visual) for row, selection in enumerate(chosen)]
-        told = torch.stack(facts).tolist()
+        host, *flags = to_host(torch.stack(facts), *checks.flags())
+        checks.raise_unless(flags)
+        told = host.tolist()
         if any(bad for bad, _ in told):
             raise TokpruneError(
                 f"method {self.method.info.name!r} returned indices in front of layer {self.layer} that are not "

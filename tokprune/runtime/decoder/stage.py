@@ -120,13 +120,12 @@ class DecoderStage:
         for stream in plan.streams:
             stream.signals = {}
         length = plan.keep.shape[1]
-        counts = (forward.index >= 0).sum(1).tolist()
-        width = forward.index.shape[1]
-        filler = torch.tensor([width - n for n in counts], device=plan.keep.device)
-        slot = plan.keep.cumsum(1) - 1 + filler[:, None]  # (B, L)
+        counts, width, device = plan.keep.sum(1).tolist(), forward.index.shape[1], forward.index.device
+        filler = torch.tensor([width - n for n in counts])
+        slot = (plan.keep.cumsum(1) - 1 + filler[:, None]).to(device)  # (B, L)
         answer = 0 if prompt_length is None else max(length - prompt_length, 0)
         candidates = spared(candidates_of(plan.streams, slot, signals, self.count), width - 1 - answer)
-        numbers = torch.arange(width, device=slot.device).expand_as(forward.index)
+        numbers = torch.arange(width, device=device).expand_as(forward.index)
         live = Live(torch.where(forward.index < 0, -1, numbers), counts)
         steps = self._steps(candidates)
         return Prompt(forward, candidates, steps, live, forward.index, answer, [{} for _ in candidates])
