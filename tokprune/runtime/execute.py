@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -113,7 +114,7 @@ def execute(
     state = _record(plan, slots, visible)
     ends_in_text = plan.keep[:, -1] & ~plan.visual[:, -1]  # (B,)
     of_call = (visible.long(), _expand(slots, plan.keep.shape[1]), slots.known, ends_in_text)
-    placed = to_device(device, state.kept, state.moves, state.visual, *of_call)
+    placed = to_device(device, state.kept, state.moves, cast(Tensor, state.visual), *of_call)
     (state.kept, state.moves, state.visual), (visible, expand, known, ends_in_text) = placed[:3], placed[3:]
     new = dict(call)
     if call.get("input_ids") is not None:

@@ -64,9 +64,9 @@ class Cost:
 
 
 class DeviceTensor(Tensor):
-    """A tensor that says it is on the stand-in device; its values are in `inner`."""
+    """A tensor that says it is on the stand-in device; its numbers are those of `host`."""
 
-    inner: Tensor
+    host: Tensor
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> DeviceTensor:
@@ -74,7 +74,7 @@ class DeviceTensor(Tensor):
             cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype,
             device=torch.device(NAME, 0), requires_grad=False,
         )  # fmt: skip
-        made.inner = inner
+        made.host = inner
         return made
 
     def tolist(self) -> Any:
@@ -82,15 +82,15 @@ class DeviceTensor(Tensor):
         return self.cpu().tolist()
 
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
-        return f"DeviceTensor({self.inner!r})"
+        return f"DeviceTensor({self.host!r})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         return run(func, args, kwargs or {}, None)
 
 
 def _is_device(value: object) -> bool:
-    return value is not None and torch.device(value).type == NAME  # type: ignore[arg-type]
+    return value is not None and torch.device(value).type == NAME  # type: ignore[call-overload]
 
 
 def run(func: Any, args: Any, kwargs: Mapping[str, Any], cost: Cost | None) -> Any:
@@ -111,12 +111,12 @@ def run(func: Any, args: Any, kwargs: Mapping[str, Any], cost: Cost | None) -> A
         inner_kwargs["device"] = torch.device("cpu")
     with torch._C._DisableTorchDispatch():  # type: ignore[attr-defined]
         result = func(*inner_args, **inner_kwargs)
-    known = {id(x.inner): x for x in inside}  # an operation in place returns what it was given
+    known = {id(x.host): x for x in inside}  # an operation in place returns what it was given
     return tree_map(lambda x: _wrapped(x, known, here), result)
 
 
 def _unwrapped(x: Any) -> Any:
-    return x.inner if isinstance(x, DeviceTensor) else x
+    return x.host if isinstance(x, DeviceTensor) else x
 
 
 def _wrapped(x: Any, known: Mapping[int, DeviceTensor], here: bool) -> Any:
