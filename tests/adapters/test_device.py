@@ -45,3 +45,21 @@ def test_the_host_waits_as_often_as_the_budget_says(family: str) -> None:
             found[method] = (counted.syncs - plain.syncs, counted.waits - plain.waits)
     over = {m: f for m, f in found.items() if f[0] > WAITS[m] + MORE.get(family, 0)}
     assert not over, over
+
+
+@pytest.mark.parametrize("method", ["gemfilter", "pyramiddrop", "sparsevlm", "mustdrop", "fitprune", "tome"])
+def test_stages_beside_the_connector_run_on_a_device(method: str) -> None:
+    """No tensor of the host meets one of the device, and the answer is that of the CPU."""
+    tiny = build("llava")
+    inputs = dict(
+        tiny.inputs([["a", ("image", picture(56, 56)), "what is it?"], ["Colour?", ("image", picture(40, 56))]])
+    )
+    options = {"layers": (1,)} if method in ("pyramiddrop", "sparsevlm", "mustdrop") else {}
+    options = {"layer": 1} if method == "gemfilter" else options
+    method_ = tokprune.get_method(method, **options)
+    with torch.no_grad(), tokprune.apply(tiny.model, method_, ratio=0.5, processor=tiny.processor):
+        expected = tiny.model(**inputs).logits
+        with StandInDevice() as device:
+            device.move(tiny.model)
+            found = tiny.model(**device.put(inputs)).logits
+            assert torch.allclose(found.cpu(), expected, atol=1e-4)

@@ -48,18 +48,19 @@ class Prompt:
     """Slots in front of them."""
     n: int
     """How many they are; those that generate() wrote behind the prompt are left out."""
-    visual: Tensor
-    """(V,) place of every visual token among them, ascending."""
+    behind: int
+    """Place behind the last visual token."""
+    device: torch.device
 
     def read(self, inputs: LayerInputs, kind: str) -> Tensor:
         """One signal of all n tokens, (n,) or (n, H)."""
         attention = RowAttention(inputs, self.row, self.filler, self.n)
-        last = self.visual.new_tensor([self.n - 1])
+        last = torch.tensor([self.n - 1], device=self.device)
         if kind == "llm_attention":
             return attention.weights(last)[0]
         if kind == "llm_logits":
             return attention.logits(last)[0]
-        behind = torch.arange(int(self.visual[-1]) + 1, self.n, device=self.visual.device)
+        behind = torch.arange(self.behind, self.n, device=self.device)
         return attention.weights(behind if len(behind) else last, heads="each").mean(1).T
 
 
@@ -128,7 +129,7 @@ class FirstPass:
         finally:
             rotate(None)
         for stream, record in zip(streams, firsts, strict=True):
-            at = slot[record.row, record.candidates.to(slot.device)] - prompts[record.row].filler  # (N,)
+            at = slot[record.row, record.candidates] - prompts[record.row].filler  # (N,)
             device = stream.tokens.features.device
             signals = {name: v[at.to(v.device)].to(device) for (b, name), v in found.items() if b == record.row}
             stream.visual = replace(stream.tokens, signals={**stream.tokens.signals, **signals})
@@ -146,9 +147,10 @@ class FirstPass:
         whole = []
         for stream in streams:
             kept = copy.copy(stream)
-            kept.selection = Selection(torch.arange(stream.total, device=stream.tokens.features.device))
+            kept.indices = torch.arange(stream.total)
+            kept.selection = Selection(kept.indices)
             whole.append(kept)
-        plan = make_plan(self.adapter, call, encoded, columns, whole, "auto")
+        plan = make_plan(self.adapter, call, encoded, columns, whole, "auto", always=True)
         starts = accumulate([stream.copies for stream in streams], initial=0)  # each with its copies behind it
         return plan, [plan.streams[at] for at, _ in zip(starts, streams, strict=False)]
 
@@ -173,13 +175,14 @@ class FirstPass:
 
 def _prompts(plan: Plan, forward: PrunedForward, answer: int) -> tuple[dict[int, Prompt], Tensor]:
     """The rows with visual tokens, and the slot of each prompt column, (B, L)."""
-    filler = (forward.index < 0).sum(1)  # (B,)
+    filler = forward.index.shape[1] - plan.keep.sum(1)  # (B,) on the host, like all of the plan
     slot = plan.keep.cumsum(1) - 1 + filler[:, None]  # (B, L)
     prompts = {}
     for b, pad in enumerate(filler.tolist()):
-        visual = slot[b, plan.visual[b].to(slot.device)] - pad
+        visual = slot[b, plan.visual[b]] - pad  # (V,) ascending
         if len(visual):
-            prompts[b] = Prompt(b, pad, forward.index.shape[1] - pad - answer, visual)
+            n, device = forward.index.shape[1] - pad - answer, forward.index.device
+            prompts[b] = Prompt(b, pad, n, int(visual[-1]) + 1, device)
     return prompts, slot
 
 

@@ -167,9 +167,12 @@ def make_plan(
     columns: Columns,
     streams: Sequence[StreamRecord],
     policy: str,
-    cached: bool = False,
+    always: bool = False,
 ) -> Plan:
-    """Turn the streams' selections into a plan for the columns of this call. cached: `Options.cached`."""
+    """Turn the streams' selections into a plan for the columns of this call.
+
+    always: also where nothing is dropped or merged, and no positions would be needed.
+    """
     masks = columns.placeholders
     features = {m: Features.of(encoded[m], mask) for m, mask in masks.items() if encoded.get(m) is not None}
     keep = columns.present.clone()  # (B, L)
@@ -184,7 +187,7 @@ def make_plan(
     earlier = None if state is None else state.on_host()
     shift = torch.zeros(x.shape[0], 1, dtype=torch.long) if earlier is None else earlier.shift  # (B, 1)
     start = logical_length(cache_in(call))
-    if untouched and state is None and not cached:  # the call will be made as it is
+    if untouched and state is None and not always:  # the call will be made as it is
         if policy == "auto":
             policy = "keep" if hasattr(adapter.base, "compute_3d_position_ids") else "compact"
         return Plan(columns, keep, features, shift, shift, start, policy, True, records)
@@ -199,7 +202,7 @@ def make_plan(
             "of tokens would need filler in the middle of the sequence. Run these prompts one by one, or without the "
             "kept cache."
         )
-    return Plan(columns, keep, features, positions, moves, start, policy, untouched and not cached, records, earlier)
+    return Plan(columns, keep, features, positions, moves, start, policy, untouched and not always, records, earlier)
 
 
 def _place(
