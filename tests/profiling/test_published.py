@@ -44,11 +44,11 @@ def test_times_stand_beside_flops_and_memory_beside_nothing() -> None:
     known = preset("llava-next-7b")
     rows = comparison(known.published, known.decoder, vision=1_000_000_000_000)
     by = {(r["method"], r["kind"]): r for r in rows}
-    assert 0.1 < by["visionzip", "prefill"]["ours"] < 0.13
-    assert by["hired", "ttft"]["ours"] > by["visionzip", "prefill"]["ours"]  # the tower is in it
-    assert by["visionzip", "memory"]["ours"] is None
+    assert 0.1 < by["cdpruner", "prefill"]["ours"] < 0.13
+    assert by["hired", "ttft"]["ours"] > by["cdpruner", "prefill"]["ours"]  # the tower is in it
+    assert by["cdpruner", "memory"]["ours"] is None
     text = "\n".join(lines(rows))
-    assert "VisionZip paper" in text
+    assert "CDPruner (NeurIPS 2025)" in text
     assert "250 to 38 ms" in text
     assert "hardware" in CAUTION
 
@@ -61,14 +61,14 @@ def test_a_measured_cell_comes_before_arithmetic() -> None:
     cells = (
         cell("plain", "plain", 2880, 100.0, 1000),
         cell("random 0.1", "pruned", 317, 22.0, 500, "random"),
-        cell("visionzip 0.1", "pruned", 320, 20.0, 800, "visionzip"),
+        cell("cdpruner 0.1", "pruned", 320, 20.0, 800, "cdpruner"),
     )
     report = ProfileReport("x", cells, 4, 1, {})
     known = preset("llava-next-7b")
     by = {(r["method"], r["kind"]): r for r in comparison(known.published, known.decoder, 0, measured_in(report))}
-    assert by["visionzip", "prefill"]["ours"] == pytest.approx(0.2)
-    assert by["visionzip", "memory"]["ours"] == pytest.approx(0.8)
-    assert "measured here, visionzip 0.1" in by["visionzip", "prefill"]["ours_is"]
+    assert by["cdpruner", "prefill"]["ours"] == pytest.approx(0.2)
+    assert by["cdpruner", "memory"]["ours"] == pytest.approx(0.8)
+    assert "measured here, cdpruner 0.1" in by["cdpruner", "prefill"]["ours_is"]
     assert "formula" in by["divprune", "flops"]["ours_is"]
     assert "FLOPs" in by["hired", "ttft"]["ours_is"]  # no cell near 20 %
 

@@ -16,6 +16,7 @@ from tokprune.cli.plan import plan
 from tokprune.cli.plots import plots
 from tokprune.cli.profile import profile
 from tokprune.cli.recommend import recommend
+from tokprune.cli.reproduce import reproduce
 from tokprune.cli.run import run
 from tokprune.cli.search import search
 from tokprune.cli.show import show
@@ -29,7 +30,7 @@ app = typer.Typer(
 )
 for command in (demo, methods, run, show, heatmap, profile, recommend, search, plan, plots):
     app.command()(command)
-for command in (new_method, check_method, doctor):
+for command in (reproduce, new_method, check_method, doctor):
     app.command()(command)
 app.command("eval")(evaluate)
 

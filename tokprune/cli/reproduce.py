@@ -1,0 +1,149 @@
+"""`tokprune reproduce`: a published table run here, the measured numbers beside the published ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from tokprune.cli import options
+from tokprune.cli.output import console_for, plain_table, save_json
+
+if TYPE_CHECKING:
+    from tokprune.evaluation.reproduce import Outcome, Recipe
+    from tokprune.evaluation.sweep import Sweep
+
+DIFFERENT, INTERRUPTED = 1, 130  # exit codes
+
+
+def reproduce(  # the options of the command
+    table: Annotated[str | None, typer.Argument(help="A recipe; without one they are listed.")] = None,
+    model: Annotated[str | None, typer.Option(help="The checkpoint elsewhere: a hub id or a folder.")] = None,
+    tasks: Annotated[str | None, typer.Option("--tasks", "--task", help="Only these of its tasks.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Questions per task; all of them by default.")] = None,
+    scorer: Annotated[str | None, typer.Option(help="For methods that need one: open_clip:<model>/<weights>.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be run, and run nothing.")] = False,
+    batch_size: Annotated[int | None, typer.Option(help="Questions at once.")] = None,
+    out: Annotated[Path, typer.Option(help="Where results go; an interrupted run goes on from there.")] = Path(
+        "out/reproduce"
+    ),
+    device: options.Device = "cpu",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    json_file: options.Json = None,
+    quiet: options.Quiet = False,
+) -> None:
+    """Run a published table and set the measured numbers beside it. Exit code 1 where one differs or was not run."""
+    from tokprune.evaluation.reproduce import DIFFERS, NOT_RUN, TYPE, VERSION, find, outcomes
+    from tokprune.loading import check_device, check_dtype
+
+    console = console_for(quiet, json_file, 120)
+    if table is None:
+        _list(console)
+        return
+    recipe = find(table)
+    check_device(device)
+    check_dtype(dtype)
+    options.at_least_one(limit=limit, batch_size=batch_size)
+    names = options.names(tasks or "")
+    _say(recipe, names, console)
+    if dry_run:
+        return
+    given = {"limit": limit, "batch_size": batch_size}
+    fixed = {**recipe.settings, **{k: v for k, v in given.items() if v is not None}, "device": device, "dtype": dtype}
+    try:
+        sweep = _run(recipe, model or recipe.checkpoint, names, fixed, scorer, out / table.replace("/", "_"), quiet)
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command goes on from here")
+        raise typer.Exit(INTERRUPTED) from None
+    rows = outcomes(recipe, sweep)
+    _print(rows, console)
+    data = {"type": TYPE, "version": VERSION, "recipe": recipe.name, "source": recipe.source, "url": recipe.url}
+    data |= {"settings": sweep.settings.to_dict(), "environment": sweep.environment, "rows": [vars(r) for r in rows]}
+    save_json(console, json_file, data)
+    if not rows or any(r.verdict in (DIFFERS, NOT_RUN) for r in rows):
+        raise typer.Exit(DIFFERENT)
+
+
+def _run(
+    recipe: Recipe,
+    model: str,
+    tasks: list[str],
+    fixed: dict[str, object],
+    scorer: str | None,
+    out: Path,
+    quiet: bool,
+) -> Sweep:
+    """The cells of a recipe through lmms-eval; finished ones are read from the results folder."""
+    from tokprune.cli.eval_run import Bars, Outputs
+    from tokprune.environment import environment
+    from tokprune.evaluation.cells import Settings, build_methods
+    from tokprune.evaluation.harness import Harness
+    from tokprune.evaluation.store import Store
+    from tokprune.evaluation.sweep import run_sweep, survey
+    from tokprune.loading import DEMO, check_reachable
+
+    Outputs().check()
+    args = {**recipe.options(), **({} if scorer is None else {"scorer": scorer})}
+    settings = Settings(model=model, model_args=args, **fixed)  # type: ignore[arg-type]
+    cells = recipe.cells(tasks)
+    for cell in cells:
+        build_methods(cell.method, settings)
+    if model != DEMO:
+        check_reachable(model)
+    bars = Bars(Console(stderr=True, quiet=quiet), not quiet)
+    store = Store(out, settings, environment(settings.device)).open()
+    harness = None
+    try:
+        if survey(cells, store, True).todo:
+            harness = Harness(list(dict.fromkeys(c.task for c in cells)), settings, tick=bars.tick)
+        with bars.progress:
+            return run_sweep(cells, store, harness or (lambda cell: None), watcher=bars, retry_failed=True)
+    finally:
+        store.close()
+        if harness is not None:
+            harness.close()
+
+
+def _list(console: Console) -> None:
+    """All recipes: those that run, then those that do not, with the reason."""
+    from tokprune.evaluation.reproduce import recipes
+
+    known = recipes().values()
+    rows = [(r.name, f"{len(r.rows)} x {len(r.benchmarks)}", r.title) for r in known if not r.missing]
+    console.print(plain_table(("recipe", "rows x benchmarks", "table"), rows, left=3))
+    for recipe in known:
+        if recipe.missing:
+            console.print(escape(f"not run: {recipe.name}: {recipe.missing}"), style="dim", soft_wrap=True)
+
+
+def _say(recipe: Recipe, tasks: list[str], console: Console) -> None:
+    cells = recipe.cells(tasks)
+    console.print(escape(recipe.title), style="bold", soft_wrap=True)
+    for line in (recipe.url, recipe.note):
+        if line:
+            console.print(escape(line), style="dim", soft_wrap=True)
+    settings = ", ".join(f"{c.method} at {c.ratio:.4g}" for c in cells if c.task == cells[0].task)
+    where = ", ".join(dict.fromkeys(c.task for c in cells))
+    console.print(escape(f"{recipe.checkpoint}: {settings}; on {where}; {len(cells)} cells"), soft_wrap=True)
+
+
+def _print(rows: list[Outcome], console: Console) -> None:
+    from tokprune.evaluation.reproduce import AGREES, UNDECIDED
+
+    body = []
+    for r in rows:
+        ours = "" if r.ours is None else f"{r.ours:.4g}"
+        if r.low is not None and r.high is not None:
+            ours += f" [{r.low:.4g}, {r.high:.4g}]"
+        body.append((r.benchmark, r.label, f"{r.published:g}", ours, str(r.questions or ""), r.verdict))
+    heads = ("benchmark", "row", "published", "measured [95 %]", "questions", "verdict")
+    console.print(plain_table(heads, body, left=2))
+    for why in dict.fromkeys(f"{r.label} on {r.benchmark}: {r.why}" for r in rows if r.why):
+        console.print(escape(f"not run: {why}"), style="dim", soft_wrap=True)
+    agreeing = sum(r.verdict == AGREES for r in rows)
+    console.print(f"{agreeing} of {len(rows)} agree: within 1 point, or 1 % of numbers above 100")
+    if any(r.verdict == UNDECIDED for r in rows):
+        console.print("undecided: a part of the questions does not contradict the number, and cannot confirm it")
