@@ -47,17 +47,23 @@ def test_the_host_waits_as_often_as_the_budget_says(family: str) -> None:
     assert not over, over
 
 
-@pytest.mark.parametrize("method", ["gemfilter", "pyramiddrop", "sparsevlm", "mustdrop", "fitprune", "tome"])
+OPTIONS = {
+    "gemfilter": {"layer": 1},
+    "pyramiddrop": {"layers": (1,), "shares": (0.5,)},
+    "sparsevlm": {"layers": (1,)},
+    "mustdrop": {"layers": (1,)},
+}
+"""Layers that the tiny model has."""
+
+
+@pytest.mark.parametrize("method", [*OPTIONS, "fitprune", "tome"])
 def test_stages_beside_the_connector_run_on_a_device(method: str) -> None:
     """No tensor of the host meets one of the device, and the answer is that of the CPU."""
     tiny = build("llava")
-    inputs = dict(
-        tiny.inputs([["a", ("image", picture(56, 56)), "what is it?"], ["Colour?", ("image", picture(40, 56))]])
-    )
-    options = {"layers": (1,)} if method in ("pyramiddrop", "sparsevlm", "mustdrop") else {}
-    options = {"layer": 1} if method == "gemfilter" else options
-    method_ = tokprune.get_method(method, **options)
-    with torch.no_grad(), tokprune.apply(tiny.model, method_, ratio=0.5, processor=tiny.processor):
+    first, second = ("image", picture(56, 56)), ("image", picture(40, 56))
+    inputs = dict(tiny.inputs([["a", first, "what is it?"], ["Colour?", second]]))
+    chosen = tokprune.get_method(method, **OPTIONS.get(method, {}))
+    with torch.no_grad(), tokprune.apply(tiny.model, chosen, ratio=0.5, processor=tiny.processor):
         expected = tiny.model(**inputs).logits
         with StandInDevice() as device:
             device.move(tiny.model)
