@@ -26,6 +26,7 @@ ALL = (
     "gemma3",
     "idefics3",
     "aya_vision",
+    "ovis2",
     "qwen2_vl",
     "qwen2_5_vl",
     "qwen3_vl",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -32,6 +33,9 @@ class Ovis2(Tiles):
             count += 1
         if count:
             yield Picture(count, across or count - 1)
+
+    def joined_side(self, base: Any, config: Any) -> int:
+        return int(config.vision_config.hidden_stride)
 
     def pooled(self, values: Tensor, source: tuple[int, int], target: tuple[int, int]) -> Tensor:
         stride = -(-source[0] // target[0])  # odd sides are padded at the end

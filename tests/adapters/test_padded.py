@@ -1,0 +1,114 @@
+"""Pictures of their own size in one padded batch (Gemma 4, LFM2-VL), and projectors whose tokens stand for no place."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.adapters.test_readers import GEMMA4, SIZES, noise
+from tests.encoder.all_towers import settle
+from tokprune.adapters.families import EncoderCall, UnknownGeometryError, family_named
+from tokprune.testing import reach
+
+SHAPES = [(4, 8), (8, 6)]
+
+
+def places(shapes: list[tuple[int, int]], length: int = 64) -> Tensor:
+    """(B, length, 2) column and row of each patch, padding -1."""
+    out = torch.full((len(shapes), length, 2), -1)
+    for picture, (height, width) in zip(out, shapes, strict=True):
+        picture[: height * width] = torch.cartesian_prod(torch.arange(height), torch.arange(width)).flip(-1)
+    return out
+
+
+def call(kind: str, side: int, pooled: Any, modality: str = "image", **kwargs: Any) -> EncoderCall:
+    config = SimpleNamespace(
+        model_type=kind, downsample_factor=side, vision_config=SimpleNamespace(pooling_kernel_size=side)
+    )
+    base: Any = SimpleNamespace(config=config)
+    return EncoderCall(base, modality, kwargs, SimpleNamespace(pooler_output=pooled))
+
+
+@torch.no_grad()
+def test_gemma4s_rows_are_what_its_pooler_makes_of_the_patches() -> None:
+    hf = pytest.importorskip("transformers.models.gemma4.modeling_gemma4")
+    model = settle(hf.Gemma4VisionModel._from_config(hf.Gemma4VisionConfig(**SIZES, **GEMMA4)))
+    seen: list[Tensor] = []
+    watch = model.encoder.register_forward_hook(lambda m, args, out: seen.append(out.last_hidden_state))
+    rows = model(noise(2, 64, 48), pixel_position_ids=places(SHAPES)).last_hidden_state
+    watch.remove()
+    items = rows.split([8, 12])
+    got = call("gemma4", 2, items, image_position_ids=places(SHAPES))
+    family = family_named("gemma4")
+    torch.testing.assert_close(family.arrange(got, seen[0].flatten(0, 1)) * 32**0.5, rows)
+    assert [stream.layout.grids for stream in family.streams(got)] == [((2, 4),), ((4, 3),)]
+    clip = call(
+        "gemma4",
+        2,
+        noise(16, 3).split([16]),
+        "video",
+        video_position_ids=places([(4, 8)] * 2),
+        num_frames_per_video=torch.tensor([2]),
+    )
+    (stream,) = family.streams(clip)
+    assert stream.layout.kind == "video"
+    assert stream.layout.grids == ((2, 4), (2, 4))
+    with pytest.raises(UnknownGeometryError, match="raster order"):
+        family.streams(call("gemma4", 2, items, image_position_ids=places(SHAPES).flip(1)))
+
+
+def test_lfm2s_rows_are_means_of_its_blocks() -> None:
+    values = noise(2 * 64, 5)
+    shapes = [(5, 8), (8, 6)]  # an odd row is cut off
+    got = call("lfm2_vl", 2, values[:20].split([8, 12]), spatial_shapes=torch.tensor(shapes))
+    rows = family_named("lfm2_vl").arrange(got, values)
+    wanted = [
+        values[64 * i + (2 * y + torch.tensor([0, 0, 1, 1])) * width + 2 * x + torch.tensor([0, 1, 0, 1])].mean(0)
+        for i, (height, width) in enumerate(shapes)
+        for y in range(height // 2)
+        for x in range(width // 2)
+    ]
+    torch.testing.assert_close(rows, torch.stack(wanted))
+    with pytest.raises(UnknownGeometryError, match="padded pictures"):
+        family_named("lfm2_vl").arrange(got, values[:50])
+
+
+@torch.no_grad()
+def test_lfm2s_signals_are_its_towers_at_the_places_of_its_tokens() -> None:
+    hf = pytest.importorskip("transformers")
+    text = hf.Lfm2Config(
+        vocab_size=99,
+        hidden_size=16,
+        intermediate_size=32,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_hidden_layers=2,
+        layer_types=["conv", "full_attention"],
+        block_multiple_of=8,
+    )
+    vision = {**SIZES, "model_type": "siglip2_vision_model", "num_patches": 64, "vision_use_head": False}
+    model = settle(
+        hf.Lfm2VlForConditionalGeneration(
+            hf.Lfm2VlConfig(text_config=text, vision_config=vision, downsample_factor=2, projector_hidden_size=16)
+        )
+    )
+    real = torch.zeros(2, 64, dtype=torch.long)
+    for row, (height, width) in zip(real, SHAPES, strict=True):
+        row[: height * width] = 1
+    inputs = {"pixel_values": noise(2, 64, 48), "spatial_shapes": torch.tensor(SHAPES), "pixel_attention_mask": real}
+    seen = reach(model, inputs)
+    assert all(answer.works for answer in seen.signals.values()), seen.signals
+    assert "equal size" in seen.encoder["tome"].detail
+
+
+@pytest.mark.parametrize("kind", ["aria", "idefics2"])
+def test_tokens_of_learned_queries_stand_for_no_place(kind: str) -> None:
+    """Whatever the counts: 64 queries over 64 patches are no patches."""
+    family, got = family_named(kind), call(kind, 1, noise(2, 64, 5), pixel_values=noise(2, 3, 32, 32))
+    for question in (family.streams, family.patches, lambda c: family.arrange(c, noise(128, 5))):
+        with pytest.raises(UnknownGeometryError, match="learned queries"):
+            question(got)
