@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from tokprune.adapters.base import unwrap
+from tokprune.adapters.base import check_known, unwrap
 from tokprune.config import PruneConfig
 from tokprune.errors import OptionError, UnsupportedModelError
 from tokprune.methods.base import Method
@@ -79,6 +79,8 @@ def apply(
     if all(m.stage == "encoder" for m in config.methods) and not _is_vlm(model):
         _refuse_containers(model)
         return apply_encoder(model, config.methods[0], ratio=config.ratio, budget=config.budget, processor=processor)  # type: ignore[arg-type]
+    if isinstance(model, nn.Module):
+        check_known(unwrap(model))
     _refuse_containers(model)
     return install(vlm_pruning(model, config, processor, scorer))
 

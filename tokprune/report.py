@@ -119,7 +119,7 @@ class Report:
             encode_ms=last.encode_ms,
             select_ms=last.select_ms,
             score_ms=last.score_ms,
-            notes=tuple(notes),
+            notes=(*notes, *([last.note] if last.note else [])),
             depth=depth,
             layers=tuple(LayerReport(d.layer, d.kept, counted_below) for d in last.drops),
         )

@@ -10,7 +10,7 @@ from tokprune.adapters.query import question_in_prompt
 from tokprune.errors import MissingQueryError
 from tokprune.methods.base import ConnectorMethod, top
 from tokprune.registry import register_method
-from tokprune.testing import build, picture
+from tokprune.testing import build, clip, picture
 from tokprune.tokens import Selection
 
 QUESTION = "What colour is the Car on the left?"
@@ -91,3 +91,15 @@ def test_without_a_question_the_error_says_what_to_add(seen):
         tiny.model(**inputs)
     before = tiny.model(**inputs).logits
     assert torch.equal(before, tiny.model(**inputs).logits)
+
+
+@pytest.mark.parametrize("family", ["internvl", "qwen3_vl", "video_llama_3", "glm4v"])
+@pytest.mark.parametrize("before", ["", "At 12:30 sharp, "])
+def test_labels_of_video_frames_are_no_part_of_the_question(family: str, before: str) -> None:
+    """A question is the same with a clip as it is with words alone, whatever the processor writes between frames."""
+    tiny = build(family)
+    asked = "2 dogs: what colour has the car?"
+    ids = tiny.chat([[before, ("video", clip(4, seed=1)), asked]])["input_ids"][0]
+    config = tiny.model.config
+    visual = [getattr(config, name, None) for name in ("image_token_id", "video_token_id")]
+    assert question_in_prompt(tiny.processor, ids, [i for i in visual if i is not None]) == f"{before}{asked}"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tokprune.adapters.dialect import arguments_from, cache_in, logical_length, parameters
 from tokprune.adapters.families import Family, family_named
 from tokprune.adapters.hooks import Ref
+from tokprune.adapters.known import refusal
 from tokprune.adapters.tower_parts import TEXT_MODELS
 from tokprune.errors import PromptError, UnsupportedModelError
 
@@ -100,6 +101,12 @@ class Adapter:
         layers = getattr(self.text_model, "layers", None) or ()
         return any(not _attends_only(layer) for layer in layers)
 
+    @property
+    def rotary_axes(self) -> int:
+        """Axes of a multimodal rotary embedding: time, height and width, where the config does not say otherwise."""
+        rope = getattr(self.config.get_text_config(), "rope_parameters", None) or {}
+        return len(rope.get("mrope_section") or "thw")
+
     def caches(self, call: Mapping[str, Any]) -> bool:
         """Whether a forward builds a KV cache."""
         use_cache = call.get("use_cache")
@@ -153,7 +160,7 @@ class Adapter:
         """(B, L) bool per modality: the columns that its features fill."""
         ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
         image = getattr(self.config, "image_token_id", None)
-        video = getattr(self.config, "video_token_id", None)
+        video = image if self.family.shares_placeholder else getattr(self.config, "video_token_id", None)
 
         def columns(token: int) -> Tensor:
             if ids is not None:
@@ -169,7 +176,7 @@ class Adapter:
             out["image"] = columns(image)
         if video is not None and (video != image or "image" not in out):
             out["video"] = columns(video)
-        return self.family.placeholders(call, out)
+        return self.family.placeholders(self.config, call, out)
 
     def positions(self, call: Mapping[str, Any], x: Tensor) -> Tensor:
         """Logical positions of the columns of this forward: (B, L), or (3 or 4, B, L) for M-RoPE."""
@@ -184,7 +191,8 @@ class Adapter:
         if compute is not None:
             embeds = x if x.ndim == 3 else x.new_empty((*x.shape, 0), dtype=torch.float)
             kwargs = arguments_from(call, compute)
-            kwargs["input_ids"], kwargs["inputs_embeds"] = x if x.ndim == 2 else None, embeds
+            tokens = {"input_ids": x if x.ndim == 2 else None, "inputs_embeds": embeds}
+            kwargs |= {name: value for name, value in tokens.items() if name in kwargs}
             if isinstance(kwargs.get("attention_mask"), Mapping):
                 kwargs["attention_mask"] = None
             positions = compute(**kwargs)
@@ -195,19 +203,13 @@ class Adapter:
         )
 
 
-# Models with pictures that reach the LLM in another way, and why they cannot be pruned here.
-REFUSED = {
-    "blip_2": "its Q-Former already reduces every image to a few query tokens",
-    "instructblip": "its Q-Former already reduces every image to a few query tokens",
-    "instructblipvideo": "its Q-Former already reduces every image to a few query tokens",
-    "florence2": "it is an encoder-decoder; its visual tokens go into the text encoder",
-    "t5gemma2": "it is an encoder-decoder; its visual tokens go into the text encoder",
-    "mllama": "its visual tokens reach the LLM through cross-attention, not as placeholders",
-    "emu3": "it feeds discrete image codes",
-    "chameleon": "it feeds discrete image codes",
-    "janus": "it feeds discrete image codes when it generates images",
-    "glm_image": "it feeds discrete image codes",
-}
+def check_known(model: Any) -> None:
+    """Refuse a model of a type that is known to be beyond reach."""
+    why = refusal(getattr(model, "config", None))
+    if why is not None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} ({model.config.model_type}) cannot be pruned between encoder and LLM: {why}."
+        )
 
 
 def get_adapter(model: object) -> Adapter:
@@ -229,8 +231,7 @@ def get_adapter(model: object) -> Adapter:
             f"{name} is not a Hugging Face VLM (no transformers config); tokprune prunes models of transformers such "
             "as LLaVA, Qwen-VL and InternVL."
         )
-    if kind in REFUSED:
-        raise UnsupportedModelError(f"{name} cannot be pruned between encoder and LLM: {REFUSED[kind]}.")
+    check_known(inner)
     base = inner.base_model
     if not hasattr(base, "get_image_features"):
         if hasattr(config, "vision_config"):

@@ -6,6 +6,7 @@ import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -116,11 +117,45 @@ def question_in_prompt(processor: Any, ids: Tensor, visual_ids: Sequence[int]) -
     return find_question(processor, ids, visual_ids)[0]
 
 
+LABEL = r"(?:Frame ?-?\d+|Frame from [\d:]+|Time \d+(?:\.\d+)?s):|<\d+(?:\.\d+)? seconds>"
+"""What processors write before a frame of a video: InternVL, SmolVLM, VideoLLaMA 3, Qwen3-VL."""
+CLOCK = r"\d{2}:\d{2}(?::\d{2}(?:\.\d+)?)?"
+"""The same in words that a question may hold, too (Gemma 4, Kimi): labels only where all frames have one."""
+BEHIND = r"\d+(?:\.\d+)?(?: seconds)?"
+"""What stands behind a frame, between marks (GLM-4V)."""
+INTRODUCTION = r"You are provided the following series of [^.]*? frames from a [^.]*? video\."
+
+
+def _without_labels(tokenizer: Any, ids: Tensor, visual: Tensor) -> str:
+    """The text of a prompt without placeholders and without the words that tell frames of a video apart.
+
+    ids: (L,). visual: (L,) bool placeholders. Labels end a stretch of text before placeholders, or begin the one behind
+    them; special tokens may stand between.
+    """
+    names = {*getattr(tokenizer, "all_special_tokens", ()), *getattr(tokenizer, "added_tokens_encoder", ())}
+    mark = "|".join(re.escape(str(n)) for n in sorted(names, key=lambda n: -len(str(n)))) or "(?!)"
+    edges = [0, *((visual[1:] != visual[:-1]).nonzero().flatten() + 1).tolist(), len(ids)]
+    parts = [ids[a:b].tolist() for a, b in pairwise(edges) if b > a and not visual[a]]
+    texts = [tokenizer.decode(part, skip_special_tokens=False) for part in parts]
+    between = texts[1:-1] if len(ids) and not visual[-1] else texts[1:]
+    clocks = bool(between) and all(re.fullmatch(rf"(?:{mark}|\s)*{CLOCK}\s*(?:{mark}|\s)*", t) for t in between)
+    label = f"{LABEL}|{CLOCK}" if clocks else LABEL
+    for i, text in enumerate(texts):
+        if i + 1 < len(texts) or bool(visual[-1]):
+            comma = r"(?:,\s*)?" if i else ""  # VideoLLaMA 3 writes one between frames
+            text = re.sub(rf"{comma}(?:{label})((?:{mark}|\s)*)$", r"\1", text)
+            text = re.sub(rf"({mark})\d+((?:{mark})(?:{mark}|\s)*)$", r"\1\2", text)  # a picture's number
+        if i or bool(visual[0]):
+            text = re.sub(rf"^((?:{mark}|\s)+){BEHIND}(?=\s*(?:{mark}))", r"\1", text)
+        texts[i] = text
+    return re.sub(INTRODUCTION, " ", " ".join(texts))
+
+
 def find_question(processor: Any, ids: Tensor, visual_ids: Sequence[int]) -> tuple[str, str]:
     """The same, and how it was found. Words of an answer that follows the question do not count as the question."""
     tokenizer = tokenizer_of(processor)
     skip = torch.isin(ids, torch.tensor(list(visual_ids), device=ids.device))
-    text = _one_line(tokenizer.decode(ids[~skip].tolist(), skip_special_tokens=False))
+    text = _one_line(_without_labels(tokenizer, ids, skip) if len(ids) else "")
     parts, cut_out = _template_parts(processor), False
     if parts is not None:
         low = text.lower()

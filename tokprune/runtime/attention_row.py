@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tokprune.adapters.dialect import CACHE, cache_name, tested_versions
+from tokprune.adapters.dialect import CACHE, cache_name, parameters, tested_versions
 from tokprune.adapters.types import Model
 from tokprune.errors import UnsupportedModelError
 
@@ -28,10 +28,17 @@ def check_kernel(kernel: str, stage: str) -> None:
 
 def check_attention(attention: Model) -> None:
     """Refuse an attention module whose queries cannot be made again from its projections."""
-    if not hasattr(attention, "q_proj") or not hasattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb"):
+    rotate = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+    known = rotate is not None and parameters(rotate)[:4] == ("q", "k", "cos", "sin")
+    if not known or not hasattr(attention, "q_proj") or not hasattr(attention, "head_dim"):
         raise UnsupportedModelError(
-            f"{type(attention).__name__} has no q_proj with rotary embedding, so what a token attends to cannot be "
-            "read from it."
+            f"{type(attention).__name__} has no q_proj with a rotary embedding of queries and keys, so what a token "
+            "attends to cannot be read from it."
+        )
+    if "position_embeddings" not in parameters(type(attention).forward):
+        raise UnsupportedModelError(
+            f"{type(attention).__name__} is not given its rotary embedding (position_embeddings), so what a token "
+            "attends to cannot be read from it."
         )
     if cache_name(type(attention).forward) is None:
         raise UnsupportedModelError(

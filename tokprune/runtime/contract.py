@@ -156,11 +156,8 @@ CONVENTIONS: tuple[tuple[str, Callable[[Functions], bool]], ...] = (
         ),
     ),
     (
-        f"compute_3d_position_ids names the KV cache ({' or '.join(CACHE)}), input_ids, inputs_embeds and "
-        "attention_mask",
-        lambda f: (
-            f.positions is None or _named(f.positions, "input_ids", "inputs_embeds", "attention_mask", cache=True)
-        ),
+        f"compute_3d_position_ids names the KV cache ({' or '.join(CACHE)}), input_ids and attention_mask",
+        lambda f: f.positions is None or _named(f.positions, "input_ids", "attention_mask", cache=True),
     ),
     (
         f"outputs have the fields last_hidden_state, hidden_states and {' or '.join(CACHE)}, those of encoders "

@@ -18,6 +18,7 @@ from tokprune.adapters.families import EncoderCall
 from tokprune.adapters.foreign import ENCODER_RECORD, ENCODERS
 from tokprune.adapters.hooks import Attachments, PerThread
 from tokprune.adapters.types import EncoderOutput, ModelCall, Original
+from tokprune.errors import UnsupportedModelError
 from tokprune.runtime.host import to_host
 from tokprune.runtime.probe import AttentionProbe
 from tokprune.runtime.records import EncoderRecord, encoder_record
@@ -44,6 +45,14 @@ def encode(
     records: what was seen of outputs that lost it on the way.
     """
     encoded: dict[str, EncoderOutput] = adapter.encode(call)
+    for modality, output in encoded.items():
+        if output is not None:
+            adapter.family.expose(output)
+            if getattr(output, "pooler_output", None) is None:
+                raise UnsupportedModelError(
+                    f"{type(adapter.model).__name__} ({adapter.config.model_type}) encodes {modality}s to a "
+                    f"{type(output).__name__} without pooler_output; tokprune does not know its features."
+                )
     for modality, record in (records or {}).items():
         if encoded.get(modality) is not None and not hasattr(encoded[modality], ENCODER_RECORD):
             encoded[modality] = copy.copy(encoded[modality])
@@ -132,6 +141,7 @@ class Recorder:
 
     @torch.compiler.disable
     def _record(self, modality: str, arguments: ModelCall, output: EncoderOutput, seconds: float) -> None:
+        self.adapter.family.expose(output)
         if getattr(output, "pooler_output", None) is None:
             return
         signals = None

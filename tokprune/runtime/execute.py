@@ -129,7 +129,7 @@ def execute(
     new["position_ids"], table = _positions(plan, slots, kept_positions, hide_positions)
     if plan.columns.packed:
         _cut_lengths(new, plan.keep)
-    new["mm_encoder_outputs"] = _encoder_outputs(plan, call, slots)
+    new["mm_encoder_outputs"] = _encoder_outputs(adapter, plan, call, slots)
     clear_raw(new)
     state.next_position = next_positions(kept_positions, ends_in_text)
     return new, PrunedForward(past, state, expand, known), table
@@ -202,7 +202,7 @@ def _cut_lengths(call: ModelCall, keep: Tensor) -> None:
             call[f"max_length_{side}"] = int(new.diff().max())
 
 
-def _encoder_outputs(plan: Plan, call: ModelCall, slots: Slots) -> dict[str, EncoderOutput] | None:
+def _encoder_outputs(adapter: Adapter, plan: Plan, call: ModelCall, slots: Slots) -> dict[str, EncoderOutput] | None:
     """The encoder outputs with the rows of the kept placeholders, item by item; objects of their own."""
     outputs = {k: v for k, v in (call.get("mm_encoder_outputs") or {}).items() if k not in plan.features}
     for modality, features in plan.features.items():
@@ -210,6 +210,7 @@ def _encoder_outputs(plan: Plan, call: ModelCall, slots: Slots) -> dict[str, Enc
         rows = rows[rows >= 0]
         if rows.numel():
             outputs[modality] = _encoder_output(features, rows)
+            adapter.family.restore(outputs[modality])
     return outputs or None
 
 

@@ -16,6 +16,7 @@ from tokprune.adapters.foreign import CACHE_VIEW, GENERATE_STEP, PREFILL, PREPAR
 from tokprune.adapters.types import KVCache, ModelCall, ModelOutput, Original, RotaryTable
 from tokprune.runtime.cache_record import PruneState, physical_length
 from tokprune.runtime.execute import execute
+from tokprune.runtime.plan import tokens_of
 from tokprune.runtime.prefill import GenerateStep, Prefill
 from tokprune.runtime.tripwires import check_mask, check_record, mark_unfinished
 
@@ -71,9 +72,8 @@ class ConnectorStage(Prefill):
                 out[GENERATE_STEP] = GenerateStep(False, encoded, thread.prompt_length)
         return out
 
-    @staticmethod
     def _decode_step(
-        original: Original, input_ids: Tensor, kwargs: ModelCall, state: PruneState
+        self, original: Original, input_ids: Tensor, kwargs: ModelCall, state: PruneState
     ) -> tuple[ModelCall, bool]:
         """A step without pictures on the cache of a pruned prompt, at physical lengths; whether a mask hides keys."""
         cache = cache_in(kwargs)
@@ -83,6 +83,8 @@ class ConnectorStage(Prefill):
         mask = state.key_mask(kwargs.get("attention_mask"), physical_length(cache) + length)
         check_mask(mask, None if held is None else held + length, length, cache, state.has_fill)
         out: ModelCall = original(input_ids, **{**kwargs, "attention_mask": mask})
+        if out.get("position_ids") is None and not hasattr(self.adapter.base, "compute_3d_position_ids"):
+            out["position_ids"] = self.adapter.positions(out, tokens_of(out))  # the model would count the keys
         if out.get("position_ids") is not None:
             out["position_ids"] = state.shifted(out["position_ids"])
         return out, mask is not None

@@ -251,6 +251,11 @@ def _everything(n: int) -> int:
 def vlm_pruning(model: Model, config: PruneConfig, processor: Processor = None, scorer: Scorer = None) -> Pruning:
     """The pruning of a VLM, made but not put on yet: whatever cannot work is refused here."""
     adapter: Adapter = get_adapter(model)
+    if config.positions == "compact" and adapter.rotary_axes > 3:
+        raise OptionError(
+            f"{type(adapter.model).__name__} has {adapter.rotary_axes} rotary axes, one of which counts tokens inside "
+            'pictures, too; re-numbering is not defined for it. Give positions="keep" or leave positions out.'
+        )
     if processor is None and any(getattr(m, "query_aware", m.info.query_aware) for m in config.methods):
         processor = local_processor(adapter.model)  # the question must be tokenised
     installed = Installed(adapter.model, config, processor)
@@ -297,6 +302,7 @@ def vlm_pruning(model: Model, config: PruneConfig, processor: Processor = None, 
     count = _everything if connector is None else config.count
     frames = connector if isinstance(connector, PerFrame) else None
     options = Options(method, count, config.positions, config.query, processor, scorer, installed.encoder, frames)
+    options.ratio = None if connector is None else config.ratio
     options.cached = installed.cache is not None or installed.decoder is not None
     options.decoder = installed.decoder
     installed.connector = ConnectorStage(adapter, options)

@@ -86,7 +86,10 @@ def widen_output(output: ModelOutput, expand: Tensor, last: bool, path: WidePath
     wider = path.of if path is not None else lambda state: widen(state, expand)
     states = output.get("hidden_states")
     tied = None
-    if last:
+    if last and "last_hidden_state" not in output:  # the model's head is inside
+        if output.logits.shape[1] == int(expand.max()) + 1:
+            output.logits = widen(output.logits, expand)
+    elif last:
         tied, output.last_hidden_state = output.last_hidden_state, widen(output.last_hidden_state, expand)
     if states is not None:
         output.hidden_states = tuple(

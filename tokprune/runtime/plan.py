@@ -52,7 +52,7 @@ class Columns:
         given = [mask] if isinstance(mask, Tensor) and mask.ndim == 2 else []
         breaks = None
         if mask is None and past is None and call.get("position_ids") is not None:
-            breaks = restarts(adapter.positions(call, x))
+            breaks = restarts(adapter.positions(call, x), adapter.rotary_axes)
         ids = [] if call.get("input_ids") is None else [call["input_ids"]]
         asked = [*marks.values(), *given, *ids, *([] if breaks is None else [breaks])]
         calls = [r.kwargs for output in encoded.values() if (r := encoder_record(output)) is not None]
@@ -194,7 +194,8 @@ def make_plan(
     positions = adapter.positions(call, x)
     if policy == "auto":
         policy = "keep" if positions.ndim == 3 else "compact"
-    positions, moves = translate(positions, policy, keep, columns, _visual(features), shift)
+    visual = _visual(features)
+    positions, moves = translate(positions, policy, keep, columns, visual, shift, adapter.rotary_axes)
     dropped = columns.present & ~keep  # (B, L)
     if adapter.hybrid and state is not None and len(set(dropped.sum(1).tolist())) > 1:
         raise UnsupportedModelError(

@@ -13,15 +13,15 @@ if TYPE_CHECKING:
     from tokprune.runtime.plan import Columns
 
 
-def restarts(positions: Tensor) -> Tensor | None:
+def restarts(positions: Tensor, axes: int = 3) -> Tensor | None:
     """(B, L) bool, where positions start anew inside a row; None where they cannot tell.
 
-    positions: (B, L), or (4, B, L), whose first row counts the tokens. It is transformers' own rule for packed rows:
-    the next position is not one more than the last.
+    positions: (B, L), or (axes + 1, B, L), whose first row counts the tokens. axes: of the rotary embedding. It is
+    transformers' own rule for packed rows: the next position is not one more than the last.
     """
     if positions.ndim == 3:
-        if positions.shape[0] != 4:
-            return None  # three axes do not tell a picture from a restart, to transformers neither
+        if positions.shape[0] != axes + 1:
+            return None  # the axes do not tell a picture from a restart, to transformers neither
         positions = positions[0]
     return positions.diff(dim=-1, prepend=positions[:, :1] - 1) != 1
 
@@ -107,13 +107,14 @@ def translate(
     columns: Columns,
     visual: Tensor,
     shift: Tensor,
+    axes: int = 3,
 ) -> tuple[Tensor, Tensor]:
     """Positions of the kept tokens under `policy` ("keep" or "compact"), still at logical columns.
 
-    positions: (B, L), (3, B, L) or (4, B, L); the first of four rows is text bookkeeping that only feeds mask building,
-    so it is always made contiguous. keep: (B, L) bool, among the columns that are present. visual: (B, L) bool
-    placeholders. shift: (B, 1). All but the positions are on the host. Returns positions of the same shape and the
-    moves (B, L + 1) of each column and of later tokens.
+    positions: (B, L), (axes, B, L) or (axes + 1, B, L); a row before those of the `axes` of M-RoPE is text bookkeeping
+    that only feeds mask building, so it is always made contiguous. keep: (B, L) bool, among the columns that are
+    present. visual: (B, L) bool placeholders. shift: (B, 1). All but the positions are on the host. Returns positions
+    of the same shape and the moves (B, L + 1) of each column and of later tokens.
     """
     dropped, segments = columns.present & ~keep, columns.segments  # (B, L) padding is neither kept nor dropped
     hidden = bool((dropped & ~columns.visible).any())  # only of these must the positions be known
@@ -122,7 +123,7 @@ def translate(
         return counted(to_host(positions)[0], columns.visible) if hidden else columns.visible
 
     text_row = None
-    if positions.ndim == 3 and positions.shape[0] == 4:
+    if positions.ndim == 3 and positions.shape[0] == axes + 1:
         text_row, positions = positions[0], positions[1:]
     if policy == "keep":
         new, moves = positions, shift.expand(-1, positions.shape[-1] + 1)

@@ -9,6 +9,7 @@ widens what it returns. The record of a prefill rides on the KV cache.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -42,6 +43,7 @@ from tokprune.runtime.encode import Recorder, encode, encoding_ms
 from tokprune.runtime.execute import PrunedForward, clear_raw, execute
 from tokprune.runtime.frames.scores import FrameScorer
 from tokprune.runtime.lookahead import FirstPass, looking_ahead
+from tokprune.runtime.no_effect import check_columns, nothing_dropped
 from tokprune.runtime.outputs import wide_path, widen_output
 from tokprune.runtime.plan import Columns, Plan, make_plan, tokens_of
 from tokprune.runtime.questions import give_examples, questions_of
@@ -80,6 +82,8 @@ class Options:
     """The encoder stage of the same model, whose survivors are the candidates."""
     frames: PerFrame | None = None
     """The frames method with what works inside the frames; `method` is it, or wraps it."""
+    ratio: float | None = None
+    """The share that the connector is asked to keep, where it is asked for one."""
     cached: bool = False
     """A decoder or cache stage follows: it needs the record even of a prompt that keeps everything."""
     decoder: DecoderStage | None = None
@@ -141,6 +145,7 @@ class Prefill:
         self.frame_scorer = FrameScorer.of(adapter, options.frames, options.processor, options.scorer)
         self.ahead = FirstPass(adapter, options.method.needs)
         self.last: LastRun | None = None
+        self.told = False  # that a prompt lost nothing
         self.reader = Reader()
 
     def install(self) -> None:
@@ -345,6 +350,7 @@ class Prefill:
             questions = self._questions(call, columns, encoded, prompt_length)
             prompts = Prompts(tokens_of(call), questions, decode, columns.ids)
             streams: list[StreamRecord] = []
+            check_columns(self.adapter, encoded, columns.placeholders, self.options.count)
             for modality, where in columns.placeholders.items():
                 if encoded.get(modality) is None or not bool(where.any()):
                     continue
@@ -363,7 +369,11 @@ class Prefill:
         options = self.options
         plan = make_plan(self.adapter, call, encoded, columns, streams, options.positions, options.cached)
         width = max(int(plan.keep.sum(1).max()), 1)  # of the host, like all of the plan
-        self.last = LastRun(plan.keep, plan.streams, plan.policy, width, encode_ms, select_ms, score_ms)
+        note = nothing_dropped(plan.streams, options.ratio)
+        self.last = LastRun(plan.keep, plan.streams, plan.policy, width, encode_ms, select_ms, score_ms, note)
+        if note and not self.told:
+            self.told = True
+            warnings.warn(f"{type(self.adapter.model).__name__}: {note}", stacklevel=2)
         return plan
 
     def _look_ahead(

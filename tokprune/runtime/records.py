@@ -144,6 +144,8 @@ class LastRun:
     encode_ms: float
     select_ms: float
     score_ms: float = 0.0
+    note: str = ""
+    """What the report says of the whole prompt."""
     drops: list[Drop] = field(default_factory=list)
     """What the decoder stage dropped in front of layers of the LLM."""
     index: Tensor | None = field(default=None, repr=False)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokprune.adapters.families import EncoderCall, UnknownGeometryError, arrange, family_of
+from tokprune.adapters.families import FAMILIES, EncoderCall, UnknownGeometryError, arrange, family_of
 from tokprune.adapters.tower_kinds import reader_of
 from tokprune.adapters.towers import FEATURES_ALONE, tower_blocks, tower_of
 from tokprune.errors import MissingSignalError, OptionError, unknown
@@ -241,6 +241,13 @@ def compute_signals(
                 f"{_name(base)} cannot give {name!r}: its patches cannot be matched with its tokens ({error}). "
                 f"{FEATURES_ALONE}"
             ) from None
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+            if base.config.model_type in FAMILIES:  # ours to mend
+                raise
+            raise MissingSignalError(
+                f"{_name(base)} cannot give {name!r}: its vision tower computes in a way that is not known here "
+                f"({type(error).__name__}: {error}). {FEATURES_ALONE}"
+            ) from error
     return result
 
 

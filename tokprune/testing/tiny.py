@@ -125,9 +125,9 @@ def build(
     model = parts.model
     if layers is not None:
         _deepen(model, layers)
-    _randomise(model, seed)
+    randomise(model, seed)
     model.set_attn_implementation(attn)
-    _quiet_generation(model)
+    quiet_generation(model)
     model.to(dtype).eval()
     return TinyVLM(family, model, parts.processor, Spec(parts.image, parts.video, parts.mixes))
 
@@ -170,7 +170,7 @@ def _deepen(model: VLM, layers: int) -> None:
 
 
 @torch.no_grad()
-def _randomise(model: nn.Module, seed: int) -> None:
+def randomise(model: nn.Module, seed: int) -> None:
     """Redraw all matrices with unit gain; the usual standard deviation of 0.02 makes logits of tiny models near
     constant."""
     generator = torch.Generator().manual_seed(seed)
@@ -181,7 +181,7 @@ def _randomise(model: nn.Module, seed: int) -> None:
             weight.copy_(torch.randn(weight.shape, generator=generator))
 
 
-def _quiet_generation(model: VLM) -> None:
+def quiet_generation(model: VLM) -> None:
     config = model.generation_config
     config.pad_token_id, config.bos_token_id, config.eos_token_id = PAD, BOS, None
     config.do_sample = False

@@ -114,7 +114,9 @@ def stream_layouts(
         return layouts
     except UnknownGeometryError as error:
         note = f"geometry of {name} unknown, one line per item: {error}"
-        return [plain(Layout.line(n), note) for n in call.lengths]
+        runs = [run.length for run in read or ()]
+        by_run = sum(runs) == call.total and len(runs) < len(call.lengths)  # items are pieces of pictures
+        return [plain(Layout.line(n), note) for n in (runs if by_run else call.lengths)]
 
 
 def arrange(call: EncoderCall, values: Tensor, fill: float = 0.0) -> Tensor:
@@ -124,7 +126,14 @@ def arrange(call: EncoderCall, values: Tensor, fill: float = 0.0) -> Tensor:
     tell.
     """
     tail = values.shape[1:]
-    rows = family_of(call.base, call.kwargs).arrange(call, values.reshape(values.shape[0], -1), fill)
+    family, flat = family_of(call.base, call.kwargs), values.reshape(values.shape[0], -1)
+    if call.config.model_type in FAMILIES:
+        rows = family.arrange(call, flat, fill)
+    else:  # a tower that nobody has looked at may have rows beside its patches
+        try:
+            rows = family.arrange(call, flat, fill)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise UnknownGeometryError(f"{flat.shape[0]} rows of the tower do not fit: {error}") from error
     if rows.shape[0] != call.total:
         raise UnknownGeometryError(f"{rows.shape[0]} values were made for {call.total} rows")
     return rows.reshape(rows.shape[0], *tail)

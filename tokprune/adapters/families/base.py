@@ -139,6 +139,8 @@ class Family:
 
     first_position: int = 0
     """The position id of the first token of a prompt."""
+    shares_placeholder: bool = False
+    """Whether clips are written with the placeholder of pictures, so that a call holds one or the other."""
     adds_to_placeholder: bool = False
     """Whether visual features are added onto the embedding of their placeholder instead of replacing it."""
     clips_in_one_tensor: bool = False
@@ -154,7 +156,7 @@ class Family:
     reads_runs: bool = False
     """Whether `streams` needs the prompt's placeholder runs to tell which tiles belong together."""
 
-    def placeholders(self, call: Mapping[str, Any], columns: dict[str, Tensor]) -> dict[str, Tensor]:
+    def placeholders(self, config: Any, call: Mapping[str, Any], columns: dict[str, Tensor]) -> dict[str, Tensor]:
         """(B, L) bool per modality: the columns that its features fill, from those that hold its placeholder id."""
         return columns
 
@@ -164,6 +166,20 @@ class Family:
         """(method of the base model, its argument for the pixels where that has another name) that encodes a modality,
         or None."""
         return (f"get_{modality}_features", "") if hasattr(base, f"get_{modality}_features") else None
+
+    features_field: str = "pooler_output"
+    """Where in an encoder output the rows are that fill placeholders."""
+
+    def expose(self, output: Any) -> None:
+        """Let `pooler_output` of an encoder output hold the rows that fill placeholders, whatever the model calls
+        them."""
+        if self.features_field != "pooler_output":
+            output.pooler_output = getattr(output, self.features_field)
+
+    def restore(self, output: Any) -> None:
+        """Put the rows back under the model's own name."""
+        if self.features_field != "pooler_output":
+            setattr(output, self.features_field, output.pooler_output)
 
     def prepare_encoded(self, call: dict[str, Any], encoded: dict[str, Any]) -> dict[str, Tensor]:
         """Make features line up with placeholders before planning; (R,) bool masks of the rows that stay, where some do

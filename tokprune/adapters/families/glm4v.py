@@ -12,18 +12,22 @@ from tokprune.adapters.families.qwen_vl import Packed, packed_tower
 from tokprune.adapters.families.tiny import MROPE, PIXELS, TinyParts, chat_template, language, pixel_range, tokenizer
 
 
-@register_family("glm4v", "glm4v_moe")
+@register_family("glm4v", "glm4v_moe", "glm46v", "glm_ocr", "glmga", "glm5_next")
 class Glm4v(Packed):
-    """One placeholder id for pictures and clips; the type ids tell them apart."""
+    """One placeholder id for pictures and clips; the type ids tell them apart, or the marks around clips."""
 
     mixes_modalities = False
     tiny_types: tuple[str, ...] = ("glm4v",)
 
-    def placeholders(self, call: Mapping[str, Any], columns: dict[str, Tensor]) -> dict[str, Tensor]:
-        types = call.get("mm_token_type_ids")
-        if types is None:
-            return columns
+    def placeholders(self, config: Any, call: Mapping[str, Any], columns: dict[str, Tensor]) -> dict[str, Tensor]:
+        types, ids = call.get("mm_token_type_ids"), call.get("input_ids")
         both = columns["image"] if "image" in columns else columns["video"]
+        if types is None and ids is None:
+            return columns
+        if types is None:
+            start, end = (ids == getattr(config, f"video_{mark}_token_id") for mark in ("start", "end"))
+            inside = start.cumsum(1) > end.cumsum(1)
+            return {"image": both & ~inside, "video": both & inside}
         length = both.shape[1]
         missing = length - types.shape[1]
         types = nn.functional.pad(types, (0, missing)) if missing > 0 else types[:, -length:]

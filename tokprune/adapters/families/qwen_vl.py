@@ -30,8 +30,6 @@ from tokprune.tokens import Layout
     "qwen3_vl_moe",
     "qwen3_5",
     "qwen3_5_moe",
-    "glm46v",
-    "glm_ocr",
     "exaone4_5",
     "paddleocr_vl",
 )

@@ -72,6 +72,8 @@ class Units(Family):
 class Fallback(Units):
     """Models without an entry of their own: a grid where the counts allow only one reading, else one line."""
 
+    reads_runs = True
+
     def token_grid(self, call: EncoderCall) -> tuple[int, int]:
         pixels = call.pixels
         if pixels is None or pixels.dim() < 4 or len(set(call.lengths)) != 1:
@@ -111,5 +113,8 @@ class SizedImages(Family):
 
     def arrange(self, call: EncoderCall, values: Tensor, fill: float = 0.0) -> Tensor:
         sources, targets = self.patch_grids(call), self.token_grids(call)
-        parts = values.split([h * w for h, w in sources])
+        patches = [h * w for h, w in sources]
+        if sum(patches) != values.shape[0]:
+            raise UnknownGeometryError(f"{values.shape[0]} rows of the tower are not its {sum(patches)} patches")
+        parts = values.split(patches)
         return torch.cat([pool(part[None], a, b)[0] for part, a, b in zip(parts, sources, targets, strict=True)])

@@ -1,0 +1,62 @@
+"""Every model type that transformers maps to a multimodal model: it works, proven by brute force, or apply() refuses it
+with the reason, or it is no VLM."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import tokprune
+from tests.adapters.reference import slow_unless
+from tests.census import states
+from tests.census.census import prove
+from tokprune.adapters.known import NOT_VISUAL, REFUSED, VERIFIED
+from tokprune.errors import UnsupportedModelError
+from tokprune.testing.census import model_class, model_types, tiny_config
+
+QUICK = ("glm46v", "lfm2_vl", "exaone4_5")  # clips written with the token of pictures, a hybrid LLM, positions by hand
+
+
+def test_every_type_is_decided() -> None:
+    open_ones = [name for name, state in states.STATES.items() if state == "untested"]
+    assert not open_ones, (
+        f"transformers has model types that nobody has decided about: {open_ones}. Run python -m benchmarks.census "
+        "--only NAME; then name them in VERIFIED, REFUSED or NOT_VISUAL of tokprune/adapters/known.py"
+    )
+
+
+def test_a_new_type_is_untested() -> None:
+    assert states.state("a_type_of_tomorrow") == "untested"
+
+
+def test_no_type_stands_in_two_lists() -> None:
+    assert not set(VERIFIED) & (set(REFUSED) | set(NOT_VISUAL))
+    assert not set(REFUSED) & set(NOT_VISUAL)
+
+
+@pytest.mark.parametrize("model_type", [slow_unless(name in QUICK, name) for name in VERIFIED])
+def test_works(model_type: str) -> None:
+    if model_type not in model_types():
+        pytest.skip("the installed transformers does not map this type")
+    prove(model_type)
+
+
+def refused_types() -> Iterator[Any]:
+    mapped = model_types()
+    for name in (*REFUSED, *NOT_VISUAL):
+        if name in mapped:
+            yield name
+
+
+@pytest.mark.parametrize("model_type", refused_types())
+def test_refused_at_apply(model_type: str) -> None:
+    with torch.device("meta"):
+        model = model_class(model_type)(tiny_config(model_type))
+    with pytest.raises(UnsupportedModelError) as refusal:
+        tokprune.apply(model, "divprune", ratio=0.5)
+    assert "cannot be pruned" in str(refusal.value)
+    assert model_type in NOT_VISUAL or "Instead:" in str(refusal.value)
+    assert not model._forward_pre_hooks
