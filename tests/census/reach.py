@@ -59,5 +59,5 @@ def tried(model: Any, inputs: Inputs, method: Any) -> str:
         with pruned(model, method, **options), torch.no_grad():
             model.generate(**inputs, max_new_tokens=2)
     except TokpruneError as error:
-        return str(error)
+        return str(error).split(". ")[0]
     return ""

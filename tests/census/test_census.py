@@ -8,16 +8,20 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING
 
 import tokprune
 from tests.adapters.reference import slow_unless
 from tests.census import states
 from tests.census.census import prove
-from tokprune.adapters.known import NOT_VISUAL, REFUSED, VERIFIED
+from tokprune.adapters.known import NOT_VISUAL, REFUSED, VERIFIED, refusal
 from tokprune.errors import UnsupportedModelError
 from tokprune.testing.census import model_class, model_types, tiny_config
 
 QUICK = ("glm46v", "lfm2_vl", "exaone4_5")  # clips written with the token of pictures, a hybrid LLM, positions by hand
+
+
+NOT_BUILT = ("qwen3_omni_moe", "nemo_speechlm")  # their default configs do not make a model, small or large
 
 
 def test_every_type_is_decided() -> None:
@@ -53,10 +57,24 @@ def refused_types() -> Iterator[Any]:
 
 @pytest.mark.parametrize("model_type", refused_types())
 def test_refused_at_apply(model_type: str) -> None:
+    if model_type in NOT_BUILT:
+        assert refusal(CONFIG_MAPPING[model_type]())
+        return
     with torch.device("meta"):
         model = model_class(model_type)(tiny_config(model_type))
-    with pytest.raises(UnsupportedModelError) as refusal:
+    with pytest.raises(UnsupportedModelError) as refused:
         tokprune.apply(model, "divprune", ratio=0.5)
-    assert "cannot be pruned" in str(refusal.value)
-    assert model_type in NOT_VISUAL or "Instead:" in str(refusal.value)
+    assert "cannot be pruned" in str(refused.value)
+    assert model_type in NOT_VISUAL or "Instead:" in str(refused.value)
     assert not model._forward_pre_hooks
+
+
+@pytest.mark.parametrize("name", ["ColPali", "ColQwen2", "ColModernVBert"])
+def test_retrieval_models_are_refused(name: str) -> None:
+    import transformers
+
+    kind = getattr(transformers, f"{name}Config").model_type
+    with torch.device("meta"):
+        model = getattr(transformers, f"{name}ForRetrieval")(tiny_config(kind))
+    with pytest.raises(UnsupportedModelError, match="a vector for every token of a page"):
+        tokprune.apply(model, "divprune", ratio=0.5)

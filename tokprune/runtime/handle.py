@@ -18,6 +18,7 @@ from tokprune.adapters.base import Adapter, get_adapter, unwrap
 from tokprune.adapters.families import tiny_families
 from tokprune.adapters.foreign import HANDLE
 from tokprune.adapters.hooks import Hook, Ref
+from tokprune.adapters.known import VERIFIED
 from tokprune.adapters.local_processor import local_processor
 from tokprune.adapters.query import asking
 from tokprune.adapters.types import Model, Processor, Scorer
@@ -220,7 +221,7 @@ class Pruning:
         installed = self._installed
         if installed.connector is None and installed.encoder is not None:
             return installed.encoder.report()
-        known = installed.kind in tiny_families()
+        known = installed.kind in tiny_families() or installed.kind in VERIFIED
         notes = [] if known else [f"{installed.kind} runs through the generic adapter; it is not in the verified list"]
         if self.encoder is not None and self.last is not None:
             notes += str(self.encoder.report()).splitlines()

@@ -370,7 +370,7 @@ class Prefill:
         plan = make_plan(self.adapter, call, encoded, columns, streams, options.positions, options.cached)
         width = max(int(plan.keep.sum(1).max()), 1)  # of the host, like all of the plan
         note = nothing_dropped(plan.streams, options.ratio)
-        self.last = LastRun(plan.keep, plan.streams, plan.policy, width, encode_ms, select_ms, score_ms, note)
+        self.last = LastRun(plan.keep, plan.streams, plan.policy, width, encode_ms, select_ms, score_ms, note=note)
         if note and not self.told:
             self.told = True
             warnings.warn(f"{type(self.adapter.model).__name__}: {note}", stacklevel=2)

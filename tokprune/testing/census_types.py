@@ -117,7 +117,6 @@ CORRECTIONS: dict[str, dict[str, JsonObject]] = {
         "text_config": {"rope_parameters": MROPE | {"partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}}
     },
     "fun_asr_nano": {"adaptor_config": {"hidden_size": 64, "intermediate_size": 16}},
-    "nemo_speechlm": {"audio_config": {"hidden_size": 512}},
     "fuyu": {"": {"patch_size": 4, "image_size": 32, "num_channels": 3}},
     "kimi_k25": {"text_config": MLA, "": {"projection_hidden_size": 32}},
     "gemma3": {"": {"mm_tokens_per_image": 16}},
