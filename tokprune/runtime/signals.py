@@ -237,17 +237,13 @@ def compute_signals(
         try:
             result.values[name], result.sources[name] = reader.read(kind, spec)
         except UnknownGeometryError as error:
-            raise MissingSignalError(
-                f"{_name(base)} cannot give {name!r}: its patches cannot be matched with its tokens ({error}). "
-                f"{FEATURES_ALONE}"
-            ) from None
+            why = f"its patches cannot be matched with its tokens ({error})"
+            raise MissingSignalError(f"{_name(base)} cannot give {name!r}: {why}. {FEATURES_ALONE}") from None
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
-            if base.config.model_type in FAMILIES:  # ours to mend
+            if call.config.model_type in FAMILIES:  # ours to mend
                 raise
-            raise MissingSignalError(
-                f"{_name(base)} cannot give {name!r}: its vision tower computes in a way that is not known here "
-                f"({type(error).__name__}: {error}). {FEATURES_ALONE}"
-            ) from error
+            why = f"its vision tower computes in a way that is not known here ({type(error).__name__}: {error})"
+            raise MissingSignalError(f"{_name(base)} cannot give {name!r}: {why}. {FEATURES_ALONE}") from error
     return result
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tokprune.adapters.families.tiny import PAD
 from tokprune.errors import UnsupportedModelError
-from tokprune.types import VLM, Inputs
+from tokprune.types import VLM, Inputs, JsonObject
 
 FRAMES = 2
 """Of each clip, counted as the tower counts them."""
@@ -25,7 +25,7 @@ Row = Sequence[str | tuple[str, int]]
 """A prompt: text, ("image", seed) and ("video", seed)."""
 
 
-def medium(model: VLM, modality: str, seed: int) -> dict[str, Tensor]:
+def medium(model: VLM, modality: str, seed: int) -> JsonObject:
     """Arguments of the encoder for one picture or clip, sizes varying with the seed where the model allows it."""
     base: Any = model.base_model
     encoder: Callable[..., object] | None = getattr(base, f"get_{modality}_features", None)
@@ -58,7 +58,7 @@ def medium(model: VLM, modality: str, seed: int) -> dict[str, Tensor]:
         return out
     if f"{modality}_position_ids" in named:  # Gemma 4
         places = torch.cartesian_prod(torch.arange(height), torch.arange(width)).flip(-1)  # x, y
-        patch = getattr(config, "model_patch_size", None) or getattr(config, "patch_size", 4)
+        patch = int(getattr(config, "model_patch_size", None) or getattr(config, "patch_size", 4))
         out = {
             pixels: noise(frames, height * width, 3 * patch**2).sigmoid(),
             f"{modality}_position_ids": places[None].repeat(frames, 1, 1),
@@ -120,7 +120,7 @@ def packed(model: VLM, config: Any, frames: int, height: int, width: int, noise:
     """Patches of a packed tower, one after the other: (P, values), or (P, 3, patch, patch) for towers that convolve."""
     side = config.patch_size
     channels = getattr(config, "in_channels", None) or getattr(config, "num_channels", 3)
-    time = next((t for name in ("temporal_patch_size", "patch_temporal") if (t := getattr(config, name, None))), 1)
+    time = int(getattr(config, "temporal_patch_size", None) or getattr(config, "patch_temporal", 1))
     count, kind = frames * height * width, model.config.model_type
     if kind in CONVOLVING:
         return noise(count, channels, side, side)

@@ -114,9 +114,9 @@ def stream_layouts(
         return layouts
     except UnknownGeometryError as error:
         note = f"geometry of {name} unknown, one line per item: {error}"
-        runs = [run.length for run in read or ()]
-        by_run = sum(runs) == call.total and len(runs) < len(call.lengths)  # items are pieces of pictures
-        return [plain(Layout.line(n), note) for n in (runs if by_run else call.lengths)]
+        by_run = [run.length for run in read or ()]
+        pieces = sum(by_run) == call.total and len(by_run) < len(call.lengths)  # items are pieces of pictures
+        return [plain(Layout.line(n), note) for n in (by_run if pieces else call.lengths)]
 
 
 def arrange(call: EncoderCall, values: Tensor, fill: float = 0.0) -> Tensor:
