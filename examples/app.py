@@ -57,7 +57,7 @@ def build(asker: Asker, picture: Image.Image, question: str) -> gradio.Blocks:
         gr.Markdown("# tokprune\nWhich visual tokens stay, and what the model still answers.")
         with gr.Row():
             with gr.Column(scale=1):
-                image = gr.Image(picture, type="pil", label="picture", height=300)
+                image = gr.Image(picture, type="pil", label="picture", height=300, format="png")  # webp is lossy
                 asked = gr.Textbox(question, label="question")
                 methods = gr.Dropdown(names(), value=list(START), multiselect=True, label="methods")
                 ratio = gr.Slider(0.02, 1, 0.1, step=0.01, label="share of tokens kept")
