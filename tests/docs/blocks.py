@@ -38,8 +38,22 @@ def blocks(page: str) -> list[Block]:
 
 def commands(block: Block) -> list[list[str]]:
     """The words of each command of a shell block, comments dropped and continued lines joined."""
-    lines = block.code.replace("\\\n", " ").splitlines()
-    return [words for line in lines for part in line.split("&&") if (words := shlex.split(part, comments=True))]
+    out: list[list[str]] = []
+    pending = ""
+    for line in block.code.replace("\\\n", " ").splitlines():
+        pending += line + "\n"
+        try:
+            words = shlex.split(pending, comments=True)
+        except ValueError:  # a quotation that goes on in the next line
+            continue
+        pending = ""
+        while "&&" in words:
+            at = words.index("&&")
+            out.append(words[:at])
+            words = words[at + 1 :]
+        out.append(words)
+    assert not pending, f"a quotation is not closed: {pending}"
+    return [words for words in out if words]
 
 
 def on_cpu(text: str) -> str:

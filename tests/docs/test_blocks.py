@@ -106,4 +106,5 @@ def test_blocks_that_are_not_run_are_few() -> None:
         "lmms-eval's tasks are loaded from the hub",
         *["needs several GPUs"] * 2,
         "tested in tests/evaluation, on pictures of its own",
+        *["vLLM needs an environment of its own, make serve-test"] * 2,
     ]

@@ -11,7 +11,7 @@ from types import ModuleType
 
 import tokprune
 
-OPTIONAL = {"lmms_eval", "matplotlib", "av", "decord", "torchcodec", "jinja2", "filelock", "pandas", "optuna"}
+OPTIONAL = {"lmms_eval", "matplotlib", "av", "decord", "torchcodec", "jinja2", "filelock", "pandas", "optuna", "vllm"}
 ROOT = Path(tokprune.__file__).parent
 
 
