@@ -27,7 +27,7 @@ from tokprune.profiling.formulas import DecoderShape, exact_prefill, prefill_sha
 from tokprune.registry import get_method
 from tokprune.schedule import Schedule
 
-TARGETS = (0.75, 0.6, 0.4)
+TARGETS = (0.6, 0.4)
 TOLERANCE = 0.02
 SAMPLES = 32  # pictures for fitting and calibration, none of them among the questions
 VISUAL = 256
@@ -38,10 +38,7 @@ CONNECTORS = (
     "divprune",
     "dart",
     "catp",
-    "fastervlm",
     "visionzip",
-    "vispruner",
-    "hiprune",
     "scope",
     "cdpruner",
 )
@@ -55,10 +52,6 @@ class Setting:
     method: str
     stage: str = "decoder"
     options: tuple[tuple[str, Any], ...] = ()
-
-    def arguments(self, share: float) -> dict[str, Any]:
-        """Of get_method and apply."""
-        return {**dict(self.options), "ratio": share}
 
 
 DECODERS = (
@@ -208,7 +201,7 @@ def fitted(bench: Bench, targets: tuple[float, ...]) -> list[dict[str, Any]]:
 def main() -> None:
     """Run it all."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--questions", type=int, default=210)
+    parser.add_argument("--questions", type=int, default=140)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)

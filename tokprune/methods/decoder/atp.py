@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +77,9 @@ def calibrate(
 class ThresholdHeads(nn.Module):
     """The learned part: thresholds of one layer from the two scores of its tokens.
 
-    z = W [mean of the visual score, mean of the words' score]; two heads give thresholds in (0, 1) by a sigmoid.
+    z = W [mean of the visual score, mean of the words' score]; two heads give thresholds by a sigmoid. The cover's lies
+    in (0, 1); that of importance between the least and the largest importance of the prompt (ours: logits have no scale
+    of their own, so that a threshold in (0, 1) may keep everything or nothing).
     """
 
     def __init__(self, width: int = 16) -> None:
@@ -87,15 +91,42 @@ class ThresholdHeads(nn.Module):
     def forward(self, scores: Tensor) -> Tensor:
         """scores: (..., 2, V) as `redundancy` gives them. Returns (..., 2) thresholds of importance and cover."""
         z = self.mix(scores.mean(-1))
-        return torch.cat([self.importance(z), self.spatial(z)], -1).sigmoid()
+        low, high = scores.mean(-2).aminmax(dim=-1, keepdim=True)
+        importance = low + (high - low) * self.importance(z).sigmoid()
+        return torch.cat([importance, self.spatial(z).sigmoid()], -1)
+
+
+def save_heads(heads: Sequence[ThresholdHeads], path: str | Path) -> None:
+    """Write the heads of all stages to one safetensors file."""
+    from safetensors.torch import save_file
+
+    save_file(nn.ModuleList(heads).state_dict(), str(path))
+
+
+@lru_cache(maxsize=8)
+def load_heads(path: str) -> tuple[ThresholdHeads, ...]:
+    """The heads that `save_heads` wrote, on the CPU, in evaluation mode."""
+    from safetensors.torch import load_file
+
+    try:
+        state = load_file(path)
+        stages = 1 + max(int(name.split(".")[0]) for name in state)
+        built = nn.ModuleList(ThresholdHeads(state[f"{i}.mix.weight"].shape[0]) for i in range(stages))
+        built.load_state_dict(state)
+    except Exception as error:  # a broken or foreign file fails in many ways
+        raise OptionError(f"weights={path!r} holds no heads of save_heads: {error}") from error
+    return tuple(h.eval().requires_grad_(False) for h in built)  # type: ignore[misc]
 
 
 def soft_mask(scores: Tensor, spatial: Tensor, thresholds: Tensor, sharpness: float = 10.0) -> Tensor:
-    """What training puts in place of keeping: near 1 for tokens that either threshold keeps, near 0 for the others.
+    """What training puts in place of keeping: near 1 for tokens that either threshold keeps, near 0 for the others;
+    importance in units of its range over the prompt (ours).
 
     scores: (..., 2, V), spatial: (..., V), thresholds: (..., 2) -> (..., V), differentiable.
     """
-    important = (sharpness * (scores.mean(-2) - thresholds[..., :1])).sigmoid()
+    low, high = scores.mean(-2).aminmax(dim=-1, keepdim=True)
+    above = (scores.mean(-2) - thresholds[..., :1]) / (high - low).clamp_min(1e-6)
+    important = (sharpness * above).sigmoid()
     return torch.maximum(important, (sharpness * (spatial - thresholds[..., 1:])).sigmoid())
 
 
@@ -126,27 +157,32 @@ class ATPLLaVA(DecoderMethod):
     paper's are not known to us), in proportion for other depths. thresholds: (importance, cover) for each of them; the
     count then depends on the prompt. In the paper a trained module gives them, and no weights are public; `calibrate`
     sets them from a few samples without training, `ThresholdHeads`, `soft_mask` and `atp_loss` are the parts for
-    training. With a ratio, or a schedule, the count is exact: `cover` of the slots go to the best of the cover, the
-    others by importance, the stages by equal factors. slope: of the cover's score. Rotary positions stay those of the
-    kept tokens, on two axes where the model has them.
+    training (`python -m tools.demo.atp_heads` trains them on the demo VLM). weights: file of trained heads
+    (save_heads), one for each layer, in place of thresholds. With a ratio, or a schedule, the count is exact: `cover`
+    of the slots go to the best of the cover, the others by importance, the stages by equal factors. slope: of the
+    cover's score. Rotary positions stay those of the kept tokens, on two axes where the model has them.
     """
 
     layers: tuple[int, ...] | None = option(None, low=1, filled=True, example=(8, 16, 24))
     thresholds: tuple[tuple[float, float], ...] | None = option(None, filled=True, example=((0.1, 0.9),) * 3)
+    weights: str = option("", example="heads.safetensors")
     cover: float = option(0.25, low=0, high=1)
     slope: float = option(3.0, low=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        layers = self.layers or LAYERS
-        if self.thresholds is not None and len(self.thresholds) != len(layers):
-            raise OptionError(f"{len(self.thresholds)} thresholds for {len(layers)} layers; give each its two.")
+        layers, given = self.layers or LAYERS, self.thresholds
+        if self.weights and given is not None:
+            raise OptionError("both weights and thresholds given; choose one.")
+        count = len(load_heads(self.weights)) if self.weights else len(layers) if given is None else len(given)
+        if count != len(layers):
+            raise OptionError(f"{count} thresholds for {len(layers)} layers; give each its two.")
 
     def plan(self, depth: int, share: float | None) -> Schedule:
         layers = at_layers(self.layers, LAYERS, depth)
         if share is not None:
             return Schedule.geometric(layers, share)
-        if self.thresholds is None:
+        if self.thresholds is None and not self.weights:
             raise OptionError(
                 "atp_llava needs a ratio, or thresholds=((importance, cover), ...) such as calibrate() gives."
             )
@@ -154,15 +190,23 @@ class ATPLLaVA(DecoderMethod):
 
     def select(self, tokens: LayerTokens, keep: int) -> Selection:
         """What the thresholds of this layer keep, or exactly `keep` where a count is asked for."""
-        scores = redundancy(tokens).mean(0)
+        both = redundancy(tokens)
+        scores = both.mean(0)
         spatial = spatial_scores(tokens.row, tokens.col, self.slope)
-        if not tokens.bound and self.thresholds is not None:
-            stage = tokens.notes.get("stage", torch.zeros(1, dtype=torch.long))
-            tokens.notes["stage"] = stage + 1
-            importance, covered = self.thresholds[int(stage)]
+        if not tokens.bound:
+            importance, covered = self._thresholds(tokens, both)
             chosen = ((scores > importance) | (spatial > covered)).nonzero()[:, 0]
         else:
             even = top(spatial, round_of(keep, self.cover))
             first = torch.zeros_like(tokens.visual).index_fill(0, even, 1)
             chosen = top_by_tier(first, scores, keep)
         return Selection(chosen, info={"scores": scores, "spatial": spatial})
+
+    def _thresholds(self, tokens: LayerTokens, scores: Tensor) -> tuple[float, float]:
+        """Of importance and cover, of the stage that the prompt is at."""
+        stage = int(tokens.notes.get("stage", torch.zeros(1, dtype=torch.long)))
+        tokens.notes["stage"] = torch.tensor([stage + 1])
+        if self.thresholds is not None:
+            return self.thresholds[stage]
+        importance, cover = load_heads(self.weights)[stage](scores.float().cpu()).tolist()
+        return importance, cover
