@@ -8,10 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
+import tokprune
+from tests.encoder.test_towers import TOWERS, output, pixels
 from tests.golden_vectors import GoldenCase, claims
+from tokprune.budget import kept
 from tokprune.errors import OptionError
 from tokprune.methods.encoder.mustdrop_merge import MustDropMerge, window_similarity
 from tokprune.methods.encoder_base import BlockView
+from tokprune.registry import get_method
+from tokprune.runtime.encoder import apply_encoder
+from tokprune.testing import build, picture
+
+close = torch.testing.assert_close
 
 
 def view(x: Tensor, prefix: int = 1, target: int | None = None) -> BlockView:
@@ -81,3 +89,38 @@ def test_a_target_is_met_from_below(target: int) -> None:
 def test_a_line_of_patches_is_refused() -> None:
     with pytest.raises(OptionError, match="square grid"):
         MustDropMerge().reduce(view(torch.zeros(1, 11, 4)))
+
+
+@pytest.mark.parametrize("name", ["timm", "clip", "open_clip"])
+@torch.no_grad()
+def test_in_towers(name: str) -> None:
+    model, x = TOWERS[name](), pixels()
+    plain = output(model, x)
+    with apply_encoder(model, "mustdrop_merge", window=2, threshold=1.0) as pruning:
+        close(output(model, x)[-1], plain[-1])  # nothing is that similar
+        assert pruning.report().left == (64, 64) or pruning.report().left == (64,)
+    with apply_encoder(model, "mustdrop_merge", window=2, threshold=0.0) as pruning:
+        both = output(model, x)
+        left = pruning.report().left
+        alone = output(model, x[1:])
+        assert pruning.report().left == left[-1:]
+    assert all(n < 64 and (64 - n) % 3 == 0 for n in left)
+    if len(plain) == 1:
+        close(both[0][1:], alone[0], atol=1e-5, rtol=1e-5)
+    with apply_encoder(model, "mustdrop_merge", window=2, ratio=0.5) as pruning:
+        output(model, x)
+        assert set(pruning.report().left) == {64 - 3 * 11}
+
+
+def test_both_parts_in_a_model() -> None:
+    """The tower's part in front, the key set of what it left in the LLM."""
+    tiny = build("llava", layers=5)
+    inputs = tiny.inputs(
+        [["what ", ("image", picture(60, 40, 1)), " is?"], ["and ", ("image", picture(40, 40, 2)), " ok?"]]
+    )
+    method = [get_method("mustdrop_merge", window=2, threshold=0.2), get_method("mustdrop")]
+    with tokprune.apply(tiny.model, method, ratio=0.3) as pruning:
+        tiny.model.generate(**inputs, max_new_tokens=2)
+        entered = [stream.kept for stream in pruning.report().streams]
+        assert all(n < 64 for n in entered)
+        assert pruning.last.drops[-1].kept == tuple(kept(n, 0.3) for n in entered)
