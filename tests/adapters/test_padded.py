@@ -1,7 +1,9 @@
-"""Pictures of their own size in one padded batch (Gemma 4, LFM2-VL), and projectors whose tokens stand for no place."""
+"""Pictures of their own size in one padded batch (Gemma 4, LFM2-VL), lines that end in newlines (HunYuan), and
+projectors whose tokens stand for no place."""
 
 from __future__ import annotations
 
+import importlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,7 +29,9 @@ def places(shapes: list[tuple[int, int]], length: int = 64) -> Tensor:
 
 def call(kind: str, side: int, pooled: Any, modality: str = "image", **kwargs: Any) -> EncoderCall:
     config = SimpleNamespace(
-        model_type=kind, downsample_factor=side, vision_config=SimpleNamespace(pooling_kernel_size=side)
+        model_type=kind,
+        downsample_factor=side,
+        vision_config=SimpleNamespace(pooling_kernel_size=side, spatial_merge_size=side),
     )
     base: Any = SimpleNamespace(config=config)
     return EncoderCall(base, modality, kwargs, SimpleNamespace(pooler_output=pooled))
@@ -112,3 +116,37 @@ def test_tokens_of_learned_queries_stand_for_no_place(kind: str) -> None:
     for question in (family.streams, family.patches, lambda c: family.arrange(c, noise(128, 5))):
         with pytest.raises(UnknownGeometryError, match="learned queries"):
             question(got)
+
+
+@pytest.mark.parametrize("kind", ["hunyuan_vl", "hy_v4_vl"])
+@torch.no_grad()
+def test_hunyuans_separators_are_the_rows_that_no_picture_changes(kind: str) -> None:
+    """Begin, newlines and end come from parameters; every other row from the patches that its signal is the mean of."""
+    name = {"hunyuan_vl": "HunYuanVL", "hy_v4_vl": "HYV4VL"}[kind]
+    module = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
+    width = {"text_hidden_size": 6} if kind == "hunyuan_vl" else {"out_hidden_size": 6}
+    config = getattr(module, f"{name}VisionConfig")(**{**SIZES, "hidden_size": 8, "spatial_merge_size": 2, **width})
+    merger = settle(getattr(module, f"{name}VisionPatchMerger")(config))
+    grid, family = torch.tensor([[1, 4, 6], [1, 8, 4]]), family_named(kind)
+    first, second = (
+        [merger(noise(2, h * w, 8)[i][None], size=(h, w))[0] for _, h, w in grid.tolist()] for i in range(2)
+    )
+    got = call(kind, 2, first, image_grid_thw=grid)
+    streams = family.streams(got)
+    assert [s.layout.grids for s in streams] == [((2, 3),), ((4, 2),)]
+    for stream, a, b in zip(streams, first, second, strict=True):
+        assert stream.total == len(a)
+        fixed = (a == b).all(1).nonzero()[:, 0]
+        assert torch.equal(stream.separators, fixed)
+        assert torch.equal(stream.rows, (a != b).any(1).nonzero()[:, 0])
+    values = noise(24 + 32, 3)
+    rows = family.arrange(got, values, fill=7.0).split([s.total for s in streams])
+    for stream, part, patches, (_, h, w) in zip(streams, rows, values.split([24, 32]), grid.tolist(), strict=True):
+        assert (part[stream.separators] == 7).all()
+        means = patches.view(h // 2, 2, w // 2, 2, 3).mean((1, 3)).flatten(0, 1)
+        torch.testing.assert_close(part[stream.rows], means)
+        ends = stream.rows.view(h // 2, w // 2)[:, -1] + 1  # the newline behind each line is its own
+        newline = stream.separators[1:-1] if kind == "hunyuan_vl" else stream.separators
+        assert torch.equal(newline, ends)
+    with pytest.raises(UnknownGeometryError, match="are not the patches"):
+        family.arrange(got, values[:-1])

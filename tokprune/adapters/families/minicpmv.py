@@ -22,7 +22,7 @@ from tokprune.adapters.families.units import SizedImages
 from tokprune.tokens import Layout
 
 
-@register_family("minicpmv4_6")
+@register_family("minicpmv4_6", "minicpmv4_7", "minicpm_ocr")
 class MiniCPM(SizedImages):
     """A thumbnail, then slices of one size; each is a run of its own. What stands before a run tells thumbnails from
     slices: the first run of every sample is a thumbnail (or a frame)."""
