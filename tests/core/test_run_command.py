@@ -243,3 +243,24 @@ def test_longer_context_scales_the_positions_while_the_answer_is_made(
     error = invoke(app, ["run", *map(str, words), "--longer-context", "0.5"]).exception
     assert isinstance(error, OptionError)
     assert "at least 1" in str(error)
+
+
+def test_both_times_of_a_comparison_are_warm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither run pays for what the first of its shapes costs: each is preceded by a short one of its own."""
+    from tokprune.adapters import prompting
+
+    asked: list[int] = []
+    real = prompting.answer
+
+    def noted(model: Any, processor: Any, inputs: Any, max_new_tokens: int = 64) -> list[str]:
+        asked.append(max_new_tokens)
+        return real(model, processor, inputs, max_new_tokens)
+
+    monkeypatch.setattr(prompting, "answer", noted)
+    scene = Path(__file__).parent.parent.parent / "docs" / "images" / "scene.png"
+    words = ("--image", scene, "--question", "what color is the circle ?", "--max-new-tokens", 5)
+    assert "(each after a warm-up)" in ask(*words, "--compare")
+    assert asked == [2, 5, 2, 5]
+    asked.clear()
+    ask(*words)
+    assert asked == [5]

@@ -67,3 +67,13 @@ def test_still_picture(folder: Path) -> None:
         Image.fromarray(drawn(1)).save(path)
         with pytest.raises(VideoError, match="still picture"):
             read_video(path, frames=2)
+
+
+def test_a_folder_whose_pictures_cannot_be_read_says_why(folder: Path) -> None:
+    """Such as HEIC under another name: the way out of a single picture holds for a folder of them, too."""
+    bad = folder / "phone"
+    bad.mkdir()
+    for name in ("1.jpg", "2.jpg"):
+        (bad / name).write_bytes(b"\x00\x00\x00\x18ftypheic" + bytes(64))
+    with pytest.raises(VideoError, match=r"none of its 2 pictures can be read.*HEIC.*heif-convert"):
+        read_video(bad, frames=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -28,9 +29,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (demo, methods, run, show, heatmap, profile, recommend, search, plan, plots):
-    app.command()(command)
-for command in (reproduce, new_method, check_method, doctor):
+COMMANDS: tuple[Callable[..., None], ...] = (
+    *(demo, methods, run, show, heatmap, profile, recommend, search, plan, plots),
+    *(reproduce, new_method, check_method, doctor),
+)
+for command in COMMANDS:
     app.command()(command)
 app.command("eval")(evaluate)
 

@@ -53,15 +53,15 @@ def scan_folder(path: Path, fps: float) -> FolderIndex:
     )
     if not files:
         raise VideoError(f"{path} is a folder without pictures ({', '.join(sorted(PICTURES))}).")
-    size = None
+    size, why = None, ""
     for file in files:
         try:
             size = load(file).shape[:2]
             break
-        except OptionError:
-            continue  # a broken picture is reported when it is wanted
+        except OptionError as error:  # a broken picture is reported when it is wanted
+            why = why or str(error)
     if size is None:
-        raise VideoError(f"{path}: none of its {len(files)} pictures can be read.")
+        raise VideoError(f"{path}: none of its {len(files)} pictures can be read; of the first: {why}")
     times = np.arange(len(files)) / fps
     return FolderIndex(path, times, len(files) / fps, (size[0], size[1]), files=tuple(files))
 
