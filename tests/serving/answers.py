@@ -65,12 +65,6 @@ def with_all_newlines(tiny: TinyVLM, inputs: Any, streams: list[Any]) -> dict[st
     video = "pixel_values_videos" in inputs
     config = tiny.model.config
     visual = ids[0] == (config.video_token_index if video else config.image_token_index)
-    rows, start = [], 0
-    for stream in streams:
-        geometry = stream.geometry
-        stay = torch.cat([geometry.rows[stream.selection.indices], geometry.separators])
-        rows.append(start + stay.sort().values)
-        start += geometry.total
     with torch.no_grad():
         if video:
             found = tiny.model.model.get_video_features(inputs["pixel_values_videos"])
@@ -78,6 +72,14 @@ def with_all_newlines(tiny: TinyVLM, inputs: Any, streams: list[Any]) -> dict[st
             found = tiny.model.model.get_image_features(inputs["pixel_values"], inputs["image_sizes"])
         features = torch.cat([x.flatten(0, -2) for x in found.pooler_output])
         embedded = tiny.model.get_input_embeddings()(ids)[0]
+    rows, start = [], 0
+    for stream in streams:
+        geometry, selection = stream.geometry, stream.selection
+        candidates = start + geometry.rows
+        chosen = candidates[selection.indices]
+        features[chosen] = selection.apply(features[candidates])  # some methods merge
+        rows += [chosen, start + geometry.separators]
+        start += geometry.total
     kept = torch.cat(rows)
     embedded[visual.nonzero().flatten()[kept]] = features[kept]
     columns = ~visual
