@@ -39,8 +39,9 @@ API = {
         "tokprune.evaluation.table",
         "tokprune.evaluation.compare",
     ],
+    "Search and serving": ["tokprune.search.strategies", "tokprune.search.run", "tokprune.serving"],
     "Demo models": ["tokprune.demo", "tokprune.demo.asking"],
-    "Testing": ["tokprune.testing", "tokprune.testing.self_test"],
+    "Testing": ["tokprune.testing", "tokprune.testing.self_test", "tokprune.testing.contract"],
 }
 """Modules whose names are for users (of the first page: the names themselves), by page."""
 
