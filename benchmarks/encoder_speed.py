@@ -70,6 +70,7 @@ def written_out(model: Any, images: Tensor, r: int) -> Tensor:
 
 
 def cpu_seconds(run: Callable[[], Any]) -> float:
+    """CPU time of one call."""
     start = time.process_time()
     run()
     return time.process_time() - start
@@ -93,6 +94,7 @@ def hook_cost(timm: Any, depth: int = 24, calls: int = 60) -> float:
 
 
 def main() -> None:
+    """Measure what was asked for, and write it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="vit_large_patch16_224", help="a plain timm vision transformer")
     parser.add_argument("--r", type=int, nargs="+", default=[8, 13], help="tokens merged per block")

@@ -33,10 +33,14 @@ from tokprune.serving.tiles import clip, pack, tiles
 
 
 class TilesInfo(PrunedInfo, LlavaNextProcessingInfo):  # type: ignore[misc]
+    """vLLM's LlavaNextProcessingInfo with pruned token counts."""
+
     signals = KINDS
 
 
 class OneVisionInfo(PrunedInfo, LlavaOnevisionProcessingInfo):  # type: ignore[misc]
+    """vLLM's LlavaOnevisionProcessingInfo with pruned token counts."""
+
     signals = KINDS
 
 
@@ -51,11 +55,11 @@ class Separators(PrunedProcessor):
 
 
 class TilesProcessor(Separators, LlavaNextMultiModalProcessor):  # type: ignore[misc]
-    pass
+    """vLLM's LlavaNextMultiModalProcessor with placeholders for the kept tokens alone."""
 
 
 class OneVisionProcessor(Separators, LlavaOnevisionMultiModalProcessor):  # type: ignore[misc]
-    pass
+    """vLLM's LlavaOnevisionMultiModalProcessor with placeholders for the kept tokens alone."""
 
 
 class PrunedTiles(Watched):

@@ -27,10 +27,14 @@ from tokprune.tokens import Layout
 
 
 class Info(PrunedInfo, InternS1ProcessingInfo):  # type: ignore[misc]
+    """vLLM's InternS1ProcessingInfo with pruned token counts."""
+
     signals = KINDS
 
 
 class Processor(PrunedProcessor, InternS1MultiModalProcessor):  # type: ignore[misc]
+    """vLLM's InternS1MultiModalProcessor with placeholders for the kept tokens alone."""
+
     weaves = frozenset({"video"})
 
 

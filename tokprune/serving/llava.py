@@ -67,11 +67,13 @@ class Watched(Pruned):
 
 
 class Info(PrunedInfo, LlavaProcessingInfo):  # type: ignore[misc]
+    """vLLM's LlavaProcessingInfo with pruned token counts."""
+
     signals = KINDS
 
 
 class Processor(PrunedProcessor, LlavaMultiModalProcessor):  # type: ignore[misc]
-    pass
+    """vLLM's LlavaMultiModalProcessor with placeholders for the kept tokens alone."""
 
 
 @MULTIMODAL_REGISTRY.register_processor(Processor, info=Info, dummy_inputs=LlavaDummyInputsBuilder)

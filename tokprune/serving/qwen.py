@@ -55,11 +55,11 @@ class Grids(Positions):
 
 
 class Info25(PrunedInfo, Qwen2_5_VLProcessingInfo):  # type: ignore[misc]
-    pass
+    """vLLM's Qwen2_5_VLProcessingInfo with pruned token counts."""
 
 
 class Processor25(PrunedProcessor, Qwen2_5_VLMultiModalProcessor):  # type: ignore[misc]
-    pass
+    """vLLM's Qwen2_5_VLMultiModalProcessor with placeholders for the kept tokens alone."""
 
 
 @MULTIMODAL_REGISTRY.register_processor(Processor25, info=Info25, dummy_inputs=Qwen2_5_VLDummyInputsBuilder)
@@ -68,10 +68,12 @@ class PrunedQwen25VL(Grids, Qwen2_5_VLForConditionalGeneration):  # type: ignore
 
 
 class Info3(PrunedInfo, Qwen3VLProcessingInfo):  # type: ignore[misc]
-    pass
+    """vLLM's Qwen3VLProcessingInfo with pruned token counts."""
 
 
 class Processor3(PrunedProcessor, Qwen3VLMultiModalProcessor):  # type: ignore[misc]
+    """vLLM's Qwen3VLMultiModalProcessor with placeholders for the kept tokens alone."""
+
     weaves = frozenset({"video"})
 
 

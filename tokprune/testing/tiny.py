@@ -182,6 +182,7 @@ def randomise(model: nn.Module, seed: int) -> None:
 
 
 def quiet_generation(model: VLM) -> None:
+    """Greedy answers of the tiny model: its pad and start tokens, no end, and words of the byte vocabulary alone."""
     config = model.generation_config
     config.pad_token_id, config.bos_token_id, config.eos_token_id = PAD, BOS, None
     config.do_sample = False
