@@ -1,5 +1,15 @@
 """The synthetic streams of `tokprune.testing`, under the name that the tests of methods use."""
 
+import functools
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from tokprune.methods.base import ConnectorMethod
+from tokprune.methods.connector.explain import RelevanceNet
+from tokprune.registry import get_method
 from tokprune.testing.streams import (
     CLIP_WIDTH,
     ENCODER_WIDTH,
@@ -21,7 +31,25 @@ __all__ = [
     "LAYOUTS",
     "WIDTH",
     "changed",
+    "method_with_defaults",
     "question",
     "signals",
     "stream",
+    "untrained",
 ]
+
+
+@functools.cache
+def untrained() -> str:
+    """A file with a network of "explain" for these streams."""
+    torch.manual_seed(0)
+    path = Path(tempfile.mkdtemp()) / "untrained.safetensors"
+    save_file(RelevanceNet(HEADS, WIDTH).state_dict(), path)
+    return str(path)
+
+
+def method_with_defaults(name: str) -> ConnectorMethod:
+    """A connector method with its defaults; one that is trained for a model with weights for these streams."""
+    method = get_method(name, **({"weights": untrained()} if name == "explain" else {}))
+    assert isinstance(method, ConnectorMethod)
+    return method

@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from tests.methods.streams import LAYOUTS, changed, stream
+from tests.methods.streams import LAYOUTS, changed, method_with_defaults, stream
 from tokprune import registry
 from tokprune.methods.base import ConnectorMethod, ScoreMethod
 from tokprune.ops.topk import top
-from tokprune.registry import get_method, list_methods, register_method
+from tokprune.registry import list_methods, register_method
 from tokprune.testing import contract
 from tokprune.tokens import Selection, VisualTokens
 
@@ -25,9 +25,7 @@ every_method = pytest.mark.parametrize("name", METHODS)
 
 @cache
 def method(name: str) -> ConnectorMethod:
-    built = get_method(name)
-    assert isinstance(built, ConnectorMethod)
-    return built
+    return method_with_defaults(name)
 
 
 @every_method

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten
 import tokprune
 from tests.encoder.all_towers import timm_vit
 from tests.methods.frames.test_frames_contract import VARIANTS
-from tests.methods.streams import LAYOUTS, stream
+from tests.methods.streams import LAYOUTS, stream, untrained
 from tokprune.errors import OptionError, TokpruneError
 from tokprune.methods.base import ConnectorMethod
 from tokprune.methods.cache_base import CacheMethod, CacheStep
@@ -37,7 +37,7 @@ COMPAT = [
     for how in ("published",)
 ]
 CONNECTORS: list[tuple[str, dict[str, Any]]] = [
-    *((name, {}) for name in list_methods("connector")),
+    *((name, {"weights": untrained()} if name == "explain" else {}) for name in list_methods("connector")),
     *COMPAT,
     ("pool", {"dims": 2}),
     ("storm", {"mode": "pool"}),

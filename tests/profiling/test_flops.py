@@ -11,6 +11,7 @@ import transformers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import flop_counter
 
+import tokprune
 from tests.profiling.counted import language_flops
 from tokprune.errors import UnsupportedModelError
 from tokprune.profiling import flops, formulas
@@ -269,6 +270,18 @@ def test_the_share_of_a_schedule_is_the_exact_one() -> None:
     assert formulas.layer_tokens(schedule, 100, 4, text=7) == tokens
     expected = sum(formulas.exact_layer(shape, n) for n in tokens) / (4 * formulas.exact_layer(shape, 107))
     assert formulas.prefill_share(schedule, shape, 100, 7) == pytest.approx(expected)
+
+
+def test_a_schedule_costs_what_the_counter_counts(model: torch.nn.Module) -> None:
+    shape, x = DecoderShape.of(model.config), prompt()
+    n = x["input_ids"].shape[1]
+    schedule = Schedule(((2, 0.0),))  # of VTW, which computes nothing of its own
+    with tokprune.apply(model, "vtw", schedule=schedule.steps):
+        got = flops.stage_flops(model, x)
+    tokens = formulas.layer_tokens(schedule, 16, LAYERS, n - 16)
+    assert tokens == [n, n, n - 16]
+    assert got.prefill == formulas.exact_prefill(shape, tokens)
+    assert got.decode == formulas.exact_decode(shape, tokens)
 
 
 def test_gqa_formula_is_the_gated_one_without_grouping_and_half_the_exact_count() -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
+from typer.testing import CliRunner
 
 import tokprune
+from tokprune.cli.app import app
 from tokprune.errors import OptionError, UnsupportedModelError
 from tokprune.testing import TinyVLM, build, picture
 from tokprune.viz.answer_map import answer_map
@@ -137,3 +141,19 @@ def test_a_cache_method_below_is_refused() -> None:
         with pytest.raises(UnsupportedModelError, match="leaves keys out of layer 3"):
             answer_map(tiny.model, tiny.processor, inputs, 3, 2, max_new_tokens=NEW)
         assert answer_map(tiny.model, tiny.processor, inputs, 1, 2, max_new_tokens=NEW).values.shape == (64,)
+
+
+def test_the_command_draws_it_pruned_or_not(tmp_path: Path) -> None:
+    out = tmp_path / "heat.png"
+    scene = Path(__file__).parent.parent.parent / "docs" / "images" / "scene.png"
+    line = ["heatmap", "--image", str(scene), "--question", "what color is the star ?", "-o", str(out), "--signals"]
+    plain = CliRunner().invoke(app, [*line, "llm_attention:-1:green,llm_question:0"])
+    assert plain.exit_code == 0, plain.output
+    first = out.read_bytes()
+    pruned = CliRunner().invoke(
+        app, [*line, "llm_attention:-1,llm_question:0", "--pruned-by", "fastv", "--ratio", "0.2"]
+    )
+    assert pruned.exit_code == 0, pruned.output
+    assert out.read_bytes() != first
+    wrong = CliRunner().invoke(app, [*line, "llm_attention"])
+    assert "write llm_attention:-1 for the last layer" in str(wrong.exception)

@@ -36,7 +36,7 @@ _LOOKING: ContextVar[bool] = ContextVar("tokprune_looking_ahead", default=False)
 
 def looking_ahead() -> bool:
     """Whether this thread's call of the model is a first pass, not the forward that its caller asked for."""
-    return _LOOKING.get()
+    return not torch.compiler.is_compiling() and _LOOKING.get()  # a pass runs the model itself, never a compiled one
 
 
 @dataclass(frozen=True)

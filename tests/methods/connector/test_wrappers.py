@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from tests.methods.streams import LAYOUTS, changed, question, stream
+from tests.methods.streams import LAYOUTS, changed, method_with_defaults, question, stream
 from tokprune.config import PruneConfig
 from tokprune.errors import MissingQueryError, OptionError
 from tokprune.methods.base import ConnectorMethod
@@ -62,8 +62,7 @@ def test_configs_of_nested_wrappers_round_trip(method: Wrapper) -> None:
 
 @pytest.mark.parametrize("name", [n for n in list_methods("connector") if n != "none"])
 def test_every_method_can_be_wrapped(name: str) -> None:
-    inner = get_method(name)
-    assert isinstance(inner, ConnectorMethod)
+    inner = method_with_defaults(name)
     for wrapper in (PerTile(inner), Protect(inner, border=1), MergeDropped(inner)):
         assert set(inner.needs) <= set(wrapper.needs)
         assert wrapper.query_aware == inner.query_aware

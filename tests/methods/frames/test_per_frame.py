@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.methods.frames.clips import ragged, video
-from tests.methods.streams import LAYOUTS, stream
+from tests.methods.streams import LAYOUTS, method_with_defaults, stream
 from tokprune import registry
 from tokprune.errors import BudgetError, OptionError
 from tokprune.methods.base import ConnectorMethod
@@ -23,7 +23,7 @@ from tokprune.methods.connector.wrappers.adaptive_budget import AdaptiveBudget
 from tokprune.methods.frames.quota import Quota
 from tokprune.methods.frames.uniform_frames import UniformFrames
 from tokprune.methods.frames_base import FramesMethod, PerFrame
-from tokprune.registry import MethodInfo, get_method, list_methods
+from tokprune.registry import MethodInfo, list_methods
 from tokprune.tokens import Selection, VisualTokens
 
 QUOTA = Quota(score="self")
@@ -81,8 +81,7 @@ def test_frames_without_a_share_vanish_and_whole_ones_are_not_asked() -> None:
 
 @pytest.mark.parametrize("name", [n for n in list_methods("connector") if n != "none"])
 def test_every_connector_method_works_inside_the_frames(name: str) -> None:
-    inner = get_method(name)
-    assert isinstance(inner, ConnectorMethod)
+    inner = method_with_defaults(name)
     method = PerFrame(QUOTA, inner)
     assert set(method.needs) == {"frame_scores", *inner.needs}
     assert method.query_aware

@@ -29,7 +29,8 @@ class VTW(DecoderMethod):
     """Visual tokens withdrawal (AAAI 2025, section 3.2): all visual tokens leave in front of one layer, text goes on.
 
     layer: by default 15 of 32 as published for LLaVA-1.5-7B, in proportion for other depths; the paper searches for it
-    (the first layer whose withdrawal moves the next token's distribution by no more than a threshold, 0.003 there).
+    (the first layer whose withdrawal moves the next token's distribution by no more than a threshold, 0.003 there):
+    `tokprune search --method vtw --strategy withdraw --score kl --max-kl 0.003`.
     Text keeps its position ids. How much is left is the layer's to say: no ratio, no budget.
     """
 
