@@ -44,7 +44,7 @@ def served(folder: Path, family: str, ratio: float | None, *more: str, **environ
         deadline = time.monotonic() + 400
         while not _healthy(address):
             if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(log.read_text(encoding="utf-8", errors="replace")[-6000:])
+                raise RuntimeError(log.read_text(encoding="utf-8", errors="replace"))
             time.sleep(1)
         yield address
     finally:
