@@ -18,7 +18,7 @@ from PIL import Image
 from tokprune.adapters.families import FAMILIES as REGISTERED
 from tokprune.adapters.families.tiny import BOS, EOS, PAD
 from tokprune.testing import Part, clip
-from tokprune.testing.tiny import _randomise
+from tokprune.testing.tiny import randomise
 
 ARCHITECTURES = {
     "llava": "LlavaForConditionalGeneration",
@@ -57,7 +57,7 @@ def build(family: str, folder: Path) -> None:
     torch.manual_seed(0)
     parts = REGISTERED[family].tiny(family)
     model = type(parts.model)(widened(parts.model.config))
-    _randomise(model, 0)
+    randomise(model, 0)
     settings = model.generation_config
     settings.pad_token_id, settings.bos_token_id, settings.eos_token_id = PAD, BOS, EOS
     settings.do_sample = False
