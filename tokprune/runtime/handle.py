@@ -26,6 +26,8 @@ from tokprune.budget import kept
 from tokprune.config import PruneConfig
 from tokprune.errors import OptionError, TokpruneError, UnsupportedModelError
 from tokprune.methods.base import ConnectorMethod, Method
+from tokprune.methods.cache_base import CacheMethod
+from tokprune.methods.cache_compact import CompactMethod
 from tokprune.methods.encoder_base import EncoderMethod
 from tokprune.methods.frames_base import PerFrame
 from tokprune.registry import get_method
@@ -225,6 +227,8 @@ class Pruning:
         notes = [] if known else [f"{installed.kind} runs through the generic adapter; it is not in the verified list"]
         if self.encoder is not None and self.last is not None:
             notes += str(self.encoder.report()).splitlines()
+        if self.decoder is not None and self.last is not None:
+            notes += self.decoder.notes()
         if self.cache is not None and self.last is not None:
             notes += self.cache.notes()
         decoder = self.decoder
@@ -247,6 +251,32 @@ class Pruning:
 
 def _everything(n: int) -> int:
     return n
+
+
+def _decoder_stage(adapter: Adapter, config: PruneConfig, stages: Stages) -> DecoderStage:
+    """The stage inside the LLM: a decoder method, a cache method that frees memory, or both."""
+    from tokprune.runtime.decoder.compact import Compaction
+    from tokprune.runtime.decoder.stage import DecoderStage
+
+    method, compact = stages.decoder, stages.cache
+    if isinstance(compact, CacheMethod):
+        raise OptionError(
+            f"{compact.info.name!r} lets all layers read the same visual keys, and a method of the decoder stage "
+            "leaves them different ones; it cannot run beside one. Methods of the cache stage that free memory can: "
+            "mustdrop_cache, fastkv, kvmerger."
+        )
+    if compact is not None and compact.follows and method is None:
+        raise OptionError(
+            f"{compact.info.name!r} keeps what a method of the decoder stage kept last, and none is there. Write "
+            f"method=['mustdrop', {compact.info.name!r}]."
+        )
+    alone = stages.chooser is None and (config.ratio is not None or config.budget is not None)
+    count, share = (config.count, config.ratio) if alone else (None, None)
+    if method is not None or compact is None:
+        compaction = None if compact is None else Compaction(compact)
+        return DecoderStage(adapter, method, count, share, config.positions, compaction)
+    propagation = compact.propagation(len(adapter.text_model.layers))
+    return DecoderStage(adapter, propagation, None, None, config.positions, Compaction(compact, count))
 
 
 def vlm_pruning(model: Model, config: PruneConfig, processor: Processor = None, scorer: Scorer = None) -> Pruning:
@@ -275,23 +305,9 @@ def vlm_pruning(model: Model, config: PruneConfig, processor: Processor = None, 
             amount = (math.sqrt(config.ratio), None)
         installed.encoder = EncoderStage(adapter.model, stages.encoder, *amount, processor=processor)
         method = AmongSurvivors() if connector is None else AmongSurvivors(connector)
-    if stages.decoder is not None:
-        from tokprune.runtime.decoder.stage import DecoderStage
-
-        if stages.cache is not None:
-            raise OptionError(
-                f"{stages.cache.info.name!r} lets all layers read the same visual keys, {stages.decoder.info.name!r} "
-                "leaves them different ones; a method of the cache stage cannot run beside one of the decoder stage."
-            )
-        alone = connector is None and (config.ratio is not None or config.budget is not None)
-        installed.decoder = DecoderStage(
-            adapter,
-            stages.decoder,
-            config.count if alone else None,
-            config.ratio if alone else None,
-            config.positions,
-        )
-    if stages.cache is not None:
+    if stages.decoder is not None or isinstance(stages.cache, CompactMethod):
+        installed.decoder = _decoder_stage(adapter, config, stages)
+    if isinstance(stages.cache, CacheMethod):
         from tokprune.runtime.cache import CacheStage
 
         # The ratio or budget is for the cache stage only where it stands alone.

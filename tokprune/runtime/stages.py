@@ -9,6 +9,7 @@ from tokprune.config import PruneConfig
 from tokprune.errors import OptionError
 from tokprune.methods.base import ConnectorMethod, Method
 from tokprune.methods.cache_base import CacheMethod
+from tokprune.methods.cache_compact import CompactMethod
 from tokprune.methods.decoder_base import DecoderMethod
 from tokprune.methods.encoder_base import EncoderMethod
 from tokprune.methods.frames_base import FramesMethod, PerFrame
@@ -22,7 +23,7 @@ class Stages:
     encoder: EncoderMethod | None = None
     connector: ConnectorMethod | None = None
     decoder: DecoderMethod | None = None
-    cache: CacheMethod | None = None
+    cache: CacheMethod | CompactMethod | None = None
 
     @property
     def chooser(self) -> ConnectorMethod | None:
@@ -35,26 +36,26 @@ class Stages:
         """The methods of a config by their stage; other stages are refused."""
         by_stage: dict[str, Any] = {}
         for method in config.methods:
-            base = BASES.get(method.stage)
-            if base is None:
+            bases = BASES.get(method.stage)
+            if bases is None:
                 raise OptionError(
                     f"method {method.info.name!r} belongs to the stage {method.stage!r}, which this version cannot run "
                     f"in a model yet; the stages {', '.join(BASES)} can."
                 )
-            if not isinstance(method, base):
+            if not isinstance(method, bases):
                 raise OptionError(
                     f"{type(method).__name__} is of the stage {method.stage!r}, so it must derive from "
-                    f"{base.__module__}.{base.__name__}."
+                    f"{' or '.join(f'{base.__module__}.{base.__name__}' for base in bases)}."
                 )
             by_stage[method.stage] = method
         return Stages(**by_stage)
 
 
-BASES: dict[str, type[Method]] = {
-    "frames": FramesMethod,
-    "encoder": EncoderMethod,
-    "connector": ConnectorMethod,
-    "decoder": DecoderMethod,
-    "cache": CacheMethod,
+BASES: dict[str, tuple[type[Method], ...]] = {
+    "frames": (FramesMethod,),
+    "encoder": (EncoderMethod,),
+    "connector": (ConnectorMethod,),
+    "decoder": (DecoderMethod,),
+    "cache": (CacheMethod, CompactMethod),
 }
 """The stages that run in a model, and what their methods derive from."""

@@ -78,11 +78,12 @@ def width_of(args: Positional, call: ModelCall) -> int | None:
 
 
 def held_keys(cache: KVCache) -> int | None:
-    """Keys in a cache by its own class, without the record; None where only the device knows."""
+    """Keys in a cache by its own class, and those that layer 0 has lost; None where only the device knows."""
     length = class_before(cache).get_seq_length(cache)
     if isinstance(length, Tensor):
         return int(length) if length.device.type == "cpu" else None
-    return int(length)
+    state = get_state(cache)
+    return int(length) + (0 if state is None else state.removed_in(0))
 
 
 def check_record(cache: KVCache, state: PruneState, rows: int | None = None) -> int | None:

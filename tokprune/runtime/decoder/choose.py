@@ -37,6 +37,7 @@ class Dropper:
         self._merge(chosen)
         if any(s is not None for s in chosen):
             self._carry_out(chosen, checks)
+        self.prompt.history.append((self.layer, list(self.prompt.candidates)))
         kept = tuple(len(c) + c.fixed for c in self.prompt.candidates)
         columns = self.live.index.clamp(min=0).to(self.prompt.columns.device)
         columns = self.prompt.columns.gather(1, columns).masked_fill(self.live.index < 0, -1)

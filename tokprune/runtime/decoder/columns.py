@@ -23,6 +23,8 @@ class LayerKeys:
     """There is filler among the keys."""
     moved: bool = False
     """Positions of kept tokens were moved over the gaps."""
+    ordered: bool = True
+    """Keys lie in the order of the prompt; not so where each head keeps keys of its own, or some were merged."""
 
     @property
     def removed(self) -> int:
@@ -42,6 +44,11 @@ class LayerKeys:
     def cropped(self, slots: int) -> LayerKeys:
         """After layer 0 lost all but its first `slots`. What is left over of a row becomes filler."""
         stay = (self.slots >= 0) & (self.slots < slots)
+        if not self.ordered:
+            raise UnsupportedModelError(
+                "this cache cannot be cropped back into its prompt: a method of the cache stage keeps other keys in "
+                "each head, or merged some. Crop no further than the answer, or start with a new cache."
+            )
         if self.moved and not bool(((self.slots >= slots).sum(1) == self.covered - slots).all()):
             raise UnsupportedModelError(
                 "this cache cannot be cropped back into a picture that lost tokens inside the LLM: positions were "

@@ -84,7 +84,13 @@ class Prompt:
     """Tokens at the end that generate() wrote, which no method sees."""
     notes: list[dict[str, Tensor]]
     """What the method wrote down for each row."""
+    budgets: list[int | None] = field(default_factory=list)
+    """Visual keys of each row that stay in each layer, where ratio or budget are for the cache stage."""
     drops: list[Drop] = field(default_factory=list)
+    entered: list[Candidates] = field(default_factory=list)
+    """The candidates before the first drop."""
+    history: list[tuple[int, list[Candidates]]] = field(default_factory=list)
+    """And those from some layer on."""
 
 
 @dataclass(frozen=True)

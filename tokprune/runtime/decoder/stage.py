@@ -12,7 +12,8 @@ tokens behind the prompt keep their positions in every layer.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,13 +25,15 @@ from tokprune.adapters.hooks import Attachments, PerThread
 from tokprune.adapters.types import Model, ModelCall, ModelOutput, Positional, Replaced
 from tokprune.errors import UnsupportedModelError
 from tokprune.methods.decoder_base import DecoderMethod
+from tokprune.registry import MethodInfo
 from tokprune.runtime.cache import View
 from tokprune.runtime.cache_record import get_state, physical_length
 from tokprune.runtime.decoder.attention import LayerInputs
 from tokprune.runtime.decoder.candidates import Candidates, candidates_of, spared
 from tokprune.runtime.decoder.choose import Dropper
+from tokprune.runtime.decoder.compact import Compaction
 from tokprune.runtime.decoder.frame import Frame, Live, Prompt, Step, unknown_tensors
-from tokprune.runtime.decoder.support import check_call, check_layers
+from tokprune.runtime.decoder.support import check_call, check_layers, check_range, check_windows
 from tokprune.runtime.execute import PrunedForward
 from tokprune.runtime.outputs import widen
 from tokprune.runtime.plan import Plan
@@ -48,9 +51,17 @@ class _Now:
         self.open = False
 
 
+@dataclass(frozen=True)
+class Nothing(DecoderMethod):
+    """No drop: a method of the cache stage works alone."""
+
+    info: ClassVar[MethodInfo] = MethodInfo("nothing", "none")
+
+
 class DecoderStage:
     """A decoder method on one model; `remove` leaves it as it was.
 
+    method: None where tokens are not dropped and a method of the cache stage alone cuts keys (`compaction`).
     count: tokens left behind the last drop of a picture with n of them, None where the method's own schedule says it.
     share: the same as a share of the whole, where it is one. positions: "keep" or "compact" instead of the method's own
     policy ("auto").
@@ -59,18 +70,26 @@ class DecoderStage:
     def __init__(
         self,
         adapter: Adapter,
-        method: DecoderMethod,
+        method: DecoderMethod | None,
         count: Callable[[int], int] | None = None,
         share: float | None = None,
         positions: str = "auto",
+        compaction: Compaction | None = None,
     ) -> None:
-        self.adapter, self.method, self.count, self.share = adapter, method, count, share
-        self.compact = (method.positions if positions == "auto" else positions) == "compact"
+        self.drops, self.compaction = method is not None, compaction
+        self.adapter, self.method, self.count, self.share = adapter, method or Nothing(), count, share
+        self.compact = (self.method.positions if positions == "auto" else positions) == "compact"
         self.on = Attachments(self)
         self.threads = PerThread(_Now)
         self.depth = len(adapter.text_model.layers)
-        self.layers = self.schedule(0.5 if share is None and count is not None else share).layers
-        check_layers(adapter, method, self.layers)
+        share = 0.5 if share is None and count is not None else share
+        self.layers = self.schedule(share).layers if self.drops else ()
+        name = self.method.info.name if compaction is None or self.drops else compaction.method.info.name
+        if self.drops:
+            check_range(adapter, name, self.layers)
+        check_layers(adapter, self.method, name)
+        if compaction is not None:
+            check_windows(adapter, compaction.method.info.name)
 
     # -- on and off
     # -----------------------------------------------------------------------------------------------------------
@@ -83,6 +102,8 @@ class DecoderStage:
             self.on.after(text, "_end", with_kwargs=True, always_call=True)
             for i, layer in enumerate(text.layers):
                 self.on.before(layer, "_before_layer", i, with_kwargs=True)
+                if self.compaction is not None:
+                    self.on.after(layer, "_after_layer", i, with_kwargs=True)
                 if "middle" in self.method.reads:
                     self.on.before(layer.mlp, "_before_mlp", i)
             if self.compact:
@@ -106,6 +127,16 @@ class DecoderStage:
         """The model that this stage belongs to."""
         return self.adapter.model
 
+    def notes(self) -> list[str]:
+        """What the cache stage freed in the last prefill, for the report."""
+        if self.compaction is None:
+            return []
+        name, freed = self.compaction.method.info.name, self.compaction.freed.values()
+        if not freed:
+            return [f"{name} has freed nothing yet (it works behind a prompt with pictures, with a KV cache)"]
+        before, behind = sum(b for b, _ in freed), sum(a for _, a in freed)
+        return [f"{name}: keys and values of {len(freed)} layers take {behind} bytes instead of {before}"]
+
     # -- what is to be dropped
     # ---------------------------------------------------------------------------------------------------
 
@@ -127,8 +158,13 @@ class DecoderStage:
         candidates = spared(candidates_of(plan.streams, slot, signals, self.count), width - 1 - answer)
         numbers = torch.arange(width, device=device).expand_as(forward.index)
         live = Live(torch.where(forward.index < 0, -1, numbers), counts)
-        steps = self._steps(candidates)
-        return Prompt(forward, candidates, steps, live, forward.index, answer, [{} for _ in candidates])
+        steps = self._steps(candidates) if self.drops else {}
+        prompt = Prompt(forward, candidates, steps, live, forward.index, answer, [{} for _ in candidates])
+        prompt.entered, count = list(candidates), None if self.compaction is None else self.compaction.count
+        for row in range(len(candidates)):
+            kept = [s.kept for s in plan.streams if s.row == row]
+            prompt.budgets.append(None if count is None else sum(map(count, kept)))
+        return prompt
 
     def note_signals(self, streams: list[StreamRecord]) -> None:
         """Keep what the vision tower said of the tokens that were chosen, for the method."""
@@ -169,7 +205,9 @@ class DecoderStage:
             return
         width, past = width_of(args, kwargs) or 0, physical_length(cache)
         kernel = str(self.adapter.config.get_text_config()._attn_implementation)
-        check_call(self.adapter, self.method, cache, kwargs, None if prompt is None else min(prompt.steps))
+        check_call(
+            self.adapter, self.method, cache, kwargs, None if prompt is None else min(prompt.steps, default=None)
+        )
         if state is not None:
             check_layer_lengths(cache, state.layers, past)
         plain = now.open or kwargs.get("attention_mask") is None
@@ -181,6 +219,8 @@ class DecoderStage:
         frame, now.frame = now.frame, None
         if frame is None or frame.prompt is None or output is None:
             return
+        if self.compaction is not None:
+            self.compaction.behind_all(frame, frame.prompt)
         expand = {id(live): live.expand(frame.width) for _, live in frame.lives}
         states = output.get("hidden_states")
         if states is not None and frame.lives:
@@ -205,6 +245,8 @@ class DecoderStage:
                 return None
             return args, frame.rewritten(i, kwargs, None)
         hidden = args[0] if args else kwargs["hidden_states"]
+        if frame.cache is None:
+            frame.cache = cache_in(kwargs)  # the language model makes one where it is given none
         self._check_arguments(module, args, kwargs, frame)
         if i == 0 and "embeddings" in self.method.reads:
             frame.saved["embeddings"] = hidden
@@ -217,7 +259,7 @@ class DecoderStage:
             if frame.live is not before:
                 kwargs = frame.rewritten(i, original, frame.live)
         frame.note(i)
-        if i + 1 in prompt.steps:
+        if i + 1 in prompt.steps or (self.compaction is not None and not self.compaction.method.follows):
             kwargs = self._watch(module, hidden, kwargs, frame)
         if args:
             return (hidden, *args[1:]), kwargs
@@ -236,6 +278,12 @@ class DecoderStage:
             return keys, values
 
         return swap_cache(kwargs, View(cache, note))
+
+    @torch.compiler.disable
+    def _after_layer(self, i: int, module: Model, args: Positional, kwargs: ModelCall, output: ModelOutput) -> None:
+        frame: Frame | None = self.threads.now.frame
+        if frame is not None and frame.prompt is not None and self.compaction is not None and "below" in frame.saved:
+            self.compaction.behind_layer(frame, frame.prompt, i, frame.saved["below"])
 
     def _before_mlp(self, i: int, module: Model, args: Positional) -> None:
         frame: Frame | None = self.threads.now.frame

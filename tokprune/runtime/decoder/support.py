@@ -21,9 +21,9 @@ LAYER: tuple[str, ...] = (
 INSTEAD = "Methods of the connector stage run in this model."
 
 
-def check_layers(adapter: Adapter, method: DecoderMethod, layers: Sequence[int]) -> None:
-    """Refuse a model in whose layers tokens cannot be dropped, and layers that it does not have."""
-    text, name, what = adapter.text_model, type(adapter.model).__name__, method.info.name
+def check_range(adapter: Adapter, what: str, layers: Sequence[int]) -> None:
+    """Refuse layers that the LLM does not have, or in front of which nothing can be dropped. what: a method's name."""
+    text, name = adapter.text_model, type(adapter.model).__name__
     depth = len(getattr(text, "layers", ()))
     lowest = max(
         1, len(getattr(getattr(adapter.config, "vision_config", None), "deepstack_visual_indexes", None) or ())
@@ -35,6 +35,21 @@ def check_layers(adapter: Adapter, method: DecoderMethod, layers: Sequence[int])
             f"method {what!r} drops tokens in front of layers {list(layers)}; the LLM of {name} has {depth} layers"
             f"{why}: {allowed}. Give the method's layers, or schedule=((layer, share), ...)."
         )
+
+
+def check_windows(adapter: Adapter, what: str) -> None:
+    """Refuse layers with a sliding window, whose caches cut themselves. what: a method's name."""
+    for i, layer in enumerate(adapter.text_model.layers):
+        if getattr(layer.self_attn, "sliding_window", None):
+            raise UnsupportedModelError(
+                f"layer {i} of {type(adapter.model).__name__} has a sliding window, and its cache lets go of keys by "
+                f"itself; {what!r} cannot take others out of it."
+            )
+
+
+def check_layers(adapter: Adapter, method: DecoderMethod, what: str) -> None:
+    """Refuse a model in whose layers tokens cannot be dropped. what: the name of the method that needs it."""
+    text, name = adapter.text_model, type(adapter.model).__name__
     if adapter.hybrid:
         raise UnsupportedModelError(
             f"{name} has recurrent layers, whose state every token changes: what is left of a prompt cannot be told "
