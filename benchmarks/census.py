@@ -2,7 +2,8 @@
 
     python -m benchmarks.census --out benchmarks/results/census.json
 
-Takes minutes. --only NAME proves one type and prints its row, without writing anything.
+Takes minutes; types already in the output file are not run again, and a proof that fails ends the run. --only NAME
+proves one type and prints its row, without writing anything.
 """
 
 from __future__ import annotations
@@ -52,21 +53,26 @@ def main() -> None:
     if args.only:
         print(json.dumps(row_of(args.only), indent=1))
         return
-    start, types = time.perf_counter(), {}
-    for name in STATES:
-        types[name] = row_of(name)
-        print(name, types[name]["state"], f"{time.perf_counter() - start:.0f} s", flush=True)
-    data = {
+    data: dict[str, Any] = {
         "type": "tokprune.census",
         "version": 1,
         "command": "python -m benchmarks.census",
         "commit": commit(),
         "transformers": transformers.__version__,
-        "seconds": round(time.perf_counter() - start),
         "environment": machine(),
-        "types": types,
+        "types": {},
     }
-    args.out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    if args.out.exists():
+        old = json.loads(args.out.read_text(encoding="utf-8"))
+        if old["transformers"] == data["transformers"]:
+            data = old
+    for name in STATES:
+        if name in data["types"]:
+            continue
+        start = time.perf_counter()
+        data["types"][name] = {**row_of(name), "seconds": round(time.perf_counter() - start, 1)}
+        print(name, data["types"][name]["state"], data["types"][name]["seconds"], flush=True)
+        args.out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

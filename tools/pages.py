@@ -19,6 +19,7 @@ from tokprune.cli.methods import facts, families_of
 from tokprune.evaluation.reference import models
 from tokprune.registry import STAGES, list_methods, method_class
 from tools.reference_page import reference_page
+from tools.support_page import numbers, support_page
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -192,6 +193,11 @@ def pages() -> dict[Path, str]:
         page = ROOT / "docs" / "decoder.md"
         table = decoder_table(json.loads(decoder.read_text(encoding="utf-8")))
         out[page] = replace_block(page.read_text(encoding="utf-8"), "decoder_demo", table)
+    census = RESULTS / "census.json"
+    if census.exists():
+        data = json.loads(census.read_text(encoding="utf-8"))
+        out[ROOT / "docs" / "support.md"] = support_page(data)
+        out[readme] = replace_block(out[readme], "support", numbers(data))
     zoo = RESULTS / "zoo.json"
     if zoo.exists():
         data = json.loads(zoo.read_text(encoding="utf-8"))

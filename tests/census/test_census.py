@@ -12,11 +12,12 @@ from transformers import CONFIG_MAPPING
 
 import tokprune
 from tests.adapters.reference import slow_unless
-from tests.census import states
+from tests.census import proof, states
 from tests.census.census import prove
 from tokprune.adapters.known import NOT_VISUAL, REFUSED, VERIFIED, refusal
 from tokprune.errors import UnsupportedModelError
-from tokprune.testing.census import model_class, model_types, tiny_config
+from tokprune.testing.census import model_class, model_types, tiny_config, tiny_model
+from tokprune.testing.pixels import prompts
 
 QUICK = ("glm46v", "lfm2_vl", "exaone4_5")  # clips written with the token of pictures, a hybrid LLM, positions by hand
 
@@ -78,3 +79,40 @@ def test_retrieval_models_are_refused(name: str) -> None:
         model = getattr(transformers, f"{name}ForRetrieval")(tiny_config(kind))
     with pytest.raises(UnsupportedModelError, match="a vector for every token of a page"):
         tokprune.apply(model, "divprune", ratio=0.5)
+
+
+def test_a_loss_inside_a_pruned_base_is_refused() -> None:
+    """Nemotron Omni has its head in the class that is pruned; labels would be compared with logits of kept tokens."""
+    model = tiny_model("nemotron_h_omni")
+    inputs = prompts(model, [["a ", ("image", 1), " b?"]])
+    with tokprune.apply(model, "random", ratio=0.4), torch.no_grad():
+        assert model(**inputs).logits.shape[:2] == inputs["input_ids"].shape
+        for more in ({"labels": inputs["input_ids"]}, {"logits_to_keep": 3}):
+            with pytest.raises(UnsupportedModelError, match="computes logits inside"):
+                model(**inputs, **more)
+    assert model(**inputs, labels=inputs["input_ids"]).loss is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"])
+@pytest.mark.parametrize("positions", ["keep", "compact"])
+def test_sound_beside_a_picture_stays_whole(model_type: str, positions: str) -> None:
+    model = tiny_model(model_type)
+    config = model.config
+    sound = torch.randn(1, config.audio_config.num_mel_bins, 64, generator=torch.Generator().manual_seed(1))
+    heard = torch.ones(1, 64, dtype=torch.long)
+    with torch.no_grad():
+        count = model.base_model.get_audio_features(sound, heard).last_hidden_state.flatten(0, -2).shape[0]
+    mark, start = config.audio_token_id, config.audio_start_token_id
+    words = prompts(model, [["a ", ("image", 1), " and a sound, which is louder?"]])
+    ids = torch.cat([torch.tensor([[65, start, *[mark] * count, 303, 66]]), words["input_ids"]], 1)
+    inputs = {**words, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    inputs |= {"input_features": sound, "feature_attention_mask": heard}
+    with proof.pruned(model, positions=positions) as pruning:
+        got = proof.answer(model, inputs)
+        keep = pruning.last.keep[0]
+    assert keep[ids[0] == mark].all()
+    assert not keep.all()
+    wanted = proof.reference(model, inputs, got.tokens[0], keep, positions)
+    assert torch.allclose(got.logits[0][keep], wanted[: -proof.STEPS], atol=proof.TOLERANCE)
+    assert torch.allclose(got.steps[0], wanted[-proof.STEPS - 1 : -1], atol=proof.TOLERANCE)

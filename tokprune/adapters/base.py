@@ -193,6 +193,9 @@ class Adapter:
             kwargs = arguments_from(call, compute)
             tokens = {"input_ids": x if x.ndim == 2 else None, "inputs_embeds": embeds}
             kwargs |= {name: value for name, value in tokens.items() if name in kwargs}
+            heard = call.get("feature_attention_mask")
+            if heard is not None and "audio_feature_lengths" in kwargs:  # the Omni models count sound by it
+                kwargs["audio_feature_lengths"] = heard.sum(-1)
             if isinstance(kwargs.get("attention_mask"), Mapping):
                 kwargs["attention_mask"] = None
             positions = compute(**kwargs)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokprune.adapters.base import Adapter
-from tokprune.adapters.dialect import cache_in, swap_cache
+from tokprune.adapters.dialect import bind, cache_in, swap_cache
 from tokprune.adapters.hooks import Attachments
 from tokprune.adapters.types import KVCache, Model, ModelCall, ModelOutput, Positional, Replaced
 from tokprune.errors import UnsupportedModelError
@@ -109,7 +109,8 @@ class AnswerRows:
         if threading.get_ident() != self._thread or looking_ahead():
             return
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        positions, keys = kwargs["position_embeddings"], self._keys
+        named = kwargs if "position_embeddings" in kwargs else bind(module, args, kwargs)
+        positions, keys = named["position_embeddings"], self._keys
         if keys is None:
             keys = rotated(module, projected(module, hidden, "k"), positions)
         elif not _complete(keys, self._cache, module.layer_idx):

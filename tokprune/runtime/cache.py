@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tokprune.adapters.base import Adapter
-from tokprune.adapters.dialect import cache_in, swap_cache
+from tokprune.adapters.dialect import bind, cache_in, swap_cache
 from tokprune.adapters.foreign import CACHE_VIEW, CANDIDATES
 from tokprune.adapters.hooks import Attachments, PerThread
 from tokprune.adapters.types import KVCache, Model, ModelCall, ModelOutput, Positional, Replaced
@@ -156,7 +156,8 @@ class CacheStage:
         cache = cache_in(kwargs)
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         with torch.no_grad():
-            query = newest_query(module, hidden, kwargs["position_embeddings"])
+            named = kwargs if "position_embeddings" in kwargs else bind(module, args, kwargs)
+            query = newest_query(module, hidden, named["position_embeddings"])
             cap = getattr(module, "attn_logit_softcapping", None)
             row = attention_row(query, keys, module.scaling, kwargs.get("attention_mask"), cap)
             chosen: Chosen = state.chosen

@@ -12,7 +12,9 @@ import threading
 import torch
 from torch import Tensor, nn
 
+from tokprune.adapters.base import Adapter
 from tokprune.adapters.types import Model, ModelCall, ModelOutput, Positional, Replaced
+from tokprune.errors import UnsupportedModelError
 
 
 def widen(hidden: Tensor, expand: Tensor) -> Tensor:
@@ -75,6 +77,18 @@ def wide_path(text_model: Model, call: ModelCall, expand: Tensor, index: Tensor)
     if wanted is False or wanted is None or not torch.is_grad_enabled() or again or not layers:
         return None
     return WidePath(layers, expand, index)
+
+
+def check_head(adapter: Adapter, call: ModelCall, generating: bool) -> None:
+    """Refuse what a model whose head is inside its base cannot widen: a loss, or logits of some columns, are made
+    before the way out."""
+    asked = [n for n in ("labels", "logits_to_keep") if isinstance(call.get(n), Tensor) or call.get(n)]
+    if adapter.base is adapter.model and asked and not generating:
+        raise UnsupportedModelError(
+            f"{type(adapter.model).__name__} computes logits inside, at the kept tokens; it cannot be pruned in a "
+            f"forward with {' and '.join(asked)}. Leave them out and compute from its logits, which "
+            "have the prompt's width."
+        )
 
 
 def widen_output(output: ModelOutput, expand: Tensor, last: bool, path: WidePath | None = None) -> None:

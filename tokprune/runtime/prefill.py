@@ -44,7 +44,7 @@ from tokprune.runtime.execute import PrunedForward, clear_raw, execute
 from tokprune.runtime.frames.scores import FrameScorer
 from tokprune.runtime.lookahead import FirstPass, looking_ahead
 from tokprune.runtime.no_effect import check_columns, nothing_dropped
-from tokprune.runtime.outputs import wide_path, widen_output
+from tokprune.runtime.outputs import check_head, wide_path, widen_output
 from tokprune.runtime.plan import Columns, Plan, make_plan, tokens_of
 from tokprune.runtime.questions import give_examples, questions_of
 from tokprune.runtime.records import EncoderRecord, LastRun, StreamRecord, encoder_record
@@ -241,6 +241,7 @@ class Prefill:
     def _shortened(self, call: ModelCall, step: GenerateStep | None) -> ModelCall:
         """A call with pictures, with its dropped columns left out."""
         thread = self.threads.now
+        check_head(self.adapter, call, step is not None)
         encoded = encode(self.adapter, call, None if step is None else step.records)
         plan = self._plan(call, encoded, None if step is None else step.prompt_length)
         state = self._state(cache_in(call))

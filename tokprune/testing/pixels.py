@@ -58,7 +58,7 @@ def medium(model: VLM, modality: str, seed: int) -> JsonObject:
         return out
     if f"{modality}_position_ids" in named:  # Gemma 4
         places = torch.cartesian_prod(torch.arange(height), torch.arange(width)).flip(-1)  # x, y
-        patch = int(getattr(config, "model_patch_size", None) or getattr(config, "patch_size", 4))
+        patch = getattr(config, "model_patch_size", None) or getattr(config, "patch_size", None) or 4
         out = {
             pixels: noise(frames, height * width, 3 * patch**2).sigmoid(),
             f"{modality}_position_ids": places[None].repeat(frames, 1, 1),
@@ -120,7 +120,7 @@ def packed(model: VLM, config: Any, frames: int, height: int, width: int, noise:
     """Patches of a packed tower, one after the other: (P, values), or (P, 3, patch, patch) for towers that convolve."""
     side = config.patch_size
     channels = getattr(config, "in_channels", None) or getattr(config, "num_channels", 3)
-    time = int(getattr(config, "temporal_patch_size", None) or getattr(config, "patch_temporal", 1))
+    time = getattr(config, "temporal_patch_size", None) or getattr(config, "patch_temporal", None) or 1
     count, kind = frames * height * width, model.config.model_type
     if kind in CONVOLVING:
         return noise(count, channels, side, side)
