@@ -150,3 +150,23 @@ def test_hunyuans_separators_are_the_rows_that_no_picture_changes(kind: str) -> 
         assert torch.equal(newline, ends)
     with pytest.raises(UnknownGeometryError, match="are not the patches"):
         family.arrange(got, values[:-1])
+
+
+def test_special_tokens_in_front_of_each_packed_picture_are_cut() -> None:
+    """RADIO's summary tokens in Nemotron Omni, [CLS] in Inkling 2: what is left is the mean of each token's patches."""
+    values, grids = noise(3 + 16 + 3 + 8, 5), torch.tensor([[4, 4], [2, 4]])
+    got = call("nemotron_h_omni", 2, [noise(4, 5), noise(2, 5)], image_grid_hw=grids)
+    got.vision_config.num_summary_tokens = 3
+    wanted = [
+        part.view(h // 2, 2, w // 2, 2, 5).mean((1, 3)).flatten(0, 1)
+        for part, (h, w) in zip((values[3:19], values[22:]), grids.tolist(), strict=True)
+    ]
+    torch.testing.assert_close(family_named("nemotron_h_omni").arrange(got, values), torch.cat(wanted))
+    grid = torch.tensor([[1, 2, 2], [1, 1, 2]])  # in tokens
+    got = call("inkling2", 2, [noise(4, 5), noise(2, 5)], image_grid_thw=grid)
+    values = noise(1 + 16 + 1 + 8, 5)
+    rows = family_named("inkling2").arrange(got, values)
+    torch.testing.assert_close(rows, torch.cat([values[1:17], values[18:]]).view(-1, 4, 5).mean(1))
+    assert [s.layout.grids for s in family_named("inkling2").streams(got)] == [((2, 2),), ((1, 2),)]
+    with pytest.raises(UnknownGeometryError, match=r"and \[CLS\]"):
+        family_named("inkling2").arrange(got, values[1:])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -82,8 +83,10 @@ def tower(kind: str) -> tuple[Any, dict[str, Any]]:
     return settle(cls._from_config(config(**options), attn_implementation="sdpa")), call
 
 
-def eager_maps(model: Any, call: dict[str, Any]) -> dict[int, list[Tensor]]:
-    """What the modules' eager attention hands back, (B, H, n, n) in calling order, by the attention's id."""
+def eager_maps(model: Any, call: dict[str, Any], run: Callable[..., Any] | None = None) -> dict[int, list[Tensor]]:
+    """What the modules' eager attention hands back, (B, H, n, n) in calling order, by the attention's id. run: what
+    takes the call, where that is not the tower itself.
+    """
     module, found, before = sys.modules[type(model).__module__], {}, {}
     for name in [n for n in vars(module) if n.endswith("eager_attention_forward")]:
         before[name] = getattr(module, name)
@@ -96,7 +99,7 @@ def eager_maps(model: Any, call: dict[str, Any]) -> dict[int, list[Tensor]]:
         setattr(module, name, listen)
     model.set_attn_implementation("eager")
     try:
-        model(**call)
+        (run or model)(**call)
     finally:
         for name, original in before.items():
             setattr(module, name, original)

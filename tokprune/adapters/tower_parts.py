@@ -86,14 +86,19 @@ class AttentionReader:
         scale = getattr(self.attention, "scaling", None) or getattr(self.attention, "scale", None)
         return None if scale is None else float(scale)
 
+    @property
+    def _rotation(self) -> Any:
+        """What transformers calls the quarter turn in the attention's module: of halves, or else of pairs."""
+        module = sys.modules[type(self.attention).__module__]
+        return getattr(module, "rotate_half", None) or getattr(module, "rotate_pairwise", None)
+
     def positions(self, call: ModelCall) -> object:
         """The rotary table among the arguments of a call of the attention; None: it has none."""
         return call.get("position_embeddings")
 
     def check_positions(self, positions: object) -> None:
         """Refuse a rotary embedding that `turn` does not know."""
-        known = hasattr(sys.modules[type(self.attention).__module__], "rotate_half")
-        if positions is not None and not (known and isinstance(positions, (tuple, list))):
+        if positions is not None and not (self._rotation and isinstance(positions, (tuple, list))):
             raise MissingSignalError(
                 f"{type(self.attention).__name__} turns its queries in a way tokprune does not know; methods that look "
                 "at the features alone work: random, uniform, pool, divprune."
@@ -110,7 +115,7 @@ class AttentionReader:
         cos, sin = (p.to(x)[:, None] if p.dim() == 3 else p.to(x) for p in positions)
         prefix, width = x.shape[2] - cos.shape[-2], cos.shape[-1]  # DINOv3 turns patches alone
         part = x[:, :, prefix:, :width]
-        turned: Tensor = sys.modules[type(self.attention).__module__].rotate_half(part)
+        turned: Tensor = self._rotation(part)
         part = torch.cat([part * cos + turned * sin, x[:, :, prefix:, width:]], -1)
         return torch.cat([x[:, :, :prefix], part], 2)
 

@@ -17,6 +17,9 @@ class NemotronOmni(SizedImages):
     def patch_grids(self, call: EncoderCall) -> list[tuple[int, int]]:
         return [(h, w) for h, w in call.rows_of("image_grid_hw")]
 
+    def prefix(self, call: EncoderCall) -> int:
+        return int(call.vision_config.num_summary_tokens)
+
     def token_grids(self, call: EncoderCall) -> list[tuple[int, int]]:
         return [(h // 2, w // 2) for h, w in self.patch_grids(call)]
 

@@ -108,13 +108,17 @@ class SizedImages(Family):
         merge = int(getattr(call.config, "spatial_merge_size", 1) or 1)
         return [(h // merge, w // merge) for h, w in self.patch_grids(call)]
 
+    def prefix(self, call: EncoderCall) -> int:
+        """Tokens in front of each picture that are no patches."""
+        return 0
+
     def streams(self, call: EncoderCall) -> list[StreamLayout]:
         return [plain(Layout.grid(*grid)) for grid in self.token_grids(call)]
 
     def arrange(self, call: EncoderCall, values: Tensor, fill: float = 0.0) -> Tensor:
-        sources, targets = self.patch_grids(call), self.token_grids(call)
-        patches = [h * w for h, w in sources]
+        sources, targets, prefix = self.patch_grids(call), self.token_grids(call), self.prefix(call)
+        patches = [h * w + prefix for h, w in sources]
         if sum(patches) != values.shape[0]:
             raise UnknownGeometryError(f"{values.shape[0]} rows of the tower are not its {sum(patches)} patches")
-        parts = values.split(patches)
+        parts = [part[prefix:] for part in values.split(patches)]
         return torch.cat([pool(part[None], a, b)[0] for part, a, b in zip(parts, sources, targets, strict=True)])
