@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 import runpy
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import tokprune
 from tests.docs.blocks import ROOT
@@ -70,6 +77,44 @@ def test_compose(example) -> None:
     out = example("compose")
     assert len(re.findall(r": 26 of 256 tokens", out)) == 3
     assert "51/512 tokens" in out
+
+
+class Server(BaseHTTPRequestHandler):
+    """What the example asks of a server: its models, and an answer to embeddings."""
+
+    seen: ClassVar[list[torch.Tensor]] = []
+
+    def _answer(self, data: object) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(data).encode())
+
+    def do_GET(self) -> None:
+        self._answer({"data": [{"id": "served"}]})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        picture, words = body["messages"][0]["content"]
+        assert (body["model"], words["text"]) == ("served", "what color is the circle ?")
+        self.seen.append(torch.load(io.BytesIO(base64.b64decode(picture["image_embeds"])), weights_only=True))
+        self._answer({"choices": [{"message": {"content": "pink"}}], "usage": {"prompt_tokens": 9}})
+
+    def log_message(self, *words: object) -> None:
+        """Nothing."""
+
+
+def test_encode_here_serve_there(example, tmp_path: Path) -> None:
+    file = tmp_path / "picture.st"
+    weights = ROOT / "tokprune/demo/weights"
+    out = example("encode_here_serve_there", "encode", weights, "docs/images/scene.png", "--budget", 32, "--out", file)
+    assert "(32, " in out
+    with HTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        out = example("encode_here_serve_there", "ask", address, file, "what color is the circle ?")
+        server.shutdown()
+    assert out.startswith("pink")
+    assert torch.equal(Server.seen[0], load_file(file)["image"])
 
 
 @pytest.mark.slow
