@@ -6,6 +6,7 @@ python benchmarks/decoder_demo.py --json benchmarks/results/decoder_demo.json   
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,12 +199,32 @@ def fitted(bench: Bench, targets: tuple[float, ...]) -> list[dict[str, Any]]:
     return [row for row in rows if row is not None]
 
 
+def plot(data: dict[str, Any], path: Path) -> None:
+    """Accuracy against FLOPs, of all rows that are no worse than random in front of the LLM at their FLOPs."""
+    from tokprune.viz import plots
+
+    rows = data["rows"]
+    least = {r["target"]: r["accuracy"] for r in rows if r["method"] == "random"}
+    points = [
+        plots.Point(r["method"], r["ratio"] or r["target"], r["accuracy"], cost=100 * r["flops"])
+        for r in rows[1:]
+        if r["target"] and (r["accuracy"] >= least[r["target"]])
+    ]
+    full = plots.Point("none", 1.0, rows[0]["accuracy"], cost=100.0)
+    title = f"Demo VLM, {data['questions']} questions, none below random"
+    plots.save(plots.pareto(points, full, cost="FLOPs of the LLM's prefill, %", title=title), path)
+
+
 def main() -> None:
-    """Run it all."""
+    """Run it all, or draw what was found before."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--questions", type=int, default=140)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path, help="draw the numbers of --json instead of making them")
     options = parser.parse_args()
+    if options.plot is not None:
+        plot(json.loads(options.json.read_text(encoding="utf-8")), options.plot)
+        return
     torch.set_num_threads(1)
     bench = Bench(options.questions)
     full = {"method": "none", "stage": "", "target": 1.0, "flops": 1.0, "accuracy": bench.right(), "kept": [VISUAL]}

@@ -88,8 +88,6 @@ def test_what_is_left_equals_masking(family: str, name: str, attn: str) -> None:
     tiny, method = deep(family, attn), get_method(name)
     inputs = tiny.inputs(prompts(family))
     with tokprune.apply(tiny.model, name, **RATIO[name]) as pruning:
-        if pruning.decoder.compact and tiny.model.config.get_text_config().rope_parameters.get("mrope_section"):
-            pytest.skip("positions of three axes are closed axis by axis")
         got = run(tiny, inputs, pruning, new=4)
         kept, merging = pruning.last.drops[-1].kept, Merging(tiny, inputs, pruning, got.gone)
     assert all(int(g[:2].sum()) > 0 and not int(g[2].sum()) for g in list(got.gone.values())[-1:])

@@ -78,7 +78,10 @@ class MustDrop(DecoderMethod):
     def key_set(self, tokens: LayerTokens) -> Tensor:
         """(V,) bool: candidates of the key set, which is chosen where the method first sees the prompt."""
         if "keys" not in tokens.notes:
-            attention = check_finite(wide(tokens.signal("cls_attention:-1")), "the [CLS] attention values")
+            signal = tokens.signal("cls_attention:-1").to(
+                tokens.visual.device
+            )  # the tower may have a device of its own
+            attention = check_finite(wide(signal), "the [CLS] attention values")
             number, sizes = tokens.pictures
             best = grouped_top(attention, number, [ceil_of(n, self.key_share) for n in sizes])
             tokens.notes["keys"] = tokens.columns[tokens.visual[best]]
