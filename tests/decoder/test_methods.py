@@ -169,6 +169,20 @@ def test_ratio_one_changes_no_bit(name: str) -> None:
     assert torch.equal(tiny.model(**inputs).logits, before)
 
 
+@torch.no_grad()
+def test_catp_spends_half_in_front_of_the_llm() -> None:
+    """R = 0.6 to go in all: 1 - R / 2 in front, and 1 - R of the whole behind the second stage."""
+    tiny = deep("llava")
+    inputs = tiny.inputs(prompts("llava")[1:2])
+    second = get_method("catp_llm", schedule=((1, 0.4 / 0.7), (2, 0.4 / 0.7)))
+    with tokprune.apply(tiny.model, ["catp", second], ratio=0.7, query="compare", processor=tiny.processor) as pruning:
+        tiny.model(**inputs)
+        assert sum(stream.kept for stream in pruning.report().streams) == round(0.7 * 64) * 2
+        first, last = (drop.kept[0] for drop in pruning.last.drops)
+    assert last == round(round(0.7 * 64) * 2 * 0.4 / 0.7)
+    assert last < first < round(0.7 * 64) * 2
+
+
 @dataclass(frozen=True)
 class Watcher(DecoderMethod):
     """Reads everything there is, and keeps all."""
