@@ -53,6 +53,8 @@ FOREIGN: tuple[Foreign, ...] = (
     _removed("method", "forward_intermediates", "vision tower of timm", "encoder stage: feature maps at full length"),
     _removed("method", "__prepare_scriptable__", "vision tower", "encoder stage: refuses torch.jit.script"),
     Foreign("hook", "", "decoder layers", "widens hidden states on the way of their gradients", "the forward's end"),
+    Foreign("hook", "", "decoder layers", "takes what a layer is given; a first pass ends there", "that pass's end"),
+    Foreign("hook", "", "attention of the LLM", "makes the rows of a heat map", "the end of its with block"),
     Foreign("attribute", ENCODER_RECORD, "encoder output", "what was seen while encoding", "the output's own end"),
     Foreign(
         "keyword", GENERATE_STEP, "call of the model", "what generate() knows of the step", "the base model's hook"
