@@ -233,7 +233,7 @@ def test_json_goes_to_standard_output(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def tokprune(words: str, output: str) -> subprocess.CompletedProcess[str]:
     command = f"{sys.executable} -m tokprune {words} {output}"
-    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")

@@ -52,6 +52,7 @@ def test_examples_name_the_line_for_what_they_need(package: str, monkeypatch: py
     for example in sorted((ROOT / "examples").glob("*.py")):
         if re.search(rf"^\s*(import|from) {package}\b", example.read_text(encoding="utf-8"), re.MULTILINE):
             monkeypatch.setitem(sys.modules, package, None)
+            monkeypatch.setattr(sys, "argv", [str(example)])  # some read options first
             with pytest.raises(SystemExit, match=re.escape(install_line("vision"))):
                 runpy.run_path(str(example), run_name="__main__")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from tokprune.errors import UnsupportedModelError
+from tokprune.errors import UnsupportedModelError, install_line
 
 TESTED = (0, 32), (0, 33)
 """Minor versions of vLLM: `make serve-test` runs the first; the second has the same files, as far as we use them."""
@@ -22,5 +22,5 @@ def check_version(installed: str | None = None) -> None:
         span = " to ".join(".".join(map(str, version)) for version in (TESTED[0], TESTED[-1]))
         raise UnsupportedModelError(
             f"vLLM {installed} is installed; tokprune's models for vLLM are written for {span}, and each minor version "
-            "so far has moved something. Run: pip install 'tokprune[vllm]'"
+            f"so far has moved something. Run: {install_line('vllm')}"
         )
