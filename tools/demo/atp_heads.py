@@ -49,7 +49,7 @@ class SoftPruning:
         text = asker.model.model.language_model
         self.layers = at_layers(None, LAYERS, len(text.layers))
         self.masks: dict[int, list[Tensor]] = {}
-        self.bias: Tensor | None = None
+        self.bias = self.visual = torch.empty(0)
         self.pruning = tokprune.apply(asker.model, Watch(look=self.look))  # its hooks come first
         for at in range(self.layers[0], len(text.layers)):
             text.layers[at].register_forward_pre_hook(lambda m, a, k, at=at: self.see(at, a, k), with_kwargs=True)
@@ -91,7 +91,7 @@ class SoftPruning:
         return answers + atp_loss(left, target), float(answers.detach()), float(left[-1].detach().mean())
 
 
-def accuracy(asker: Asker, examples: list[Any], **options: Any) -> dict[str, float]:
+def accuracy(asker: Asker, examples: list[Any], **options: Any) -> dict[str, Any]:
     """Share of right answers, and mean tokens of a picture behind each stage."""
     hits, kept = 0, []
     with tokprune.apply(asker.model, "atp_llava", **options) as pruning:
