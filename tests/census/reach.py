@@ -12,7 +12,7 @@ import torch
 from tests.census.proof import Inputs, pruned
 from tokprune.errors import TokpruneError
 from tokprune.methods.base import ConnectorMethod
-from tokprune.registry import MethodInfo, get_method, list_methods
+from tokprune.registry import MethodInfo, get_method
 from tokprune.tokens import Selection, VisualTokens
 
 SIGNALS = ("cls_attention", "received_attention:-1", "keys:-1", "encoder_features")
@@ -40,10 +40,8 @@ class Asks(ConnectorMethod):
 def stages() -> Iterator[tuple[str, Any]]:
     """A method of each stage beside the connector's, where there is one."""
     yield "encoder", get_method("tome", r=2)
-    for stage in ("decoder", "cache"):
-        names = list_methods(stage)
-        if names:
-            yield stage, ["random", names[0]]
+    yield "decoder", get_method("fastv", layer=1)
+    yield "cache", get_method("dycoke_cache", layer=1)
 
 
 def reach(model: Any, inputs: Inputs) -> dict[str, str]:

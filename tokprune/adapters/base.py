@@ -118,6 +118,17 @@ class Adapter:
         return next(getattr(self.base, name) for name in TEXT_MODELS if hasattr(self.base, name))
 
     @property
+    def layers(self) -> Any:
+        """The decoder layers of the language model, where a stage works inside them."""
+        layers = getattr(self.text_model, "layers", None)
+        if layers is None:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} has no decoder layers at {type(self.text_model).__name__}.layers, so no "
+                "stage can work inside its LLM; prune between encoder and LLM (a method of the connector stage)."
+            )
+        return layers
+
+    @property
     def pad_id(self) -> int:
         """A token id for filler columns that is not a placeholder."""
         visual = {getattr(self.config, "image_token_id", None), getattr(self.config, "video_token_id", None)}

@@ -38,7 +38,7 @@ class AnswerRows:
 
     def __init__(self, adapter: Adapter, layer: int) -> None:
         self.adapter, self.layer = adapter, layer
-        self.module: Model = getattr(adapter.text_model.layers[layer], "self_attn", None)
+        self.module: Model = getattr(adapter.layers[layer], "self_attn", None)
         if self.module is None:
             raise UnsupportedModelError(f"layer {layer} of {type(adapter.text_model).__name__} has no self_attn.")
         check_attention(self.module)

@@ -59,7 +59,7 @@ class CacheStage:
         self.on = Attachments(self)
         self.threads = PerThread(_Reading)
         self.steps, self.used, self.visual = 0, 0, 0
-        layers = list(getattr(adapter.text_model, "layers", None) or ())
+        layers = list(adapter.layers)
         attentions = [(i, layer.self_attn) for i, layer in enumerate(layers) if hasattr(layer, "self_attn")]
         below = [(i, a) for i, a in attentions if i < method.layer]
         self.above = [a for i, a in attentions if i >= method.layer]

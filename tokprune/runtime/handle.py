@@ -275,7 +275,7 @@ def _decoder_stage(adapter: Adapter, config: PruneConfig, stages: Stages) -> Dec
     if method is not None or compact is None:
         compaction = None if compact is None else Compaction(compact)
         return DecoderStage(adapter, method, count, share, config.positions, compaction)
-    propagation = compact.propagation(len(adapter.text_model.layers))
+    propagation = compact.propagation(len(adapter.layers))
     return DecoderStage(adapter, propagation, None, None, config.positions, Compaction(compact, count))
 
 

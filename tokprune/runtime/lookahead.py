@@ -160,7 +160,7 @@ class FirstPass:
         cache: KVCache = cache_in(call)
         held = physical_length(cache)
         for layer, names in self.names.items():
-            module = self.adapter.text_model.layers[layer]
+            module = self.adapter.layers[layer]
             one = swap_cache({**call, "use_cache": bool(held)}, _copied(cache, layer) if held else None)
             before = _LOOKING.set(True)
             try:

@@ -81,7 +81,7 @@ class DecoderStage:
         self.compact = (self.method.positions if positions == "auto" else positions) == "compact"
         self.on = Attachments(self)
         self.threads = PerThread(_Now)
-        self.depth = len(adapter.text_model.layers)
+        self.depth = len(adapter.layers)
         share = 0.5 if share is None and count is not None else share
         self.layers = self.schedule(share).layers if self.drops else ()
         name = self.method.info.name if compaction is None or self.drops else compaction.method.info.name

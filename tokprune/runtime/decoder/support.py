@@ -39,7 +39,7 @@ def check_range(adapter: Adapter, what: str, layers: Sequence[int]) -> None:
 
 def check_windows(adapter: Adapter, what: str) -> None:
     """Refuse layers with a sliding window, whose caches cut themselves. what: a method's name."""
-    for i, layer in enumerate(adapter.text_model.layers):
+    for i, layer in enumerate(adapter.layers):
         if getattr(layer.self_attn, "sliding_window", None):
             raise UnsupportedModelError(
                 f"layer {i} of {type(adapter.model).__name__} has a sliding window, and its cache lets go of keys by "
