@@ -63,9 +63,9 @@ def support_page(data: dict[str, Any]) -> str:
         "bit-identical; the logits of the pruned model equal a brute-force reference at every kept prompt token and in "
         "each decode step, for both position policies, in a batch of two, with several pictures, with clips where the "
         "type has them, and beside a prompt of words. No real checkpoint was run. A stage or signal is **yes** where "
-        "it was applied and ran, **no** where `apply()` refuses it; the reasons stand below. What the encoder, decoder "
-        "and cache stages compute is proven on the families of the README alone. `received_attention` and `keys` are "
-        "of the last block.",
+        "it was applied and ran (`tome`, `fastv`, `dycoke_cache`), **no** where it is refused; the reasons stand "
+        "below. What the encoder, decoder and cache stages compute is proven on the families of the README alone. "
+        "`received_attention` and `keys` are of the last block.",
         "",
         "| type | " + " | ".join(COLUMNS[c] for c in columns) + " |",
         "|---|" + "---|" * len(columns),
