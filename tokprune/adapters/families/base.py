@@ -179,7 +179,7 @@ class Family:
     def restore(self, output: Any) -> None:
         """Put the rows back under the model's own name."""
         if self.features_field != "pooler_output":
-            setattr(output, self.features_field, output.pooler_output)
+            output[self.features_field] = output.pooler_output
 
     def prepare_encoded(self, call: dict[str, Any], encoded: dict[str, Any]) -> dict[str, Tensor]:
         """Make features line up with placeholders before planning; (R,) bool masks of the rows that stay, where some do
