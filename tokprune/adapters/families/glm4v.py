@@ -22,10 +22,11 @@ class Glm4v(Packed):
     def placeholders(self, config: Any, call: Mapping[str, Any], columns: dict[str, Tensor]) -> dict[str, Tensor]:
         types, ids = call.get("mm_token_type_ids"), call.get("input_ids")
         both = columns["image"] if "image" in columns else columns["video"]
-        if types is None and ids is None:
+        marks = [getattr(config, f"video_{mark}_token_id", None) for mark in ("start", "end")]
+        if types is None and (ids is None or None in marks):
             return columns
         if types is None:
-            start, end = (ids == getattr(config, f"video_{mark}_token_id") for mark in ("start", "end"))
+            start, end = (ids == mark for mark in marks)
             inside = start.cumsum(1) > end.cumsum(1)
             return {"image": both & ~inside, "video": both & inside}
         length = both.shape[1]
