@@ -1,6 +1,7 @@
 """The synthetic streams of `tokprune.testing`, under the name that the tests of methods use."""
 
 import functools
+import os
 import tempfile
 from pathlib import Path
 
@@ -41,10 +42,14 @@ __all__ = [
 
 @functools.cache
 def untrained() -> str:
-    """A file with a network of "explain" for these streams."""
-    torch.manual_seed(0)
-    path = Path(tempfile.mkdtemp()) / "untrained.safetensors"
-    save_file(RelevanceNet(HEADS, WIDTH).state_dict(), path)
+    """A file with a network of "explain" for these streams, at the same place for all processes of a run."""
+    path = Path(tempfile.gettempdir()) / f"tokprune-untrained-{HEADS}-{WIDTH}.safetensors"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = RelevanceNet(HEADS, WIDTH)
+    own = path.with_suffix(f".{os.getpid()}")
+    save_file(network.state_dict(), own)
+    own.replace(path)
     return str(path)
 
 

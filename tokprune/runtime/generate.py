@@ -16,8 +16,9 @@ from tokprune.adapters.foreign import CACHE_VIEW, GENERATE_STEP, PREFILL, PREPAR
 from tokprune.adapters.types import KVCache, ModelCall, ModelOutput, Original, RotaryTable
 from tokprune.runtime.cache_record import PruneState, physical_length
 from tokprune.runtime.execute import execute
+from tokprune.runtime.options import GenerateStep
 from tokprune.runtime.plan import tokens_of
-from tokprune.runtime.prefill import GenerateStep, Prefill
+from tokprune.runtime.prefill import Prefill
 from tokprune.runtime.tripwires import check_mask, check_record, mark_unfinished
 
 

@@ -35,7 +35,7 @@ from tokprune.report import Report
 from tokprune.runtime.encoder.report import EncoderReport
 from tokprune.runtime.encoder.run import EncoderTrace
 from tokprune.runtime.generate import ConnectorStage
-from tokprune.runtime.prefill import Options
+from tokprune.runtime.options import Options
 from tokprune.runtime.stages import Stages
 
 if TYPE_CHECKING:
@@ -253,32 +253,6 @@ def _everything(n: int) -> int:
     return n
 
 
-def _decoder_stage(adapter: Adapter, config: PruneConfig, stages: Stages) -> DecoderStage:
-    """The stage inside the LLM: a decoder method, a cache method that frees memory, or both."""
-    from tokprune.runtime.decoder.compact import Compaction
-    from tokprune.runtime.decoder.stage import DecoderStage
-
-    method, compact = stages.decoder, stages.cache
-    if isinstance(compact, CacheMethod):
-        raise OptionError(
-            f"{compact.info.name!r} lets all layers read the same visual keys, and a method of the decoder stage "
-            "leaves them different ones; it cannot run beside one. Methods of the cache stage that free memory can: "
-            "mustdrop_cache, fastkv, kvmerger."
-        )
-    if compact is not None and compact.follows and method is None:
-        raise OptionError(
-            f"{compact.info.name!r} keeps what a method of the decoder stage kept last, and none is there. Write "
-            f"method=['mustdrop', {compact.info.name!r}]."
-        )
-    alone = stages.chooser is None and (config.ratio is not None or config.budget is not None)
-    count, share = (config.count, config.ratio) if alone else (None, None)
-    if method is not None or compact is None:
-        compaction = None if compact is None else Compaction(compact)
-        return DecoderStage(adapter, method, count, share, config.positions, compaction)
-    propagation = compact.propagation(len(adapter.layers))
-    return DecoderStage(adapter, propagation, None, None, config.positions, Compaction(compact, count))
-
-
 def vlm_pruning(model: Model, config: PruneConfig, processor: Processor = None, scorer: Scorer = None) -> Pruning:
     """The pruning of a VLM, made but not put on yet: whatever cannot work is refused here."""
     adapter: Adapter = get_adapter(model)
@@ -306,7 +280,9 @@ def vlm_pruning(model: Model, config: PruneConfig, processor: Processor = None, 
         installed.encoder = EncoderStage(adapter.model, stages.encoder, *amount, processor=processor)
         method = AmongSurvivors() if connector is None else AmongSurvivors(connector)
     if stages.decoder is not None or isinstance(stages.cache, CompactMethod):
-        installed.decoder = _decoder_stage(adapter, config, stages)
+        from tokprune.runtime.decoder.setup import stage_of
+
+        installed.decoder = stage_of(adapter, config, stages)
     if isinstance(stages.cache, CacheMethod):
         from tokprune.runtime.cache import CacheStage
 

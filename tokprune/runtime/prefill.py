@@ -10,9 +10,6 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -28,14 +25,10 @@ from tokprune.adapters.types import (
     ModelCall,
     ModelOutput,
     Positional,
-    Processor,
     Replaced,
     RotaryTable,
-    Scorer,
 )
 from tokprune.errors import TokpruneError
-from tokprune.methods.base import ConnectorMethod
-from tokprune.methods.frames_base import PerFrame
 from tokprune.runtime.cache_record import PruneState, Reader, attach_state, get_state, physical_length
 from tokprune.runtime.choose import choose
 from tokprune.runtime.contract import check_contract
@@ -44,14 +37,14 @@ from tokprune.runtime.execute import PrunedForward, clear_raw, execute
 from tokprune.runtime.frames.scores import FrameScorer
 from tokprune.runtime.lookahead import FirstPass, looking_ahead
 from tokprune.runtime.no_effect import check_columns, nothing_dropped
+from tokprune.runtime.options import GenerateStep, Options, ThreadState
 from tokprune.runtime.outputs import check_head, wide_path, widen_output
 from tokprune.runtime.plan import Columns, Plan, make_plan, tokens_of
 from tokprune.runtime.questions import give_examples, questions_of
-from tokprune.runtime.records import EncoderRecord, LastRun, StreamRecord, encoder_record
+from tokprune.runtime.records import LastRun, StreamRecord
 from tokprune.runtime.reuse import sources_of
 from tokprune.runtime.streams import Encoded, Prompts, build_streams
 from tokprune.runtime.tripwires import (
-    Passage,
     check_attached,
     check_callers_mask,
     check_entry,
@@ -61,76 +54,6 @@ from tokprune.runtime.tripwires import (
     width_of,
 )
 from tokprune.tokens import Query
-
-if TYPE_CHECKING:
-    from tokprune.runtime.decoder.stage import DecoderStage
-    from tokprune.runtime.encoder.stage import EncoderStage
-
-
-@dataclass
-class Options:
-    """What the prefill needs to know of a pruning set-up."""
-
-    method: ConnectorMethod
-    count: Callable[[int], int]
-    """Keep count of n tokens."""
-    positions: str = "auto"
-    query: str | Sequence[str] | None = None
-    processor: Processor = None
-    scorer: Scorer = None
-    encoder: EncoderStage | None = None
-    """The encoder stage of the same model, whose survivors are the candidates."""
-    frames: PerFrame | None = None
-    """The frames method with what works inside the frames; `method` is it, or wraps it."""
-    ratio: float | None = None
-    """The share that the connector is asked to keep, where it is asked for one."""
-    cached: bool = False
-    """A decoder or cache stage follows: it needs the record even of a prompt that keeps everything."""
-    decoder: DecoderStage | None = None
-    """The decoder stage of the same model."""
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """Signals that the vision tower is read for."""
-        return tuple(dict.fromkeys((*self.method.needs, *(self.decoder.method.needs if self.decoder else ()))))
-
-
-class GenerateStep:
-    """Rides from prepare_inputs_for_generation to the base model as a keyword."""
-
-    def __init__(
-        self,
-        physical: bool,
-        encoded: dict[str, EncoderOutput] | None = None,
-        prompt_length: int | None = None,
-        decode: bool = False,
-        open: bool = False,
-    ) -> None:
-        self.physical = physical  # the call is translated already
-        self.open = open  # no key is hidden by a mask
-        self.decode = decode  # it is a decode step
-        # Of the prompt that generate() was given, where a call holds words of the answer as well.
-        self.prompt_length = prompt_length
-        # What was seen of the encoder: accelerate's hooks rebuild encoder outputs on the way and would lose what rides
-        # on them, but leave an object like this one alone.
-        self.records: dict[str, EncoderRecord] = {
-            modality: record
-            for modality, output in (encoded or {}).items()
-            if (record := encoder_record(output)) is not None
-        }
-
-
-@dataclass
-class ThreadState:
-    """What this thread's call of the model is in the middle of."""
-
-    forward: PrunedForward | None = None
-    physical_prefill: bool = False
-    """Inside a chunked prefill whose prompt is shortened already."""
-    prompt_length: int | None = None
-    """Length of the prompt that this thread's generate() began with."""
-    rotary_table: RotaryTable | None = None
-    passage: Passage = field(default_factory=Passage)
 
 
 class Prefill:

@@ -24,17 +24,10 @@ if TYPE_CHECKING:
 
 __all__ = ["SignalSet", "block_index", "compute_signals", "required_blocks", "tower_blocks", "tower_of"]
 
-NAMES = (
-    "cls_attention",
-    "cls_logits",
-    "cls_attention_1head",
-    "received_attention",
-    "keys",
-    "value_attention",
-    "value_norm",
-    "encoder_features",
-    "clip_image",
-)
+CLS_KINDS = ("cls_attention", "cls_logits", "cls_attention_1head", "value_attention")
+"""Signals that [CLS] gives; in a tower without it they tell what a token receives."""
+
+NAMES = (*CLS_KINDS, "received_attention", "keys", "value_norm", "encoder_features", "clip_image")
 """Signals of this module; all but the last two take a block: "keys:-1", "received_attention:0.348"."""
 
 LLM_SIGNALS = ("llm_attention", "llm_logits", "llm_question")
@@ -42,10 +35,6 @@ LLM_SIGNALS = ("llm_attention", "llm_logits", "llm_question")
 
 ELSEWHERE = ("clip_text", "frame_scores", *LLM_SIGNALS)
 """Needs that do not come from the vision tower; they are passed over here."""
-
-
-CLS_KINDS = ("cls_attention", "cls_logits", "cls_attention_1head", "value_attention")
-"""Signals that [CLS] gives; in a tower without it they tell what a token receives."""
 
 
 def block_values(kind: str, seen: Projections, cls: bool, frame: Tensor | None = None) -> tuple[Tensor, str]:

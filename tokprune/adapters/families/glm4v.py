@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tokprune.adapters.families.base import register_family
@@ -20,14 +21,14 @@ class Glm4v(Packed):
     tiny_types: tuple[str, ...] = ("glm4v",)
 
     def placeholders(self, config: Any, call: Mapping[str, Any], columns: dict[str, Tensor]) -> dict[str, Tensor]:
-        types, ids = call.get("mm_token_type_ids"), call.get("input_ids")
+        types, ids = call.get("mm_token_type_ids"), call.get("input_ids")  # (B, L) each
         both = columns["image"] if "image" in columns else columns["video"]
         marks = [getattr(config, f"video_{mark}_token_id", None) for mark in ("start", "end")]
         if types is None and (ids is None or None in marks):
             return columns
         if types is None:
-            start, end = (ids == mark for mark in marks)
-            inside = start.cumsum(1) > end.cumsum(1)
+            start, end = (torch.eq(ids, mark).cumsum(1) for mark in marks)
+            inside = start > end
             return {"image": both & ~inside, "video": both & inside}
         length = both.shape[1]
         missing = length - types.shape[1]

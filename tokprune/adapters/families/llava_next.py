@@ -71,9 +71,9 @@ class AnyRes(Family):
         cell = torch.stack([zero, y.flatten(), x.flatten()], -1)  # (patches, 3): in a tile, y, x
         places = []
         for count, (_, across) in zip(counts, shapes, strict=True):
-            tile = torch.arange(count - 1)
+            number = torch.arange(count - 1)
             one = torch.ones(count - 1, dtype=torch.float32)
-            corner = torch.stack([one, tile // across * side, tile % across * side], -1)
+            corner = torch.stack([one, number // across * side, number % across * side], -1)
             places += [cell[None], cell + corner[:, None]]
         traced = self.pack(call, torch.cat(places), torch.nan)
         return [
