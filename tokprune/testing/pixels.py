@@ -119,8 +119,8 @@ def medium(model: VLM, modality: str, seed: int) -> JsonObject:
 def packed(model: VLM, config: Any, frames: int, height: int, width: int, noise: Callable[..., Tensor]) -> Tensor:
     """Patches of a packed tower, one after the other: (P, values), or (P, 3, patch, patch) for towers that convolve."""
     side = config.patch_size
-    channels: int = getattr(config, "in_channels", None) or getattr(config, "num_channels", 3)
-    time: int = getattr(config, "temporal_patch_size", None) or getattr(config, "patch_temporal", None) or 1
+    channels = getattr(config, "in_channels", 0) or getattr(config, "num_channels", 3)
+    time = int(getattr(config, "temporal_patch_size", None) or getattr(config, "patch_temporal", None) or 1)
     count, kind = frames * height * width, model.config.model_type
     if kind in CONVOLVING:
         return noise(count, channels, side, side)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tokprune.adapters.families.base import register_family
@@ -24,10 +23,10 @@ class Glm4v(Packed):
         types, ids = call.get("mm_token_type_ids"), call.get("input_ids")  # (B, L) each
         both = columns["image"] if "image" in columns else columns["video"]
         marks = [getattr(config, f"video_{mark}_token_id", None) for mark in ("start", "end")]
-        if types is None and (ids is None or None in marks):
-            return columns
         if types is None:
-            start, end = (torch.eq(ids, mark).cumsum(1) for mark in marks)
+            if ids is None or None in marks:
+                return columns
+            start, end = (ids.eq(mark).cumsum(1) for mark in marks)
             inside = start > end
             return {"image": both & ~inside, "video": both & inside}
         length = both.shape[1]
