@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import tokprune
-from tokprune.testing import FAMILIES, StandInDevice, build, picture
+from tokprune.testing import FAMILIES, StandInDevice, build, device, picture
 
+pytestmark = pytest.mark.skipif(not device.AVAILABLE, reason="the stand-in device needs a newer torch")
 QUICK = ("llava", "qwen2_5_vl")
 WAITS = {"none": 2, "random": 2, "divprune": 2, "cdpruner": 2, "evs": 2, "hired": 3, "visionzip": 3, "quota": 3}
 """How often the host may wait for the device because of pruning: once for the prompt and once for the choice; a third
@@ -21,9 +22,9 @@ MORE = {"internvl": 2, "minicpmv4_6": 2}
 """Families that tell thumbnails from tiles by what they show: once more a picture."""
 
 
-def cost(model: Any, inputs: Any, device: StandInDevice) -> Any:
+def cost(model: Any, inputs: Any, stand_in: StandInDevice) -> Any:
     model(**inputs)  # the first run fills caches
-    with device.count() as counted:
+    with stand_in.count() as counted:
         model(**inputs)
     return counted
 
@@ -35,13 +36,13 @@ def test_the_host_waits_as_often_as_the_budget_says(family: str) -> None:
         tiny.inputs([["a", ("image", picture(56, 56)), "what?"], ["b", ("image", picture(56, 56)), "it is?"]])
     )
     found = {}
-    with torch.no_grad(), StandInDevice() as device:
-        device.move(tiny.model)
-        placed = device.put(inputs)
-        plain = cost(tiny.model, placed, device)
+    with torch.no_grad(), StandInDevice() as stand_in:
+        stand_in.move(tiny.model)
+        placed = stand_in.put(inputs)
+        plain = cost(tiny.model, placed, stand_in)
         for method in WAITS:
             with tokprune.apply(tiny.model, method, ratio=0.25, query="what?", processor=tiny.processor):
-                counted = cost(tiny.model, placed, device)
+                counted = cost(tiny.model, placed, stand_in)
             found[method] = (counted.syncs - plain.syncs, counted.waits - plain.waits)
     over = {m: f for m, f in found.items() if f[0] > WAITS[m] + MORE.get(family, 0)}
     assert not over, over
@@ -65,7 +66,7 @@ def test_stages_beside_the_connector_run_on_a_device(method: str) -> None:
     chosen = tokprune.get_method(method, **OPTIONS.get(method, {}))
     with torch.no_grad(), tokprune.apply(tiny.model, chosen, ratio=0.5, processor=tiny.processor):
         expected = tiny.model(**inputs).logits
-        with StandInDevice() as device:
-            device.move(tiny.model)
-            found = tiny.model(**device.put(inputs)).logits
+        with StandInDevice() as stand_in:
+            stand_in.move(tiny.model)
+            found = tiny.model(**stand_in.put(inputs)).logits
             assert torch.allclose(found.cpu(), expected, atol=1e-4)

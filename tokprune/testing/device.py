@@ -26,11 +26,12 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 import tokprune
+from tokprune.errors import TokpruneError
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -41,6 +42,8 @@ DATA_DEPENDENT = {
     "equal", "is_nonzero",
 }  # fmt: skip
 """Operations whose result the host needs, or whose shape depends on values: the host waits for an accelerator."""
+AVAILABLE = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
+"""Whether the installed torch can be taught a device from Python."""
 PACKAGE = str(Path(tokprune.__file__).parent)
 
 
@@ -180,7 +183,12 @@ _COUNTING: ContextVar[Cost | None] = ContextVar("tokprune_cost", default=None)
 @functools.cache
 def _register() -> torch.library.Library:
     """Tell torch, once in a process, that a device of this type exists."""
-    _setup_privateuseone_for_python_backend()
+    if not AVAILABLE:
+        raise TokpruneError(
+            f"torch {torch.__version__} cannot be taught a device from Python; the stand-in device needs a newer one, "
+            "such as torch 2.14."
+        )
+    backend_registration._setup_privateuseone_for_python_backend()
     library = torch.library.Library("aten", "IMPL")  # for what does not pass by a mode: torch.tensor of a list of these
 
     def number(x: DeviceTensor) -> Any:
