@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+from tokprune.serving.plugin import ARCHITECTURES
+
 COLUMNS = {
     "image": "image",
     "video": "video",
@@ -25,12 +29,14 @@ def of_state(data: dict[str, Any], state: str) -> list[str]:
     return [name for name, row in data["types"].items() if row["state"] == state]
 
 
-def cell(row: dict[str, Any], column: str) -> str:
+def cell(name: str, row: dict[str, Any], column: str) -> str:
     """yes, no, or a dash where a type has no such thing."""
     if column in ("image", "video"):
         return "yes" if column in row["kinds"] else "–"
     if column == "connector":
         return "yes"
+    if column == "serving":
+        return "yes" if MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(name) in ARCHITECTURES else "–"
     return "yes" if row["reach"][column] == "" else "no"
 
 
@@ -49,7 +55,7 @@ def support_page(data: dict[str, Any]) -> str:
     """The page."""
     works = of_state(data, "works")
     rows = data["types"]
-    known = {"image", "video", "connector", *(c for name in works for c in rows[name]["reach"])}
+    known = {"image", "video", "connector", "serving", *(c for name in works for c in rows[name]["reach"])}
     columns = [c for c in COLUMNS if c in known]
     lines = [
         "# What runs on which model",
@@ -65,12 +71,13 @@ def support_page(data: dict[str, Any]) -> str:
         "type has them, and beside a prompt of words. No real checkpoint was run. A stage or signal is **yes** where "
         "it was applied and ran (`tome`, `fastv`, `dycoke_cache`), **no** where it is refused; the reasons stand "
         "below. What the encoder, decoder and cache stages compute is proven on the families of the README alone. "
-        "`received_attention` and `keys` are of the last block.",
+        "`received_attention` and `keys` are of the last block. **serving**: the [plug-in for vLLM](serving.md) serves "
+        "the type's checkpoints pruned.",
         "",
         "| type | " + " | ".join(COLUMNS[c] for c in columns) + " |",
         "|---|" + "---|" * len(columns),
     ]
-    lines += [f"| `{name}` | " + " | ".join(cell(rows[name], c) for c in columns) + " |" for name in works]
+    lines += [f"| `{name}` | " + " | ".join(cell(name, rows[name], c) for c in columns) + " |" for name in works]
     lines += ["", "## Refused", "", "| type | why | instead |", "|---|---|---|"]
     lines += [f"| `{n}` | {rows[n]['why']} | {rows[n]['instead']} |" for n in of_state(data, "refused")]
     lines += ["", "## Not a VLM", "", ", ".join(f"`{n}`" for n in of_state(data, "not a VLM")) + "."]
