@@ -44,6 +44,6 @@ def test_every_preset_is_named() -> None:
 
 def test_python_compiles() -> None:
     blocks = re.findall(r"```python\n(.*?)```", PAGES[1].read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         compile(block, "docs", "exec")

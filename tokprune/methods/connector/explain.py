@@ -32,7 +32,9 @@ class RelevanceNet(nn.Module):
     def __init__(self, heads: int, width: int, channels: int = CHANNELS) -> None:
         super().__init__()
         sizes = [heads, *[channels] * (LAYERS - 1), 1]
-        self.convolutions = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in itertools.pairwise(sizes))
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(a, b, 3, padding=1, dtype=torch.float32) for a, b in itertools.pairwise(sizes)
+        )
         self.made_for = heads, width
         self.register_buffer("width", torch.tensor(width))  # in the file, to know the model again
 
