@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import CONFIG_MAPPING
 
 from tests.adapters.test_readers import GEMMA4, SIZES, noise
 from tests.encoder.all_towers import settle
@@ -123,6 +124,8 @@ def test_tokens_of_learned_queries_stand_for_no_place(kind: str) -> None:
 def test_hunyuans_separators_are_the_rows_that_no_picture_changes(kind: str) -> None:
     """Begin, newlines and end come from parameters; every other row from the patches that its signal is the mean of."""
     name = {"hunyuan_vl": "HunYuanVL", "hy_v4_vl": "HYV4VL"}[kind]
+    if kind not in CONFIG_MAPPING:
+        pytest.skip("the installed transformers has no such type")
     module = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
     width = {"text_hidden_size": 6} if kind == "hunyuan_vl" else {"out_hidden_size": 6}
     config = getattr(module, f"{name}VisionConfig")(**{**SIZES, "hidden_size": 8, "spatial_merge_size": 2, **width})
