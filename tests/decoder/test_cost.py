@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -46,6 +47,9 @@ def counted(tiny: TinyVLM, inputs: Any, new: int) -> Counter[str]:
     return count.seen
 
 
+TORCH_NOW = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 14)
+
+
 def per_step(tiny: TinyVLM, inputs: Any) -> Counter[str]:
     """Of four decode steps."""
     few, more = counted(tiny, inputs, 3), counted(tiny, inputs, 7)
@@ -55,8 +59,8 @@ def per_step(tiny: TinyVLM, inputs: Any) -> Counter[str]:
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", [slow_unless(f == "llava", f) for f in ("llava", "qwen2_5_vl", "gemma3")])
 def test_a_step_without_padding_costs_next_to_nothing(family: str, attn: str) -> None:
-    """No wait more than the unpruned model has, two operations more in all; under eager attention, whose masks must be
-    cut, one for each drop and kind of mask besides.
+    """No wait more than the unpruned model has, two operations more in all (three in torch 2.6); under eager attention
+    one for each drop and kind of mask besides, since masks must be cut.
     """
     tiny = deep(family, attn)
     inputs = tiny.inputs(prompts(family)[:1])
@@ -67,7 +71,8 @@ def test_a_step_without_padding_costs_next_to_nothing(family: str, attn: str) ->
             drops = len(pruning.last.drops)
         assert all(got[wait] == plain[wait] for wait in WAITS)
         more = (got.total() - plain.total()) / 4
-        assert more <= (2 if attn == "sdpa" else 2 + drops * (2 if family == "gemma3" else 1))
+        allowed = 2 if TORCH_NOW else 3
+        assert more <= allowed + (0 if attn == "sdpa" else drops * (2 if family == "gemma3" else 1))
         assert more <= 5 * drops
 
 
