@@ -182,7 +182,7 @@ class BatchedSplice(Splice[Run]):
 
     def check_mask(self, run: Run, mask: Tensor | None) -> None:
         """Refuse a mask that hides tokens: reduced rows could not follow it."""
-        if mask is None or run.unmasked:
+        if mask is None or run.unmasked or self.tower.relative:  # there it is the table of relative positions
             return
         visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
         if not bool(visible.all()):
