@@ -20,7 +20,7 @@ WAITS = {"none": 2, "random": 2, "divprune": 2, "cdpruner": 2, "evs": 2, "hired"
 """How often the host may wait for the device because of pruning: once for the prompt and once for the choice; a third
 time for methods that lay out signals, where the sizes of pictures are on the device."""
 SHOWN = ("internvl", "minicpmv4_6", "aya_vision", "cohere2_vision", "perception_lm", "molmo2")
-MORE = {**dict.fromkeys(SHOWN, 2), "llava_onevision": 4}
+MORE = {**dict.fromkeys(SHOWN, 2), "llava_onevision": 8}
 """Families that tell thumbnails from tiles by what they show ask once more a picture; OneVision traces its packing."""
 
 

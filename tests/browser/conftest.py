@@ -1,4 +1,6 @@
-"""One browser for all tests here; without one on the machine they are skipped, and say why."""
+"""One browser for the tests of a file: no page is blamed for what another leaves behind. Without one on the machine
+they are skipped, and say why.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ import pytest
 from tests.browser.chromium import NAMES, Browser, find
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     """A page in headless Chromium."""
     program = find()
