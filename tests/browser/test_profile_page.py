@@ -12,7 +12,7 @@ from tests.browser.chromium import Browser
 from tests.profiling.test_pages import report
 from tokprune.profiling.pages import profile_page
 from tokprune.viz import html
-from tokprune.viz.html import Picture
+from tokprune.viz.html import PagePicture
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("matplotlib")
@@ -20,7 +20,7 @@ pytest.importorskip("matplotlib")
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    picture = Picture(Image.new("RGB", (900, 600), (200, 120, 40)), "what each method keeps", "kept tokens")
+    picture = PagePicture(Image.new("RGB", (900, 600), (200, 120, 40)), "what each method keeps", "kept tokens")
     return html.write(profile_page(report(), [picture]), tmp_path_factory.mktemp("profile") / "p.html")
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.browser.chromium import Browser
 from tokprune.viz import html
-from tokprune.viz.html import Page, Picture, Section, Table, Value
+from tokprune.viz.html import Page, PagePicture, Section, Table, Value
 
 pytestmark = pytest.mark.slow
 
@@ -39,7 +39,7 @@ def page() -> Page:
         {"torch": "2", "device_name": "x86 " + "very long " * 30, "note": None},
         [
             Section("Time", "First paragraph.\n\nSecond:\n- one\n- two", [table, wide]),
-            Section("Pictures", pictures=[Picture(picture, "A ramp, 1536 pixels wide", "grey ramp")]),
+            Section("Pictures", pictures=[PagePicture(picture, "A ramp, 1536 pixels wide", "grey ramp")]),
             Section("<script>alert(1)</script>", "<img src=x onerror=alert(1)>"),
         ],
     )

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import tokprune
 from tokprune.cli.app import app
 from tokprune.errors import OptionError
-from tokprune.evaluation.cells import Cell, Settings, build_methods, config_cells, key, plan
+from tokprune.evaluation.cells import Cell, SweepSettings, build_methods, config_cells, key, plan
 
 run = CliRunner().invoke
 SCENE = Path(__file__).parent.parent.parent / "docs" / "images" / "scene.png"
@@ -60,10 +60,10 @@ def test_cells_of_a_config_keep_the_keys_of_all_others() -> None:
     more, configs = config_cells(cells, tokprune.PruneConfig.build("divprune", ratio=0.2), 0.2)
     assert [c.task for c in more] == ["a", "b"]
     assert not {c.method for c in more} & {c.method for c in cells}
-    assert "configs" not in Settings("demo").to_dict()
-    assert Settings(**Settings("demo", configs=configs).to_dict()).configs == configs
+    assert "configs" not in SweepSettings("demo").to_dict()
+    assert SweepSettings(**SweepSettings("demo", configs=configs).to_dict()).configs == configs
     cell = Cell("a", "divprune", 0.2)
-    assert key(cell, Settings("demo")) != key(cell, Settings("demo", configs=configs))
+    assert key(cell, SweepSettings("demo")) != key(cell, SweepSettings("demo", configs=configs))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from tokprune.demo.clips import (
     LONG_FRAMES,
     SHORT_FRAMES,
     STEP,
-    Clip,
+    DemoClip,
     frames_per_scene,
     held_out_clips,
     make_clip,
@@ -137,7 +137,7 @@ def test_a_take_keeps_its_object_inside():
 
 def test_moment():
     takes = tuple(make_take(i, "red", "star") for i in range(3))
-    clip = Clip(0, takes, (0, 16, 40), 57)
+    clip = DemoClip(0, takes, (0, 16, 40), 57)
     assert clip.moment((1,)) == (16 / FPS, 40 / FPS)
     assert clip.moment((1, 2)) == (16 / FPS, 57 / FPS)
     assert clip.moment(()) is None

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tokprune.demo import scenes
-from tokprune.demo.scenes import QUESTION_TYPES, SIZE, Question, Scene, make_scene
+from tokprune.demo.scenes import QUESTION_TYPES, SIZE, Scene, SceneQuestion, make_scene
 from tools.demo.vocabulary import WORD_IDS, encode
 
 # The first object of the first held-out scene, and the mean of the scene's pixels.
@@ -20,7 +20,7 @@ KNOWN_PLACE = (39.269776, 22.574074)
 KNOWN_BRIGHTNESS = 111.60
 
 
-def answer_from_objects(scene: Scene, question: Question) -> str:
+def answer_from_objects(scene: Scene, question: SceneQuestion) -> str:
     """Answer a question from its words and the objects alone, independently of how it was asked."""
     words = question.text.split()
     objects = list(scene.objects)

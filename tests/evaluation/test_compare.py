@@ -12,7 +12,7 @@ from rich.console import Console
 from tests.evaluation.runs import ENVIRONMENT, QUESTIONS, run_cell
 from tokprune.errors import OptionError
 from tokprune.evaluation import export
-from tokprune.evaluation.cells import Cell, Sample, Settings, plan
+from tokprune.evaluation.cells import Cell, Sample, SweepSettings, plan
 from tokprune.evaluation.compare import compare_sweeps
 from tokprune.evaluation.significance import holm, mcnemar
 from tokprune.evaluation.sweep import Sweep
@@ -23,7 +23,7 @@ CELLS = plan(["scenes", "clips"], ["none", "random", "divprune"], [0.5, 0.1])
 
 
 def sweep_of(cells=CELLS, **changes):
-    settings = dataclasses.replace(Settings("demo", limit=QUESTIONS), **changes)
+    settings = dataclasses.replace(SweepSettings("demo", limit=QUESTIONS), **changes)
     return Sweep(settings, dict(ENVIRONMENT), [run_cell(c) for c in cells])
 
 

@@ -14,7 +14,7 @@ from tokprune.evaluation.errors import EvaluationError, at_row
 from tokprune.evaluation.lmms_engine import cut, generation_options
 from tokprune.evaluation.lmms_meter import SampleRecord, means
 from tokprune.evaluation.lmms_options import ModelArgs, pruning_config
-from tokprune.evaluation.lmms_parallel import Outcome, merge
+from tokprune.evaluation.lmms_parallel import WorkerOutcome, merge
 
 
 def test_model_args_as_lmms_eval_hands_them_over() -> None:
@@ -126,7 +126,9 @@ def test_means_leave_out_what_was_not_measured() -> None:
 
 def test_outcomes_of_processes_merge_in_the_order_of_rows() -> None:
     error = at_row("t", 5, "reading", ValueError("broken"))
-    whole = merge([Outcome([_record(2, 1), _record(0, 1)], seconds=2.0), Outcome([_record(1, 1)], fatal=error)])
+    whole = merge(
+        [WorkerOutcome([_record(2, 1), _record(0, 1)], seconds=2.0), WorkerOutcome([_record(1, 1)], fatal=error)]
+    )
     assert [r.doc_id for r in whole.records] == [0, 1, 2]
     assert whole.fatal is error
     assert whole.seconds == 2.0

@@ -15,7 +15,7 @@ import tokprune.demo
 from tokprune.cli.app import app
 from tokprune.cli.recommend import milliseconds, share
 from tokprune.errors import OptionError
-from tokprune.evaluation.cells import Cell, CellResult, Sample, Settings
+from tokprune.evaluation.cells import Cell, CellResult, Sample, SweepSettings
 from tokprune.evaluation.own_pictures import read_questions
 from tokprune.evaluation.recommend import advise, lines, search, tried
 from tokprune.evaluation.significance import paired_shares
@@ -61,7 +61,7 @@ def result(method: str, ratio: float, right: int, ms: float | None = 10.0, n: in
 
 
 def sweep(*results: CellResult) -> Sweep:
-    return Sweep(Settings("demo"), {}, [result("none", 1.0, 400, 20.0), *results])
+    return Sweep(SweepSettings("demo"), {}, [result("none", 1.0, 400, 20.0), *results])
 
 
 def test_the_fastest_within_the_loss_wins_and_a_proven_one_before_one_that_only_seems_so() -> None:
@@ -99,7 +99,7 @@ def test_nothing_within_the_loss_is_said_with_the_nearest() -> None:
 def test_few_questions_prove_nothing_even_without_a_loss() -> None:
     """A bootstrap of five right answers has no width; five questions do not prove a loss below 1 %."""
     base, other = result("none", 1.0, 5, n=5), result("a", 0.5, 5, n=5)
-    made = advise(Sweep(Settings("demo"), {}, [base, other]), {}, 0.01)
+    made = advise(Sweep(SweepSettings("demo"), {}, [base, other]), {}, 0.01)
     assert (made.best.method, made.proven) == ("a", False)
     need = made.best.questions_needed(0.01, 0.95)
     assert need is not None
@@ -122,7 +122,7 @@ def test_a_method_that_is_surely_past_the_loss_is_not_tried_further() -> None:
 
     def cells(part: Sequence[Cell]) -> Sweep:
         asked.extend(part)
-        return Sweep(Settings("demo"), {}, [result(c.method, c.ratio, right[c.method, c.ratio]) for c in part])
+        return Sweep(SweepSettings("demo"), {}, [result(c.method, c.ratio, right[c.method, c.ratio]) for c in part])
 
     found, skipped = search(cells, "t", ["bad", "good"], [0.1, 0.5], 0.02)
     assert [(c.method, c.ratio) for c in asked] == [("none", 1.0), ("bad", 0.5), ("good", 0.5), ("good", 0.1)]

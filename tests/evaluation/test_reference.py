@@ -9,7 +9,7 @@ import pytest
 
 from tests.evaluation.runs import ENVIRONMENT
 from tokprune.errors import OptionError
-from tokprune.evaluation.cells import Cell, CellResult, Sample, Settings
+from tokprune.evaluation.cells import Cell, CellResult, Sample, SweepSettings
 from tokprune.evaluation.reference import known_model, model_of, models, select, to_text
 from tokprune.evaluation.reference.beside import beside
 from tokprune.evaluation.sweep import Sweep
@@ -138,7 +138,7 @@ def run(model, *cells):
         results.append(
             CellResult(Cell(task, method, ratio), metrics, next(iter(metrics)), (sample,), costs={KEPT: kept})
         )
-    return Sweep(Settings(model, limit=500), ENVIRONMENT, results)
+    return Sweep(SweepSettings(model, limit=500), ENVIRONMENT, results)
 
 
 def test_beside_a_run_stand_the_rows_of_the_same_cell():

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from tokprune.cli.app import app
 from tokprune.errors import OptionError
-from tokprune.evaluation.cells import Cell, CellResult, Sample, Settings, build_methods
+from tokprune.evaluation.cells import Cell, CellResult, Sample, SweepSettings, build_methods
 from tokprune.evaluation.failures import Failure
 from tokprune.evaluation.reference.tables import Benchmark, models
 from tokprune.evaluation.reproduce import (
@@ -48,7 +48,7 @@ def test_every_recipe_is_complete(name: str) -> None:
     """Methods can be built with their options, tasks and numbers are there, and the baseline is one of the rows or
     there is none in the source."""
     recipe = find(name)
-    settings = Settings(recipe.checkpoint, model_args=recipe.options(), **recipe.settings)
+    settings = SweepSettings(recipe.checkpoint, model_args=recipe.options(), **recipe.settings)
     cells = recipe.cells()
     assert cells
     for cell in cells:
@@ -116,7 +116,7 @@ RECIPE = Recipe(
 
 
 def test_measured_beside_published() -> None:
-    found = outcomes(RECIPE, Sweep(Settings("m"), {}, [result("none", 1.0, 80), result("divprune", 0.1, 60)]))
+    found = outcomes(RECIPE, Sweep(SweepSettings("m"), {}, [result("none", 1.0, 80), result("divprune", 0.1, 60)]))
     assert [(o.label, o.published, o.ours, o.verdict) for o in found] == [
         ("all tokens at 1", 80.0, 80.0, AGREES),
         ("A at 0.1", 70.0, 60.0, DIFFERS),
@@ -128,12 +128,12 @@ def test_measured_beside_published() -> None:
 
 def test_what_failed_or_gave_no_number_is_not_run() -> None:
     failed = [Failure(Cell("t", "divprune", 0.1), "ValueError", "no picture")]
-    found = outcomes(RECIPE, Sweep(Settings("m"), {}, [result("none", 1.0, 80)], failed))
+    found = outcomes(RECIPE, Sweep(SweepSettings("m"), {}, [result("none", 1.0, 80)], failed))
     assert (found[1].verdict, found[1].why) == (NOT_RUN, "no picture")
 
 
 def test_a_part_of_the_questions_confirms_nothing() -> None:
-    found = outcomes(RECIPE, Sweep(Settings("m", limit=100), {}, [result("none", 1.0, 80)]))
+    found = outcomes(RECIPE, Sweep(SweepSettings("m", limit=100), {}, [result("none", 1.0, 80)]))
     assert found[0].verdict == UNDECIDED
 
 

@@ -12,11 +12,11 @@ import pytest
 from tests.evaluation.runs import ENVIRONMENT, run_cell
 from tokprune.errors import OptionError
 from tokprune.evaluation import store as store_module
-from tokprune.evaluation.cells import Cell, Settings, key
+from tokprune.evaluation.cells import Cell, SweepSettings, key
 from tokprune.evaluation.store import Store, StoreError, dump, write_atomic
 
 CELL = Cell("scenes", "divprune", 0.1)
-SETTINGS = Settings("demo", limit=40)
+SETTINGS = SweepSettings("demo", limit=40)
 
 
 @pytest.fixture

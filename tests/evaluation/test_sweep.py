@@ -14,7 +14,7 @@ import pytest
 
 from tests.evaluation.runs import ENVIRONMENT, run_cell
 from tokprune.errors import OptionError
-from tokprune.evaluation.cells import Cell, Settings, plan
+from tokprune.evaluation.cells import Cell, SweepSettings, plan
 from tokprune.evaluation.failures import failure, root_cause
 from tokprune.evaluation.results import load, results_json, timing_json
 from tokprune.evaluation.store import Store, StoreError
@@ -23,7 +23,7 @@ from tokprune.evaluation.table import rows_of
 from tokprune.evaluation.team import Team
 
 CELLS = plan(["scenes", "clips"], ["none", "random", "divprune"], [0.1, 0.5])
-SETTINGS = Settings("demo", limit=40)
+SETTINGS = SweepSettings("demo", limit=40)
 
 
 def sweep_in(folder, runner=run_cell, cells=CELLS, **more):
@@ -68,7 +68,7 @@ def test_plan_refuses_what_cannot_run(tasks, methods, ratios, words):
 )
 def test_settings_refuse_what_is_no_count(wrong):
     with pytest.raises(OptionError):
-        Settings("demo", **wrong)
+        SweepSettings("demo", **wrong)
 
 
 def test_finished_cells_do_not_run_again(tmp_path):

@@ -17,7 +17,7 @@ from tokprune.profiling.presets import preset
 from tokprune.profiling.published import comparison
 from tokprune.profiling.report import ProfileReport, RunResult
 from tokprune.profiling.timing import Measurement
-from tokprune.viz.html import Picture, Value, render
+from tokprune.viz.html import PagePicture, Value, render
 
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
@@ -70,7 +70,7 @@ def report() -> ProfileReport:
 
 
 def test_the_page_holds_every_number_once_asked_for() -> None:
-    made = profile_page(report(), [Picture(Image.new("RGB", (4, 4)), "kept", "kept")])
+    made = profile_page(report(), [PagePicture(Image.new("RGB", (4, 4)), "kept", "kept")])
     assert [s.title for s in made.sections] == [
         "Findings",
         "Time",

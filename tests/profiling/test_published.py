@@ -6,7 +6,7 @@ import pytest
 
 from tokprune.errors import OptionError
 from tokprune.profiling.presets import list_presets, preset
-from tokprune.profiling.published import CAUTION, KINDS, Published, comparison, lines, measured_in
+from tokprune.profiling.published import CAUTION, KINDS, PublishedReduction, comparison, lines, measured_in
 from tokprune.profiling.report import ProfileReport, RunResult
 from tokprune.profiling.timing import Measurement
 
@@ -14,7 +14,7 @@ ROWS = [(name, row) for name in list_presets() for row in preset(name).published
 
 
 @pytest.mark.parametrize(("name", "row"), ROWS)
-def test_every_row_is_sound(name: str, row: Published) -> None:
+def test_every_row_is_sound(name: str, row: PublishedReduction) -> None:
     assert row.kind in KINDS
     assert 0 < row.share < 1
     assert row.source
@@ -24,12 +24,12 @@ def test_every_row_is_sound(name: str, row: Published) -> None:
         assert 0 < row.tokens < row.tokens_full
 
 
-def formula_rows() -> list[tuple[str, Published]]:
+def formula_rows() -> list[tuple[str, PublishedReduction]]:
     return [(name, row) for name, row in ROWS if row.formula is not None and "assumed" not in row.setting]
 
 
 @pytest.mark.parametrize(("name", "row"), formula_rows())
-def test_the_same_formula_gives_the_published_share(name: str, row: Published) -> None:
+def test_the_same_formula_gives_the_published_share(name: str, row: PublishedReduction) -> None:
     ours = row.ours(preset(name).decoder)
     assert ours is not None
     assert ours[0] == pytest.approx(row.share, rel=0.02)
@@ -75,6 +75,6 @@ def test_a_measured_cell_comes_before_arithmetic() -> None:
 
 def test_rows_that_say_too_little_are_refused() -> None:
     with pytest.raises(OptionError, match="prefill"):
-        Published.from_dict({"method": "a", "kind": "prefil", "source": "b", "share": 0.5})
+        PublishedReduction.from_dict({"method": "a", "kind": "prefil", "source": "b", "share": 0.5})
     with pytest.raises(OptionError, match="needs share"):
-        Published.from_dict({"method": "a", "kind": "prefill", "source": "b", "full": 3.0})
+        PublishedReduction.from_dict({"method": "a", "kind": "prefill", "source": "b", "full": 3.0})

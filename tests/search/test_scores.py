@@ -21,7 +21,7 @@ from tokprune.evaluation.cells import Cell, CellResult, Sample
 from tokprune.profiling.formulas import DecoderShape, layer_tokens
 from tokprune.schedule import Schedule
 from tokprune.search.layers import droppable_layers
-from tokprune.search.run import Wanted, search
+from tokprune.search.run import SearchGoal, search
 from tokprune.search.scores import ModelScore, scheduled
 from tokprune.search.strategies import Trials
 from tokprune.search.tasks import TaskScore
@@ -98,7 +98,7 @@ def test_what_cannot_be_scored_is_refused(asker: Asker) -> None:
 )
 def test_wishes_that_do_not_fit_are_refused(given, message: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(OptionError, match=message):
-        Wanted(**given)
+        SearchGoal(**given)
 
 
 @pytest.mark.parametrize("strategy", ["greedy", "sigmoid", "withdraw"])
@@ -106,9 +106,9 @@ def test_a_search_on_the_demo_model(asker: Asker, examples, strategy: str) -> No
     kind = "kl" if strategy == "withdraw" else "agreement"
     score = score_of(asker, examples, kind)
     wanted = {
-        "greedy": Wanted(floor=0.8, step=1 / 4),
-        "sigmoid": Wanted(max_flops=0.5, trials=Trials(4, "random")),
-        "withdraw": Wanted(floor=-0.5, strategy="withdraw"),
+        "greedy": SearchGoal(floor=0.8, step=1 / 4),
+        "sigmoid": SearchGoal(max_flops=0.5, trials=Trials(4, "random")),
+        "withdraw": SearchGoal(floor=-0.5, strategy="withdraw"),
     }[strategy]
     layers = droppable_layers(asker.model)
     assert layers == [1, 2, 3]

@@ -18,7 +18,7 @@ from PIL import Image
 
 from tokprune.errors import MissingExtraError, OptionError, install_line
 from tokprune.viz import html
-from tokprune.viz.html import Page, Picture, Section, Table, Value
+from tokprune.viz.html import Page, PagePicture, Section, Table, Value
 
 pytest.importorskip("jinja2")
 
@@ -26,7 +26,7 @@ EVIL = "<script>alert('x')</script> & \"quoted\""
 
 
 def page() -> Page:
-    picture = Picture(Image.new("RGB", (20, 10), (255, 0, 0)), EVIL, EVIL)
+    picture = PagePicture(Image.new("RGB", (20, 10), (255, 0, 0)), EVIL, EVIL)
     table = Table([EVIL, "ms"], [[EVIL, 1.5], [None, float("nan")]], EVIL, ("", "ms"))
     return Page(EVIL, EVIL, {EVIL: EVIL, "none": None}, [Section(EVIL, EVIL, [table], [picture])])
 

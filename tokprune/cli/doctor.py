@@ -13,7 +13,7 @@ from tokprune.files import STDOUT
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from tokprune.runtime.reach import Answer, Reach
+    from tokprune.runtime.reach import Reach, ReachAnswer
     from tokprune.testing.doctor import Diagnosis, Package
     from tokprune.testing.self_test import Check
 
@@ -88,7 +88,7 @@ def _print_checks(console: Console, diagnosis: Diagnosis) -> None:
         _print_answers(console, "encoder stage", diagnosis.reach.encoder)
 
 
-def _print_answers(console: Console, title: str, answers: dict[str, Answer]) -> None:
+def _print_answers(console: Console, title: str, answers: dict[str, ReachAnswer]) -> None:
     """One line per thing that works; those that are refused for the same reason share one."""
     from rich.markup import escape
 

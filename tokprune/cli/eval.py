@@ -68,7 +68,7 @@ def evaluate(  # the options of the command
 ) -> None:
     """Measure what pruning loses on your tasks at each keep ratio. Exit code 1 when a cell failed."""
     from tokprune.cli.eval_run import EvalRequest, Outputs, compare_runs, print_reference, run
-    from tokprune.evaluation.cells import Settings, config_cells, plan
+    from tokprune.evaluation.cells import SweepSettings, config_cells, plan
     from tokprune.loading import check_device, check_dtype
 
     outputs = Outputs(csv=csv, markdown=markdown, latex=latex, plots=plots, html=html)
@@ -87,7 +87,7 @@ def evaluate(  # the options of the command
         pruning = options.config_of(config, positions=positions)
         more, configs = config_cells(cells, pruning, options.ratio_of(pruning, config))
         cells, positions = (*cells, *more), pruning.positions
-    settings = Settings(
+    settings = SweepSettings(
         model=model or "demo",
         limit=count(limit),
         batch_size=batch_size,

@@ -15,7 +15,7 @@ from tokprune.cli.output import console_for, progress_bar, say_saved
 from tokprune.environment import environment
 from tokprune.errors import OptionError, missing_extra
 from tokprune.evaluation import export
-from tokprune.evaluation.cells import BASELINE, OPTION, Cell, CellResult, Settings, build_methods
+from tokprune.evaluation.cells import BASELINE, OPTION, Cell, CellResult, SweepSettings, build_methods
 from tokprune.evaluation.failures import Failure
 from tokprune.evaluation.results import load, results_json, timing_json
 from tokprune.evaluation.store import Store
@@ -105,7 +105,7 @@ class EvalRequest:
     """A sweep to run and what to make of it. out: the results folder. folders: more places with task YAMLs."""
 
     cells: Sequence[Cell]
-    settings: Settings
+    settings: SweepSettings
     out: Path
     folders: Sequence[Path] = ()
     retry_failed: bool = False
@@ -179,7 +179,7 @@ def _nothing(cell: Cell) -> CellResult | None:
     raise RuntimeError(f"{cell} was finished a moment ago, and is not any more")
 
 
-def check_options(cells: Sequence[Cell], settings: Settings) -> None:
+def check_options(cells: Sequence[Cell], settings: SweepSettings) -> None:
     """Refuse options of methods that are not in the sweep: they would do nothing."""
     names = {part for cell in cells for part in cell.method.split("+")}
     for name in settings.model_args:

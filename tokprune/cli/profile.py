@@ -266,9 +266,9 @@ def _write(
     pictures = work.pictures(shown, ratio)
     if request.html is not None:
         from tokprune.profiling.pages import profile_page
-        from tokprune.viz.html import Picture, write
+        from tokprune.viz.html import PagePicture, write
 
-        drawn = [Picture(image, caption, caption) for _, caption, image in pictures]
+        drawn = [PagePicture(image, caption, caption) for _, caption, image in pictures]
         say_saved(console, [write(profile_page(report, drawn), request.html)])
     if request.plots is not None:
         from tokprune.profiling.plots import save_plots

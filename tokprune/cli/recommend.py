@@ -18,8 +18,8 @@ from tokprune.errors import OptionError
 
 if TYPE_CHECKING:
     from tokprune.cli.eval_run import Bars
-    from tokprune.evaluation.cells import Cell, CellResult, Settings
-    from tokprune.evaluation.own_pictures import Question
+    from tokprune.evaluation.cells import Cell, CellResult, SweepSettings
+    from tokprune.evaluation.own_pictures import PictureQuestion
     from tokprune.evaluation.recommend import Advice
     from tokprune.evaluation.sweep import Sweep
 
@@ -62,7 +62,7 @@ def recommend(  # the options of the command
     Without answers, what counts is whether the pruned model says what the unpruned one says.
     """
     from tokprune.evaluation import recommend as found
-    from tokprune.evaluation.cells import BASELINE, Settings
+    from tokprune.evaluation.cells import BASELINE, SweepSettings
     from tokprune.files import write_json
     from tokprune.loading import check_device, check_dtype
 
@@ -73,7 +73,7 @@ def recommend(  # the options of the command
         raise OptionError("give --images FOLDER (your own pictures), or --tasks NAME (labelled), one of them.")
     loss, in_time = share(max_loss), None if latency is None else milliseconds(latency)
     request = Request(
-        model_settings=Settings(
+        model_settings=SweepSettings(
             model, limit, device=device, dtype=dtype, model_args={} if scorer is None else {"scorer": scorer}
         ),
         images=images,
@@ -114,7 +114,7 @@ def recommend(  # the options of the command
 class Request:
     """What is to be tried on what. asked: of every picture of a folder without a list. longest: answer about it."""
 
-    model_settings: Settings
+    model_settings: SweepSettings
     images: Path | None
     task: str | None
     asked: Sequence[str]
@@ -125,13 +125,13 @@ class Request:
     loss: float
     quiet: bool
 
-    def questions(self) -> list[Question]:
+    def questions(self) -> list[PictureQuestion]:
         """Those about the user's own pictures."""
         from tokprune.evaluation.own_pictures import read_questions
 
         return [] if self.images is None else read_questions(self.images, self.asked, self.model_settings.limit)
 
-    def settings(self, questions: Sequence[Question]) -> Settings:
+    def settings(self, questions: Sequence[PictureQuestion]) -> SweepSettings:
         """What decides whether a finished cell can be used again: model and questions."""
         from tokprune.evaluation.own_pictures import fingerprint
 
@@ -184,8 +184,8 @@ class _Runner:
     """Runs cells on a model that is opened when the first one is not finished yet."""
 
     request: Request
-    settings: Settings
-    questions: Sequence[Question]
+    settings: SweepSettings
+    questions: Sequence[PictureQuestion]
     bars: Bars
     baseline: CellResult | None = None
     inner: Any = None

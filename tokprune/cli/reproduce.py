@@ -79,7 +79,7 @@ def _run(
     """The cells of a recipe through lmms-eval; finished ones are read from the results folder."""
     from tokprune.cli.eval_run import Bars, Outputs
     from tokprune.environment import environment
-    from tokprune.evaluation.cells import Settings, build_methods
+    from tokprune.evaluation.cells import SweepSettings, build_methods
     from tokprune.evaluation.harness import Harness
     from tokprune.evaluation.store import Store
     from tokprune.evaluation.sweep import run_sweep, survey
@@ -87,7 +87,7 @@ def _run(
 
     Outputs().check()
     args = {**recipe.options(), **({} if scorer is None else {"scorer": scorer})}
-    settings = Settings(model=model, model_args=args, **fixed)  # type: ignore[arg-type]
+    settings = SweepSettings(model=model, model_args=args, **fixed)  # type: ignore[arg-type]
     cells = recipe.cells(tasks)
     for cell in cells:
         build_methods(cell.method, settings)

@@ -16,7 +16,7 @@ from tokprune.types import VLM, JsonObject
 
 if TYPE_CHECKING:
     from tokprune.schedule import Schedule
-    from tokprune.search.run import Searched, Wanted
+    from tokprune.search.run import Searched, SearchGoal
     from tokprune.search.scores import ModelScore
     from tokprune.search.tasks import TaskScore
 
@@ -81,14 +81,14 @@ def search(  # the options of the command
     """Find how many visual tokens each layer of the LLM needs. Interrupted, it goes on from the scores that it has."""
     from tokprune.files import check_writable
     from tokprune.loading import check_device, check_dtype
-    from tokprune.search.run import Wanted
+    from tokprune.search.run import SearchGoal
     from tokprune.search.scores import check_decoder
     from tokprune.search.strategies import Trials
 
     options.at_least_one(questions=questions, every=every, trials=trials, batch_size=batch_size)
     check_device(device)
     check_dtype(dtype)
-    wanted = Wanted(_floor(min_accuracy, max_kl, score), max_flops, strategy, trials=Trials(trials, sampler, seed))
+    wanted = SearchGoal(_floor(min_accuracy, max_kl, score), max_flops, strategy, trials=Trials(trials, sampler, seed))
     check_decoder(method)
     asked = Asked(model, method, tuple(options.names(tasks)), score, questions, batch_size, device, dtype)
     check_writable(out)
@@ -115,7 +115,9 @@ def _floor(min_accuracy: float | None, max_kl: float | None, score: str) -> floa
     return min_accuracy
 
 
-def _run(asked: Asked, wanted: Wanted, every: int, out: Path, console: Console, quiet: bool) -> tuple[Searched, int]:
+def _run(
+    asked: Asked, wanted: SearchGoal, every: int, out: Path, console: Console, quiet: bool
+) -> tuple[Searched, int]:
     """Load, score, search; the number of schedules that were scored beside what was found."""
     from tokprune.loading import no_bars
     from tokprune.profiling.formulas import DecoderShape
@@ -169,13 +171,13 @@ def _score(asked: Asked) -> tuple[ModelScore | TaskScore, VLM]:
 
 
 def _task_score(asked: Asked) -> tuple[TaskScore, VLM]:
-    from tokprune.evaluation.cells import Settings
+    from tokprune.evaluation.cells import SweepSettings
     from tokprune.evaluation.harness import Harness
     from tokprune.search.tasks import TaskScore
 
     if not asked.tasks:
         raise OptionError(f"say which questions {asked.model} is asked: --tasks mmbench_en_dev_lite, for example.")
-    settings = Settings(
+    settings = SweepSettings(
         model=asked.model,
         limit=asked.questions,
         batch_size=asked.batch_size,

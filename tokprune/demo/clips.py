@@ -55,7 +55,7 @@ class Take:
 
 
 @dataclass(frozen=True)
-class Clip:
+class DemoClip:
     """Takes in turn. starts: each one's first frame. length: frames in all."""
 
     seed: int
@@ -141,7 +141,7 @@ def frames_per_scene(scenes: int, frames: int, rng: random.Random) -> list[int]:
     return [after - before for before, after in itertools.pairwise(cuts)]
 
 
-def make_clip(seed: int, long: bool = False) -> Clip:
+def make_clip(seed: int, long: bool = False) -> DemoClip:
     """The clip of a seed; equal seeds give equal clips."""
     rng = random.Random(f"{'long ' if long else ''}clip {seed}")
     frames = LONG_FRAMES if long else SHORT_FRAMES
@@ -151,7 +151,7 @@ def make_clip(seed: int, long: bool = False) -> Clip:
     for shown in frames_per_scene(len(plan), frames, rng)[:-1]:
         seen += shown
         starts.append(STEP * (seen - 1) + rng.randint(2, STEP - 1))  # somewhere between two of the spread frames
-    return Clip(seed, takes, tuple(starts), STEP * (frames - 1) + 1)
+    return DemoClip(seed, takes, tuple(starts), STEP * (frames - 1) + 1)
 
 
 def held_out_clips(
@@ -194,7 +194,7 @@ def held_out_clips(
 
 def _balanced(
     questions: int, seed: int, long: bool, types: Sequence[ClipQuestionType]
-) -> Iterator[tuple[Clip, list[ClipQuestion]]]:
+) -> Iterator[tuple[DemoClip, list[ClipQuestion]]]:
     """Held-out clips with up to `_QUESTIONS_PER_CLIP` questions each, until there are enough of every type."""
     share, extra = divmod(questions, len(types))
     missing: Counter[str] = Counter({kind: share + (i < extra) for i, kind in enumerate(types)})

@@ -16,7 +16,7 @@ from tokprune.errors import missing_extra
 from .scenes import SIZE
 
 if TYPE_CHECKING:
-    from .clips import Clip
+    from .clips import DemoClip
 
 _OPTIONS = {"preset": "veryfast", "crf": "20", "threads": "1"}
 
@@ -39,7 +39,7 @@ def encode(frames: Iterable[NDArray[np.uint8]], file: str | IO[bytes], fps: int)
         container.mux(stream.encode())
 
 
-def write_clip(clip: Clip, path: Path) -> Path:
+def write_clip(clip: DemoClip, path: Path) -> Path:
     """The clip as an mp4 at `path`, unless it is already there; a kill leaves no half file."""
     from .clips import FPS
 

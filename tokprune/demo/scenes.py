@@ -74,7 +74,7 @@ class Scene:
 
 
 @dataclass(frozen=True)
-class Question:
+class SceneQuestion:
     """A question about one scene and its only right answer."""
 
     type: QuestionType
@@ -104,7 +104,7 @@ def questions(
     scene: Scene,
     rng: random.Random | None = None,
     types: Sequence[QuestionType] = QUESTION_TYPES,
-) -> list[Question]:
+) -> list[SceneQuestion]:
     """One question of each type that the scene supports without ambiguity.
 
     Args:
@@ -117,12 +117,12 @@ def questions(
     return [question for question in possible if question is not None]
 
 
-def ask(objects: Sequence[SceneObject], question_type: QuestionType, rng: random.Random) -> Question | None:
+def ask(objects: Sequence[SceneObject], question_type: QuestionType, rng: random.Random) -> SceneQuestion | None:
     """A question of one type about these objects, or None where none has a unique answer."""
     if question_type not in _ASKERS:
         raise ValueError(f"unknown question type {question_type!r}; choose from {', '.join(QUESTION_TYPES)}")
     question = _ASKERS[question_type](objects, rng)
-    return None if question is None else Question(question_type, *question)
+    return None if question is None else SceneQuestion(question_type, *question)
 
 
 def held_out(n_questions: int, seed: int = 0, types: Sequence[QuestionType] = QUESTION_TYPES) -> list[Example]:

@@ -44,7 +44,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Settings:
+class SweepSettings:
     """What all cells of a sweep share and what may change an answer; two cells with different settings never mix.
 
     limit: questions per task, None for all. frames: video frames per question, None for the model's own number.
@@ -186,7 +186,7 @@ def config_cells(
     return [Cell(task, name, ratio) for task in tasks], {name: [method_to_dict(m) for m in config.methods]}
 
 
-def build_methods(method: str, settings: Settings) -> tuple[Method, ...]:
+def build_methods(method: str, settings: SweepSettings) -> tuple[Method, ...]:
     """The methods that a cell names, with the sweep's options and seed; none for the baseline."""
     from tokprune.evaluation.lmms_options import pruning_config
 
@@ -196,7 +196,7 @@ def build_methods(method: str, settings: Settings) -> tuple[Method, ...]:
     return () if config is None else config.methods
 
 
-def key(cell: Cell, settings: Settings) -> str:
+def key(cell: Cell, settings: SweepSettings) -> str:
     """The name of a cell's folder: readable, and different as soon as any setting is."""
     data = json.dumps({"cell": dataclasses.asdict(cell), "settings": settings.to_dict()}, sort_keys=True)
     digest = hashlib.sha256(data.encode()).hexdigest()[:10]

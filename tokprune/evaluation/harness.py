@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tokprune.config import PruneConfig
 from tokprune.errors import OptionError, missing_extra
-from tokprune.evaluation.cells import OPTION, Cell, CellResult, Settings, build_methods
+from tokprune.evaluation.cells import OPTION, Cell, CellResult, SweepSettings, build_methods
 from tokprune.evaluation.harness_log import CellLog
 from tokprune.evaluation.team import Team
 from tokprune.types import Fields, JsonObject
@@ -28,7 +28,7 @@ class Harness:
     def __init__(
         self,
         tasks: Sequence[str],
-        settings: Settings,
+        settings: SweepSettings,
         folders: Sequence[str | Path] = (),
         log_of: Callable[[Cell], Path] | None = None,
         tick: Tick | None = None,

@@ -32,7 +32,7 @@ from tokprune.evaluation.lmms_engine import Answer, Engine
 from tokprune.evaluation.lmms_loading import frames_for, load_for, pick_device, scorer_for
 from tokprune.evaluation.lmms_meter import SampleRecord, means
 from tokprune.evaluation.lmms_options import ModelArgs, pruning_config
-from tokprune.evaluation.lmms_parallel import Outcome, gather
+from tokprune.evaluation.lmms_parallel import WorkerOutcome, gather
 from tokprune.evaluation.lmms_requests import MediaRules, Messages, Prompt, RequestReader, TaskRow
 from tokprune.loading import DEMO
 from tokprune.types import Fields, JsonObject, MethodLike
@@ -182,12 +182,12 @@ class TokpruneChat(lmms):
     def _run(
         self,
         requests: Sequence[Instance],
-        work: Callable[[Sequence[Prompt], Outcome], Iterable[GenerationResult | None]],
+        work: Callable[[Sequence[Prompt], WorkerOutcome], Iterable[GenerationResult | None]],
         lost: GenerationResult,
     ) -> list[GenerationResult]:
         """The results of all requests, in order. work: a batch of prompts -> theirs. lost: of rows that have none."""
         results = [lost] * len(requests)
-        outcome, done = Outcome(), 0
+        outcome, done = WorkerOutcome(), 0
         bar = tqdm(total=len(requests), disable=self.rank != 0, desc="tokprune")
         self.tick(0, len(requests))
         try:
@@ -203,7 +203,7 @@ class TokpruneChat(lmms):
         self._finish(outcome)
         return results
 
-    def _generated(self, prompts: Sequence[Prompt], outcome: Outcome) -> Iterator[GenerationResult | None]:
+    def _generated(self, prompts: Sequence[Prompt], outcome: WorkerOutcome) -> Iterator[GenerationResult | None]:
         """The answers to a batch as results; the FLOPs of each task's first ones are counted."""
         for prompt, answer in zip(prompts, self._answers(prompts, outcome), strict=True):
             if answer is None:
@@ -217,7 +217,7 @@ class TokpruneChat(lmms):
             tokens = TokenCounts(input_tokens=record.prompt_tokens, output_tokens=record.new_tokens)
             yield GenerationResult(answer.text, tokens)
 
-    def _answers(self, prompts: Sequence[Prompt], outcome: Outcome) -> list[Answer | None]:
+    def _answers(self, prompts: Sequence[Prompt], outcome: WorkerOutcome) -> list[Answer | None]:
         """The answers to a batch; None for rows that fail with on_error="continue".
 
         A batch that fails is asked row by row: what is too large together may fit alone, and else the failing row is
@@ -263,7 +263,9 @@ class TokpruneChat(lmms):
     def _row(request: Instance, task: str, split: str, doc_id: int) -> TaskRow:
         return TaskRow(task, split, int(doc_id), bool((request.metadata or {}).get("__padding_only__")))
 
-    def _batches(self, requests: Sequence[Instance], outcome: Outcome) -> Iterator[tuple[list[int], list[Prompt]]]:
+    def _batches(
+        self, requests: Sequence[Instance], outcome: WorkerOutcome
+    ) -> Iterator[tuple[list[int], list[Prompt]]]:
         """Neighbouring prompts with equal generation settings and media, up to the batch size, with their places.
 
         Left out are rows that only pad a process, and failed ones with on_error="continue".
@@ -285,7 +287,7 @@ class TokpruneChat(lmms):
         if batch:
             yield [p for p, _ in batch], [p for _, p in batch]
 
-    def _failed_row(self, row: TaskRow, error: Exception, outcome: Outcome) -> None:
+    def _failed_row(self, row: TaskRow, error: Exception, outcome: WorkerOutcome) -> None:
         """Raise the error with its row's name, or note it when the run is to go on."""
         if not isinstance(error, EvaluationError):
             cause, error = error, at_row(row.task, row.doc_id, "answering failed", error)
@@ -295,7 +297,7 @@ class TokpruneChat(lmms):
         logger.error(f"{error} The row has no answer and counts as failed (on_error=continue).")
         outcome.failures.append(error)
 
-    def _finish(self, outcome: Outcome) -> None:
+    def _finish(self, outcome: WorkerOutcome) -> None:
         """Bring the processes together, then report what answering cost, or raise what went wrong in any of them."""
         whole = gather(outcome, self.world_size)
         self.records += whole.records
@@ -334,7 +336,7 @@ class TokpruneSimple(TokpruneChat):
         """
         return self._run(requests, self._scored, GenerationResult(text=(float("inf"), False)))
 
-    def _scored(self, prompts: Sequence[Prompt], outcome: Outcome) -> Iterator[GenerationResult | None]:
+    def _scored(self, prompts: Sequence[Prompt], outcome: WorkerOutcome) -> Iterator[GenerationResult | None]:
         for prompt in prompts:
             started, result = time.perf_counter(), None
             try:

@@ -18,7 +18,7 @@ import tokprune
 from tokprune.adapters.prompting import build_inputs
 from tokprune.adapters.query import tokenizer_of
 from tokprune.errors import OptionError
-from tokprune.evaluation.cells import Cell, CellResult, Sample, Settings, build_methods
+from tokprune.evaluation.cells import Cell, CellResult, Sample, SweepSettings, build_methods
 from tokprune.evaluation.lmms_meter import clock_times, stages_of, token_counts
 from tokprune.evaluation.scoring import right
 from tokprune.evaluation.table import KEPT, TOTAL, TTFT
@@ -37,7 +37,7 @@ token's distribution from the unpruned model's, in nats."""
 
 
 @dataclass(frozen=True)
-class Question:
+class PictureQuestion:
     """One question about one picture. answer: what is right, "" where nobody says."""
 
     picture: Path
@@ -45,7 +45,7 @@ class Question:
     answer: str = ""
 
 
-def read_questions(folder: Path, asked: Sequence[str], limit: int | None = None) -> list[Question]:
+def read_questions(folder: Path, asked: Sequence[str], limit: int | None = None) -> list[PictureQuestion]:
     """The questions of a folder: those of its questions.json or questions.csv, else `asked` about every picture in it.
 
     Rows have the fields image, question and, where it is known, answer; a path is one inside the folder. Raises
@@ -56,7 +56,7 @@ def read_questions(folder: Path, asked: Sequence[str], limit: int | None = None)
     listed = next((folder / name for name in LISTS if (folder / name).exists()), None)
     if listed is None:
         files = sorted((p for p in folder.iterdir() if p.suffix.lower() in PICTURES and p.name[0] != "."), key=natural)
-        questions = [Question(file, text) for file in files for text in asked]
+        questions = [PictureQuestion(file, text) for file in files for text in asked]
         if not questions:
             raise OptionError(f"{folder} holds no pictures ({', '.join(sorted(PICTURES))}).")
     else:
@@ -78,13 +78,13 @@ def _rows(listed: Path) -> list[object]:
     return data
 
 
-def _question(listed: Path, number: int, row: object) -> Question:
+def _question(listed: Path, number: int, row: object) -> PictureQuestion:
     if not isinstance(row, dict) or not row.get("image") or not row.get("question"):
         raise OptionError(f'{listed}, row {number}: needs "image" and "question" ("answer" is optional), not {row!r}.')
     picture = listed.parent / str(row["image"])
     if not picture.is_file():
         raise OptionError(f"{listed}, row {number}: there is no picture {picture}.")
-    return Question(picture, str(row["question"]), str(row.get("answer") or ""))
+    return PictureQuestion(picture, str(row["question"]), str(row.get("answer") or ""))
 
 
 class OwnPictures:
@@ -96,8 +96,8 @@ class OwnPictures:
     def __init__(
         self,
         loaded: Loaded,
-        questions: Sequence[Question],
-        settings: Settings,
+        questions: Sequence[PictureQuestion],
+        settings: SweepSettings,
         longest: int,
         scorer: object = None,
         tick: Callable[[int, int], None] = lambda done, total: None,
@@ -206,7 +206,7 @@ class OwnPictures:
         return CellResult(cell, metrics, RIGHT if self.labelled else AGREES, tuple(samples), True, costs, timing)
 
 
-def fingerprint(questions: Sequence[Question]) -> str:
+def fingerprint(questions: Sequence[PictureQuestion]) -> str:
     """What tells one set of questions from another: texts, answers, names and sizes of the pictures."""
     import hashlib
 

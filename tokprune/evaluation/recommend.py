@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 
 from tokprune.config import PruneConfig
 from tokprune.errors import OptionError
-from tokprune.evaluation.cells import BASELINE, Cell, CellResult, Settings, build_methods
+from tokprune.evaluation.cells import BASELINE, Cell, CellResult, SweepSettings, build_methods
 from tokprune.evaluation.failures import Failure
 from tokprune.evaluation.own_pictures import KL
 from tokprune.evaluation.significance import compare, paired_shares
@@ -190,7 +190,7 @@ def simultaneous(settings: int) -> float:
     return 1 - (1 - LEVEL) / max(settings, 1)
 
 
-def config_for(best: Tried, settings: Settings) -> PruneConfig:
+def config_for(best: Tried, settings: SweepSettings) -> PruneConfig:
     """The setting as a config."""
     return PruneConfig(build_methods(best.method, settings), ratio=best.ratio, positions=settings.positions)
 

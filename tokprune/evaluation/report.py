@@ -94,7 +94,7 @@ def write_html(sweep: Sweep, rows: Sequence[Row], plots: Sequence[Plot], path: P
 
 def page(sweep: Sweep, rows: Sequence[Row], plots: Sequence[Plot], reference: bool = False) -> Page:
     """The report as a page."""
-    from tokprune.viz.html import Page, Picture, Section, Table
+    from tokprune.viz.html import Page, PagePicture, Section, Table
 
     columns = used_columns(rows)
     table = Table([c.head for c in columns], [[_sortable(c, row) for c in columns] for row in rows])
@@ -102,7 +102,7 @@ def page(sweep: Sweep, rows: Sequence[Row], plots: Sequence[Plot], reference: bo
     tables = [table, *(Table(names, lines, f"{task}, other metrics") for task, names, lines in details(sweep))]
     sections = [Section("Results", notes, tables)]
     for task in dict.fromkeys(p.task for p in plots):
-        pictures = [Picture(png(p.figure), p.text, f"{p.task}: {p.text}") for p in plots if p.task == task]
+        pictures = [PagePicture(png(p.figure), p.text, f"{p.task}: {p.text}") for p in plots if p.task == task]
         sections.append(Section(task, "", (), pictures))
     if sweep.failures:
         lines = [(str(f.cell), f.error, f.reason) for f in sweep.failures]

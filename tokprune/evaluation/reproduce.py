@@ -16,7 +16,7 @@ from importlib import resources
 from tokprune.errors import OptionError, nearest
 from tokprune.evaluation.cells import BASELINE, OPTION, Cell, CellResult
 from tokprune.evaluation.reference.beside import measured
-from tokprune.evaluation.reference.tables import Benchmark, Entry, Model, Published, models
+from tokprune.evaluation.reference.tables import Benchmark, Entry, Model, PublishedTable, models
 from tokprune.evaluation.significance import paired_bootstrap
 from tokprune.evaluation.sweep import Sweep
 from tokprune.evaluation.table import is_percent, scores_of
@@ -43,7 +43,7 @@ class RecipeRow:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A published table that can be run. missing: why it cannot, "" where it can. settings: fields of `Settings`."""
+    """A published table that can be run. missing: why it cannot, "" where it can. settings: fields of `SweepSettings`."""
 
     name: str
     title: str
@@ -131,7 +131,7 @@ def _recipe(entry: JsonObject) -> Recipe:
     )
 
 
-def _of_table(name: str, model: Model, table: Published, more: JsonObject) -> Recipe:
+def _of_table(name: str, model: Model, table: PublishedTable, more: JsonObject) -> Recipe:
     """A table as a recipe. more: what recipes.json adds: methods to keep, rows that are spelled out, settings."""
     at = [i for i, b in enumerate(table.benchmarks) if b.task and b.metrics]
     said = {row["label"]: row for row in more.get("rows", ())}

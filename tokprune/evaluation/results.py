@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tokprune.evaluation.cells import BASELINE, Cell, CellResult, Settings, build_methods, key
+from tokprune.evaluation.cells import BASELINE, Cell, CellResult, SweepSettings, build_methods, key
 from tokprune.evaluation.failures import Failure
 from tokprune.evaluation.store import dump
 from tokprune.evaluation.sweep import Sweep
@@ -46,7 +46,7 @@ def timing_json(sweep: Sweep) -> str:
     return dump({"type": TIMING_TYPE, "version": VERSION, "machine": sweep.environment.get("machine"), "cells": cells})
 
 
-def seeds(settings: Settings) -> dict[str, int]:
+def seeds(settings: SweepSettings) -> dict[str, int]:
     """Every seed that a sweep sets."""
     names = ("python", "numpy", "torch", "fewshot", "method")
     return dict.fromkeys(names, settings.seed)
@@ -86,7 +86,7 @@ def load(path: str | Path) -> Sweep:
         at = Cell(cell["task"], cell["method"], cell["ratio"])
         results.append(CellResult.from_dict(cell, cell["samples"], timing.get(at)))
     failures = [Failure(Cell(f["task"], f["method"], f["ratio"]), f["error"], f["reason"]) for f in data["failed"]]
-    return Sweep(Settings(**data["settings"]), dict(data["environment"]), results, failures)
+    return Sweep(SweepSettings(**data["settings"]), dict(data["environment"]), results, failures)
 
 
 def _times(path: Path) -> Mapping[Cell, dict[str, float]]:

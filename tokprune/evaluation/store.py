@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TextIO
 
 from tokprune.errors import OptionError, TokpruneError
-from tokprune.evaluation.cells import Cell, CellResult, Settings, key
+from tokprune.evaluation.cells import Cell, CellResult, SweepSettings, key
 from tokprune.types import Fields, JsonObject
 
 CELL_TYPE, CELL_VERSION = "tokprune.eval.cell", 1
@@ -36,7 +36,7 @@ class StoreError(TokpruneError, OSError):
 class Store:
     """The results folder of a sweep. environment: what the cells are made with, see environment.environment."""
 
-    def __init__(self, folder: str | Path, settings: Settings, environment: Fields) -> None:
+    def __init__(self, folder: str | Path, settings: SweepSettings, environment: Fields) -> None:
         self.folder = Path(folder)
         self.settings = settings
         self.environment = dict(environment)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from tokprune.evaluation.cells import Cell, CellResult, Settings
+from tokprune.evaluation.cells import Cell, CellResult, SweepSettings
 from tokprune.evaluation.errors import EvaluationError
 from tokprune.evaluation.failures import Failure, failure
 from tokprune.evaluation.store import Store, StoreError
@@ -38,7 +38,7 @@ class Watcher:
 class Sweep:
     """What a sweep found: results and failures, in the order of the plan."""
 
-    settings: Settings
+    settings: SweepSettings
     environment: JsonObject
     results: list[CellResult] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)

@@ -10,7 +10,7 @@ from tokprune.profiling import tables
 from tokprune.profiling.memory import readable
 from tokprune.profiling.published import CAUTION
 from tokprune.types import JsonObject
-from tokprune.viz.html import Page, Picture, Section
+from tokprune.viz.html import Page, PagePicture, Section
 from tokprune.viz.plots import png
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tokprune.profiling.report import ProfileReport
 
 
-def _bars(report: ProfileReport) -> tuple[list[Picture], str]:
+def _bars(report: ProfileReport) -> tuple[list[PagePicture], str]:
     """Latency bars, or the sentence why there are none."""
     from tokprune.profiling.plots import latency_bars
 
@@ -28,12 +28,14 @@ def _bars(report: ProfileReport) -> tuple[list[Picture], str]:
         return [], str(error)
     what = "Where the time of each run goes"
     return [
-        Picture(png(whole), f"{what}, from pixels to the last token.", "Stacked bars of the stages' times per run"),
-        Picture(png(first), f"{what}, up to the first token.", "Stacked bars of the stages' times to the first token"),
+        PagePicture(png(whole), f"{what}, from pixels to the last token.", "Stacked bars of the stages' times per run"),
+        PagePicture(
+            png(first), f"{what}, up to the first token.", "Stacked bars of the stages' times to the first token"
+        ),
     ], ""
 
 
-def profile_page(report: ProfileReport, pictures: Sequence[Picture] = ()) -> Page:
+def profile_page(report: ProfileReport, pictures: Sequence[PagePicture] = ()) -> Page:
     """The page of a measured profile. pictures: what each run kept, where the command drew it."""
     bars, missing = _bars(report) if report.cells else ([], "")
     findings = [

@@ -18,7 +18,7 @@ from tokprune.errors import OptionError, unknown
 from tokprune.files import checked
 from tokprune.profiling import resolution as res
 from tokprune.profiling.formulas import DecoderShape
-from tokprune.profiling.published import Published
+from tokprune.profiling.published import PublishedReduction
 from tokprune.profiling.resolution import Size
 from tokprune.types import Fields, JsonObject
 
@@ -53,7 +53,7 @@ class Preset:
     config: Fields
     sources: tuple[str, ...]
     aliases: tuple[str, ...] = ()
-    published: tuple[Published, ...] = ()
+    published: tuple[PublishedReduction, ...] = ()
 
     @property
     def decoder(self) -> DecoderShape:
@@ -170,7 +170,7 @@ def _all() -> dict[str, Preset]:
                 config=data["config"],
                 sources=tuple(data["sources"]),
                 aliases=tuple(data.get("aliases", ())),
-                published=tuple(Published.from_dict(row) for row in data.get("published", ())),
+                published=tuple(PublishedReduction.from_dict(row) for row in data.get("published", ())),
             )
     return out
 

@@ -35,7 +35,7 @@ CAUTION = (
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedReduction:
     """One reported reduction. kind: a key of KINDS. full, pruned: the numbers before and after, in `unit`, or None
     where only their share was given. tokens: visual tokens kept of `tokens_full`; None where not said. text: text
     tokens that the number includes. formula, layer: how FLOPs were counted, and the layer from which tokens are dropped
@@ -57,7 +57,7 @@ class Published:
     setting: str = ""
 
     @staticmethod
-    def from_dict(data: Fields) -> Published:
+    def from_dict(data: Fields) -> PublishedReduction:
         """The row that a preset's file holds; `share` follows from full and pruned where it is not given."""
         row = dict(data)
         if row.get("kind") not in KINDS:
@@ -66,7 +66,7 @@ class Published:
             if not row.get("full") or row.get("pruned") is None:
                 raise OptionError(f"a published number needs share, or full and pruned; this one has {sorted(row)}.")
             row["share"] = row["pruned"] / row["full"]
-        return Published(**row)
+        return PublishedReduction(**row)
 
     @property
     def kept(self) -> str:
@@ -112,11 +112,11 @@ class Published:
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
 
-Measured = Callable[[Published], "tuple[float, str] | None"]
+Measured = Callable[[PublishedReduction], "tuple[float, str] | None"]
 
 
 def comparison(
-    rows: tuple[Published, ...], shape: DecoderShape, vision: int = 0, measured: Measured | None = None
+    rows: tuple[PublishedReduction, ...], shape: DecoderShape, vision: int = 0, measured: Measured | None = None
 ) -> list[JsonObject]:
     """The rows with ours beside them, as plain data: "ours" is a share or None, "ours_is" says what it is.
 
@@ -135,7 +135,7 @@ def measured_in(report: ProfileReport) -> Measured:
     """Our measured share for the rows of which a profile has a cell: nearly the same share of tokens, the same method
     first."""
 
-    def find(row: Published) -> tuple[float, str] | None:
+    def find(row: PublishedReduction) -> tuple[float, str] | None:
         plain = report.find("plain")
         if plain is None or row.tokens is None or row.tokens_full is None or row.kind == "flops":
             return None

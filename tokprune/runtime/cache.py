@@ -116,7 +116,6 @@ class CacheStage:
         ]
 
     # -- the layer whose attention is read
-    # -------------------------------------------------------------------------------------------
 
     @torch.compiler.disable
     def _before(self, module: Model, args: Positional, kwargs: ModelCall) -> Replaced:
@@ -166,7 +165,6 @@ class CacheStage:
         self.used, self.visual = chosen.width, chosen.visual.shape[1]
 
     # -- the layers that read less
-    # --------------------------------------------------------------------------------------
 
     @torch.compiler.disable
     def _narrow(self, module: Model, args: Positional, kwargs: ModelCall) -> Replaced:

@@ -38,7 +38,6 @@ class ConnectorStage(Prefill):
             raise
 
     # -- the inputs of a step
-    # -----------------------------------------------------------------------------------------------
 
     def _prepare(self, original: Original, input_ids: Tensor, *args: object, **kwargs: object) -> ModelCall:
         kwargs.update(
@@ -91,7 +90,6 @@ class ConnectorStage(Prefill):
         return out, mask is not None
 
     # -- the prefill
-    # --------------------------------------------------------------------------------------------------------
 
     def _prefill(
         self,

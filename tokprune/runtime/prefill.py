@@ -127,7 +127,6 @@ class Prefill:
         return "flash" in str(self.adapter.config.get_text_config()._attn_implementation)
 
     # -- forward of the multimodal base model
-    # -----------------------------------------------------------------------------
 
     def _before_base(self, module: nn.Module, args: Positional, kwargs: ModelCall) -> Replaced:
         if looking_ahead():
@@ -226,7 +225,6 @@ class Prefill:
         return output.to_tuple() if forward.as_tuple else output
 
     # -- forward of the language model
-    # ------------------------------------------------------------------------------------
 
     def _before_llm(self, module: nn.Module, args: Positional, kwargs: ModelCall) -> None:
         """What the language model is given fits the keys that it has."""
@@ -253,7 +251,6 @@ class Prefill:
         return (args[0], positions, *args[2:]), kwargs
 
     # -- the decision
-    # ---------------------------------------------------------------------------------------------------------
 
     @torch.compiler.disable
     def _plan(

@@ -24,7 +24,7 @@ SIGNALS = ("cls_attention", "received_attention:-1", "keys:-1", "encoder_feature
 
 
 @dataclass(frozen=True)
-class Answer:
+class ReachAnswer:
     """Whether one thing works in a model."""
 
     works: bool
@@ -38,11 +38,11 @@ class Reach:
     """What can be read from a model's vision tower, and which encoder methods run in it."""
 
     model: str
-    tower: Answer
+    tower: ReachAnswer
     """Whether the encoder stage knows the tower."""
-    signals: dict[str, Answer]
+    signals: dict[str, ReachAnswer]
     """By signal."""
-    encoder: dict[str, Answer]
+    encoder: dict[str, ReachAnswer]
     """By method of the encoder stage with its defaults; those that need trained parts say so."""
 
 
@@ -59,13 +59,13 @@ def reach(model: Model, inputs: Inputs | None = None) -> Reach:
     return Reach(type(inner).__name__, _answer(lambda: find_tower(inner).family), signals, encoder)
 
 
-def _answer(attempt: Callable[..., str], *args: object) -> Answer:
+def _answer(attempt: Callable[..., str], *args: object) -> ReachAnswer:
     try:
-        return Answer(True, attempt(*args))
+        return ReachAnswer(True, attempt(*args))
     except TokpruneError as error:
-        return Answer(False, str(error))
+        return ReachAnswer(False, str(error))
     except Exception as error:  # whatever it is, it is ours, and the other answers are wanted
-        return Answer(False, f"fault: {type(error).__name__}: {error}")
+        return ReachAnswer(False, f"fault: {type(error).__name__}: {error}")
 
 
 def _signal(model: Model, name: str, inputs: Inputs | None) -> str:

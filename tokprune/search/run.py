@@ -18,7 +18,7 @@ STRATEGIES = ("greedy", "sigmoid", "withdraw")
 
 
 @dataclass(frozen=True)
-class Wanted:
+class SearchGoal:
     """What a schedule should keep or save.
 
     Raises OptionError where nothing is asked for, or the strategy cannot give it.
@@ -67,7 +67,7 @@ class Searched:
     found: Found
     whole: float
     """Score of the whole model."""
-    wanted: Wanted
+    wanted: SearchGoal
     shape: DecoderShape
     tokens: tuple[int, int]
     seconds: float
@@ -118,7 +118,7 @@ def share_of(schedule: Schedule | None, shape: DecoderShape, tokens: tuple[int, 
 
 
 def search(
-    score: Score, layers: Sequence[int], wanted: Wanted, shape: DecoderShape, tokens: tuple[int, int]
+    score: Score, layers: Sequence[int], wanted: SearchGoal, shape: DecoderShape, tokens: tuple[int, int]
 ) -> Searched:
     """Find a schedule. layers: those in front of which may be dropped. tokens: visual and other ones of a mean prompt.
 

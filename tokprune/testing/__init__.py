@@ -11,7 +11,7 @@ What tokprune sees of a vision tower and can do inside it: `reach(model, inputs)
 
 from __future__ import annotations
 
-from tokprune.runtime.reach import Answer, Reach, reach
+from tokprune.runtime.reach import Reach, ReachAnswer, reach
 from tokprune.testing.device import StandInDevice
 from tokprune.testing.doctor import Diagnosis, diagnose
 from tokprune.testing.media import clip, picture
@@ -20,11 +20,11 @@ from tokprune.testing.tiny import FAMILIES, Part, Spec, TinyVLM, build
 
 __all__ = [
     "FAMILIES",
-    "Answer",
     "Check",
     "Diagnosis",
     "Part",
     "Reach",
+    "ReachAnswer",
     "Spec",
     "StandInDevice",
     "TinyVLM",

@@ -68,7 +68,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Picture:
+class PagePicture:
     """A PIL picture, or the bytes of a PNG, JPEG, GIF, WebP or SVG file. alt: what it shows, for those who cannot see
     it."""
 
@@ -85,7 +85,7 @@ class Section:
     title: str
     text: str = ""
     tables: Sequence[Table] = ()
-    pictures: Sequence[Picture] = ()
+    pictures: Sequence[PagePicture] = ()
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, PreTrainedModel
 
-from tokprune.demo.scenes import QUESTION_TYPES, Question, SceneObject, ask
+from tokprune.demo.scenes import QUESTION_TYPES, SceneObject, SceneQuestion, ask
 from tools.demo.vocabulary import ASSISTANT, BOS, EOS, PAD, USER, WORD_IDS, encode
 
 from .data import open_split
@@ -32,9 +32,9 @@ _PROJECTOR_SPEED = 0.05
 _MASKED = -1e4  # finite: padded places have rows in which nothing else is visible
 
 
-def sample_questions(objects: Sequence[SceneObject], count: int, rng: random.Random) -> list[Question]:
+def sample_questions(objects: Sequence[SceneObject], count: int, rng: random.Random) -> list[SceneQuestion]:
     """`count` questions about one scene, types in turn and in random order, skipping what has no unique answer."""
-    asked: list[Question] = []
+    asked: list[SceneQuestion] = []
     while len(asked) < count:
         for kind in rng.sample(QUESTION_TYPES, len(QUESTION_TYPES)):
             question = ask(objects, kind, rng)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tokprune.adapters.families.base import EncoderCall, PlaceholderRun, register_family
-from tokprune.adapters.families.tiles import TILED, Picture, Tiles
+from tokprune.adapters.families.tiles import TILED, TiledPicture, Tiles
 from tokprune.adapters.families.tiny import TinyParts, chat_template, language, siglip_tower, tokenizer
 
 
@@ -16,13 +16,13 @@ class Aya(Tiles):
 
     tiny_types: tuple[str, ...] = ("aya_vision",)
 
-    def pictures(self, call: EncoderCall, runs: list[PlaceholderRun], n: int) -> Iterator[Picture]:
+    def pictures(self, call: EncoderCall, runs: list[PlaceholderRun], n: int) -> Iterator[TiledPicture]:
         last = {run.sample: run.before[-1:] for run in runs}
         count = 0
         for run in runs:
             count += 1
             if run.before[-1:] == last[run.sample]:
-                yield Picture(count)
+                yield TiledPicture(count)
                 count = 0
 
     def joined_side(self, base: Any, config: Any) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from tokprune.adapters.families.base import EncoderCall, PlaceholderRun, register_family
-from tokprune.adapters.families.tiles import Picture, Tiles
+from tokprune.adapters.families.tiles import TiledPicture, Tiles
 from tokprune.adapters.families.tiny import TinyParts, chat_template, language, tokenizer, tower
 
 
@@ -22,7 +22,7 @@ class Idefics(Tiles):
 
     tiny_types: tuple[str, ...] = ("idefics3",)
 
-    def pictures(self, call: EncoderCall, runs: list[PlaceholderRun], n: int) -> Iterator[Picture]:
+    def pictures(self, call: EncoderCall, runs: list[PlaceholderRun], n: int) -> Iterator[TiledPicture]:
         last = {run.sample: run.before[-1:] for run in runs}
         count, across = 0, 0
         for run in runs:
@@ -30,7 +30,7 @@ class Idefics(Tiles):
                 across = count
             count += 1
             if run.before[-1:] == last[run.sample]:
-                yield Picture(count, across)
+                yield TiledPicture(count, across)
                 count, across = 0, 0
 
     def tokens_per_unit(self, call: EncoderCall) -> int:
@@ -60,7 +60,7 @@ class SmolVLM(Idefics):
 
     frames_by_words = True
 
-    def pictures(self, call: EncoderCall, runs: list[PlaceholderRun], n: int) -> Iterator[Picture]:
+    def pictures(self, call: EncoderCall, runs: list[PlaceholderRun], n: int) -> Iterator[TiledPicture]:
         index = 0
         seconds: tuple[float, ...] = ()
         for picture in super().pictures(call, runs, n):
@@ -69,14 +69,14 @@ class SmolVLM(Idefics):
             index += picture.count
             # Between two frames of a video there is nothing but the closing tag and a line break.
             if seconds and not (time and re.match(r"\S+\nFrame from", text)):
-                yield Picture(len(seconds), video=True, seconds=seconds)
+                yield TiledPicture(len(seconds), video=True, seconds=seconds)
                 seconds = ()
             if time:
                 seconds += (60.0 * int(time.group(1)) + int(time.group(2)),)
             else:
                 yield picture
         if seconds:
-            yield Picture(len(seconds), video=True, seconds=seconds)
+            yield TiledPicture(len(seconds), video=True, seconds=seconds)
 
     def tiny(self, model_type: str) -> TinyParts:
         return smolvlm()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tokprune.adapters.families.base import EncoderCall, PlaceholderRun, register_family
-from tokprune.adapters.families.tiles import TILED, Picture, Tiles
+from tokprune.adapters.families.tiles import TILED, TiledPicture, Tiles
 from tokprune.adapters.families.tiny import TinyParts, chat_template, language, square, tokenizer, tower
 
 
@@ -22,19 +22,19 @@ class InternVL(Tiles):
     reads_tags = False
     frames_by_words = True
 
-    def pictures(self, call: EncoderCall, runs: list[PlaceholderRun], n: int) -> Iterator[Picture]:
+    def pictures(self, call: EncoderCall, runs: list[PlaceholderRun], n: int) -> Iterator[TiledPicture]:
         frames, following = 0, None
         for run in runs:
             number = _frame_number(call, run)
             if frames and (number != following or run.length != n):
-                yield Picture(frames, video=True)
+                yield TiledPicture(frames, video=True)
                 frames = 0
             if number is not None and run.length == n and (frames or number == 1):
                 frames, following = frames + 1, number + 1
             else:
-                yield Picture(run.length // n)
+                yield TiledPicture(run.length // n)
         if frames:
-            yield Picture(frames, video=True)
+            yield TiledPicture(frames, video=True)
 
     def joined_side(self, base: Any, config: Any) -> int:
         return round(1 / config.downsample_ratio)

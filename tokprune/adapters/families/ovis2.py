@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tokprune.adapters.families.base import EncoderCall, PlaceholderRun, register_family
-from tokprune.adapters.families.tiles import Picture, Tiles
+from tokprune.adapters.families.tiles import TiledPicture, Tiles
 from tokprune.adapters.families.tiny import VOCAB, WIDTH, TinyParts, chat_template, language, square, tokenizer, tower
 
 
@@ -21,18 +21,18 @@ class Ovis2(Tiles):
 
     thumbnail_last = False
 
-    def pictures(self, call: EncoderCall, runs: list[PlaceholderRun], n: int) -> Iterator[Picture]:
+    def pictures(self, call: EncoderCall, runs: list[PlaceholderRun], n: int) -> Iterator[TiledPicture]:
         opening, _, _, line, _ = call.config.visual_indicator_token_ids
         count, across = 0, 0
         for run in runs:
             if count and opening in run.before:
-                yield Picture(count, across or count - 1)
+                yield TiledPicture(count, across or count - 1)
                 count, across = 0, 0
             if count > 1 and line in run.before and not across:
                 across = count - 1
             count += 1
         if count:
-            yield Picture(count, across or count - 1)
+            yield TiledPicture(count, across or count - 1)
 
     def joined_side(self, base: Any, config: Any) -> int:
         return int(config.vision_config.hidden_stride)

@@ -6,7 +6,7 @@ from typing import Any
 
 from tokprune.adapters.families.base import EncoderCall, StreamLayout, UnknownGeometryError, register_family
 from tokprune.adapters.families.geometry import pair
-from tokprune.adapters.families.tiles import Picture, Tiles
+from tokprune.adapters.families.tiles import TiledPicture, Tiles
 from tokprune.adapters.families.tiny import TinyParts, chat_template, language, square, tokenizer
 
 
@@ -35,7 +35,7 @@ class PerceptionLM(Tiles):
         if pixels is None or pixels.dim() != 5 or pixels.shape[0] * pixels.shape[1] != self.unit_count(call):
             raise UnknownGeometryError("the pixels are not (pictures, tiles, 3, H, W)")
         items, count = pixels.shape[:2]
-        picture = Picture(count, video=call.modality == "video")
+        picture = TiledPicture(count, video=call.modality == "video")
         return [self.stream(call, picture, grid, i * count) for i in range(items)]
 
     def encoder(self, base: Any, modality: str) -> tuple[str, str] | None:

@@ -16,7 +16,7 @@ APART = "which tiles make one picture is not known without the prompt: every til
 
 
 @dataclass(frozen=True)
-class Picture:
+class TiledPicture:
     """Consecutive tower units that belong together.
 
     count: units. across: tiles in a line where the prompt tells it, else 0. video: the units are frames, shown at
@@ -35,7 +35,7 @@ class Tiles(Units):
     reads_runs = True
     thumbnail_last = True
 
-    def pictures(self, call: EncoderCall, runs: list[PlaceholderRun], n: int) -> Iterator[Picture]:
+    def pictures(self, call: EncoderCall, runs: list[PlaceholderRun], n: int) -> Iterator[TiledPicture]:
         """The pictures that the runs of placeholders tell of; n: tokens of a unit."""
         raise UnknownGeometryError("its prompt is not understood")
 
@@ -62,7 +62,7 @@ class Tiles(Units):
     reads_tags = True
     """Whether the tokens between the runs are needed, not only their lengths."""
 
-    def stream(self, call: EncoderCall, picture: Picture, grid: tuple[int, int], start: int) -> StreamLayout:
+    def stream(self, call: EncoderCall, picture: TiledPicture, grid: tuple[int, int], start: int) -> StreamLayout:
         """The stream of one picture whose first unit is `start`."""
         if picture.video:
             return plain(frames(picture.count, grid, picture.seconds))

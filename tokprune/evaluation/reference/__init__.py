@@ -10,6 +10,6 @@ a published name means.
 from __future__ import annotations
 
 from tokprune.evaluation.reference.render import terminal, to_text
-from tokprune.evaluation.reference.tables import Model, Published, known_model, model_of, models, select
+from tokprune.evaluation.reference.tables import Model, PublishedTable, known_model, model_of, models, select
 
-__all__ = ["Model", "Published", "known_model", "model_of", "models", "select", "terminal", "to_text"]
+__all__ = ["Model", "PublishedTable", "known_model", "model_of", "models", "select", "terminal", "to_text"]

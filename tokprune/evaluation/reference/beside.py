@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from tokprune.evaluation.cells import CellResult
 from tokprune.evaluation.export import Framed
 from tokprune.evaluation.reference.render import label, value_text
-from tokprune.evaluation.reference.tables import Benchmark, Entry, Model, Published, model_of, models
+from tokprune.evaluation.reference.tables import Benchmark, Entry, Model, PublishedTable, model_of, models
 from tokprune.evaluation.sweep import Sweep
 from tokprune.evaluation.table import KEPT
 
@@ -64,7 +64,7 @@ def _rows(model: Model, result: CellResult) -> list[tuple[str, ...]]:
 
 
 def _row(
-    benchmark: Benchmark, result: CellResult, ours: float, published: float, entry: Entry, table: Published
+    benchmark: Benchmark, result: CellResult, ours: float, published: float, entry: Entry, table: PublishedTable
 ) -> tuple[str, ...]:
     kept = result.costs.get(KEPT)
     amount = f"{kept:.0f}" if kept is not None else f"{100 * result.cell.ratio:.3g} %"

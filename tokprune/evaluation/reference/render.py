@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from tokprune.evaluation.export import Framed
-from tokprune.evaluation.reference.tables import Entry, Model, Published
+from tokprune.evaluation.reference.tables import Entry, Model, PublishedTable
 
 
 def value_text(value: float | None) -> str:
@@ -13,12 +13,12 @@ def value_text(value: float | None) -> str:
     return "" if value is None else str(value)
 
 
-def heads(table: Published) -> list[str]:
+def heads(table: PublishedTable) -> list[str]:
     """Column heads."""
     return ["method", "kept", *table.columns]
 
 
-def lines(table: Published) -> Iterator[list[str]]:
+def lines(table: PublishedTable) -> Iterator[list[str]]:
     """The rows as texts; a row's remark is numbered."""
     numbers = _remarks(table)
     for e in table.entries:
@@ -26,22 +26,22 @@ def lines(table: Published) -> Iterator[list[str]]:
         yield [e.label + mark, e.amount, *map(value_text, e.values)]
 
 
-def _remarks(table: Published) -> dict[str, int]:
+def _remarks(table: PublishedTable) -> dict[str, int]:
     return {note: i + 1 for i, note in enumerate(dict.fromkeys(e.note for e in table.entries if e.note))}
 
 
-def remarks(table: Published) -> list[str]:
+def remarks(table: PublishedTable) -> list[str]:
     """Everything to know of a table: its own note, then the rows' remarks by number."""
     return ([table.note] if table.note else []) + [f"[{i}] {note}" for note, i in _remarks(table).items()]
 
 
-def terminal(model: Model, table: Published) -> Framed:
+def terminal(model: Model, table: PublishedTable) -> Framed:
     """A published table for rich, its source above and its remarks below."""
     notes = "\n".join(part for part in [*remarks(table), table.url] if part)
     return Framed(f"{model.title}: {table.source}", heads(table), list(lines(table)), ("method",), notes)
 
 
-def markdown(table: Published) -> str:
+def markdown(table: PublishedTable) -> str:
     """A published table with its source above and remarks below."""
     source = f"[{table.source}]({table.url})" if table.url else table.source
     names = heads(table)

@@ -48,7 +48,7 @@ class Benchmark:
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedTable:
     """One table of one source about one model."""
 
     id: str
@@ -73,7 +73,7 @@ class Model:
     name: str
     title: str
     checkpoints: tuple[str, ...]
-    tables: tuple[Published, ...]
+    tables: tuple[PublishedTable, ...]
     visual_tokens: int | None = None
     note: str = ""
     claims: tuple[str, ...] = field(default=())
@@ -126,7 +126,7 @@ def _check(what: str, names: set[str], known: set[str]) -> None:
         raise OptionError(f"no published table has the {what} {name!r}.{nearest(name, known)}")
 
 
-def _reduced(table: Published, methods: set[str], tasks: set[str]) -> Published | None:
+def _reduced(table: PublishedTable, methods: set[str], tasks: set[str]) -> PublishedTable | None:
     """A table with the rows and columns asked for; None when nothing of it is left."""
     entries = [
         e
@@ -170,7 +170,7 @@ def _model(file: str, data: JsonObject, names: JsonObject) -> Model:
                 raise OptionError(f"{file}, table {t['id']}: {row['label']} has {len(row['values'])} values.")
             entries.append(_entry(row, names["methods"], data.get("visual_tokens")))
         tables.append(
-            Published(
+            PublishedTable(
                 t["id"], data["model"], t["source"], benchmarks, tuple(entries), t.get("url", ""), t.get("note", "")
             )
         )

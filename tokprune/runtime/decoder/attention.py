@@ -133,7 +133,6 @@ class RowAttention:
         return products(turned[:, :, queries], turned, self.inputs.module.scaling)[0, 0]
 
     # -- how
-    # -------------------------------------------------------------------------------------------------------------
 
     @staticmethod
     def _heads(block: Tensor, heads: Heads) -> Tensor:

@@ -45,7 +45,6 @@ class Dropper:
         return self.hidden
 
     # -- the decision
-    # ---------------------------------------------------------------------------------------------------------
 
     def _choose(self, row: int, keep: int | None, bound: bool, text_model: Model) -> Selection | None:
         """What stays of one row; None where everything does, without asking."""
@@ -102,7 +101,6 @@ class Dropper:
         )
 
     # -- carrying it out
-    # ------------------------------------------------------------------------------------------------------
 
     def _places(self, row: int, slots: Tensor) -> Tensor:
         """Places of slots of the call among the live ones of a row, filler counted."""

@@ -137,7 +137,6 @@ class Frame:
     saved: dict[str, Any] = field(default_factory=dict)
 
     # -- the keys of a layer
-    # ---------------------------------------------------------------------------------------------------------
 
     def keys(self, layer: int) -> LayerKeys | None:
         """The record that a layer came with."""
@@ -181,7 +180,6 @@ class Frame:
         self.layers[layer] = self.memo[name]
 
     # -- what a layer is given
-    # ------------------------------------------------------------------------------------------------------
 
     def rewritten(self, layer: int, kwargs: ModelCall, live: Live | None) -> ModelCall:
         """The keyword arguments of a layer for the tokens that are left and the keys that it has."""

@@ -92,7 +92,6 @@ class DecoderStage:
             check_windows(adapter, compaction.method.info.name)
 
     # -- on and off
-    # -----------------------------------------------------------------------------------------------------------
 
     def install(self) -> None:
         """Put the hooks on; undone completely when one of them fails."""
@@ -138,7 +137,6 @@ class DecoderStage:
         return [f"{name}: keys and values of {len(freed)} layers take {behind} bytes instead of {before}"]
 
     # -- what is to be dropped
-    # ---------------------------------------------------------------------------------------------------
 
     def schedule(self, share: float | None) -> Schedule:
         """Where and how many tokens are dropped when `share` of them is to be left."""
@@ -193,7 +191,6 @@ class DecoderStage:
         return steps
 
     # -- one forward of the language model
-    # -----------------------------------------------------------------------------------------
 
     @torch.compiler.disable
     def _begin(self, module: Model, args: Positional, kwargs: ModelCall) -> None:

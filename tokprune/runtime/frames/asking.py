@@ -81,7 +81,6 @@ class Asking:
         return pair.softmax(-1)[:, 0]
 
     # -- the frames
-    # ---------------------------------------------------------------------------------------------------------
 
     def cells(self, stream: StreamRecord) -> tuple[Tensor, int, int]:
         """(N,) the cell of its frame that each token falls into, and how many cells there are down and across."""
@@ -116,7 +115,6 @@ class Asking:
         return [torch.cat(flatten(plane))[rows.to(stream.tokens.features.device)] for plane in planes]
 
     # -- the prompt
-    # ---------------------------------------------------------------------------------------------------------
 
     def prompt(self, words: str) -> tuple[Tensor, Tensor]:
         """Token ids before and after the picture of a chat that shows one and asks `words`."""
@@ -171,7 +169,6 @@ class Asking:
         return sorted(letter_ids)
 
     # -- one pass
-    # -----------------------------------------------------------------------------------------------------------
 
     def read(
         self,

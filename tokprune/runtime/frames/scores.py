@@ -29,7 +29,7 @@ PICTURES_AT_ONCE = 64  # that a scorer embeds in one call
 
 
 @dataclass(frozen=True)
-class Wanted:
+class FrameQuery:
     """What frames are compared with. text: all that was asked. question: one sentence of it. entities: things to look
     for, or none. source: for the report."""
 
@@ -80,7 +80,7 @@ class FrameScorer:
 
     def fill(self, streams: Sequence[StreamRecord], encoded: Mapping[str, EncoderOutput]) -> None:
         """Give the videos among `streams` their scores. encoded: encoder outputs by modality, for DeepStack planes."""
-        wanted: dict[str, Wanted] = {}
+        wanted: dict[str, FrameQuery] = {}
         for stream in streams:
             if stream.tokens.layout.kind != "video":
                 continue
@@ -100,24 +100,23 @@ class FrameScorer:
             stream.visual = replace(stream.tokens, signals=signals)
             stream.sources = {**stream.sources, NAME: source}
 
-    def _wanted(self, text: str) -> Wanted:
+    def _wanted(self, text: str) -> FrameQuery:
         """What to look for: the entities given, those that the VLM names, or the question."""
         question = question_sentence(text)
         if self.options.entities is not None:
-            return Wanted(
+            return FrameQuery(
                 text, question, tuple(self.options.entities), f"entities given: {', '.join(self.options.entities)}"
             )
         if not self.options.decouple:
-            return Wanted(text, question, (), f"question: {question}")
+            return FrameQuery(text, question, (), f"question: {question}")
         from tokprune.runtime.frames.decouple import decoupled
 
         entities, source = decoupled(self.adapter, self.processor, text)
-        return Wanted(text, question, entities, f"{source}; question: {question}" if not entities else source)
+        return FrameQuery(text, question, entities, f"{source}; question: {question}" if not entities else source)
 
     # -- a scorer of pictures and texts
-    # -------------------------------------------------------------------------------------
 
-    def _clip(self, stream: StreamRecord, wanted: Wanted) -> tuple[Tensor, str]:
+    def _clip(self, stream: StreamRecord, wanted: FrameQuery) -> tuple[Tensor, str]:
         scorer = self.scorer
         if scorer is None or not hasattr(scorer, "embed_picture"):
             lack = "none was given" if scorer is None else f"{type(scorer).__name__} has no embed_picture"
@@ -180,9 +179,10 @@ class FrameScorer:
         return ((flat.float() * std + mean - other_mean) / other_std).to(flat.dtype)
 
     # -- the VLM itself
-    # -----------------------------------------------------------------------------------------------------
 
-    def _self(self, stream: StreamRecord, wanted: Wanted, encoded: Mapping[str, EncoderOutput]) -> tuple[Tensor, str]:
+    def _self(
+        self, stream: StreamRecord, wanted: FrameQuery, encoded: Mapping[str, EncoderOutput]
+    ) -> tuple[Tensor, str]:
         from tokprune.runtime.frames.asking import Asking
         from tokprune.runtime.vlm_scorer import VlmScorer
 
