@@ -19,7 +19,7 @@ from tokprune.errors import BudgetError, OptionError, UnsupportedModelError, ins
 from tokprune.serving import ARCHITECTURES, overrides
 from tokprune.serving.choose import Kept, Stream, choose
 from tokprune.serving.model import check_engine
-from tokprune.serving.settings import Settings
+from tokprune.serving.settings import ServingSettings
 from tokprune.serving.tiles import clip, pack, tiles
 from tokprune.serving.versions import check_version
 from tokprune.serving.weave import staying, woven
@@ -31,8 +31,8 @@ CLIP = ("cls_attention", "received_attention", "keys", "encoder_features")
 EVERYWHERE = {"divprune", "dart", "gprune", "random", "uniform", "pool", "tome_merge", "textmonkey", "evs", "vidcom2"}
 
 
-def settings(signals: tuple[str, ...] = (), **raw: Any) -> Settings:
-    return Settings.of(SimpleNamespace(tokprune=raw), signals)
+def settings(signals: tuple[str, ...] = (), **raw: Any) -> ServingSettings:
+    return ServingSettings.of(SimpleNamespace(tokprune=raw), signals)
 
 
 def refusal(name: str, signals: tuple[str, ...] = ()) -> str:

@@ -17,7 +17,7 @@ from tokprune.errors import OptionError
 
 if TYPE_CHECKING:
     from tokprune.profiling.devices import Device
-    from tokprune.profiling.plan import Plan
+    from tokprune.profiling.plan import RatioPlan
     from tokprune.profiling.presets import Preset
     from tokprune.viz.html import Table
 
@@ -117,7 +117,7 @@ def plan(  # the options of the command
     save_json(console, json_file, made.to_dict())
 
 
-def _table(made: Plan) -> Table:
+def _table(made: RatioPlan) -> Table:
     """The estimates, a row per ratio."""
     from tokprune.profiling.memory import readable
     from tokprune.viz.html import Table, Value

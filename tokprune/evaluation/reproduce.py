@@ -43,7 +43,7 @@ class RecipeRow:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A published table that can be run. missing: why it cannot, "" where it can. settings: fields of `SweepSettings`."""
+    """A published table that can be run. missing: why it cannot, "" where it can. settings: of `SweepSettings`."""
 
     name: str
     title: str

@@ -157,8 +157,7 @@ def arithmetic(
 
     size: (height, width) of the picture, the preset's usual one by default. frames: pictures of a clip. text: tokens
     around the picture. Separators (newline tokens) shrink with the rows that lose all their tokens; here they are
-    counted
-    as if kept tokens lay evenly: all of them while a row keeps one, else one per kept token. Connector-stage pruning.
+    counted as if kept tokens lay evenly: all while a row keeps one, else one per kept token. Connector-stage pruning.
     seen: FLOPs of tower and projector, where they are known already (models that are no preset, `loaded`).
     """
     size = size or preset.default_size

@@ -176,7 +176,7 @@ class Alternative:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RatioPlan:
     """The answer: estimates at several ratios, the largest ratio per stage that meets the target, and advice in
     words."""
 
@@ -231,7 +231,7 @@ def plan(
     dtype: torch.dtype = torch.bfloat16,
     compare: bool = True,
     vision: Mapping[str, tuple[float, float]] | None = None,
-) -> Plan:
+) -> RatioPlan:
     """What pruning can do for a preset on a device.
 
     target, limit: "ttft" or "total" in seconds, or "memory" in bytes. decoder_layer: layers that stay complete in the
@@ -254,7 +254,7 @@ def plan(
         connector, decoder = costs.most(target, limit), costs.most(target, limit, decoder_layer)
     stops = costs.stops_paying()
     others = [_alternative(bigger, costs, full, towers.get(bigger.name)) for bigger in larger(known)] if compare else []
-    made = Plan(
+    made = RatioPlan(
         preset=known.name,
         device=place.name,
         work=work,
@@ -291,7 +291,7 @@ def _time(seconds: float) -> str:
     return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
 
 
-def _advice(made: Plan, costs: CostModel) -> list[str]:
+def _advice(made: RatioPlan, costs: CostModel) -> list[str]:
     """The plan in sentences."""
     full, n = made.full, costs.visual.placeholders
     out = [

@@ -40,7 +40,7 @@ def looking_ahead() -> bool:
 
 
 @dataclass(frozen=True)
-class Prompt:
+class PromptRow:
     """The tokens of one row of the batch, as they lie in the first pass."""
 
     row: int
@@ -154,7 +154,7 @@ class FirstPass:
         starts = accumulate([stream.copies for stream in streams], initial=0)  # each with its copies behind it
         return plan, [plan.streams[at] for at, _ in zip(starts, streams, strict=False)]
 
-    def _run(self, call: ModelCall, prompts: Mapping[int, Prompt]) -> dict[tuple[int, str], Tensor]:
+    def _run(self, call: ModelCall, prompts: Mapping[int, PromptRow]) -> dict[tuple[int, str], Tensor]:
         """Every signal of every prompt, by row and name. call: of the base model, translated already."""
         found: dict[tuple[int, str], Tensor] = {}
         cache: KVCache = cache_in(call)
@@ -173,7 +173,7 @@ class FirstPass:
         return found
 
 
-def _prompts(plan: Plan, forward: PrunedForward, answer: int) -> tuple[dict[int, Prompt], Tensor]:
+def _prompts(plan: Plan, forward: PrunedForward, answer: int) -> tuple[dict[int, PromptRow], Tensor]:
     """The rows with visual tokens, and the slot of each prompt column, (B, L)."""
     filler = forward.index.shape[1] - plan.keep.sum(1)  # (B,) on the host, like all of the plan
     slot = plan.keep.cumsum(1) - 1 + filler[:, None]  # (B, L)
@@ -182,7 +182,7 @@ def _prompts(plan: Plan, forward: PrunedForward, answer: int) -> tuple[dict[int,
         visual = slot[b, plan.visual[b]] - pad  # (V,) ascending
         if len(visual):
             n, device = forward.index.shape[1] - pad - answer, forward.index.device
-            prompts[b] = Prompt(b, pad, n, int(visual[-1]) + 1, device)
+            prompts[b] = PromptRow(b, pad, n, int(visual[-1]) + 1, device)
     return prompts, slot
 
 

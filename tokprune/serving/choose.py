@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokprune.adapters.families.base import StreamLayout
 from tokprune.errors import TokpruneError
-from tokprune.serving.settings import Settings
+from tokprune.serving.settings import ServingSettings
 from tokprune.tokens import VisualTokens
 
 
@@ -36,7 +36,7 @@ class Kept:
     """(K + S,) ascending numbers of the rows whose places they take."""
 
 
-def choose(settings: Settings, streams: Sequence[Stream], width: int) -> list[Kept | None]:
+def choose(settings: ServingSettings, streams: Sequence[Stream], width: int) -> list[Kept | None]:
     """What stays of each stream, None where all does.
 
     Separators all stay, for their number must not depend on the choice. width: columns that the method sees.

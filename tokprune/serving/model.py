@@ -10,7 +10,7 @@ from torch import Tensor
 from tokprune.adapters.families.base import StreamLayout
 from tokprune.errors import OptionError, TokpruneError
 from tokprune.serving.choose import Kept, Stream, choose
-from tokprune.serving.settings import KEY, Settings
+from tokprune.serving.settings import KEY, ServingSettings
 
 PIXELS = {"pixel_values": "image", "pixel_values_videos": "video"}
 
@@ -42,7 +42,7 @@ class Pruned:
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
-        self.tokprune = Settings.of(self.config, self.signals)
+        self.tokprune = ServingSettings.of(self.config, self.signals)
         check_engine(vllm_config)
 
     def geometry(self, modality: str, inputs: Mapping[str, Any], features: Sequence[Tensor]) -> list[StreamLayout]:

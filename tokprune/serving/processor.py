@@ -13,7 +13,7 @@ import torch
 from vllm.multimodal.parse import EmbeddingItems
 from vllm.multimodal.processing import PromptUpdateDetails
 
-from tokprune.serving.settings import Settings
+from tokprune.serving.settings import ServingSettings
 from tokprune.serving.versions import check_version
 
 check_version()
@@ -27,9 +27,9 @@ class PrunedInfo:
     get_hf_config: Callable[[], Any]
 
     @property
-    def tokprune(self) -> Settings:
+    def tokprune(self) -> ServingSettings:
         """What the model's config says about pruning."""
-        return Settings.of(self.get_hf_config(), self.signals)
+        return ServingSettings.of(self.get_hf_config(), self.signals)
 
 
 class PrunedProcessor:

@@ -23,7 +23,7 @@ ELSEWHERE = {
 
 
 @dataclass(frozen=True)
-class Settings:
+class ServingSettings:
     """One method and how much it keeps."""
 
     config: PruneConfig
@@ -39,7 +39,7 @@ class Settings:
         return method
 
     @staticmethod
-    def of(hf_config: Any, signals: Collection[str] = ()) -> Settings:
+    def of(hf_config: Any, signals: Collection[str] = ()) -> ServingSettings:
         """The settings in a model's config, or the reason why they cannot be served.
 
         signals: kinds of signals that the family's vision tower gives.
@@ -60,7 +60,7 @@ class Settings:
             raise OptionError(f"the method {method.info.name!r} does not run inside vLLM: it {why}.")
         config = PruneConfig((method,), raw.get("ratio"), raw.get("budget"))
         salt = json.dumps([method_to_dict(method), config.ratio, config.budget], sort_keys=True, default=str)
-        return Settings(config, f"{KEY}:{salt}")
+        return ServingSettings(config, f"{KEY}:{salt}")
 
 
 def why_not(method: Method, signals: Collection[str]) -> str:

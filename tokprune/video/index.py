@@ -180,7 +180,7 @@ def shown(packet: Packet, codec: str) -> bool:
 
 
 @dataclass
-class _Seen:
+class _Packets:
     """What one pass over the packets of a video stream collects."""
 
     first: Any = None
@@ -241,7 +241,7 @@ def scan_packets(path: Path) -> PacketIndex:
     av = import_av()
     warnings: list[str] = []
     trouble: list[str] = []
-    seen = _Seen()
+    seen = _Packets()
     with opened(path) as container:
         stream = pick_stream(container, path)
         codec, time_base = stream.codec_context.name, stream.time_base or Fraction(1)
@@ -291,7 +291,7 @@ def scan_packets(path: Path) -> PacketIndex:
     )
 
 
-def _check_decodable(path: Path, seen: _Seen, trouble: list[str], warnings: list[str]) -> None:
+def _check_decodable(path: Path, seen: _Packets, trouble: list[str], warnings: list[str]) -> None:
     """Refuse a stream that holds no frame to be shown; warn of one that is damaged."""
     if not seen.count:
         raise VideoError(f"{path} has a video stream without a single frame{cause(trouble)}.")

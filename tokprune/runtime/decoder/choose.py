@@ -12,7 +12,7 @@ from tokprune.methods.decoder_base import DecoderMethod, LayerTokens
 from tokprune.runtime.choose import check_form
 from tokprune.runtime.decoder.attention import LayerInputs, RowAttention
 from tokprune.runtime.decoder.candidates import Candidates
-from tokprune.runtime.decoder.frame import Drop, Frame, Live, Prompt
+from tokprune.runtime.decoder.frame import Drop, Frame, Live, VisualCall
 from tokprune.runtime.host import to_host
 from tokprune.runtime.positions import compact_1d, compact_mrope
 from tokprune.tokens import Selection
@@ -23,7 +23,7 @@ NORMS = ("norm", "final_layernorm")
 class Dropper:
     """What happens in front of one layer of one forward."""
 
-    def __init__(self, method: DecoderMethod, frame: Frame, prompt: Prompt, layer: int, own: LayerInputs) -> None:
+    def __init__(self, method: DecoderMethod, frame: Frame, prompt: VisualCall, layer: int, own: LayerInputs) -> None:
         self.method, self.frame, self.prompt, self.layer, self.own = method, frame, prompt, layer, own
         self.live = prompt.live if frame.live is None else frame.live
         self.hidden = own.hidden

@@ -15,7 +15,7 @@ from tokprune.methods.cache_compact import CompactMethod, KeptKeys, LayerCache
 from tokprune.runtime.decoder.attention import LayerInputs, RowAttention
 from tokprune.runtime.decoder.candidates import Candidates
 from tokprune.runtime.decoder.columns import LayerKeys
-from tokprune.runtime.decoder.frame import Frame, Live, Prompt
+from tokprune.runtime.decoder.frame import Frame, Live, VisualCall
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Compaction:
     freed: dict[int, tuple[int, int]] = field(default_factory=dict)
     """By layer: bytes of keys and values before and behind, of the last prefill."""
 
-    def behind_layer(self, frame: Frame, prompt: Prompt, layer: int, inputs: LayerInputs) -> None:
+    def behind_layer(self, frame: Frame, prompt: VisualCall, layer: int, inputs: LayerInputs) -> None:
         """Ask the method about a layer that has read the prompt."""
         if self.method.follows or frame.cache is None or layer >= len(frame.cache.layers):
             return
@@ -59,7 +59,7 @@ class Compaction:
                 answers.append(answer)
             self._cut(frame, layer, live, prompt.candidates, answers)
 
-    def behind_all(self, frame: Frame, prompt: Prompt) -> None:
+    def behind_all(self, frame: Frame, prompt: VisualCall) -> None:
         """Cut layers to what the last drop of the decoder stage left."""
         if not self.method.follows or frame.cache is None or not prompt.history:
             return

@@ -67,7 +67,7 @@ class Step:
 
 
 @dataclass
-class Prompt:
+class VisualCall:
     """What the decoder stage knows of a call with pictures."""
 
     forward: PrunedForward
@@ -121,7 +121,7 @@ class Frame:
     dtype: torch.dtype
     plain: bool
     """Nothing is padded as far as the call's 2-D mask tells: there is none."""
-    prompt: Prompt | None = None
+    prompt: VisualCall | None = None
     thread: int = field(default_factory=threading.get_ident)
     live: Live | None = None
     """Since the first drop."""

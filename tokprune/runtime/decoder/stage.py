@@ -32,7 +32,7 @@ from tokprune.runtime.decoder.attention import LayerInputs
 from tokprune.runtime.decoder.candidates import Candidates, candidates_of, spared
 from tokprune.runtime.decoder.choose import Dropper
 from tokprune.runtime.decoder.compact import Compaction
-from tokprune.runtime.decoder.frame import Frame, Live, Prompt, Step, unknown_tensors
+from tokprune.runtime.decoder.frame import Frame, Live, Step, VisualCall, unknown_tensors
 from tokprune.runtime.decoder.support import check_call, check_layers, check_range, check_windows
 from tokprune.runtime.execute import PrunedForward
 from tokprune.runtime.outputs import widen
@@ -47,7 +47,7 @@ class _Now:
 
     def __init__(self) -> None:
         self.frame: Frame | None = None
-        self.prompt: Prompt | None = None
+        self.prompt: VisualCall | None = None
         self.open = False
 
 
@@ -143,7 +143,7 @@ class DecoderStage:
         own = self.method.schedule
         return self.method.plan(self.depth, share) if own is None else Schedule(own)
 
-    def prepare(self, plan: Plan, forward: PrunedForward, prompt_length: int | None) -> Prompt:
+    def prepare(self, plan: Plan, forward: PrunedForward, prompt_length: int | None) -> VisualCall:
         """What there is to drop in a planned prefill."""
         signals = [s.signals for s in plan.streams]
         for stream in plan.streams:
@@ -157,7 +157,7 @@ class DecoderStage:
         numbers = torch.arange(width, device=device).expand_as(forward.index)
         live = Live(torch.where(forward.index < 0, -1, numbers), counts)
         steps = self._steps(candidates) if self.drops else {}
-        prompt = Prompt(forward, candidates, steps, live, forward.index, answer, [{} for _ in candidates])
+        prompt = VisualCall(forward, candidates, steps, live, forward.index, answer, [{} for _ in candidates])
         prompt.entered, count = list(candidates), None if self.compaction is None else self.compaction.count
         for row in range(len(candidates)):
             kept = [s.kept for s in plan.streams if s.row == row]
@@ -171,7 +171,7 @@ class DecoderStage:
             values = {name: stream.tokens.signal(name) for name in self.method.needs}
             stream.signals = {name: value[at.to(value.device)] for name, value in values.items()}
 
-    def expect(self, prompt: Prompt | None, open: bool = False) -> None:
+    def expect(self, prompt: VisualCall | None, open: bool = False) -> None:
         """The next forward of the language model in this thread is of `prompt`, or of no pictures. open: no mask hides
         keys, whatever the masks in the call look like.
         """
