@@ -220,3 +220,31 @@ class Attachments:
         for handle in self._handles:
             handle.remove()
         self._handles, self._stand_ins = [], []
+
+
+class Attached:
+    """Base of what hooks onto a model: all of its hooks are put on, or none. Subclasses make `on`, and implement
+    `put_on` and `anchor`.
+    """
+
+    on: Attachments
+
+    def put_on(self) -> None:
+        """Put every hook and stand-in on by `on`."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement put_on().")
+
+    def anchor(self) -> Any:
+        """The model that this belongs to."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement anchor().")
+
+    def install(self) -> None:
+        """Put the hooks on; undone completely when one of them fails."""
+        try:
+            self.put_on()
+        except BaseException:
+            self.remove()
+            raise
+
+    def remove(self) -> None:
+        """Take every hook and instance attribute away. Calling it twice is harmless."""
+        self.on.remove()

@@ -17,7 +17,7 @@ from torch import Tensor
 from tokprune.adapters.base import Adapter
 from tokprune.adapters.dialect import bind, cache_in, swap_cache
 from tokprune.adapters.foreign import CACHE_VIEW, CANDIDATES
-from tokprune.adapters.hooks import Attachments, PerThread
+from tokprune.adapters.hooks import Attached, Attachments, PerThread
 from tokprune.adapters.types import KVCache, Model, ModelCall, ModelOutput, Positional, Replaced
 from tokprune.errors import OptionError, UnsupportedModelError
 from tokprune.methods.cache_base import CacheMethod
@@ -48,7 +48,7 @@ class _Reading:
     state: PruneState | None = None
 
 
-class CacheStage:
+class CacheStage(Attached):
     """A cache method on one model; `remove` leaves it as it was.
 
     count: visual keys that a prompt with n of them uses in a step.
@@ -74,25 +74,15 @@ class CacheStage:
         self.source_layer, self.source = below[-1]
         check_attention(self.source)
 
-    def install(self) -> None:
-        """Put the hooks on; undone completely when one of them fails."""
-        kernel = str(self.adapter.config.get_text_config()._attn_implementation)
-        check_kernel(kernel, "cache")
-        model = self.adapter.model
-        try:
-            self.on.before(self.source, "_before", with_kwargs=True)
-            self.on.after(self.source, "_after", with_kwargs=True, always_call=True)
-            for attention in self.above:
-                self.on.before(attention, "_narrow", with_kwargs=True)
-            if hasattr(model, CANDIDATES):
-                self.on.instead(model, CANDIDATES, "_refuse_assistance")
-        except BaseException:
-            self.remove()
-            raise
-
-    def remove(self) -> None:
-        """Take every hook and instance attribute away."""
-        self.on.remove()
+    def put_on(self) -> None:
+        """On the layers that are read, and on those that read less."""
+        check_kernel(str(self.adapter.config.get_text_config()._attn_implementation), "cache")
+        self.on.before(self.source, "_before", with_kwargs=True)
+        self.on.after(self.source, "_after", with_kwargs=True, always_call=True)
+        for attention in self.above:
+            self.on.before(attention, "_narrow", with_kwargs=True)
+        if hasattr(self.adapter.model, CANDIDATES):
+            self.on.instead(self.adapter.model, CANDIDATES, "_refuse_assistance")
 
     def release(self) -> None:
         """Let go of the model's layers: it is gone."""

@@ -25,17 +25,12 @@ from tokprune.runtime.tripwires import check_mask, check_record, mark_unfinished
 class ConnectorStage(Prefill):
     """Pruning between encoder and LLM on one model, in its forward and its generate(); `remove` leaves it as it was."""
 
-    def install(self) -> None:
-        """Put the hooks on; undone completely when one of them fails."""
-        super().install()
-        model = self.adapter.model
-        try:
-            for name, method in ((PREPARE, "_prepare"), (PREFILL, "_prefill")):
-                if hasattr(model, name):
-                    self.on.instead(model, name, method)
-        except BaseException:
-            self.remove()
-            raise
+    def put_on(self) -> None:
+        """On what a forward goes through, and on what generate() calls."""
+        super().put_on()
+        for name, method in ((PREPARE, "_prepare"), (PREFILL, "_prefill")):
+            if hasattr(self.adapter.model, name):
+                self.on.instead(self.adapter.model, name, method)
 
     # -- the inputs of a step
 

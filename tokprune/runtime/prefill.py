@@ -17,7 +17,7 @@ from torch import nn
 from tokprune.adapters.base import TYPE_IDS, Adapter
 from tokprune.adapters.dialect import bind, cache_in, cache_of, logical_length
 from tokprune.adapters.foreign import GENERATE_STEP
-from tokprune.adapters.hooks import Attachments, PerThread
+from tokprune.adapters.hooks import Attached, Attachments, PerThread
 from tokprune.adapters.query import current_question, tokenizer_of
 from tokprune.adapters.types import (
     EncoderOutput,
@@ -56,7 +56,7 @@ from tokprune.runtime.tripwires import (
 from tokprune.tokens import Query
 
 
-class Prefill:
+class Prefill(Attached):
     """Pruning between encoder and LLM in forwards of one model; `remove` leaves it as it was."""
 
     def __init__(self, adapter: Adapter, options: Options) -> None:
@@ -71,28 +71,24 @@ class Prefill:
         self.told = False  # that a prompt lost nothing
         self.reader = Reader()
 
-    def install(self) -> None:
-        """Put the hooks on; undone completely when one of them fails."""
+    def put_on(self) -> None:
+        """On the base model, the language model, what makes its positions, and what encodes."""
         base, text = self.adapter.base, self.adapter.text_model
         self.reader.active = True
-        try:
-            self.on.before(base, "_before_base", with_kwargs=True)
-            self.on.after(base, "_after_base", with_kwargs=True, always_call=True)
-            self.on.before(text, "_before_llm", with_kwargs=True)
-            self.on.after(text, "_after_llm", with_kwargs=True)
-            for module in text.modules():
-                if type(module).__name__.endswith("RotaryEmbedding"):
-                    self.on.before(module, "_before_rotary", with_kwargs=True)
-            self.recorder.install()
-        except BaseException:
-            self.remove()
-            raise
+        self.on.before(base, "_before_base", with_kwargs=True)
+        self.on.after(base, "_after_base", with_kwargs=True, always_call=True)
+        self.on.before(text, "_before_llm", with_kwargs=True)
+        self.on.after(text, "_after_llm", with_kwargs=True)
+        for module in text.modules():
+            if type(module).__name__.endswith("RotaryEmbedding"):
+                self.on.before(module, "_before_rotary", with_kwargs=True)
+        self.recorder.install()
 
     def remove(self) -> None:
         """Take every hook and instance attribute away."""
         self.reader.active = False
         self.recorder.remove()
-        self.on.remove()
+        super().remove()
 
     def release(self) -> None:
         """Let go of the model's parts: it is gone."""

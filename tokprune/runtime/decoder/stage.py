@@ -21,7 +21,7 @@ from torch import Tensor
 from tokprune.adapters.base import Adapter
 from tokprune.adapters.dialect import cache_in, swap_cache
 from tokprune.adapters.foreign import CANDIDATES
-from tokprune.adapters.hooks import Attachments, PerThread
+from tokprune.adapters.hooks import Attached, Attachments, PerThread
 from tokprune.adapters.types import Model, ModelCall, ModelOutput, Positional, Replaced
 from tokprune.errors import UnsupportedModelError
 from tokprune.methods.decoder_base import DecoderMethod
@@ -58,7 +58,7 @@ class Nothing(DecoderMethod):
     info: ClassVar[MethodInfo] = MethodInfo("nothing", "none")
 
 
-class DecoderStage:
+class DecoderStage(Attached):
     """A decoder method on one model; `remove` leaves it as it was.
 
     method: None where tokens are not dropped and a method of the cache stage alone cuts keys (`compaction`).
@@ -93,31 +93,23 @@ class DecoderStage:
 
     # -- on and off
 
-    def install(self) -> None:
-        """Put the hooks on; undone completely when one of them fails."""
+    def put_on(self) -> None:
+        """On the language model, its layers and what makes their positions."""
         model, text = self.adapter.model, self.adapter.text_model
-        try:
-            self.on.before(text, "_begin", with_kwargs=True)
-            self.on.after(text, "_end", with_kwargs=True, always_call=True)
-            for i, layer in enumerate(text.layers):
-                self.on.before(layer, "_before_layer", i, with_kwargs=True)
-                if self.compaction is not None:
-                    self.on.after(layer, "_after_layer", i, with_kwargs=True)
-                if "middle" in self.method.reads:
-                    self.on.before(layer.mlp, "_before_mlp", i)
-            if self.compact:
-                for module in text.modules():
-                    if type(module).__name__.endswith("RotaryEmbedding"):
-                        self.on.after(module, "_after_rotary", with_kwargs=True)
-            if hasattr(model, CANDIDATES):
-                self.on.instead(model, CANDIDATES, "_refuse_assistance")
-        except BaseException:
-            self.remove()
-            raise
-
-    def remove(self) -> None:
-        """Take every hook and instance attribute away."""
-        self.on.remove()
+        self.on.before(text, "_begin", with_kwargs=True)
+        self.on.after(text, "_end", with_kwargs=True, always_call=True)
+        for i, layer in enumerate(text.layers):
+            self.on.before(layer, "_before_layer", i, with_kwargs=True)
+            if self.compaction is not None:
+                self.on.after(layer, "_after_layer", i, with_kwargs=True)
+            if "middle" in self.method.reads:
+                self.on.before(layer.mlp, "_before_mlp", i)
+        if self.compact:
+            for module in text.modules():
+                if type(module).__name__.endswith("RotaryEmbedding"):
+                    self.on.after(module, "_after_rotary", with_kwargs=True)
+        if hasattr(model, CANDIDATES):
+            self.on.instead(model, CANDIDATES, "_refuse_assistance")
 
     def release(self) -> None:
         """The model is gone; there is nothing to let go of."""

@@ -14,7 +14,7 @@ from typing import Any, Generic, NoReturn
 import torch
 from torch import Tensor, nn
 
-from tokprune.adapters.hooks import Attachments, PerThread
+from tokprune.adapters.hooks import Attached, Attachments, PerThread
 from tokprune.adapters.tower_parts import Moments, Tower
 from tokprune.adapters.types import ModelCall, Original, Positional, Replaced
 from tokprune.budget import keep_count
@@ -52,7 +52,7 @@ OUT_OF_ORDER = (
 )
 
 
-class Splice(ABC, Generic[R]):
+class Splice(Attached, ABC, Generic[R]):
     """An encoder method, spliced into one tower. Subclasses know how its sequence is laid out.
 
     The tower may be part of several models. Where it was found inside a model, only that model's calls are reduced:
@@ -164,15 +164,8 @@ class Splice(ABC, Generic[R]):
             return set()
         return {i for i in range(self.tower.depth) if self.method.active(i, self.tower.depth)}
 
-    def install(self) -> None:
-        """Put the hooks on; undone completely when one of them fails."""
-        try:
-            self._install()
-        except BaseException:
-            self.remove()
-            raise
-
-    def _install(self) -> None:
+    def put_on(self) -> None:
+        """On the tower's blocks, on what they are made of, and on calls of the tower's owner."""
         tower, method, on, active = self.tower, self.method, self.on, self.active
         for target, name in self.owner_methods:
             on.instead(target(), name, "_owner_call")
@@ -206,7 +199,7 @@ class Splice(ABC, Generic[R]):
 
     def remove(self) -> None:
         """Take every hook away."""
-        self.on.remove()
+        super().remove()
         self.threads = PerThread(InFlight)
         self.past = PastRuns()
 

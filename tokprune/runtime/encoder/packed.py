@@ -63,9 +63,9 @@ class PackedSplice(Splice[PackedRun]):
         position = kwargs["position_embeddings"]
         return PackedRun(tokens // fold, tokens, 1, position=position, order=order, cells=cells, lengths=lengths)
 
-    def _install(self) -> None:
+    def put_on(self) -> None:
         """Also watch the tower's entrance: there, and only there, the sizes of images and frames are known."""
-        super()._install()
+        super().put_on()
         self.on.before(self.tower.root, "_grids", with_kwargs=True)
         if self.method.size_bias:
             for i, parts in enumerate(self.tower.blocks):
