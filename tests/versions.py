@@ -25,7 +25,9 @@ FOLDER = ROOT / ".versions"
 PLANS = ("lowest", "5.23", "newest", "prerelease")
 # What touches the libraries: models of every family against brute force, towers, the demo, the command line, the video
 # reader.
-QUICK = ("tests/core", "tests/adapters", "tests/encoder", "tests/demo", "tests/testing", "tests/video")
+QUICK = (
+    "tests/core", "tests/adapters", "tests/encoder", "tests/decoder", "tests/demo", "tests/testing", "tests/video",
+)  # fmt: skip
 SHARED = {"torch", "torchvision", "tokprune"}  # an overlay takes these from below
 
 

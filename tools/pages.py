@@ -18,6 +18,7 @@ from tokprune.adapters.foreign import FOREIGN
 from tokprune.cli.methods import facts, families_of
 from tokprune.evaluation.reference import models
 from tokprune.registry import STAGES, list_methods, method_class
+from tools.decoder_page import TABLES
 from tools.reference_page import reference_page
 from tools.support_page import numbers, support_page
 
@@ -188,11 +189,11 @@ def pages() -> dict[Path, str]:
     out[contributing] = replace_block(contributing.read_text(encoding="utf-8"), "layers", layers_table().rstrip("\n"))
     architecture = ROOT / "docs" / "architecture.md"
     out[architecture] = replace_block(architecture.read_text(encoding="utf-8"), "foreign", foreign_table())
-    decoder = RESULTS / "decoder_demo.json"
-    if decoder.exists():
-        page = ROOT / "docs" / "decoder.md"
-        table = decoder_table(json.loads(decoder.read_text(encoding="utf-8")))
-        out[page] = replace_block(page.read_text(encoding="utf-8"), "decoder_demo", table)
+    page = ROOT / "docs" / "decoder.md"
+    out[page] = page.read_text(encoding="utf-8")
+    for name, table in TABLES.items():
+        data = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        out[page] = replace_block(out[page], name, table(data))
     census = RESULTS / "census.json"
     if census.exists():
         data = json.loads(census.read_text(encoding="utf-8"))
@@ -211,38 +212,6 @@ def pages() -> dict[Path, str]:
             + "\n"
         )
     return out
-
-
-def decoder_table(data: dict[str, Any]) -> str:
-    """Accuracy by method and share of the prefill's FLOPs, what is worse than random in front of the LLM marked."""
-    rows = data["rows"]
-    base, targets = rows[0], list(dict.fromkeys(r["target"] for r in rows[1:] if r["target"]))
-    at = {(r["method"], r["target"]): r for r in rows}
-    names = list(dict.fromkeys((r["stage"], r["method"]) for r in rows[1:] if r["target"]))
-    lines = [
-        "| method | stage | " + " | ".join(f"{t:.0%} of the FLOPs" for t in targets) + " |",
-        "|---|---|" + "---:|" * len(targets),
-    ]
-    for stage, name in sorted(names, key=lambda n: n[0]):
-        cells = []
-        for target in targets:
-            cell, rival = at.get((name, target)), at["random", target]
-            if cell is None:
-                cells.append("")
-                continue
-            mark = " ↓" if cell["accuracy"] < rival["accuracy"] else ""
-            cells.append(f"{cell['accuracy']:.1%}{mark} ({', '.join(str(k) for k in cell['kept'])})")
-        lines.append(f"| {name} | {stage} | " + " | ".join(cells) + " |")
-    others = [
-        f"{r['method']} {r['accuracy']:.1%} at {r['flops']:.0%} of the FLOPs" for r in rows[1:] if not r["target"]
-    ]
-    note = (
-        f"In brackets tokens behind each drop. All {base['kept'][0]} tokens: {base['accuracy']:.1%} right. "
-        f"{'; '.join(others)}. FLOPs met to {data['tolerance']:.0%}; {data['questions']} held-out questions, so one is "
-        f"{1 / data['questions']:.1%}. ↓ marks what is below random in front of the LLM. `{data['command']}` at commit "
-        f"{data['commit']}, {data['environment']['machine']}."
-    )
-    return "\n".join([*lines, "", note])
 
 
 def types_table(data: dict[str, Any]) -> str:

@@ -170,7 +170,8 @@ class RowAttention:
         for some, at in zip(query.split(size, 2), queries.split(size), strict=True):
             block = products(some, keys, module.scaling, None if logits else cap)
             if not logits:
-                block = masked(block, self._mask(at, keys.shape[2])).softmax(-1)
+                block = masked(block, self._mask(at, keys.shape[2]))  # frees the products
+                block = block.softmax(-1)
             yield block[0, :, :, first : first + self.n]
 
     def _mask(self, queries: Tensor, keys: int) -> Tensor:

@@ -179,6 +179,11 @@ class Frame:
             self.memo[name] = LayerKeys(slots, self.past + self.width, fill, moved)
         self.layers[layer] = self.memo[name]
 
+    def release(self, more: bool) -> None:
+        """Let go of what a drop was chosen by, so that the prefill's peak falls with its tokens. more: drops to come."""
+        for name in ("below", "middle", *(() if more else ("embeddings",))):
+            self.saved.pop(name, None)
+
     # -- what a layer is given
 
     def rewritten(self, layer: int, kwargs: ModelCall, live: Live | None) -> ModelCall:

@@ -245,6 +245,7 @@ class DecoderStage(Attached):
         if i in prompt.steps:
             dropper = Dropper(self.method, frame, prompt, i, LayerInputs(module, hidden, kwargs, held=frame.held(i)[1]))
             hidden = dropper.drop(self.adapter.text_model)
+            frame.release(i < max(prompt.steps))
             if frame.live is not before:
                 kwargs = frame.rewritten(i, original, frame.live)
         frame.note(i)
@@ -273,6 +274,8 @@ class DecoderStage(Attached):
         frame: Frame | None = self.threads.now.frame
         if frame is not None and frame.prompt is not None and self.compaction is not None and "below" in frame.saved:
             self.compaction.behind_layer(frame, frame.prompt, i, frame.saved["below"])
+            if i + 1 not in frame.prompt.steps:
+                del frame.saved["below"]
 
     def _before_mlp(self, i: int, module: Model, args: Positional) -> None:
         frame: Frame | None = self.threads.now.frame
