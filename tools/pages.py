@@ -192,8 +192,9 @@ def pages() -> dict[Path, str]:
     page = ROOT / "docs" / "decoder.md"
     out[page] = page.read_text(encoding="utf-8")
     for name, table in TABLES.items():
-        data = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-        out[page] = replace_block(out[page], name, table(data))
+        if (results := RESULTS / f"{name}.json").exists():
+            data = json.loads(results.read_text(encoding="utf-8"))
+            out[page] = replace_block(out[page], name, table(data))
     census = RESULTS / "census.json"
     if census.exists():
         data = json.loads(census.read_text(encoding="utf-8"))
