@@ -180,7 +180,7 @@ class Frame:
         self.layers[layer] = self.memo[name]
 
     def release(self, more: bool) -> None:
-        """Let go of what a drop was chosen by, so that the prefill's peak falls with its tokens. more: drops to come."""
+        """Let go of what a drop was chosen by: the peak falls with the tokens. more: there are drops to come."""
         for name in ("below", "middle", *(() if more else ("embeddings",))):
             self.saved.pop(name, None)
 
