@@ -60,3 +60,22 @@ def test_gains_carry_no_gradient() -> None:
     s, start, weights, bonus = (torch.rand(1, *shape, requires_grad=True) for shape in ((5, 6), (5,), (6,), (6,)))
     for given in ({}, {"weights": weights}, {"start": start}, {"bonus": bonus}):
         assert not greedy_coverage_gains(s, 3, **given)[1].requires_grad
+
+
+def test_repeated_columns_and_barred_ones_go_by_the_lower_index() -> None:
+    """Gains made anew only where they may be the largest, against all gains at every pick."""
+    generator = torch.Generator().manual_seed(3)
+    few = torch.randint(0, 4, (9, 11), generator=generator).double()
+    s = few[:, torch.randint(11, (70,), generator=generator)][None]  # every column some six times
+    start, weights = torch.zeros(9).double(), torch.ones(70).double()
+    chosen, added = written_out(s[0], 70, weights, start, torch.zeros(70))
+    order, gains = greedy_coverage_gains(s, 70)
+    assert order[0].tolist() == chosen
+    assert gains[0].tolist() == added
+    barred = torch.rand(1, 70, generator=generator) < 0.5
+    order = greedy_coverage(s, 70, barred=barred)[0]
+    free = int((~barred).sum())
+    assert order[:free].tolist() == [
+        i for i in greedy_coverage(s.masked_fill(barred[:, None], 0), 70)[0].tolist() if not barred[0, i]
+    ]
+    assert order[free:].tolist() == barred[0].nonzero()[:, 0].tolist()

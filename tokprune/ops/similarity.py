@@ -28,20 +28,30 @@ def unit(features: Tensor) -> Tensor:
 def gram(rows: Tensor) -> Tensor:
     """Inner products of all pairs of rows. rows: (..., N, D) -> (..., N, N).
 
-    On a CPU, where time goes with the number of multiplications, the blocks below the diagonal are mirrored: a third
-    less.
+    On a CPU, where time goes with the number of multiplications, half of the symmetric matrix is computed, matrix by
+    matrix, and mirrored: 55 to 60 % of the multiplications.
     """
     n = rows.shape[-2]
-    if rows.device.type != "cpu" or n < 256:
-        return rows @ rows.transpose(-1, -2)
+    tracked = torch.compiler.is_compiling() or (rows.requires_grad and torch.is_grad_enabled())
+    if rows.device.type != "cpu" or n < 256 or tracked:
+        return rows @ rows.mT
     out = rows.new_empty(*rows.shape[:-1], n)
-    step = max(128, -(-n // 8))  # smaller blocks multiply less, but each less efficiently
-    for start in range(0, n, step):
-        stop = min(start + step, n)
-        block = rows[..., start:stop, :] @ rows[..., start:, :].transpose(-1, -2)
-        out[..., start:stop, start:] = block
-        out[..., stop:, start:stop] = block[..., stop - start :].transpose(-1, -2)
+    for matrix, square in zip(rows.reshape(-1, n, rows.shape[-1]), out.view(-1, n, n), strict=True):
+        _fill_gram(matrix.detach(), square)
     return out
+
+
+def _fill_gram(rows: Tensor, out: Tensor) -> None:
+    """`gram` of one (N, D) into `out` (N, N): halves on the diagonal, and the block beside them once."""
+    n = len(rows)
+    if n <= 256:  # smaller blocks multiply less, but each less efficiently
+        torch.mm(rows, rows.T, out=out)
+        return
+    cut = -(-n // 64) * 32  # the upper half, a multiple of what the processor multiplies at a time
+    _fill_gram(rows[:cut], out[:cut, :cut])
+    _fill_gram(rows[cut:], out[cut:, cut:])
+    torch.mm(rows[:cut], rows[cut:].T, out=out[:cut, cut:])
+    out[cut:, :cut] = out[:cut, cut:].T
 
 
 def cosine_similarity(a: Tensor, b: Tensor | None = None) -> Tensor:
@@ -52,4 +62,5 @@ def cosine_similarity(a: Tensor, b: Tensor | None = None) -> Tensor:
 
 def cosine_distance(features: Tensor) -> Tensor:
     """1 - cosine of every pair. features: (..., N, D) -> (..., N, N)."""
-    return 1.0 - cosine_similarity(features)
+    cosine = cosine_similarity(features)
+    return 1.0 - cosine if cosine.requires_grad else cosine.neg_().add_(1.0)  # in place: the matrix is large

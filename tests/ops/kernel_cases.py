@@ -1,0 +1,152 @@
+"""Triton kernels beside their plain references, case by case, as JSON: {case: [same, launches]}.
+
+TRITON_INTERPRET=1 python -m tests.ops.kernel_cases cpu      under Triton's interpreter
+python -m tests.ops.kernel_cases cuda                        on a GPU
+python -m tests.ops.kernel_cases compile                     for two cards that need not be there
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from tokprune.ops import select
+from tokprune.ops.similarity import cosine_distance, cosine_similarity
+
+
+def features(kind: str, batch: int, n: int, width: int = 24) -> Tensor:
+    """(B, N, D) of some kind, seeded by its name."""
+    seed = torch.Generator().manual_seed(len(kind) * 1000 + n)
+    x = torch.randn(batch, n, width, generator=seed)
+    if kind == "clustered":
+        x = x[:, torch.randint(5, (n,), generator=seed)] + 0.05 * x
+    if kind == "duplicated":  # powers of two are exact: repeated tokens have equal distances whatever the order of sums
+        x = torch.randint(-1, 2, (batch, 7, width), generator=seed).float()[:, torch.arange(n) % 7]
+    if kind == "half":
+        x = x.half()
+    if kind == "huge":
+        x = x * 1e18
+    if kind == "zero":
+        x[:, ::3] = 0
+    return x
+
+
+KINDS = ("random", "clustered", "duplicated", "half", "huge", "zero")
+SIZES = ((1, 1, 1), (1, 7, 7), (3, 33, 12), (2, 64, 20))
+"""Pictures, tokens, kept tokens: one token, all of them, no multiple of the block, a multiple."""
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations that compute, and Triton kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        returns = func._schema.returns
+        alias = returns[0].alias_info if returns else None
+        if (alias is None or alias.is_write) and "empty" not in func._schema.name:
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Counted:
+    """A kernel whose launches are counted."""
+
+    def __init__(self, kernel: Any, seen: Launches) -> None:
+        self.kernel, self.seen = kernel, seen
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            self.seen.count += 1
+            with _disable_current_modes():  # the interpreter is made of operations of torch and numpy
+                self.kernel[grid](*args, **kwargs)
+
+        return launch
+
+
+def run(name: str, *arguments: Any) -> tuple[Any, Any, int]:
+    """What the kernel answers, what the reference answers, and launches of the kernel."""
+    from tokprune.ops.kernels import greedy
+
+    seen = Launches()
+    kernels = {x: getattr(greedy, x) for x in ("_max_min", "_map", "_first_gains", "_coverage")}
+    with patch.multiple(greedy, **{x: Counted(kernel, seen) for x, kernel in kernels.items()}), seen:
+        found = getattr(greedy, name)(*arguments)
+    return found, getattr(select, name).__wrapped__(*arguments), seen.count
+
+
+def max_min(kind: str, batch: int, n: int, keep: int, device: str) -> tuple[bool, int]:
+    """Distances are read, so that not even ties may differ."""
+    distance = cosine_distance(features(kind, batch, n)).to(device)
+    distance.diagonal(dim1=-2, dim2=-1).fill_(torch.inf)
+    found, expected, launches = run("greedy_max_min", distance, distance.amin(-1).argmax(-1), keep)
+    return torch.equal(found, expected), launches
+
+
+def volume(kind: str, batch: int, n: int, keep: int, device: str) -> tuple[bool, int]:
+    """In float64, where rounding decides no near tie."""
+    weight = torch.rand(batch, n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+    weight = (8 * weight).round() / 8 if kind == "duplicated" else weight
+    kernel = weight[..., :, None] * cosine_similarity(features(kind, batch, n).double()) * weight[..., None, :]
+    found, expected, launches = run("greedy_map", kernel.to(device), keep, weight.to(device))
+    return torch.equal(found, expected), launches
+
+
+def coverage(kind: str, batch: int, n: int, keep: int, device: str) -> tuple[bool, int]:
+    """All optional terms in turn; rows beside columns."""
+    similarity = cosine_similarity(features(kind, batch, n)).double()[:, : n // 2 + 1].to(device)
+    seed = torch.Generator().manual_seed(n)
+    weights, bonus, barred = (torch.rand(batch, n, generator=seed).double().to(device) for _ in range(3))
+    start = torch.rand(batch, n // 2 + 1, generator=seed).double().to(device) - 0.5
+    same, most = True, 0
+    for given in ({}, {"weights": weights}, {"start": start, "bonus": bonus}, {"barred": barred > 0.3}):
+        extra = [given.get(name) for name in ("weights", "start", "bonus", "barred")]
+        (order, gains), (expected, gained), launches = run("greedy_coverage_gains", similarity, keep, *extra)
+        same &= torch.equal(order, expected) and torch.allclose(gains, gained)
+        most = max(most, launches)
+    return same, most
+
+
+def cases(device: str) -> Iterator[tuple[str, tuple[bool, int]]]:
+    """Name and outcome of every case."""
+    for case in (max_min, volume, coverage):
+        for kind in KINDS:
+            for batch, n, keep in SIZES:
+                yield f"{case.__name__} {kind} {batch} x {n} -> {keep}", case(kind, batch, n, keep, device)
+
+
+def compiled() -> Iterator[tuple[str, tuple[bool, int]]]:
+    """Each kernel as machine code of an A100 and an H100, made without a card: [is there, bytes]."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from tokprune.ops.kernels import greedy
+
+    sizes = {"n": "i32", "keep": "i32", "rows": "i32", "noise": "fp32"}
+    pointers = {"first": "*i64", "order": "*i64", "barred": "*u8"}
+    kernels = (
+        (greedy._max_min, {"BLOCK": 4096}),
+        (greedy._map, {"BLOCK": 4096, "CHUNK": 4}),
+        (greedy._first_gains, {"ROWS": 4096, "WEIGHTS": True, "BONUS": True}),
+        (greedy._coverage, {"ROWS": 4096, "BLOCK": 4096, "WEIGHTS": True, "BONUS": True, "BARRED": True}),
+    )
+    for kernel, constants in kernels:
+        for card in (80, 90):
+            types = {x: sizes.get(x) or pointers.get(x, "*fp32") for x in kernel.arg_names}
+            source = ASTSource(kernel, types | dict.fromkeys(constants, "constexpr"), constants)
+            code = compile(source, target=GPUTarget("cuda", card, 32), options={"num_warps": 16}).asm["cubin"]
+            yield f"{kernel.__name__} sm_{card}", (len(code) > 0, len(code))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print(json.dumps(dict(compiled() if sys.argv[1] == "compile" else cases(sys.argv[1]))))
