@@ -39,8 +39,8 @@ def features(kind: str, batch: int, n: int, width: int = 24) -> Tensor:
 
 
 KINDS = ("random", "clustered", "duplicated", "half", "huge", "zero")
-SIZES = ((1, 1, 1), (1, 7, 7), (3, 33, 12), (2, 64, 20))
-"""Pictures, tokens, kept tokens: one token, all of them, no multiple of the block, a multiple."""
+SIZES = ((2, 33, 10), (1, 1, 1), (1, 7, 7), (2, 16, 5))
+"""Pictures, tokens, kept tokens: no multiple of the block, one token, all of them, a multiple."""
 
 
 class Launches(TorchDispatchMode):
@@ -102,13 +102,14 @@ def volume(kind: str, batch: int, n: int, keep: int, device: str) -> tuple[bool,
 
 
 def coverage(kind: str, batch: int, n: int, keep: int, device: str) -> tuple[bool, int]:
-    """All optional terms in turn; rows beside columns."""
+    """Optional terms in turn; fewer rows than columns."""
     similarity = cosine_similarity(features(kind, batch, n)).double()[:, : n // 2 + 1].to(device)
     seed = torch.Generator().manual_seed(n)
     weights, bonus, barred = (torch.rand(batch, n, generator=seed).double().to(device) for _ in range(3))
     start = torch.rand(batch, n // 2 + 1, generator=seed).double().to(device) - 0.5
     same, most = True, 0
-    for given in ({}, {"weights": weights}, {"start": start, "bonus": bonus}, {"barred": barred > 0.3}):
+    terms = ({}, {"weights": weights}, {"start": start, "bonus": bonus}, {"barred": barred > 0.3})
+    for given in terms if kind in ("random", "duplicated") else terms[1:2]:
         extra = [given.get(name) for name in ("weights", "start", "bonus", "barred")]
         (order, gains), (expected, gained), launches = run("greedy_coverage_gains", similarity, keep, *extra)
         same &= torch.equal(order, expected) and torch.allclose(gains, gained)
@@ -120,7 +121,7 @@ def cases(device: str) -> Iterator[tuple[str, tuple[bool, int]]]:
     """Name and outcome of every case."""
     for case in (max_min, volume, coverage):
         for kind in KINDS:
-            for batch, n, keep in SIZES:
+            for batch, n, keep in SIZES if kind == "random" else SIZES[:1]:  # the interpreter takes its time
                 yield f"{case.__name__} {kind} {batch} x {n} -> {keep}", case(kind, batch, n, keep, device)
 
 
@@ -136,8 +137,11 @@ def compiled() -> Iterator[tuple[str, tuple[bool, int]]]:
     kernels = (
         (greedy._max_min, {"BLOCK": 4096}),
         (greedy._map, {"BLOCK": 4096, "CHUNK": 4}),
-        (greedy._first_gains, {"ROWS": 4096, "WEIGHTS": True, "BONUS": True}),
-        (greedy._coverage, {"ROWS": 4096, "BLOCK": 4096, "WEIGHTS": True, "BONUS": True, "BARRED": True}),
+        (greedy._first_gains, {"ROWS": 4096, "START": True, "WEIGHTS": True, "BONUS": True}),
+        (
+            greedy._coverage,
+            {"ROWS": 4096, "BLOCK": 4096, "START": False} | dict.fromkeys(("WEIGHTS", "BONUS", "BARRED"), True),
+        ),
     )
     for kernel, constants in kernels:
         for card in (80, 90):

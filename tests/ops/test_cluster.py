@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from tokprune.ops.cluster import centre_scores, density, dpc_knn, euclidean
+from tokprune.ops.cluster import Distances, centre_scores, density, dpc_knn
 
 
 def plain(points: list[list[float]], count: int, k: int) -> tuple[set[int], list[int]]:
@@ -58,13 +58,14 @@ def test_invalid_points_are_not_there() -> None:
 
 def test_neighbours_may_differ_between_rows() -> None:
     points = torch.randn(3, 9, 4, generator=torch.Generator().manual_seed(4))
-    distance = euclidean(points)
+    distance = Distances(points)
+    (every,) = distance.parts
     k = torch.tensor([1, 4, 7])
     for row in range(3):
-        one = density(distance[row : row + 1], int(k[row]))
-        torch.testing.assert_close(density(distance, k)[row], one[0])
+        one = density(Distances(points[row : row + 1])[every], int(k[row]))
+        torch.testing.assert_close(density(distance[every], k)[row], one[0])
         torch.testing.assert_close(
-            centre_scores(distance, k)[row], centre_scores(distance[row : row + 1], int(k[row]))[0]
+            centre_scores(distance, k)[row], centre_scores(Distances(points[row : row + 1]), int(k[row]))[0]
         )
 
 

@@ -42,7 +42,7 @@ def outcome(where: str) -> dict[str, tuple[bool, int]]:
 @pytest.mark.parametrize("kernel", ["max_min", "volume", "coverage"])
 def test_a_kernel_chooses_like_the_plain_loop_in_three_launches_at_most(kernel: str, where: str) -> None:
     found = {name: result for name, result in outcome(where).items() if name.startswith(kernel)}
-    assert len(found) == 24
+    assert len(found) == 9
     assert [name for name, (same, _) in found.items() if not same] == []
     most = {"max_min": 1, "volume": 1, "coverage": 3}[kernel]
     assert {launches for _, (_, launches) in found.items() if launches > most} == set()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tokprune.errors import BudgetError, OptionError
 from tokprune.methods.options import check_options
+from tokprune.ops.blocks import together
 from tokprune.ops.topk import top
 from tokprune.registry import MethodInfo
 from tokprune.tokens import Selection, VisualTokens
@@ -179,8 +180,8 @@ class Wrapper(ConnectorMethod):
 
 
 def solve_alike(problems: Sequence[tuple[Sequence[Tensor], int]], solve: Callable[..., Tensor]) -> list[Tensor]:
-    """Solve selection problems, those of equal shapes and keep count in one call. Returns one (keep,) per problem, in
-    order.
+    """Solve selection problems, those of equal shapes and keep count in one call, as many as fit into memory with all
+    their pairs. Returns one (keep,) per problem, in order.
 
     problems: the tensors of one problem, without a batch dimension, and its keep count. solve: the algorithm, from
     tensors with a batch dimension and the keep count to (B, keep) indices.
@@ -189,7 +190,7 @@ def solve_alike(problems: Sequence[tuple[Sequence[Tensor], int]], solve: Callabl
     for i, (tensors, keep) in enumerate(problems):
         alike.setdefault((keep, *((x.shape, x.dtype, x.device) for x in tensors)), []).append(i)
     out: dict[int, Tensor] = {}
-    for members in alike.values():
+    for members in (part for same in alike.values() for part in together(same, len(problems[same[0]][0][0]))):
         stacked = [torch.stack(same) for same in zip(*(problems[i][0] for i in members), strict=True)]
         out.update(zip(members, solve(*stacked, problems[members[0]][1]), strict=True))
     return [out[i] for i in range(len(problems))]

@@ -5,19 +5,35 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tokprune.ops.blocks import row_blocks
+from tokprune.ops.numeric import wide
 from tokprune.ops.topk import ranks
 
 
-def euclidean(points: Tensor) -> Tensor:
-    """Distances of all pairs divided by the square root of the width. points: (B, n, C) -> (B, n, n)."""
-    return torch.cdist(points, points) / points.shape[-1] ** 0.5
+class Distances:
+    """Distances of all pairs of points divided by the square root of the width: held while they are few, made again in
+    blocks of rows where they are many. points: (B, n, C).
+    """
+
+    def __init__(self, points: Tensor) -> None:
+        self._points = points
+        self.parts = list(row_blocks(points.shape[1]))
+        self._held: Tensor | None = None
+
+    def __getitem__(self, part: slice) -> Tensor:
+        """Distances of some points, one of `parts`, to all. -> (B, m, n)."""
+        if self._held is not None:
+            return self._held
+        rows = torch.cdist(self._points[:, part], self._points) / self._points.shape[-1] ** 0.5
+        self._held = rows if len(self.parts) == 1 else None
+        return rows
 
 
 def density(distance: Tensor, k: int | Tensor, valid: Tensor | None = None) -> Tensor:
     """exp(-mean of the k smallest squared distances), the point itself among them.
 
-    distance: (B, n, n). k: one number, or (B,) one per row. valid: (B, n) bool; other points are nobody's neighbour.
-    Where fewer than k are valid, the mean is taken over those. Returns (B, n).
+    distance: (B, m, n) of m points to all. k: one number, or (B,) one per row. valid: (B, n) bool; other points are
+    nobody's neighbour. Where fewer than k are valid, the mean is taken over those. Returns (B, m).
     """
     square = distance.square()
     if valid is not None:
@@ -31,30 +47,34 @@ def density(distance: Tensor, k: int | Tensor, valid: Tensor | None = None) -> T
     return (-(nearest.masked_fill(~real, 0).sum(-1) / real.sum(-1).clamp(min=1))).exp()
 
 
-def centre_scores(distance: Tensor, k: int | Tensor, valid: Tensor | None = None) -> Tensor:
+def centre_scores(distance: Distances, k: int | Tensor, valid: Tensor | None = None) -> Tensor:
     """Score of each point as a cluster centre: density times distance to the nearest denser point.
 
-    The densest point gets the largest distance of all pairs. distance: (B, n, n), k as in `density`, valid: (B, n) bool
-    or None. Returns (B, n); -1 for points that are not valid.
+    The densest point gets the largest distance of all pairs. k as in `density`, valid: (B, n) bool or None. Returns
+    (B, n); -1 for points that are not valid.
     """
-    rho = density(distance, k, valid)
-    denser = rho[:, None, :] > rho[:, :, None]
-    if valid is None:
-        far = distance.flatten(1).amax(-1)
-    else:
-        far = distance.masked_fill(~(valid[:, None, :] & valid[:, :, None]), 0).flatten(1).amax(-1)
-        denser = denser & valid[:, None, :]
-    score = rho * torch.where(denser, distance, far[:, None, None]).amin(-1)
+    rho = torch.cat([density(distance[part], k, valid) for part in distance.parts], -1)
+    far, apart = [], []
+    for part in distance.parts:
+        pairs = None if valid is None else valid[:, None, :] & valid[:, part, None]  # (B, m, n)
+        far.append((distance[part] if pairs is None else distance[part].masked_fill(~pairs, 0)).flatten(1).amax(-1))
+    farthest = torch.stack(far).amax(0)[:, None, None]
+    for part in distance.parts:
+        denser = rho[:, None, :] > rho[:, part, None]  # (B, m, n)
+        denser = denser if valid is None else denser & valid[:, None, :]
+        apart.append(torch.where(denser, distance[part], farthest).amin(-1))
+    score = rho * torch.cat(apart, -1)
     return score if valid is None else score.masked_fill(~valid, -1.0)
 
 
-def to_centres(distance: Tensor, centre: Tensor) -> Tensor:
+def to_centres(distance: Distances, centre: Tensor) -> Tensor:
     """The nearest centre of each point, ties to the lower index; a centre belongs to itself.
 
-    distance: (B, n, n). centre: (B, n) bool. Returns (B, n) positions; meaningless in rows without a centre.
+    centre: (B, n) bool. Returns (B, n) positions; meaningless in rows without a centre.
     """
-    own = torch.arange(distance.shape[-1], device=distance.device)
-    nearest = distance.masked_fill(~centre[:, None, :], torch.inf).argmin(-1)
+    own = torch.arange(centre.shape[-1], device=centre.device)
+    there = ~centre[:, None, :]
+    nearest = torch.cat([distance[part].masked_fill(there, torch.inf).argmin(-1) for part in distance.parts], -1)
     return torch.where(centre, own, nearest)
 
 
@@ -64,18 +84,18 @@ def dpc_knn(
     """Cluster each row's points into counts[row] clusters around its density peaks.
 
     points: (B, n, C). counts: (B,) long, at most the row's valid points. k: nearest neighbours, one number or (B,).
-    valid: (B, n) bool. `block` rows at a time, so that memory stays O(block n² + B n). Arithmetic in float32 (float64
-    stays).
+    valid: (B, n) bool. `block` rows at a time, so that memory stays O(block n² + B n), and O(n) where n is large (see
+    `Distances`). Arithmetic in float32 (float64 stays).
 
     Returns, all (B, n): which points are centres (bool); the centre of each point, itself for a centre and -1 for
     points that are not valid or in rows without a centre; the score as a centre. Ties go to the lower index.
     """
     chosen, into, scores = [], [], []
     for begin in range(0, points.shape[0], block):
-        part = points[begin : begin + block].detach()
+        part = points[begin : begin + block]
         here = None if valid is None else valid[begin : begin + block]
         count = counts[begin : begin + block, None]
-        distance = euclidean(part if part.dtype == torch.float64 else part.float())
+        distance = Distances(wide(part))
         score = centre_scores(distance, k[begin : begin + block] if isinstance(k, Tensor) else k, here)
         centre = ranks(score) < count
         own = to_centres(distance, centre)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tokprune.errors import OptionError
+from tokprune.ops.blocks import together
 from tokprune.tokens import Layout
 
 
@@ -29,7 +30,8 @@ def stacks(
     device: torch.device | str,
     labels: Sequence[Hashable] | None = None,
 ) -> list[Stack]:
-    """Put groups of equal size, budget and label together; those without a budget are left out.
+    """Put groups of equal size, budget and label together, as many as fit into memory with all their pairs; those
+    without a budget are left out.
 
     sizes, budgets, labels: one entry per group; groups lie one after the other in the stream, as Layout demands.
     """
@@ -40,8 +42,9 @@ def stacks(
             same.setdefault((size, keep, None if labels is None else labels[i]), []).append(start)
         start += size
     return [
-        Stack(torch.tensor(starts, device=device)[:, None] + torch.arange(size, device=device), keep, label)
+        Stack(torch.tensor(part, device=device)[:, None] + torch.arange(size, device=device), keep, label)
         for (size, keep, label), starts in same.items()
+        for part in together(starts, size)
     ]
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokprune.errors import OptionError
-from tokprune.ops.similarity import cosine_similarity, unit
+from tokprune.ops.similarity import most_similar, unit
 from tokprune.ops.topk import true_indices
 from tokprune.tokens import Merge, Selection
 
@@ -67,7 +67,7 @@ def merge_dropped(chosen: Selection, features: Tensor) -> Selection:
     n, k, device = features.shape[0], len(chosen), features.device
     if k == n:
         return chosen
-    nearest = cosine_similarity(features, chosen.apply(features)).argmax(-1)  # (N,)
+    nearest = most_similar(unit(features), unit(chosen.apply(features)))[1]  # (N,)
     if chosen.weights is None or chosen.weights.rows is None:
         target, scale = _target(chosen, n, device)
         dropped = target < 0
@@ -170,10 +170,8 @@ def bipartite_matching(metric: Tensor, r: int, prefix: int = 0, ordered: bool = 
     place = torch.arange(n, device=device)
     even, odd = place[0::2], place[1::2]
     rows = unit(metric)
-    similarity = rows[:, even] @ rows[:, odd].transpose(-1, -2)  # (B, A, O)
-    similarity = similarity.masked_fill((even < prefix)[:, None] | (odd < prefix), -torch.inf)
-    partner = similarity.argmax(-1)  # (B, A)
-    value = similarity.gather(-1, partner[..., None])[..., 0]
+    value, partner = most_similar(rows[:, even], rows[:, odd], odd < prefix)  # (B, A)
+    value = value.masked_fill(even < prefix, -torch.inf)
     best_first = torch.sort(value, dim=-1, descending=True, stable=True).indices
     source, stay = even[best_first[:, :r]], even[best_first[:, r:]]  # (B, r), (B, A - r)
     target = odd[partner.gather(-1, best_first[:, :r])]  # (B, r)

@@ -1,14 +1,59 @@
 """Greedy choice of a subset: farthest points, largest volume, facilities that cover all others.
 
-Each is a loop over the kept tokens; on a CUDA device the whole loop is one kernel (`tokprune.ops.kernels.greedy`).
+Each is a loop over the kept tokens; on a CUDA device the whole loop is one kernel (`tokprune.ops.kernels.greedy`). Of
+more tokens than `tokprune.ops.blocks.WHOLE` no matrix of all pairs is held: the loops make the rows that they need.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from tokprune.ops import blocks
+from tokprune.ops.blocks import Rows, row_blocks, whole
 from tokprune.ops.device import with_kernel
+from tokprune.ops.similarity import cosine_distance, unit
+
+RowOf = Callable[[Tensor, Tensor], Tensor]
+"""The row of each item's pick: pick (B,) and the worth of all tokens (B, N) -> (B, N)."""
+
+
+def greedy_farthest(features: Tensor, keep: int, gain: Tensor | None = None, low: float | None = None) -> Tensor:
+    """`greedy_max_min` on the cosine distance, from the token whose nearest neighbour is farthest.
+
+    features: (B, N, D). gain: (B, N), not negative, by which the distance to each token is multiplied; None for 1. low:
+    distances below it (by rounding) are raised to it. Returns (B, keep) in the order of choice.
+    """
+    features = features.detach()
+
+    def scaled(distance: Tensor, by: Tensor | None) -> Tensor:
+        distance = distance if low is None else distance.clamp_min_(low)
+        return distance if by is None else distance.mul_(by)
+
+    if whole(features.shape[1], features.shape[1]):
+        distance = scaled(cosine_distance(features), None if gain is None else gain[:, None])  # (B, N, N)
+        distance.diagonal(dim1=-2, dim2=-1).fill_(torch.inf)  # nobody is one's own neighbour; no step looks there
+        return greedy_max_min(distance, distance.amin(-1 if gain is None else -2).argmax(-1), keep)
+    found = []
+    for i, rows in enumerate(unit(features)):
+        by = None if gain is None else gain[i]
+        lazy = Rows(lambda which, rows=rows, by=by: scaled((rows[which] @ rows.T).neg_().add_(1), by))  # type: ignore[misc]
+        first = scaled(_nearest(rows), by).argmax(-1, keepdim=True)
+        found.append(_max_min(lambda pick, worth, lazy=lazy: lazy.row(pick, worth[0])[None], rows, first, keep))  # type: ignore[misc]
+    return torch.cat(found)
+
+
+def _nearest(rows: Tensor) -> Tensor:
+    """Distance of each token to its nearest neighbour, block by block, each pair once. rows: (N, D) -> (N,)."""
+    best = torch.full_like(rows[:, 0], torch.inf)
+    for part in row_blocks(len(rows)):
+        distance = (rows[part] @ rows[part.start :].T).neg_().add_(1)  # (m, N - start)
+        distance.diagonal().fill_(torch.inf)
+        best[part] = best[part].minimum(distance.amin(1))
+        best[part.stop :] = best[part.stop :].minimum(distance[:, len(distance) :].amin(0))
+    return best
 
 
 @with_kernel("greedy")
@@ -18,15 +63,20 @@ def greedy_max_min(distance: Tensor, first: Tensor, keep: int) -> Tensor:
     distance: (B, N, N). first: (B,) index of the first pick. Returns (B, keep) in the order of choice. Ties go to the
     lower index; a picked point is never picked again. No host synchronisation.
     """
-    batch, n, _ = distance.shape
-    rows = torch.arange(batch, device=distance.device)
-    order = torch.empty(batch, keep, dtype=torch.long, device=distance.device)
-    nearest = torch.full((batch, n), torch.inf, dtype=distance.dtype, device=distance.device)
+    which = torch.arange(len(distance), device=distance.device)
+    return _max_min(lambda pick, _: distance[which, pick], distance[0], first, keep)
+
+
+def _max_min(row_of: RowOf, like: Tensor, first: Tensor, keep: int) -> Tensor:
+    """The loop of `greedy_max_min`. like: (N, ...) of the dtype and device of distances."""
+    which = torch.arange(len(first), device=like.device)
+    order = torch.empty(len(first), keep, dtype=torch.long, device=like.device)
+    nearest = torch.full((len(first), len(like)), torch.inf, dtype=like.dtype, device=like.device)
     pick = first
     for step in range(keep):
         order[:, step] = pick
-        nearest = torch.minimum(nearest, distance[rows, pick])
-        nearest[rows, pick] = -torch.inf  # stays -inf: every later minimum keeps it
+        nearest = torch.minimum(nearest, row_of(pick, nearest))
+        nearest[which, pick] = -torch.inf  # stays -inf: every later minimum keeps it
         pick = nearest.argmax(-1)
     return order
 
@@ -42,10 +92,15 @@ def greedy_map(kernel: Tensor, keep: int, fallback: Tensor) -> Tensor:
 
     Returns (B, keep) in the order of choice. O(K² N) time, O(K N) memory, no host synchronisation.
     """
-    batch, n, _ = kernel.shape
-    device, dtype = kernel.device, kernel.dtype
+    which = torch.arange(len(kernel), device=kernel.device)
+    return map_by_rows(lambda pick, _: kernel[which, pick], kernel.diagonal(dim1=-2, dim2=-1), keep, fallback)
+
+
+@torch.no_grad()
+def map_by_rows(row_of: RowOf, own: Tensor, keep: int, fallback: Tensor) -> Tensor:
+    """`greedy_map` for a kernel that is not held. row_of: its rows. own: (B, N), its diagonal."""
+    (batch, n), device, dtype = own.shape, own.device, own.dtype
     which = torch.arange(batch, device=device)
-    own = kernel.diagonal(dim1=-2, dim2=-1)  # (B, N)
     noise = 100 * torch.finfo(dtype).eps * own
     best_first = torch.sort(fallback, dim=-1, descending=True, stable=True).indices
     places = torch.arange(n, device=device, dtype=dtype).expand(batch, n)
@@ -62,7 +117,7 @@ def greedy_map(kernel: Tensor, keep: int, fallback: Tensor) -> Tensor:
         order[:, step] = pick
         known = (factor[which, :step, pick][:, None] @ factor[:, :step])[:, 0]  # (B, N) = sum over k of c_k[pick] c_k
         scale = live[which, pick] / volume[which, pick].clamp_min(torch.finfo(dtype).tiny).sqrt()
-        row = (kernel[which, pick] - known) * scale[:, None]
+        row = (row_of(pick, volume) - known) * scale[:, None]
         factor[:, step] = row
         volume = volume - row * row
         volume[which, pick] = -torch.inf  # stays: only finite values are taken away from it
@@ -91,9 +146,12 @@ def greedy_coverage_gains(
     similarity = similarity.detach()
     batch, rows, n = similarity.shape
     if similarity.device.type == "cpu" and (weights is None or bool((weights >= 0).all())):
+        numbers = torch.arange(n)
         optional = [None if x is None else x.detach().expand(batch, -1) for x in (weights, start, bonus, barred)]
         each = [
-            _lazily(similarity[i].T.contiguous(), keep, *(x if x is None else x[i] for x in optional))
+            lazy_coverage(
+                similarity[i].T.contiguous().__getitem__, numbers, keep, *(x if x is None else x[i] for x in optional)
+            )
             for i in range(batch)
         ]
         return torch.stack([order for order, _ in each]), torch.stack([gains for _, gains in each])
@@ -123,32 +181,36 @@ def greedy_coverage_gains(
     return order, gains
 
 
-def _lazily(
-    columns: Tensor,
+@torch.no_grad()
+def lazy_coverage(
+    columns: Callable[[Tensor], Tensor],
+    numbers: Tensor,
     keep: int,
-    weights: Tensor | None,
-    start: Tensor | None,
-    bonus: Tensor | None,
-    barred: Tensor | None,
+    weights: Tensor | None = None,
+    start: Tensor | None = None,
+    bonus: Tensor | None = None,
+    barred: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`greedy_coverage_gains` of one item: a gain only falls while the cover grows, so that an old one is a bound.
+    """`greedy_coverage_gains` of one item, of which columns are looked at that may be the next. The host waits.
 
-    columns: (N, R). The best bound that is still the best when it is made anew is the largest gain (Minoux's lazy
-    greedy). Returns the order of choice and the gains, both (keep,).
+    columns: (m,) numbers -> (m, R). numbers: (N,) of all columns, 0, 1, ... The rest as there, without the batch. A
+    gain only falls while the cover grows, so that an old one is a bound: the best bound that is still the best when it
+    is made anew is the largest gain (Minoux's lazy greedy). Returns the order of choice and the gains, both (keep,).
     """
-    n, rows = columns.shape
-    best = columns.new_zeros(rows) if start is None else start.to(columns)
+    n, where = len(numbers), numbers.device
+    best = torch.zeros_like(columns(numbers[:1])[0]) if start is None else start
 
-    def gains_of(which: Tensor | slice) -> Tensor:
-        gain = (columns[which] - best).clamp_min_(0).sum(-1)
+    def gains_of(which: Tensor) -> Tensor:
+        gain = (columns(which) - best).clamp_min_(0).sum(-1)
         gain = gain if weights is None else gain * weights[which]
         return gain if bonus is None else gain + bonus[which]
 
-    worth = torch.cat([gains_of(slice(i, i + 256)) for i in range(0, n, 256)])
-    free = torch.ones(n, dtype=torch.bool)
+    worth = torch.cat([gains_of(part) for part in numbers.split(blocks.ROWS)])
+    free = torch.ones(n, dtype=torch.bool, device=where)
     if barred is not None:
         worth = worth.masked_fill(barred, -torch.inf)
-    order, gains = torch.empty(keep, dtype=torch.long), torch.empty(keep, dtype=columns.dtype)
+    order = torch.empty(keep, dtype=torch.long, device=where)
+    gains = torch.empty(keep, dtype=worth.dtype, device=where)
     for step in range(keep):
         pick, width, anew = worth.argmax(keepdim=True), 8, set[int]()
         if bool(torch.isneginf(worth[pick])):  # nothing but barred columns is left
@@ -162,7 +224,7 @@ def _lazily(
             anew.update(which.tolist())
             pick, width = worth.argmax(keepdim=True), 2 * width
         order[step], gains[step] = pick[0], worth[pick[0]]
-        best = torch.maximum(best, columns[pick[0]])
+        best = torch.maximum(best, columns(pick)[0])
         worth[pick], free[pick] = -torch.inf, False
     return order, gains
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tokprune.ops.blocks import row_blocks
+
 
 def nearest_target(features: Tensor, targets: Tensor) -> Tensor:
     """Which of the targets each token is most similar to (cosine). O(N K D).
@@ -14,9 +16,24 @@ def nearest_target(features: Tensor, targets: Tensor) -> Tensor:
     """
     rows = unit(features)
     chosen = rows.gather(1, targets[..., None].expand(-1, -1, rows.shape[-1]))
-    place = (rows @ chosen.transpose(1, 2)).argmax(-1)
+    place = most_similar(rows, chosen)[1]
     own = torch.arange(targets.shape[1], device=targets.device).expand_as(targets)
     return place.scatter(1, targets, own)
+
+
+def most_similar(a: Tensor, b: Tensor, barred: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The largest product of each row with one of the others, and its place, ties to the lower one; block by block.
+
+    a: (..., N, D), b: (..., K, D). barred: (K,) bool, rows of b that nobody takes. Returns both (..., N).
+    """
+    values, places = [], []
+    for part in row_blocks(a.shape[-2], b.shape[-2]):
+        product = a[..., part, :] @ b.mT  # (..., m, K)
+        product = product if barred is None else product.masked_fill(barred, -torch.inf)
+        place = product.argmax(-1)
+        places.append(place)
+        values.append(product.gather(-1, place[..., None])[..., 0])
+    return (values[0], places[0]) if len(places) == 1 else (torch.cat(values, -1), torch.cat(places, -1))
 
 
 def unit(features: Tensor) -> Tensor:

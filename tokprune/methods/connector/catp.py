@@ -13,8 +13,9 @@ from tokprune.budget import ceil_of, pooled_budgets
 from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
 from tokprune.methods.options import option
 from tokprune.methods.question import word_embeddings
-from tokprune.ops.select import greedy_coverage_gains
-from tokprune.ops.similarity import cosine_similarity
+from tokprune.ops.blocks import whole
+from tokprune.ops.select import greedy_coverage_gains, lazy_coverage
+from tokprune.ops.similarity import cosine_similarity, gram, unit
 from tokprune.registry import Checked, register_method
 from tokprune.tokens import Selection, VisualTokens
 
@@ -27,9 +28,13 @@ def catp(features: Tensor, text: Tensor, keep: int, relevance: float = 0.7) -> t
     + cosine) / 2 and v the mean of the text's embeddings. features: (N, D), text: (T, D). Returns (keep,) indices in
     the order of choice and (keep,) what each added, which only falls.
     """
-    similarity = (1 + cosine_similarity(features)) / 2
-    meaning = cosine_similarity(features, text.to(similarity.dtype).mean(0, keepdim=True))[:, 0]  # (N,)
-    order, gains = greedy_coverage_gains(similarity[None], keep, bonus=relevance * (1 + meaning[None]) / 2)
+    rows = unit(features)
+    meaning = cosine_similarity(features, text.to(rows.dtype).mean(0, keepdim=True))[:, 0]  # (N,)
+    n, bonus = len(rows), relevance * (1 + meaning) / 2
+    if not whole(n, n):
+        numbers = torch.arange(n, device=rows.device)
+        return lazy_coverage(lambda which: (1 + rows[which] @ rows.T) / 2, numbers, keep, bonus=bonus)
+    order, gains = greedy_coverage_gains(gram(rows).add_(1).div_(2)[None], keep, bonus=bonus[None])
     return order[0], gains[0]
 
 

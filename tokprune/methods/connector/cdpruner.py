@@ -13,8 +13,9 @@ from tokprune.budget import equal
 from tokprune.methods.base import ConnectorMethod, check_finite, check_keep, picked, solve_alike
 from tokprune.methods.options import Compat, option
 from tokprune.methods.question import CLIP_SIGNALS, Relevance, question_relevance
-from tokprune.ops.select import greedy_map
-from tokprune.ops.similarity import cosine_similarity
+from tokprune.ops.blocks import Rows, whole
+from tokprune.ops.select import greedy_map, map_by_rows
+from tokprune.ops.similarity import cosine_similarity, unit
 from tokprune.registry import Checked, register_method
 from tokprune.tokens import Selection, VisualTokens
 
@@ -37,8 +38,17 @@ def cdpruner(features: Tensor, weight: Tensor, keep: int) -> Tensor:
     features: (B, N, D), weight: (B, N) from `quality` -> (B, keep) indices in the order of choice. When the features
     span no further direction, the tokens of largest weight follow.
     """
-    kernel = weight[..., :, None] * cosine_similarity(features) * weight[..., None, :]  # (B, N, N)
-    return greedy_map(kernel, keep, weight)
+    n = features.shape[-2]
+    if whole(n, n):
+        kernel = cosine_similarity(features.detach()).mul_(weight[..., :, None]).mul_(weight[..., None, :])  # (B, N, N)
+        return greedy_map(kernel, keep, weight)
+    found = []
+    for rows, by in zip(unit(features.detach()), weight, strict=True):
+        lazy = Rows(lambda which, rows=rows, by=by: by[which, None] * (rows[which] @ rows.T) * by)  # type: ignore[misc]
+        own = by.square() * rows.square().sum(-1)  # (N,)
+        row_of = lambda pick, volume, lazy=lazy: lazy.row(pick, volume[0])[None]  # noqa: E731
+        found.append(map_by_rows(row_of, own[None], keep, by[None]))
+    return torch.cat(found)
 
 
 @register_method(

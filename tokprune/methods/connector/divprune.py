@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from tokprune.methods.base import ConnectorMethod, check_finite, check_keep, solve_alike
-from tokprune.ops.select import greedy_max_min
-from tokprune.ops.similarity import cosine_distance
+from tokprune.ops.select import greedy_farthest
 from tokprune.registry import Checked, register_method
 from tokprune.tokens import Selection, VisualTokens
 
@@ -22,10 +20,7 @@ def divprune(features: Tensor, keep: int) -> Tensor:
     is farthest; each further one maximises the distance to its nearest chosen token, ties to the lower index. Distances
     are float32 whatever the model's dtype: in half precision the choice is rounding noise.
     """
-    distance = cosine_distance(features.detach())  # (B, N, N)
-    distance.diagonal(dim1=-2, dim2=-1).fill_(torch.inf)  # nobody is one's own neighbour; the loop never looks there
-    first = distance.amin(-1).argmax(-1)  # (B,)
-    return greedy_max_min(distance, first, keep)
+    return greedy_farthest(features, keep)
 
 
 @register_method(

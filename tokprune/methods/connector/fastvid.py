@@ -16,7 +16,7 @@ from tokprune.errors import OptionError
 from tokprune.methods.attended import attended, scene_lengths
 from tokprune.methods.base import ConnectorMethod
 from tokprune.methods.options import Compat, option
-from tokprune.ops.cluster import centre_scores, euclidean
+from tokprune.ops.cluster import Distances, centre_scores
 from tokprune.ops.frames import frame_means, raster
 from tokprune.ops.similarity import unit
 from tokprune.ops.topk import rank_in_group, ranks, true_indices
@@ -120,7 +120,7 @@ def fastvid_choice(
     for rows in torch.tensor([t for t, k in enumerate(context) if k > 0], dtype=torch.long, device=device).split(BLOCK):
         cells = place[rows]  # (B, P)
         free = (cells >= 0) & ~attended[cells.clamp(min=0)]
-        score = centre_scores(euclidean(features[cells.clamp(min=0)]), NEIGHBOURS, free)
+        score = centre_scores(Distances(features[cells.clamp(min=0)]), NEIGHBOURS, free)
         chosen = ranks(score) < counts[1][rows][:, None]
         spot = torch.where(chosen & free, cells, len(centre))  # all others: one place behind the last
         centre = (

@@ -19,8 +19,8 @@ from tokprune.ops.cluster import dpc_knn
 from tokprune.ops.frames import frame_means, raster, segment_numbers
 from tokprune.ops.grid import stacks
 from tokprune.ops.merge import merged_selection
-from tokprune.ops.select import greedy_max_min
-from tokprune.ops.similarity import cosine_distance, cosine_similarity
+from tokprune.ops.select import greedy_farthest
+from tokprune.ops.similarity import cosine_similarity
 from tokprune.ops.topk import rank_in_group
 from tokprune.registry import Checked, register_method
 from tokprune.tokens import Layout, Selection, VisualTokens
@@ -35,9 +35,7 @@ def flashvid_diverse(features: Tensor, attention: Tensor, keep: int) -> Tensor:
     features: (B, n, C), attention: (B, n) -> (B, keep) in the order of choice. The first has the largest distance to
     its nearest neighbour, times its attention.
     """
-    distance = cosine_distance(features) * attention[:, None, :]
-    apart = distance.diagonal_scatter(torch.full_like(attention, torch.inf), dim1=-2, dim2=-1)
-    return greedy_max_min(distance, apart.amin(-2).argmax(-1), keep)
+    return greedy_farthest(features, keep, attention)
 
 
 def scene_relevance(features: Tensor, layout: Layout, lengths: Sequence[int]) -> Tensor:

@@ -10,8 +10,9 @@ from torch import Tensor
 from tokprune.budget import share
 from tokprune.methods.base import ScoreMethod, check_finite
 from tokprune.methods.options import option
+from tokprune.ops.blocks import row_blocks
 from tokprune.ops.numeric import wide
-from tokprune.ops.similarity import cosine_similarity
+from tokprune.ops.similarity import gram, unit
 from tokprune.ops.topk import grouped_top, top
 from tokprune.registry import Checked, register_method
 from tokprune.tokens import Layout, VisualTokens
@@ -25,14 +26,23 @@ def gprune(features: Tensor, threshold: float = 0.5, temperature: float = 0.03, 
     softmax(cosine / temperature) over its links. What flows at first is the norm of each token; after `steps` rounds,
     what has arrived is divided by the number of links, so that a crowd of equals does not keep all its members.
     """
-    similarity = cosine_similarity(features)
-    n = similarity.shape[-1]
-    linked = (similarity >= threshold) & (similarity > 0) | torch.eye(n, dtype=torch.bool, device=similarity.device)
-    shares = (similarity / temperature).masked_fill(~linked, -torch.inf).softmax(-1)  # (..., N, N), rows sum to 1
+    rows = unit(features)
+    parts = list(row_blocks(rows.shape[-2]))  # one, or as many as fit; those are made anew in every step
+
+    def block(part: slice) -> tuple[Tensor, Tensor]:
+        similarity = gram(rows) if len(parts) == 1 else rows[..., part, :] @ rows.mT  # (..., m, N)
+        linked = (similarity >= threshold) & (similarity > 0)
+        linked.diagonal(part.start, -2, -1).fill_(True)
+        shares = similarity.div_(temperature).masked_fill_(~linked, -torch.inf).softmax(-1)  # rows sum to 1
+        return shares, linked.sum(-2)
+
+    held = [block(part) for part in parts[:1]]
+    links = held[0][1] if len(parts) == 1 else torch.stack([block(part)[1] for part in parts]).sum(0)
     flow = wide(features).norm(dim=-1)[..., None, :]  # (..., 1, N)
     for _ in range(steps):
-        flow = flow @ shares
-    return flow[..., 0, :] / linked.sum(-2)
+        made = held if len(parts) == 1 else map(block, parts)
+        flow = sum((flow[..., p] @ shares for p, (shares, _) in zip(parts, made, strict=True)), torch.zeros_like(flow))
+    return flow[..., 0, :] / links
 
 
 @register_method(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import ClassVar
@@ -15,8 +15,9 @@ from tokprune.budget import equal
 from tokprune.methods.base import ConnectorMethod, check_finite, check_keep, picked, solve_alike
 from tokprune.methods.options import option
 from tokprune.methods.question import word_embeddings
-from tokprune.ops.select import greedy_coverage
-from tokprune.ops.similarity import cosine_similarity
+from tokprune.ops.blocks import row_blocks, whole
+from tokprune.ops.select import greedy_coverage, lazy_coverage
+from tokprune.ops.similarity import cosine_similarity, unit
 from tokprune.registry import Checked, register_method
 from tokprune.tokens import Query, Selection, VisualTokens
 
@@ -98,6 +99,28 @@ def coverage_rows(
     return torch.cat([words, alpha * patches])
 
 
+@torch.no_grad()
+def coverage_columns(
+    projected: Tensor,
+    vision: Tensor,
+    text: Tensor,
+    alpha: float = 0.5,
+    text_temperature: float = 0.02,
+    vision_temperature: float = 0.2,
+) -> Callable[[Tensor], Tensor]:
+    """Columns of `coverage_rows` by number, (m,) -> (m, M + N), where there are too many rows to hold."""
+    rows, n = unit(vision), len(vision)
+    words = (cosine_similarity(text, projected) / text_temperature).softmax(-1) / text.shape[0]  # (M, N)
+    mass = [(rows[part] @ rows.T).div_(vision_temperature).logsumexp(-1) for part in row_blocks(n)]
+    total = torch.cat(mass)  # (N,) what the softmax of each row is divided by
+
+    def columns(which: Tensor) -> Tensor:
+        patches = ((rows[which] @ rows.T) / vision_temperature - total).exp() / n
+        return torch.cat([words[:, which].T, alpha * patches], -1)
+
+    return columns
+
+
 def content_rows(query: Query, count: int) -> list[int]:
     """Which of the question's `count` embedding rows belong to words that say something about the picture.
 
@@ -176,7 +199,7 @@ class MMTok(ConnectorMethod):
 
     def select_batch(self, batch: Sequence[VisualTokens], keeps: Sequence[int]) -> list[Selection]:
         """Choose for several streams; those of equal size, budget and number of words share one greedy loop."""
-        problems, places = [], []
+        problems, places, large, where = [], [], [], []
         for i, (tokens, keep) in enumerate(zip(batch, keeps, strict=True)):
             check_keep(keep, len(tokens))
             text = word_embeddings(tokens)
@@ -189,7 +212,13 @@ class MMTok(ConnectorMethod):
             for start, size, count in zip(accumulate(sizes, initial=0), sizes, equal(keep, sizes), strict=False):
                 if count > 0:
                     x, v = features[start : start + size], vision[start : start + size]
-                    rows = coverage_rows(x, v, text, self.alpha, self.text_temperature, self.vision_temperature)
-                    problems.append(([rows], count))
-                    places.append((i, start))
-        return [Selection(chosen) for chosen in picked(solve_alike(problems, greedy_coverage), places, len(batch))]
+                    given = (x, v, text, self.alpha, self.text_temperature, self.vision_temperature)
+                    if whole(size, size):
+                        problems.append(([coverage_rows(*given)], count))
+                        places.append((i, start))
+                    else:
+                        numbers = torch.arange(size, device=v.device)
+                        large.append(lazy_coverage(coverage_columns(*given), numbers, count)[0])
+                        where.append((i, start))
+        chosen = picked([*solve_alike(problems, greedy_coverage), *large], [*places, *where], len(batch))
+        return [Selection(indices) for indices in chosen]

@@ -12,6 +12,8 @@ from torch import Tensor
 from tokprune.budget import equal
 from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
 from tokprune.methods.options import Seed
+from tokprune.ops import blocks
+from tokprune.ops.blocks import whole
 from tokprune.ops.grid import stacks
 from tokprune.ops.numeric import wide
 from tokprune.ops.similarity import cosine_similarity, unit
@@ -65,6 +67,8 @@ def suppress(features: Tensor, scores: Tensor, group: Tensor, threshold: Tensor)
     so on; tokens without a positive score never survive. features: (..., N, C), scores, group: (..., N), threshold:
     (...,). Returns (..., N) bool.
     """
+    if not whole(features.shape[-2], features.shape[-2]):
+        return _suppress_in_order(features, scores, group, threshold)
     order = ranks(scores)
     removes = (
         cosine_similarity(features) > threshold[..., None, None]
@@ -81,6 +85,21 @@ def suppress(features: Tensor, scores: Tensor, group: Tensor, threshold: Tensor)
         if (alive.device.type == "cpu" or step % 8 == 7) and not alive.any():
             break
     return survives
+
+
+def _suppress_in_order(features: Tensor, scores: Tensor, group: Tensor, threshold: Tensor) -> Tensor:
+    """`suppress`, from the best to the worst, some at a time: first what earlier survivors remove, then each other."""
+    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
+    rows = unit(features).gather(-2, order[..., None].expand_as(features))
+    worth, groups = scores.gather(-1, order), group.gather(-1, order)
+    found = torch.zeros_like(order, dtype=torch.bool)
+    for start in range(0, order.shape[-1], blocks.ROWS):
+        part = slice(start, start + blocks.ROWS)
+        alike = rows[..., part, :] @ rows[..., :start, :].mT > threshold[..., None, None]  # (..., m, start)
+        alike &= groups[..., part, None] == groups[..., None, :start]
+        left = worth[..., part].masked_fill(_any(alike.to(rows.dtype), found[..., :start]), 0)
+        found[..., part] = suppress(rows[..., part, :], left, groups[..., part], threshold)
+    return torch.zeros_like(found).scatter(-1, order, found)
 
 
 def _any(counts: Tensor, mask: Tensor) -> Tensor:

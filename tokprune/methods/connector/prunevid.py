@@ -12,7 +12,7 @@ from torch import Tensor
 from tokprune.budget import floor_of
 from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
 from tokprune.methods.options import Compat, option
-from tokprune.ops.cluster import centre_scores, dpc_knn, euclidean, to_centres
+from tokprune.ops.cluster import Distances, centre_scores, dpc_knn, to_centres
 from tokprune.ops.frames import Pools, frame_means, raster, run_lengths, still_and_moving
 from tokprune.ops.merge import merged_selection
 from tokprune.ops.numeric import wide
@@ -75,7 +75,7 @@ def frame_clusters(frames: Tensor, clusters: int, k: int = 7) -> Tensor:
 
     O(T² C). With fewer than k frames all of them are neighbours.
     """
-    distance = euclidean(frames[None])
+    distance = Distances(frames[None])
     best = torch.sort(centre_scores(distance, k)[0], descending=True, stable=True).indices[:clusters]
     centre = torch.zeros(len(frames), dtype=torch.bool, device=best.device).index_fill(0, best, True)
     label = torch.zeros_like(centre, dtype=torch.long).scatter(0, best, torch.arange(len(best), device=best.device))

@@ -11,10 +11,11 @@ from torch import Tensor
 from tokprune.budget import equal
 from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
 from tokprune.methods.options import option
+from tokprune.ops.blocks import whole
 from tokprune.ops.grid import stacks
 from tokprune.ops.numeric import wide
-from tokprune.ops.select import greedy_coverage
-from tokprune.ops.similarity import cosine_similarity
+from tokprune.ops.select import greedy_coverage, lazy_coverage
+from tokprune.ops.similarity import cosine_similarity, unit
 from tokprune.registry import Checked, register_method
 from tokprune.tokens import Selection, VisualTokens
 
@@ -26,7 +27,12 @@ def scope(features: Tensor, attention: Tensor, keep: int, alpha: float = 1.0) ->
     averaged) does not matter. gain_j = attention_j^alpha * sum over i of max(0, cos_ij - cover_i); cover starts at 0,
     so opposite tokens cover nothing of each other. Returns (B, keep) in the order of choice.
     """
-    return greedy_coverage(cosine_similarity(wide(features)), keep, weights=attention**alpha)
+    n, weights = features.shape[1], attention**alpha
+    if whole(n, n):
+        return greedy_coverage(cosine_similarity(wide(features)), keep, weights=weights)
+    numbers = torch.arange(n, device=features.device)
+    each = zip(unit(features.detach()), weights, strict=True)
+    return torch.stack([lazy_coverage(lambda which, x=x: x[which] @ x.T, numbers, keep, w)[0] for x, w in each])  # type: ignore[misc]
 
 
 @register_method(

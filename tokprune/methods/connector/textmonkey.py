@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from tokprune.methods.base import ScoreMethod, check_finite
-from tokprune.ops.similarity import cosine_similarity
+from tokprune.ops import blocks
+from tokprune.ops.blocks import whole
+from tokprune.ops.similarity import unit
 from tokprune.registry import Checked, register_method
 from tokprune.tokens import VisualTokens
 
@@ -18,10 +20,15 @@ def uniqueness(features: Tensor) -> Tensor:
     """1 minus the largest cosine with any *later* token, and 3, above all others, for the last. features: (..., N, D)
     -> (..., N).
     """
-    similarity = cosine_similarity(features)
-    n = similarity.shape[-1]
-    later = torch.ones(n, n, dtype=torch.bool, device=similarity.device).triu(1)
-    return 1 - similarity.masked_fill(~later, -2.0).amax(-1)
+    rows = unit(features)
+    n = rows.shape[-2]
+    step = n if rows.device.type != "cpu" and whole(n, n) else blocks.ROWS  # on a CPU, half of the products
+    likest = []
+    for part in rows.split(step, -2):
+        similarity = part @ rows[..., sum(x.shape[-1] for x in likest) :, :].mT  # (..., m, N - start)
+        later = torch.ones(similarity.shape[-2:], dtype=torch.bool, device=rows.device).triu(1)
+        likest.append(similarity.masked_fill_(~later, -2.0).amax(-1))
+    return 1 - torch.cat(likest, -1)
 
 
 @register_method(

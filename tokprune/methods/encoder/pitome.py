@@ -11,8 +11,9 @@ from torch import Tensor
 from tokprune.budget import geometric_counts
 from tokprune.methods.encoder_base import BlockView, EncoderMethod, Reduction
 from tokprune.methods.options import option
+from tokprune.ops.blocks import row_blocks
 from tokprune.ops.merge import Matching
-from tokprune.ops.similarity import cosine_similarity, unit
+from tokprune.ops.similarity import gram, most_similar, unit
 from tokprune.registry import Checked, register_method
 
 
@@ -21,7 +22,9 @@ def energy(metric: Tensor, margin: float, alpha: float = 1.0) -> Tensor:
 
     High: one of many alike (background). Low: alone (an object). A token counts itself.
     """
-    return torch.nn.functional.elu(cosine_similarity(metric) - margin, alpha=alpha).mean(-1)
+    rows, parts = unit(metric), list(row_blocks(metric.shape[-2]))
+    blocks = ((gram(rows) if len(parts) == 1 else rows[..., part, :] @ rows.mT) for part in parts)
+    return torch.cat([torch.nn.functional.elu(block - margin, alpha=alpha).mean(-1) for block in blocks], -1)
 
 
 @torch.no_grad()
@@ -49,7 +52,7 @@ def energy_matching(metric: Tensor, r: int, margin: float, prefix: int = 0, bipa
     def take(index: Tensor) -> Tensor:
         return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[2]))
 
-    value, partner = (take(even) @ take(odd).transpose(1, 2)).max(-1)
+    value, partner = most_similar(take(even), take(odd))
     target = odd.gather(1, partner)
     if bipartite:
         best_first = torch.sort(value, dim=-1, descending=True, stable=True).indices

@@ -116,12 +116,22 @@ def _gain(columns, best, weights, bonus, j, rows, ROWS: tl.constexpr, WEIGHTS: t
 
 
 @triton.jit
+def _cover(start, rows, columns, ROWS: tl.constexpr, START: tl.constexpr):
+    """What is covered before the first pick."""
+    r = tl.arange(0, ROWS)
+    best = tl.zeros([ROWS], columns.dtype.element_ty)
+    if START:
+        best = tl.load(start + r, mask=r < rows, other=0.0)
+    return best
+
+
+@triton.jit
 def _first_gains(
-    columns, start, weights, bonus, bounds, rows, n, ROWS: tl.constexpr, WEIGHTS: tl.constexpr, BONUS: tl.constexpr
+    columns, start, weights, bonus, bounds, rows, n,
+    ROWS: tl.constexpr, START: tl.constexpr, WEIGHTS: tl.constexpr, BONUS: tl.constexpr,
 ):  # fmt: skip
     j, item = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    r = tl.arange(0, ROWS)
-    best = tl.load(start + item * rows + r, mask=r < rows, other=0.0)
+    best = _cover(start + item * rows, rows, columns, ROWS, START)
     columns += item * n * rows
     gain, _ = _gain(columns, best, weights + item * n, bonus + item * n, j, rows, ROWS, WEIGHTS, BONUS)
     tl.store(bounds + item * n + j, gain)
@@ -141,14 +151,15 @@ def _best(bound, last, BARRED: tl.constexpr):
 @triton.jit
 def _coverage(
     columns, start, weights, bonus, barred, bounds, order, gains, rows, n, keep,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, WEIGHTS: tl.constexpr, BONUS: tl.constexpr, BARRED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    START: tl.constexpr, WEIGHTS: tl.constexpr, BONUS: tl.constexpr, BARRED: tl.constexpr,
 ):  # fmt: skip
     item = tl.program_id(0).to(tl.int64)
-    r, at = tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    at = tl.arange(0, BLOCK)
     columns += item * n * rows
     weights += item * n
     bonus += item * n
-    best = tl.load(start + item * rows + r, mask=r < rows, other=0.0)
+    best = _cover(start + item * rows, rows, columns, ROWS, START)
     bound = tl.load(bounds + item * n + at, mask=at < n, other=-float("inf"))
     last = at * 0
     if BARRED:
@@ -187,18 +198,17 @@ def greedy_coverage_gains(
     def given(x: Tensor | None) -> Tensor:
         return columns if x is None else x.detach().expand(batch, -1).to(dtype).contiguous()
 
-    cover = torch.zeros(batch, rows, dtype=dtype, device=device) if start is None else given(start)
     bounds = torch.empty(batch, n, dtype=dtype, device=device)
     order = torch.empty(batch, keep, dtype=torch.long, device=device)
     gains = torch.empty(batch, keep, dtype=dtype, device=device)
     block, high = _block(n)[0], _block(rows)[0]
-    settings = {"ROWS": high, "WEIGHTS": weights is not None, "BONUS": bonus is not None}
+    settings = {"ROWS": high, "START": start is not None, "WEIGHTS": weights is not None, "BONUS": bonus is not None}
     settings["num_warps"] = max(_block(n)[1], _block(rows)[1])  # of both alike, so that both sum in one order
-    optional = (given(weights), given(bonus))
-    _first_gains[(n, batch)](columns, cover, *optional, bounds, rows, n, **settings)
-    masked = order if barred is None else barred.expand(batch, -1).to(torch.uint8).contiguous()
+    optional = (given(start), given(weights), given(bonus))
+    _first_gains[(n, batch)](columns, *optional, bounds, rows, n, **settings)
+    masked = order if barred is None else barred.expand(batch, -1).contiguous().view(torch.uint8)
     _coverage[(batch,)](
-        columns, cover, *optional, masked, bounds, order, gains, rows, n, keep, BLOCK=block,
+        columns, *optional, masked, bounds, order, gains, rows, n, keep, BLOCK=block,
         BARRED=barred is not None, **settings,
     )  # fmt: skip
     return order, gains

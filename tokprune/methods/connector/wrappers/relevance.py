@@ -15,8 +15,8 @@ from tokprune.methods.connector.wrappers.base import wrapped
 from tokprune.methods.options import option
 from tokprune.methods.question import word_embeddings
 from tokprune.ops.numeric import wide
-from tokprune.ops.select import greedy_max_min
-from tokprune.ops.similarity import cosine_distance, cosine_similarity
+from tokprune.ops.select import greedy_farthest
+from tokprune.ops.similarity import cosine_similarity
 from tokprune.registry import register_method
 from tokprune.tokens import Selection, VisualTokens
 
@@ -113,7 +113,5 @@ class Relevance(Wrapper):
             return Selection(self.method.choose(tokens, mixed, keep), info={"scores": mixed, "relevance": worth})
         features = check_finite(wide(tokens.features), "the visual features")
         gain = (1 - self.weight) + self.weight * worth.clamp_min(1e-6)  # the least relevant token can still be far away
-        distance = cosine_distance(features[None]).clamp_min(0) * gain  # column j: what token j gains
-        apart = distance.diagonal_scatter(torch.full_like(distance[..., 0], torch.inf), dim1=-2, dim2=-1)
-        order = greedy_max_min(distance, apart.amin(-2).argmax(-1), keep)[0]
+        order = greedy_farthest(features[None], keep, gain[None], low=0.0)[0]
         return Selection(order.sort().values, info={"relevance": worth})
