@@ -39,9 +39,10 @@ class Checked:
 class MethodInfo:
     """What a user wants to know of a method before choosing it; the generated tables are made of this.
 
-    complexity is for N tokens of width D with K kept. adaptive: the image, not the user, chooses the count unless an
-    exact budget is asked for. wrapper: it runs another method. video: it is made for frames; a single picture is one
-    frame to it.
+    complexity is the order of time for N tokens of width D with K kept. memory: the order of what the choice holds
+    beside its input, for one picture of more than `tokprune.ops.blocks.WHOLE` tokens; "" where it was not counted.
+    adaptive: the image, not the user, chooses the count unless an exact budget is asked for. wrapper: it runs another
+    method. video: it is made for frames; a single picture is one frame to it.
     checked: the published code it was run against; None for baselines and parts of our own. presets: settings of the
     official code for a model family, by name, where they are not the defaults: get_method(name, preset="qwen2_5_vl").
     """
@@ -51,6 +52,7 @@ class MethodInfo:
     year: int | None = None
     url: str = ""
     complexity: str = ""
+    memory: str = ""
     query_aware: bool = False
     merges: bool = False
     deterministic: bool = True

@@ -17,6 +17,7 @@ from tests.core.layers import layers_table
 from tokprune.adapters.foreign import FOREIGN
 from tokprune.cli.methods import facts, families_of
 from tokprune.evaluation.reference import models
+from tokprune.ops.blocks import WHOLE
 from tokprune.registry import STAGES, list_methods, method_class
 from tools.decoder_page import TABLES
 from tools.reference_page import reference_page
@@ -38,7 +39,9 @@ def methods_page() -> str:
         "",
         "Made by `make docs` from the registry and the docstrings; do not edit. `tokprune methods NAME` explains one "
         "in the",
-        "terminal. N tokens of width D, K kept.",
+        "terminal. N tokens of width D, K kept. Memory: what a connector method holds beside its input, for one "
+        f"picture of more than {WHOLE:,}",
+        "tokens; up to that number methods that compare all pairs hold them, N² float32. A test counts the bytes.",
         "",
     ]
     for stage in STAGES:
@@ -49,8 +52,8 @@ def methods_page() -> str:
             f"## Stage `{stage}`",
             "",
             "| method | what it does | signals | reads the question | merges | deterministic | adaptive count | "
-            "complexity | paper |",
-            "|---|---|---|---|---|---|---|---|---|",
+            "time | memory | paper |",
+            "|---|---|---|---|---|---|---|---|---|---|",
         ]
         for r in rows:
             paper = f"[{r['paper']}]({r['url']})" if r["url"] else r["paper"]
@@ -58,7 +61,8 @@ def methods_page() -> str:
             needs = families_of(r["needs"])
             lines.append(
                 f"| `{r['name']}` | {r['summary']} | {needs} | {yes(r['query_aware'])} | {yes(r['merges'])} | "
-                f"{yes(r['deterministic'])} | {yes(r['adaptive'])} | {r['complexity']} | {paper}{year} |"
+                f"{yes(r['deterministic'])} | {yes(r['adaptive'])} | {r['complexity']} | {r['memory']} | "
+                f"{paper}{year} |"
             )
         lines += ["", *checked_table(rows)]
         for r in rows:

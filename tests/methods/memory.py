@@ -24,7 +24,9 @@ class PeakBytes(TorchDispatchMode):
         self.now -= size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        given = {
+            id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and not x.is_sparse
+        }
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):
             if not isinstance(x, Tensor) or x.is_sparse:

@@ -79,7 +79,7 @@ def run(name: str, *arguments: Any) -> tuple[Any, Any, int]:
 
     seen = Launches()
     kernels = {x: getattr(greedy, x) for x in ("_max_min", "_map", "_first_gains", "_coverage")}
-    with patch.multiple(greedy, **{x: Counted(kernel, seen) for x, kernel in kernels.items()}), seen:
+    with patch.dict(vars(greedy), {x: Counted(kernel, seen) for x, kernel in kernels.items()}), seen:
         found = getattr(greedy, name)(*arguments)
     return found, getattr(select, name).__wrapped__(*arguments), seen.count
 
@@ -108,7 +108,12 @@ def coverage(kind: str, batch: int, n: int, keep: int, device: str) -> tuple[boo
     weights, bonus, barred = (torch.rand(batch, n, generator=seed).double().to(device) for _ in range(3))
     start = torch.rand(batch, n // 2 + 1, generator=seed).double().to(device) - 0.5
     same, most = True, 0
-    terms = ({}, {"weights": weights}, {"start": start, "bonus": bonus}, {"barred": barred > 0.3})
+    terms: tuple[dict[str, Tensor], ...] = (
+        {},
+        {"weights": weights},
+        {"start": start, "bonus": bonus},
+        {"barred": barred > 0.3},
+    )
     for given in terms if kind in ("random", "duplicated") else terms[1:2]:
         extra = [given.get(name) for name in ("weights", "start", "bonus", "barred")]
         (order, gains), (expected, gained), launches = run("greedy_coverage_gains", similarity, keep, *extra)

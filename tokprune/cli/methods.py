@@ -135,7 +135,8 @@ def explain(r: JsonObject) -> None:
     console.print(
         "[bold]facts[/] "
         + ", ".join(text for text, on in flags if on)
-        + (f"; {r['complexity']}" if r["complexity"] else "")
+        + (f"; time {r['complexity']}" if r["complexity"] else "")
+        + (f", memory {r['memory']}" if r["memory"] else "")
     )
     if r["needs"]:
         console.print("[bold]signals[/] " + escape(families_of(r["needs"])))

@@ -47,8 +47,8 @@ class Rows:
     of what may be picked next are made together.
     """
 
-    def __init__(self, make: Callable[[Tensor], Tensor], ahead: int = 64) -> None:
-        self._make, self._ahead = make, ahead
+    def __init__(self, make: Callable[[Tensor], Tensor]) -> None:
+        self._make, self._ahead = make, max(1, ROWS // 8)
         self._held: dict[int, Tensor] = {}
 
     def row(self, pick: Tensor, worth: Tensor) -> Tensor:

@@ -218,7 +218,7 @@ def lazy_coverage(
             worth[pick] = gains_of(pick)
             anew = {int(pick)}
         while int(pick) not in anew:
-            which = torch.cat([pick, worth.topk(min(width, n)).indices])
+            which = torch.cat([pick, worth.topk(min(width, n, blocks.ROWS)).indices])
             which = which[worth[which] > -torch.inf]
             worth[which] = gains_of(which)
             anew.update(which.tolist())

@@ -50,7 +50,7 @@ def method_page(name: str, picture: str | None, why_not: str = "") -> str:
     lines += [*_use(r), ""]
     lines += [f"![What {name} keeps]({picture})", "", pictures.caption(name)] if picture else [why_not]
     lines += ["", "## Accuracy", "", *_accuracy(name)]
-    lines += ["", "## Cost", "", f"Choosing K of N tokens of width D: {r['complexity'] or 'not stated'}.", ""]
+    lines += ["", "## Cost", "", f"Choosing K of N tokens of width D: {_orders(r) or 'not stated'}.", ""]
     lines += evidence.cost_rows(name)
     lines += ["", "## How it works, options", "", r["doc"], ""]
     if r["needs"]:
@@ -65,6 +65,11 @@ def method_page(name: str, picture: str | None, why_not: str = "") -> str:
         if "author =" not in entry:
             lines += ["", "The authors stand on the paper's first page; nobody has entered them here yet."]
     return "\n".join(lines) + "\n"
+
+
+def _orders(r: dict[str, Any]) -> str:
+    """Orders of time and memory, as far as they are stated."""
+    return "; ".join(f"{what} {r[key]}" for what, key in (("time", "complexity"), ("memory", "memory")) if r[key])
 
 
 def _use(r: dict[str, Any]) -> list[str]:

@@ -46,6 +46,7 @@ def auroracap_frames(features: Tensor, keep: int, rounds: int = 24) -> tuple[Ten
     video=True,
     url="https://arxiv.org/abs/2410.03051",
     complexity="O(NnD) for n tokens per frame",
+    memory="O(ND)",
     merges=True,
     checked=Checked(
         "rese1f/aurora",

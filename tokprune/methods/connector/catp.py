@@ -44,6 +44,7 @@ def catp(features: Tensor, text: Tensor, keep: int, relevance: float = 0.7) -> t
     year=2026,
     url="https://arxiv.org/abs/2508.07871",
     complexity="O(N²(D + K))",
+    memory="O(ND)",
     query_aware=True,
     checked=Checked("", differs="written after the paper; its stage in the LLM"),
 )

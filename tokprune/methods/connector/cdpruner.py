@@ -57,6 +57,7 @@ def cdpruner(features: Tensor, weight: Tensor, keep: int) -> Tensor:
     year=2025,
     url="https://arxiv.org/abs/2506.10967",
     complexity="O(N²D + K²N)",
+    memory="O(KN + ND)",
     query_aware=True,
     checked=Checked(
         "Theia-4869/CDPruner",

@@ -47,6 +47,7 @@ def least_similar(features: Tensor, pivots: Tensor, counts: Sequence[int], candi
     year=2025,
     url="https://arxiv.org/abs/2502.11494",
     complexity="O(PND)",
+    memory="O(ND)",
     checked=Checked(
         "ZichenWen1/DART",
         agrees="the rule of duplication, fed with its pivots in its order",

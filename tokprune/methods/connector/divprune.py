@@ -29,6 +29,7 @@ def divprune(features: Tensor, keep: int) -> Tensor:
     year=2025,
     url="https://arxiv.org/abs/2503.02175",
     complexity="O(N²D + KN)",
+    memory="O(ND)",
     checked=Checked(
         "vbdi/divprune",
         agrees="the picks and their order, on random and clustered features",

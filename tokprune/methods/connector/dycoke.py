@@ -57,6 +57,7 @@ def dycoke_published(features: Tensor, merging_ratio: float = 0.7) -> Tensor:
     video=True,
     url="https://arxiv.org/abs/2411.15024",
     complexity="O(ND)",
+    memory="O(ND)",
     checked=Checked(
         "KD-TAO/DyCoke",
         "kept tokens and their order with compat='published' on the golden vectors",

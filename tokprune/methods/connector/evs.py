@@ -26,6 +26,7 @@ FIRST = 255.0  # above every change: a token without a predecessor is new as a w
     video=True,
     url="https://arxiv.org/abs/2510.14624",
     complexity="O(ND)",
+    memory="O(ND)",
     checked=Checked(
         "vllm-project/vllm",
         "masks, counts and positions on the golden vectors",

@@ -77,6 +77,7 @@ def predicted_relevance(net: RelevanceNet, attention: Tensor, layout: Layout) ->
     year=2026,
     url="https://arxiv.org/abs/2506.01097",
     complexity="O(N) behind the projections of layer 0 of the LLM",
+    memory="O(N)",
     checked=Checked("", differs="written after the paper's abstract; sizes, loss and how tiles are joined"),
 )
 @dataclass(frozen=True)

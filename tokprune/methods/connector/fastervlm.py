@@ -21,6 +21,7 @@ from tokprune.tokens import VisualTokens
     year=2024,
     url="https://arxiv.org/abs/2412.01818v1",
     complexity="O(N log N)",
+    memory="O(N)",
     checked=Checked(
         "Theia-4869/FasterVLM",
         agrees="kept tokens, single pictures and batches of tiles",

@@ -18,7 +18,7 @@ from tokprune.methods.base import ConnectorMethod
 from tokprune.methods.options import Compat, option
 from tokprune.ops.cluster import Distances, centre_scores
 from tokprune.ops.frames import frame_means, raster
-from tokprune.ops.similarity import unit
+from tokprune.ops.similarity import most_similar, unit
 from tokprune.ops.topk import rank_in_group, ranks, true_indices
 from tokprune.registry import Checked, register_method
 from tokprune.tokens import Layout, Merge, Selection, VisualTokens
@@ -158,7 +158,7 @@ def fastvid_rows(
         rows = unit(features[free])
         for frame, many in frames:
             heads = true_indices(centre[frame], many) + frame.start
-            nearest = (rows @ unit(features[heads]).T).argmax(-1)  # (M,)
+            nearest = most_similar(rows, unit(features[heads]))[1]  # (M,)
             itself = centre[free] & (free >= frame.start) & (free < frame.stop)
             joins = torch.ones_like(itself) if own else ~itself
             nearest = torch.where(itself, torch.searchsorted(heads, free).clamp(max=many - 1), nearest)
@@ -195,6 +195,7 @@ def pieces_of(
     video=True,
     url="https://arxiv.org/abs/2503.11187",
     complexity="O(NnD) for n tokens per frame; merging O(NKD) within a scene",
+    memory="O(ND)",
     merges=True,
     presets={"qwen2_5_vl": {"tau": 0.84, "ignore": 0.95}},
     checked=Checked(

@@ -181,6 +181,7 @@ def flashvid_parts(sizes: Sequence[int], lengths: Sequence[int], keep: int, alph
     video=True,
     url="https://arxiv.org/abs/2602.08024",
     complexity="O(NnD + KNn/T) for n tokens per frame",
+    memory="O(ND)",
     merges=True,
     presets={
         "llava_onevision": {"relevance": True},

@@ -52,6 +52,7 @@ def flowcut_scores(
     year=2025,
     url="https://arxiv.org/abs/2505.19536",
     complexity="O(LN + N log N)",
+    memory="O(LN)",
     checked=Checked(
         "TungChintao/FlowCut",
         agrees="the accumulated score of an unpruned tower and its top tokens",

@@ -55,6 +55,7 @@ def framefusion_heads(patch: Tensor, merges: Tensor) -> Tensor:
     video=True,
     url="https://arxiv.org/abs/2501.01986",
     complexity="O(ND)",
+    memory="O(ND)",
     merges=True,
     presets={"internvl": {"threshold": 0.5}},
     checked=Checked(

@@ -28,6 +28,7 @@ def pooled(logits: Tensor, window: int) -> Tensor:
     year=2024,
     url="https://arxiv.org/abs/2409.17422",
     complexity="O(N log N) behind layers 0 ... layer of the LLM",
+    memory="O(N)",
     checked=Checked(
         "SalesforceAIResearch/GemFilter",
         agrees="the chosen indices, with and without pooling",

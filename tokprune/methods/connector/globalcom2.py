@@ -63,6 +63,7 @@ def _group_norm(values: Tensor, group: Tensor, groups: int) -> Tensor:
     year=2026,
     url="https://arxiv.org/abs/2501.05179",
     complexity="O(N log N)",
+    memory="O(N)",
     checked=Checked(
         "xuyang-liu16/GlobalCom2",
         agrees="scales and scores, with and without padding, and so the kept tokens of every crop once counts are "

@@ -37,7 +37,9 @@ def gprune(features: Tensor, threshold: float = 0.5, temperature: float = 0.03, 
         return shares, linked.sum(-2)
 
     held = [block(part) for part in parts[:1]]
-    links = held[0][1] if len(parts) == 1 else torch.stack([block(part)[1] for part in parts]).sum(0)
+    links = held[0][1].clone()
+    for part in parts[1:]:
+        links += block(part)[1]
     flow = wide(features).norm(dim=-1)[..., None, :]  # (..., 1, N)
     for _ in range(steps):
         made = held if len(parts) == 1 else map(block, parts)
@@ -52,6 +54,7 @@ def gprune(features: Tensor, threshold: float = 0.5, temperature: float = 0.03, 
     year=2025,
     url="https://arxiv.org/abs/2501.02268",
     complexity="O(N²D)",
+    memory="O(ND)",
     checked=Checked(
         "jytmelon/G-Prune",
         agrees="kept tokens of thumbnail and canvas, random, clustered and repeated features, up to 2,880 tokens",

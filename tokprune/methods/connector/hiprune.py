@@ -74,6 +74,7 @@ def hiprune(
     year=2025,
     url="https://arxiv.org/abs/2508.00553",
     complexity="O(N log N)",
+    memory="O(N)",
     checked=Checked(
         "Danielement321/HiPrune",
         agrees='kept tokens with compat="published", anchors at borders included, pictures and tiles',

@@ -68,6 +68,7 @@ def hired_published_budgets(early: Tensor, tiles: int, keep: int, alpha: float =
     year=2025,
     url="https://arxiv.org/abs/2408.10945",
     complexity="O(N log N)",
+    memory="O(N)",
     checked=Checked(
         "hasanar1f/HiRED",
         agrees='masks and budgets with compat="published", tiled and single pictures',

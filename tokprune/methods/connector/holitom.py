@@ -109,6 +109,7 @@ def static_runs(static: Tensor, longest: int = 1024) -> tuple[list[int], int]:
     video=True,
     url="https://arxiv.org/abs/2505.21334",
     complexity="O(ND + T² + SnnD) for S scenes, n tokens per frame",
+    memory="O(ND)",
     merges=True,
     checked=Checked(
         "cokeshao/HoliTom",

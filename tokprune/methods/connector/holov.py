@@ -102,6 +102,7 @@ def holov_published(features: Tensor, attention: Tensor, keep: int, crops: int =
     year=2025,
     url="https://arxiv.org/abs/2510.02912",
     complexity="O(N²D / P)",
+    memory="O(N²/P)",
     checked=Checked(
         "obananas/HoloV",
         agrees='allocation and picks with compat="published", even and uneven crops',

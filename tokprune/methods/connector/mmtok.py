@@ -166,6 +166,7 @@ def _question(words: list[str]) -> list[int]:
     year=2026,
     url="https://arxiv.org/abs/2508.18264",
     complexity="O(N²(C + K))",
+    memory="O(ND)",
     query_aware=True,
     checked=Checked(
         "Ironieser/MMTok",

@@ -11,7 +11,7 @@ from tokprune.registry import register_method
 from tokprune.tokens import Selection, VisualTokens
 
 
-@register_method("none", paper="baseline: every token stays", complexity="O(N)")
+@register_method("none", paper="baseline: every token stays", complexity="O(N)", memory="O(N)")
 @dataclass(frozen=True)
 class NoPruning(ConnectorMethod):
     """Keep every token, in order. It ignores the budget: whatever `ratio` or `budget` says, all N tokens stay.

@@ -21,6 +21,7 @@ from tokprune.tokens import Merge, Selection, VisualTokens
     year=2024,
     url="https://arxiv.org/abs/2406.20092",
     complexity="O(ND)",
+    memory="O(ND)",
     merges=True,
     checked=Checked(
         "Beckschen/LLaVolta",

@@ -79,6 +79,7 @@ def prumerge_rows(
     year=2025,
     url="https://arxiv.org/abs/2403.15388",
     complexity="O(KNC)",
+    memory="O(KN)",
     merges=True,
     adaptive=True,
     checked=Checked(

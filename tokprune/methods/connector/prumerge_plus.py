@@ -41,6 +41,7 @@ def fill_strided(taken: Tensor, missing: Tensor, keep: int) -> Tensor:
     year=2025,
     url="https://arxiv.org/abs/2403.15388",
     complexity="O(KNC)",
+    memory="O(KN)",
     merges=True,
     adaptive=True,
     checked=Checked(

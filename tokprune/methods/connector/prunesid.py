@@ -176,6 +176,7 @@ def prunesid(features: Tensor, attention: Tensor | None, keep: int, seed: int = 
     year=2026,
     url="https://arxiv.org/abs/2603.09480",
     complexity="O(N²C + KN)",
+    memory="O(ND)",
     deterministic=False,
     checked=Checked(
         "ZhengyaoFang/PruneSID",

@@ -110,6 +110,7 @@ def refine(labels: Sequence[int]) -> list[int]:
     video=True,
     url="https://arxiv.org/abs/2412.16117",
     complexity="O(NnD) for n tokens per frame",
+    memory="O(ND)",
     merges=True,
     checked=Checked(
         "Visual-AI/PruneVid",

@@ -22,7 +22,7 @@ def random_ranks(n: int, seed: int) -> Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed(mixed))
 
 
-@register_method("random", paper="baseline: uniformly random tokens", complexity="O(N log N)")
+@register_method("random", paper="baseline: uniformly random tokens", complexity="O(N log N)", memory="O(N)")
 @dataclass(frozen=True)
 class Random(ScoreMethod):
     """Keep a uniformly random subset, drawn from `seed` and the stream's length alone.

@@ -97,6 +97,7 @@ def recoverable(
     year=2025,
     url="https://arxiv.org/abs/2409.01179",
     complexity="O(KNC)",
+    memory="O(KN)",
     query_aware=True,
     merges=True,
     checked=Checked(

@@ -41,6 +41,7 @@ def scope(features: Tensor, attention: Tensor, keep: int, alpha: float = 1.0) ->
     year=2025,
     url="https://arxiv.org/abs/2510.24214",
     complexity="O(N²C + KN²)",
+    memory="O(ND)",
     checked=Checked(
         "kinredon/SCOPE",
         agrees="the order of choice, single pictures and batches",

@@ -24,6 +24,7 @@ from tokprune.tokens import Layout, Merge, Selection, VisualTokens
     video=True,
     url="https://arxiv.org/abs/2503.04130",
     complexity="O(ND)",
+    memory="O(ND)",
     merges=True,
     checked=Checked(
         "", differs="written after the paper, whose Mamba layer between tower and LLM is trained and not ours"

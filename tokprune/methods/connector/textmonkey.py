@@ -23,7 +23,7 @@ def uniqueness(features: Tensor) -> Tensor:
     rows = unit(features)
     n = rows.shape[-2]
     step = n if rows.device.type != "cpu" and whole(n, n) else blocks.ROWS  # on a CPU, half of the products
-    likest = []
+    likest: list[Tensor] = []
     for part in rows.split(step, -2):
         similarity = part @ rows[..., sum(x.shape[-1] for x in likest) :, :].mT  # (..., m, N - start)
         later = torch.ones(similarity.shape[-2:], dtype=torch.bool, device=rows.device).triu(1)
@@ -37,6 +37,7 @@ def uniqueness(features: Tensor) -> Tensor:
     year=2024,
     url="https://arxiv.org/abs/2403.04473",
     complexity="O(N²D)",
+    memory="O(ND)",
     checked=Checked(
         "Yuliang-Liu/Monkey",
         agrees="kept tokens of the similarity filter",

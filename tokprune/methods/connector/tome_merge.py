@@ -43,6 +43,7 @@ def tome_merge(features: Tensor, keep: int, share: float = 0.25) -> tuple[Tensor
     year=2023,
     url="https://arxiv.org/abs/2210.09461",
     complexity="O(N²D)",
+    memory="O(ND)",
     merges=True,
     checked=Checked(
         "facebookresearch/ToMe",

@@ -19,7 +19,7 @@ def uniform(layout: Layout, budgets: Sequence[int]) -> Tensor:
     return centres(even_cells(layout, budgets), sum(budgets), layout).sort().values
 
 
-@register_method("uniform", paper="baseline: a regular grid of tokens", complexity="O(N log N)")
+@register_method("uniform", paper="baseline: a regular grid of tokens", complexity="O(N log N)", memory="O(N)")
 @dataclass(frozen=True)
 class Uniform(ConnectorMethod):
     """Keep a regular grid of tokens: each group is cut into equal near-square cells, and the middle of each cell stays.

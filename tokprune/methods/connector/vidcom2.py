@@ -81,6 +81,7 @@ def vidcom2(
     video=True,
     url="https://arxiv.org/abs/2505.14454",
     complexity="O(ND)",
+    memory="O(ND)",
     checked=Checked(
         "xuyang-liu16/VidCom2",
         "scores, ratios, counts and kept tokens on the golden vectors, and vLLM's exact variant",

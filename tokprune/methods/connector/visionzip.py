@@ -59,6 +59,7 @@ def visionzip_plan(
     year=2025,
     url="https://arxiv.org/abs/2412.04467",
     complexity="O(N log N + NKd)",
+    memory="O(Nd)",
     merges=True,
     checked=Checked(
         "dvlab-research/VisionZip",

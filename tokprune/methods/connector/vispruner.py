@@ -52,6 +52,7 @@ def vispruner(features: Tensor, attention: Tensor, keep: int, important_ratio: f
     year=2025,
     url="https://arxiv.org/abs/2412.01818",
     complexity="O(N²C + (N - K)N²)",
+    memory="O(N²)",
     checked=Checked(
         "Theia-4869/VisPruner",
         agrees="kept tokens wherever it runs",

@@ -53,6 +53,7 @@ def vscan_merge(features: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     year=2026,
     url="https://arxiv.org/abs/2505.22654",
     complexity="O(NKD)",
+    memory="O(ND)",
     merges=True,
     checked=Checked(
         "Tencent/SelfEvolvingAgent",

@@ -40,6 +40,7 @@ def distinct_tokens(features: Tensor, origin: Tensor) -> Tensor:
     year=2025,
     url="https://arxiv.org/abs/2512.03794",
     complexity="the method's + O(N D min(N, D))",
+    memory="the method's + O(ND)",
     wrapper=True,
 )
 @dataclass(frozen=True)

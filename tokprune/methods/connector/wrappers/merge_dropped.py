@@ -17,6 +17,7 @@ from tokprune.tokens import Selection, VisualTokens
     "merge",
     paper="wrapper: dropped tokens are averaged into the kept one nearest to them",
     complexity="the method's + O(NKD)",
+    memory="the method's + O(ND)",
     merges=True,
     wrapper=True,
 )

@@ -23,6 +23,7 @@ from tokprune.tokens import Selection, VisualTokens
     "per_tile",
     paper="wrapper: each tile or frame on its own, with a share of the budget",
     complexity="the method's, per tile",
+    memory="the method's",
     wrapper=True,
 )
 @dataclass(frozen=True)

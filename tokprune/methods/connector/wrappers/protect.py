@@ -21,6 +21,7 @@ from tokprune.tokens import Selection, VisualTokens
     "protect",
     paper="wrapper: given tokens always stay, the rest by the method",
     complexity="the method's",
+    memory="the method's + O(N)",
     wrapper=True,
 )
 @dataclass(frozen=True)

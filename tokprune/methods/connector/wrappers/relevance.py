@@ -40,6 +40,7 @@ def spread(values: Tensor) -> Tensor:
     year=2025,
     url="https://arxiv.org/abs/2506.10967",
     complexity="the method's + O(NTD)",
+    memory="the method's + O(ND)",
     query_aware=True,
     wrapper=True,
 )
