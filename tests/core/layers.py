@@ -46,9 +46,11 @@ UPPER = (
 )
 TRANSFORMERS = {"adapters", "runtime", "serving", "testing", "demo", "loading", "profiling", "evaluation"}
 # Classes of another package are subclassed here; that package imports the modules, led by an entry point of ours (and
-# the sweep imports the one of lmms-eval when it runs).
+# the sweep imports the one of lmms-eval when it runs). Kernels are written in Triton's language; `ops.device` imports
+# them when a tensor lies on a CUDA device.
 SUBCLASSED = {
     "evaluation/lmms_model.py": "lmms_eval",
+    "ops/kernels/greedy.py": "triton",
     **{f"serving/{name}.py": "vllm" for name in ("anyres", "internvl", "llava", "processor", "qwen")},
 }
 OPTIONAL = {
