@@ -106,6 +106,53 @@ def test_gradients_flow_and_the_loss_is_that_of_masking(family: str, name: str) 
     tiny.model.zero_grad(set_to_none=True)
 
 
+@both
+@every
+def test_gradients_reach_returned_states(family: str, name: str) -> None:
+    """retain_grad() works as on an unpruned model: what is dropped in front of a layer leads nowhere from there."""
+    tiny = deep(family)
+    inputs = tiny.inputs(prompts(family)[:2])
+    real = inputs["attention_mask"].bool()
+    with tokprune.apply(tiny.model, name, **METHODS[name]) as pruning:
+        out = tiny.model(**inputs, output_hidden_states=True)
+        left = [pruning.last.columns_at(layer) for layer in range(5)]
+        plain = tiny.model(**inputs, output_hidden_states=False).logits
+    assert torch.equal(out.logits, plain)
+    for state in out.hidden_states:
+        state.retain_grad()
+    out.logits[:, -1].sum().backward()
+    for i, state in enumerate(out.hidden_states):
+        assert state.grad is not None
+        into = left[min(i, 4)]  # the tokens that the next layer works on
+        assert float(state.grad[~into & real].abs().sum()) == 0
+        assert float(state.grad[into].abs().sum()) > 0
+    wide = [h.grad.ne(0).any(-1).sum() for h in out.hidden_states[:5]]
+    assert wide[3] < wide[2]
+    tiny.model.zero_grad(set_to_none=True)
+
+
+@torch.no_grad()
+def test_packed_rows_are_refused_and_the_model_stays_whole() -> None:
+    """Positions that start anew in a row without padding, or ends of samples as flash attention takes them."""
+    tiny = deep("llava")
+    inputs = tiny.inputs(prompts("llava")[:1])
+    ids = torch.cat([inputs["input_ids"]] * 2, 1)
+    n = inputs["input_ids"].shape[1]
+    pixels = torch.cat([inputs["pixel_values"]] * 2)
+    positions = torch.arange(n).repeat(2)[None]
+    plain = tiny.model(input_ids=ids, pixel_values=pixels, position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(plain[:, :n], plain[:, n:], atol=1e-5, rtol=0)  # transformers keeps them apart
+    ends = torch.tensor([0, n, 2 * n], dtype=torch.int32)
+    for more in ({"position_ids": positions}, {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}):
+        with (
+            tokprune.apply(tiny.model, "fastv", **METHODS["fastv"]),
+            pytest.raises(UnsupportedModelError, match="packed into one row"),
+        ):
+            tiny.model(input_ids=ids, pixel_values=pixels, use_cache=False, **more)
+    again = tiny.model(input_ids=ids, pixel_values=pixels, position_ids=positions, use_cache=False).logits
+    assert torch.equal(plain, again)
+
+
 @torch.no_grad()
 @every
 def test_hidden_states_have_the_width_of_the_prompt(family: str) -> None:

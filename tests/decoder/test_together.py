@@ -67,6 +67,29 @@ def test_with_an_encoder_method_and_frames() -> None:
     assert "from layer 3 on" in text
 
 
+@torch.no_grad()
+def test_one_report_of_all_five_stages() -> None:
+    """Tokens per stage and per layer, both averages, and the bytes that were freed, of one clip."""
+    tiny = deep("qwen2_5_vl")
+    inputs = tiny.inputs(samples("video"))
+    names = ("quota", "tome", "divprune", "fastv", "mustdrop_cache")
+    methods = [get_method("quota"), get_method("tome", r=1), get_method("divprune"), fastv(), "mustdrop_cache"]
+    with tokprune.apply(tiny.model, methods, ratio=0.5, processor=tiny.processor) as pruning:
+        tiny.model.generate(**inputs, max_new_tokens=3)
+        report, streams = pruning.report(), pruning.last.streams
+    kept = sum(s.kept for s in streams)
+    (drop,) = report.layers
+    left = sum(drop.kept)
+    assert drop.kept == tuple((s.kept + 1) // 2 for s in streams)
+    assert report.average() == pytest.approx((3 * kept + 2 * left) / 5)
+    assert report.average(published=True) == pytest.approx(report.average())
+    text, data = str(report), json.loads(report.to_json())
+    assert f"{kept} visual tokens, {left} from layer 3 on; average over 5 layers {report.average():.1f}" in text
+    assert all(name in text for name in names)
+    assert "keys and values of" in text
+    assert data["average"] == report.average()
+
+
 def test_the_report_tells_tokens_of_each_layer() -> None:
     tiny = deep("llava")
     inputs = tiny.inputs(prompts("llava"))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 HANDLE = "_tokprune"
 CACHE_RECORD = "_tokprune"
 CACHE_VIEW = "_tokprune_view"
+KEYS, VALUES = "keys", "values"
 UNFINISHED = "_tokprune_unfinished"
 ENCODER_RECORD = "tokprune_record"
 GENERATE_STEP = "tokprune_step"
@@ -62,5 +63,11 @@ FOREIGN: tuple[Foreign, ...] = (
     Foreign("attribute", CACHE_RECORD, "KV cache", "which prompt column each key is", "reset(), or the cache's end"),
     Foreign("attribute", CACHE_VIEW, "KV cache", "whether it tells kept lengths", "reset(), or the cache's end"),
     Foreign("attribute", UNFINISHED, "KV cache", "a pruned prefill that fills it is not finished", "the prefill's end"),
+    *(
+        Foreign(
+            "attribute", name, "layer of the KV cache", "cache stage: cut to what stays of a prompt", "the cache's end"
+        )
+        for name in (KEYS, VALUES)
+    ),
     Foreign("class", "", "KV cache", "a subclass that knows both lengths", "reset(), or the cache's own end"),
 )

@@ -28,6 +28,7 @@ class WidePath:
 
     Every decoder layer's result is widened and the kept part of that handed on, which changes no number; what the
     forward returns is then what its later layers were computed from, so that retain_grad() and autograd.grad find it.
+    The decoder stage sets `expand` and `index` anew where it drops tokens.
     """
 
     def __init__(self, layers: nn.ModuleList, expand: Tensor, index: Tensor) -> None:

@@ -172,10 +172,9 @@ class Prefill(Attached):
             self.last.index = forward.index
         forward.for_generate = step is not None
         forward.as_tuple = not _wants_dict(self.adapter, call)
+        forward.path = wide_path(self.adapter.text_model, call, forward.expand, forward.index)
         decoder = self.options.decoder
-        if decoder is None:
-            forward.path = wide_path(self.adapter.text_model, call, forward.expand, forward.index)
-        else:
+        if decoder is not None:
             prompt = decoder.prepare(plan, forward, None if step is None else step.prompt_length)
             if self.last is not None:
                 self.last.drops = prompt.drops

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -54,7 +55,7 @@ def curve_of(method: str) -> Curve | None:
             f"([{file}](../../benchmarks/results/{file}))."
         )
         return Curve(lines, base["accuracy"], "visual tokens kept", source)
-    return _tower_curve(method)
+    return _tower_curve(method) or _llm_curve(method)
 
 
 def _tower_curve(method: str) -> Curve | None:
@@ -72,6 +73,27 @@ def _tower_curve(method: str) -> Curve | None:
         "[encoder](../encoder.md))."
     )
     return Curve(lines, base["places"], "the tower's arithmetic left", source)
+
+
+def _llm_curve(method: str) -> Curve | None:
+    """Of a method inside the LLM or of its cache, with the variants that were measured."""
+    for file, x, over in (
+        ("decoder_demo.json", "flops", "FLOPs of the LLM's prefill"),
+        ("cache_demo.json", "share", "visual keys that a step reads"),
+    ):
+        data = read(file)
+        base, *rows = data["rows"]
+        variants = dict.fromkeys(r["method"] for r in rows if method in re.split(r" \+ |, ", r["method"]))
+        if not variants:
+            continue
+        lines = {v: sorted((r[x], r["accuracy"]) for r in rows if r["method"] == v) for v in [*variants, "random"]}
+        source = (
+            f"{data['questions']} held-out questions per point, demo VLM; `{data['command']}`, commit "
+            f"{data['commit']}, {data['environment']['machine']} ([{file}](../../benchmarks/results/{file}), read with "
+            "care in [decoder](../decoder.md)). random: in front of the LLM."
+        )
+        return Curve(lines, base["accuracy"], over, source)
+    return None
 
 
 def cost_rows(method: str) -> list[str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from tokprune.adapters.foreign import KEYS, VALUES
 from tokprune.budget import kept
 from tokprune.errors import TokpruneError, UnsupportedModelError
 from tokprune.methods.cache.mustdrop_cache import survivors
@@ -114,7 +115,7 @@ class Compaction:
         width = max(lengths)
         padded = torch.stack([torch.nn.functional.pad(r, (width - r.shape[1], 0), value=-1) for r in rows])
         new = []
-        for states, name in ((keys, "keys"), (values, "values")):
+        for states, name in ((keys, KEYS), (values, VALUES)):
             at = padded.clamp(min=0)[..., None].expand(-1, -1, -1, states.shape[-1])
             cut = states.gather(2, at)
             for row, answer in enumerate(answers):
@@ -122,7 +123,8 @@ class Compaction:
                 if merged is not None:
                     cut[row, :, width - merged.shape[1] :] = merged.to(cut)
             new.append(cut)
-        one.keys, one.values = new
+        setattr(one, KEYS, new[0])
+        setattr(one, VALUES, new[1])
         left = slots.gather(1, padded[:, 0].clamp(min=0)).masked_fill(padded[:, 0] < 0, -1)
         has_fill = min(lengths) < width or (known is not None and known.has_fill)
         moved = known is not None and known.moved

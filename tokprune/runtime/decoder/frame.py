@@ -184,6 +184,15 @@ class Frame:
         for name in ("below", "middle", *(() if more else ("embeddings",))):
             self.saved.pop(name, None)
 
+    def narrow_path(self, prompt: VisualCall) -> None:
+        """Let the gradients of hidden states that are returned go through the tokens that are left."""
+        path, live = prompt.forward.path, self.live
+        if path is not None and live is not None:
+            slot = prompt.forward.expand.to(live.index.device)  # (B, L)
+            path.expand = live.expand(self.width).gather(1, slot)
+            columns = prompt.columns.gather(1, live.index.clamp(min=0))
+            path.index = columns.masked_fill(live.index < 0, -1)  # (B, P)
+
     # -- what a layer is given
 
     def rewritten(self, layer: int, kwargs: ModelCall, live: Live | None) -> ModelCall:

@@ -33,7 +33,7 @@ from tokprune.runtime.decoder.candidates import Candidates, candidates_of, spare
 from tokprune.runtime.decoder.choose import Dropper
 from tokprune.runtime.decoder.compact import Compaction
 from tokprune.runtime.decoder.frame import Frame, Live, Step, VisualCall, unknown_tensors
-from tokprune.runtime.decoder.support import check_call, check_layers, check_range, check_windows
+from tokprune.runtime.decoder.support import check_call, check_layers, check_range, check_windows, refuse_packed
 from tokprune.runtime.execute import PrunedForward
 from tokprune.runtime.outputs import widen
 from tokprune.runtime.plan import Plan
@@ -85,6 +85,7 @@ class DecoderStage(Attached):
         share = 0.5 if share is None and count is not None else share
         self.layers = self.schedule(share).layers if self.drops else ()
         name = self.method.info.name if compaction is None or self.drops else compaction.method.info.name
+        self.name = name
         if self.drops:
             check_range(adapter, name, self.layers)
         check_layers(adapter, self.method, name)
@@ -137,6 +138,8 @@ class DecoderStage(Attached):
 
     def prepare(self, plan: Plan, forward: PrunedForward, prompt_length: int | None) -> VisualCall:
         """What there is to drop in a planned prefill."""
+        if plan.columns.packed:
+            refuse_packed(self.name)
         signals = [s.signals for s in plan.streams]
         for stream in plan.streams:
             stream.signals = {}
@@ -211,15 +214,18 @@ class DecoderStage(Attached):
         if self.compaction is not None:
             self.compaction.behind_all(frame, frame.prompt)
         expand = {id(live): live.expand(frame.width) for _, live in frame.lives}
-        states = output.get("hidden_states")
-        if states is not None and frame.lives:
+        states, path = output.get("hidden_states"), frame.prompt.forward.path
+        if states is not None and frame.lives and path is None:
             by_layer = [next((v for at, v in reversed(frame.lives) if at < i), None) for i in range(len(states))]
             output.hidden_states = tuple(
                 h if h is None or live is None else widen(h, expand[id(live)])
                 for h, live in zip(states, by_layer, strict=True)
             )
         if frame.lives and not frame.prompt.forward.for_generate:
-            output.last_hidden_state = widen(output.last_hidden_state, expand[id(frame.lives[-1][1])])
+            last = output.last_hidden_state
+            output.last_hidden_state = widen(last, expand[id(frame.lives[-1][1])])
+            if path is not None:  # it has widened the others
+                output.hidden_states = tuple(output.last_hidden_state if h is last else h for h in states)
         frame.prompt.forward.state.layers = frame.layers
 
     @torch.compiler.disable
@@ -248,6 +254,7 @@ class DecoderStage(Attached):
             frame.release(i < max(prompt.steps))
             if frame.live is not before:
                 kwargs = frame.rewritten(i, original, frame.live)
+                frame.narrow_path(prompt)
         frame.note(i)
         if i + 1 in prompt.steps or (self.compaction is not None and not self.compaction.method.follows):
             kwargs = self._watch(module, hidden, kwargs, frame)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 
@@ -73,6 +74,14 @@ def check_layers(adapter: Adapter, method: DecoderMethod, what: str) -> None:
     check_kernel(_kernel(adapter), "decoder")
 
 
+def refuse_packed(what: str) -> NoReturn:
+    """Samples stand in one row. what: a method's name."""
+    raise UnsupportedModelError(
+        f"samples are packed into one row, and {what!r} works from the last token of each prompt; give them as rows of "
+        "a batch, with an attention_mask."
+    )
+
+
 def _kernel(adapter: Adapter) -> str:
     return str(adapter.config.get_text_config()._attn_implementation)
 
@@ -90,6 +99,8 @@ def check_call(adapter: Adapter, method: DecoderMethod, cache: KVCache, call: Mo
         )
     if first is None:
         return
+    if call.get("cu_seq_lens_q") is not None:
+        refuse_packed(name)
     planes = call.get("deepstack_visual_embeds")
     if planes is not None and len(planes) > first:
         raise UnsupportedModelError(
