@@ -9,7 +9,7 @@ SERVE := .serve/.done
 SERVE_PIP := .serve/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-serve.txt
 FAMILIES ?= llava,llava_next,llava_onevision,qwen2_vl,qwen2_5_vl,qwen3_vl,internvl,gemma3,idefics3,smolvlm
 
-.PHONY: help setup demo app eval-smoke bench-video test test-slow test-versions test-peers serve-test lint format docs site \
+.PHONY: help setup demo app eval-smoke bench bench-gpu bench-report bench-video test test-slow test-versions test-peers serve-test lint format docs site \
   site-serve dist constraints clean
 
 help:
@@ -20,6 +20,9 @@ help:
 	@echo "make test-peers    model tests of transformers and timm, run with tokprune on (TRANSFORMERS_SRC=, TIMM_SRC=)"
 	@echo "make serve-test    answers of pruned models in vLLM against those of transformers (installs a vLLM for CPUs, 3 GB)"
 	@echo "make eval-smoke    lmms-eval end to end, offline, on the embedded VLM"
+	@echo "make bench         what pruning costs on this CPU, against its targets (SECTIONS=\"signals start\" for some)"
+	@echo "make bench-gpu     the rows that need a GPU: eight minutes, random weights"
+	@echo "make bench-report  docs/performance.md from what was measured"
 	@echo "make bench-video   video QA over video methods and keep ratios"
 	@echo "make docs          rebuild the generated pages and tables"
 	@echo "make site          the documentation site, in out/site; make site-serve shows it while you write"
@@ -44,6 +47,15 @@ demo: $(CORE)
 
 eval-smoke: setup
 	$(BIN)/python -m tools.eval_smoke --out out/eval_smoke
+
+bench: setup
+	$(BIN)/python -m benchmarks.suite $(SECTIONS)
+
+bench-gpu: setup
+	$(BIN)/python -m benchmarks.suite gpu
+
+bench-report: setup
+	$(BIN)/python -m benchmarks.suite report
 
 bench-video: setup
 	$(BIN)/python benchmarks/video_qa.py

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.suite import report
 from tests.core.layers import layers_table
 from tokprune.adapters.foreign import FOREIGN
 from tokprune.cli.methods import facts, families_of
@@ -199,6 +200,7 @@ def pages() -> dict[Path, str]:
         if (results := RESULTS / f"{name}.json").exists():
             data = json.loads(results.read_text(encoding="utf-8"))
             out[page] = replace_block(out[page], name, table(data))
+    out[report.PAGE] = report.page()
     census = RESULTS / "census.json"
     if census.exists():
         data = json.loads(census.read_text(encoding="utf-8"))

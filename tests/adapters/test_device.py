@@ -1,6 +1,7 @@
 """A pruned prefill on an accelerator, without one: no tensors of two devices meet, and the host hardly waits.
 
-The device is `tokprune.testing.StandInDevice`, which refuses what a GPU refuses and counts what costs time there.
+The device is `tokprune.testing.StandInDevice`, which refuses what a GPU refuses and counts what costs time there. What
+pruning may add stands in the tables below, by method and family.
 """
 
 from __future__ import annotations
@@ -11,47 +12,125 @@ import pytest
 import torch
 
 import tokprune
-from tokprune.errors import MissingSignalError
+from tests.adapters.counted import BUDGETED, added
+from tests.adapters.reference import VIDEO
+from tokprune.runtime import prefill
+from tokprune.runtime.cache_record import PruneState
 from tokprune.testing import FAMILIES, StandInDevice, build, device, picture
 
 pytestmark = pytest.mark.skipif(not device.AVAILABLE, reason="the stand-in device needs a newer torch")
 QUICK = ("llava", "qwen2_5_vl")
-WAITS = {"none": 2, "random": 2, "divprune": 2, "cdpruner": 2, "evs": 2, "hired": 3, "visionzip": 3, "quota": 3}
-"""How often the host may wait for the device because of pruning: once for the prompt and once for the choice; a third
-time for methods that lay out signals, where the sizes of pictures are on the device."""
-SHOWN = ("internvl", "minicpmv4_6", "aya_vision", "cohere2_vision", "perception_lm", "molmo2")
-MORE = {**dict.fromkeys(SHOWN, 2), "llava_onevision": 8}
-"""Families that tell thumbnails from tiles by what they show ask once more a picture; OneVision traces its packing."""
+CHEAP = ("none", "divprune", "hired")
+"""Methods of the quick test."""
+WAITS = 2
+"""How often the host may wait for the device because of a pruned prefill: for the prompt, and for the choice."""
+SIGNALS = ("hired", "visionzip")
+SIZED = {
+    *("llava_next", "llava_next_video", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v"),
+    *("minicpmv4_6", "mistral3", "molmo2", "video_llama_3"),
+}
+"""Families that are told the sizes of pictures on the device: signals are laid out once more than the prompt is."""
+RUNTIME = 55
+"""Operations that a pruned prefill may add beside those of the method, however many pictures there are."""
+STEP = 4
+"""Operations that a decode step may add, without a wait: the mask of the kept keys and the position."""
+LOOP = ("ops/", "methods/", "budget.py")
+SIGNAL_FILES = ("runtime/probe.py", "runtime/signals.py", "adapters/tower_parts.py", "adapters/families/")
+PER_PICTURE = 4
+"""Operations that cut one more stream and its signals out of the features."""
+OPERATIONS = [
+    ("llava", "divprune", 120),
+    ("qwen2_5_vl", "divprune", 120),
+    ("llava", "hired", 150),
+    ("qwen2_5_vl", "hired", 150),
+]
 
 
-def cost(model: Any, inputs: Any, stand_in: StandInDevice) -> Any:
-    model(**inputs)  # the first run fills caches
-    with stand_in.count() as counted:
-        model(**inputs)
-    return counted
+def allowed(family: str, method: str) -> int:
+    """Waits of a pruned prefill."""
+    return WAITS + (family in SIZED and method in SIGNALS)
 
 
-@pytest.mark.parametrize("family", [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES])
-def test_the_host_waits_as_often_as_the_budget_says(family: str) -> None:
-    tiny = build(family)
-    inputs = dict(
-        tiny.inputs([["a", ("image", picture(56, 56)), "what?"], ["b", ("image", picture(56, 56)), "it is?"]])
-    )
-    found = {}
-    with torch.no_grad(), StandInDevice() as stand_in:
-        stand_in.move(tiny.model)
-        placed = stand_in.put(inputs)
-        plain = cost(tiny.model, placed, stand_in)
-        for method in WAITS:
-            try:
-                pruning = tokprune.apply(tiny.model, method, ratio=0.25, query="what?", processor=tiny.processor)
-            except MissingSignalError:
-                continue  # a tower without [CLS] or blocks
-            with pruning:
-                counted = cost(tiny.model, placed, stand_in)
-            found[method] = (counted.syncs - plain.syncs, counted.waits - plain.waits)
-    over = {m: f for m, f in found.items() if f[0] > WAITS[m] + MORE.get(family, 0)}
+@pytest.mark.parametrize(
+    ("family", "methods"),
+    [
+        pytest.param(family, methods, marks=[] if quick else pytest.mark.slow)
+        for family in FAMILIES
+        for methods, quick in ((CHEAP, family in QUICK), (tuple(m for m in BUDGETED if m not in CHEAP), False))
+    ],
+)
+def test_what_pruning_adds_stays_within_its_budget(family: str, methods: tuple[str, ...]) -> None:
+    over = {}
+    for method in methods:
+        found = added(family, method)
+        if found is None:
+            continue  # a tower without [CLS] or blocks
+        prefill, step = found
+        numbers = (prefill.syncs, prefill.outside(*LOOP, *SIGNAL_FILES), step.syncs, step.launches)
+        if any(n > most for n, most in zip(numbers, (allowed(family, method), RUNTIME, 0, STEP), strict=True)):
+            over[method] = numbers
     assert not over, over
+
+
+@pytest.mark.parametrize("method", ["none", "random", pytest.param("visionzip", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["llava", pytest.param("internvl", marks=pytest.mark.slow)])
+def test_the_runtime_adds_the_same_for_one_picture_as_for_three(family: str, method: str) -> None:
+    """Its plan is made on the host; what grows is the method's own work on each stream."""
+    one, three = (added(family, method, pictures=n) for n in (1, 3))
+    assert one is not None
+    assert three is not None
+    assert three[0].syncs == one[0].syncs
+    assert three[0].outside(*LOOP, *SIGNAL_FILES) - one[0].outside(*LOOP, *SIGNAL_FILES) <= 2 * PER_PICTURE
+
+
+@pytest.mark.parametrize("family", [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in VIDEO])
+@pytest.mark.parametrize("method", ["divprune", "evs"])
+def test_clips_stay_within_the_same_budget(family: str, method: str) -> None:
+    found = added(family, method, video=True)
+    assert found is not None
+    prefill, step = found
+    assert (prefill.syncs <= WAITS, step.syncs, step.launches <= STEP) == (True, 0, True)
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [(prefill, "build_streams"), (prefill, "choose"), (prefill, "make_plan"), (prefill, "execute")],
+    ids=lambda value: getattr(value, "__name__", value).rpartition(".")[2],
+)
+def test_one_hidden_wait_is_over_the_budget(module: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number read off the device anywhere between encoder and LLM fails the tests above, and its line is told."""
+    original = getattr(module, name)
+
+    def leaky(*args: Any, **kwargs: Any) -> Any:
+        torch.ones(1, device=StandInDevice.device).item()
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, leaky)
+    found = added("llava", "divprune")
+    assert found is not None
+    assert found[0].syncs == WAITS + 1
+    assert any(line.startswith("_local_scalar_dense @ runtime/prefill.py") for line in found[0].run.waits)
+
+
+def test_one_hidden_wait_in_a_decode_step_is_over_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = PruneState.key_mask
+
+    def leaky(state: PruneState, *args: Any, **kwargs: Any) -> Any:
+        state.kept.max().item()
+        return original(state, *args, **kwargs)
+
+    monkeypatch.setattr(PruneState, "key_mask", leaky)
+    found = added("llava", "random")
+    assert found is not None
+    assert found[1].syncs >= 1
+
+
+@pytest.mark.parametrize(("family", "method", "most"), OPERATIONS)
+def test_operations_of_the_methods_that_people_ask_for_first(family: str, method: str, most: int) -> None:
+    """A batch of two, DivPrune's loop left out: one kernel takes its place on a GPU."""
+    found = added(family, method)
+    assert found is not None
+    assert found[0].outside("ops/") <= most
 
 
 OPTIONS = {

@@ -67,3 +67,35 @@ def test_public_names_exist_and_unknown_ones_do_not() -> None:
 def test_the_command_line_answers_without_torch() -> None:
     script = "import sys, tokprune.cli.app; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], timeout=120).returncode == 0
+
+
+NOT_FOR_HELP = {"torch", "transformers", "numpy", "PIL", "av", "timm", "lmms_eval", "matplotlib", "jinja2", "yaml"}
+COUNT = """
+import contextlib, io, json, sys
+sys.argv = ["tokprune", "--help"]
+from tokprune.cli import main
+with contextlib.redirect_stdout(io.StringIO()) as shown, contextlib.suppress(SystemExit):
+    main()
+print(json.dumps([shown.getvalue(), sorted(sys.modules)]))
+"""
+
+
+def test_help_comes_from_few_modules() -> None:
+    """What takes time when the command line starts is what it imports; a count does not depend on the machine."""
+    done = subprocess.run([sys.executable, "-c", COUNT], capture_output=True, text=True, check=True, timeout=120)
+    shown, modules = json.loads(done.stdout)
+    assert "profile" in shown
+    assert not NOT_FOR_HELP & set(modules)
+    assert not [m for m in modules if m.startswith(("tokprune.methods.", "tokprune.runtime.", "tokprune.adapters."))]
+    assert len([m for m in modules if m.startswith("tokprune")]) <= 40  # 25 when this was written: the commands' own
+    assert len(modules) <= 600  # 403, most of them typer's and rich's
+
+
+def test_the_list_of_methods_brings_no_library_with_it() -> None:
+    """Over torch, the package and the classes of all methods: our own modules, and a few of Python's."""
+    code = (
+        "import json, sys, torch, numpy; before = set(sys.modules); import tokprune; tokprune.list_methods(); "
+        "print(json.dumps(sorted({m.split('.')[0] for m in set(sys.modules) - before} - set(sys.stdlib_module_names))))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert set(json.loads(done.stdout)) <= {"tokprune", "numpy"}

@@ -28,6 +28,7 @@ def test_every_round_visits_every_cell_and_positions_change() -> None:
     assert all(sorted(order) == names for order in plan)
     for name in names:
         assert len({order.index(name) for order in plan}) == 3
+    assert rounds(["a", "b"], 4) == [["a", "b"], ["b", "a"], ["b", "a"], ["a", "b"]]
 
 
 def test_interleave_records_after_the_warm_up_and_drops_failing_cells() -> None:

@@ -119,6 +119,8 @@ def run_profile(request: ProfileRequest) -> None:
     if request.flops_only:
         _arithmetic(request, console)
         return
+    from tokprune.profiling.doubts import doubts
+
     work = from_preset(request) if request.preset is not None else from_model(request)
     for line in work.notes:
         console.print(escape(line), style="dim")
@@ -126,6 +128,8 @@ def run_profile(request: ProfileRequest) -> None:
     console.print(report.table(console.width))
     for line in report.findings(min(request.ratios, default=None)):
         console.print(escape(f"- {line}"))
+    for line in doubts(report):
+        console.print(f"[yellow]- {escape(line)}[/]")
     if report.warning:
         console.print(f"[yellow]{escape(report.warning)}[/]")
     for cell, why in report.failed.items():

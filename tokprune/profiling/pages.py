@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from tokprune.errors import MissingExtraError
 from tokprune.profiling import tables
+from tokprune.profiling.doubts import doubts
 from tokprune.profiling.memory import readable
 from tokprune.profiling.published import CAUTION
 from tokprune.types import JsonObject
@@ -41,6 +42,7 @@ def profile_page(report: ProfileReport, pictures: Sequence[PagePicture] = ()) ->
     findings = [
         *filter(None, [report.warning]),
         *report.findings(),
+        *doubts(report),
         *(f"{name} failed: {why}" for name, why in report.failed.items()),
         *report.notes,
     ]

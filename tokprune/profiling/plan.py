@@ -144,6 +144,11 @@ class CostModel:
         return here
 
 
+OPERATIONS = 40
+"""Operations of one layer of a LLaMA-like LLM as transformers writes it, attention as one kernel, views left out."""
+LAUNCH = 5e-6
+"""Seconds that a host takes to launch one from Python, in order of magnitude; ours."""
+
 #: Presets of one recipe in growing size.
 LADDERS: tuple[tuple[str, ...], ...] = (
     ("llava-1.5-7b", "llava-1.5-13b"),
@@ -283,6 +288,19 @@ def _alternative(bigger: Preset, small: CostModel, full: Estimate, vision: tuple
     )
 
 
+def _launches(made: Plan, costs: CostModel) -> list[str]:
+    """A warning where the operations of a pruned prefill take longer to launch than to compute."""
+    floor = costs.shape.layers * OPERATIONS * LAUNCH + costs.device.overhead
+    short = [ratio for ratio, estimate in made.rows if estimate.prefill < floor]
+    if not short:
+        return []
+    return [
+        f"launch-bound from ratio {max(short):g} on: the host needs about {_time(floor)} to launch the operations of a "
+        f"prefill one by one ({OPERATIONS} a layer, {LAUNCH * 1e6:g} µs each, a rough figure), so that fewer tokens "
+        "gain nothing more; batch prompts, or compile the model"
+    ]
+
+
 def _amount(target: Target, value: float) -> str:
     return readable(value) if target == "memory" else _time(value)
 
@@ -326,9 +344,11 @@ def _advice(made: RatioPlan, costs: CostModel) -> list[str]:
                     f"at the decoder stage from layer {made.decoder_layer} on: ratio {made.decoder / n:.3g} "
                     f"({made.decoder} tokens)"
                 )
+    out += _launches(made, costs)
     gain = full.total / made.stops.total
     if made.stops.visual >= n:
-        out.append(f"pruning hardly pays here: the time goes into {full.bound}, which it does not shorten")
+        name = {"vision": "tower-bound", "decode": "decode-bound"}.get(full.bound, "bound by weights and launches")
+        out.append(f"pruning hardly pays here ({name}): the time goes into {full.bound}, which it does not shorten")
     elif full.bound == "prefill":
         out.append(
             f"pruning pays down to about ratio {made.stops.visual / n:.2g} ({gain:.2g} times faster in all); "

@@ -153,6 +153,8 @@ class Profiler:
         def catch(module: nn.Module, args: tuple[object, ...], kwargs: JsonObject) -> None:
             if "embeds" not in caught and isinstance(kwargs.get("inputs_embeds"), Tensor):
                 caught["embeds"] = kwargs["inputs_embeds"].detach().clone()
+                mask = kwargs.get("attention_mask")
+                caught["mask"] = mask.clone() if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
         with _recorded(self.base) as calls, self._pruned(source), torch.no_grad():
             handle = self.stages.language.register_forward_pre_hook(catch, with_kwargs=True)
@@ -163,7 +165,8 @@ class Profiler:
         if "embeds" not in caught:
             raise UnsupportedModelError(f"the LLM of {type(self.model).__name__} is not called with inputs_embeds.")
         embeds = caught["embeds"]
-        mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+        mask = caught["mask"]  # padding of a batch stays padding
+        mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device) if mask is None else mask
         run = ProfileRun(name, "ideal", {"inputs_embeds": embeds, "attention_mask": mask}, ratio=source.ratio)
         run.visual, run.prompt, run.calls = source.visual, embeds.shape[1], list(calls)
         return run

@@ -166,11 +166,11 @@ UNITS = {**dict.fromkeys((*STAGES, "ttft", "total"), "ms"), "decode_tokens_per_s
 
 
 def rounds(names: Sequence[str], repeats: int) -> list[list[str]]:
-    """Order of the cells in each round: rotated by one each time and reversed every second time, so that drift and
+    """Order of the cells in each round: every order is followed by its reverse, then rotated by one, so that drift and
     neighbours favour nobody."""
     out = []
     for i in range(repeats):
-        turn = i % max(len(names), 1)
+        turn = i // 2 % max(len(names), 1)
         order = [*names[turn:], *names[:turn]]
         out.append(order[::-1] if i % 2 else order)
     return out

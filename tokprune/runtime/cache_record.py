@@ -62,6 +62,10 @@ class PruneState:
     chosen: Chosen | None = None
     next_position: Tensor | None = None
     layers: dict[int, LayerKeys] = field(default_factory=dict)
+    moved: bool = True
+    """Whether `moves` of the next token may be anything but 0; a step that knows better subtracts nothing."""
+    _places: tuple[Tensor, Tensor] | None = field(init=False, default=None, repr=False)
+    """Of `kept`, made in the first step: its columns as they can be gathered, and which are filler."""
 
     def __deepcopy__(self, memo: dict[int, object]) -> PruneState:
         """A copied cache is read by the same pruning; a copied model has one of its own."""
@@ -130,7 +134,7 @@ class PruneState:
 
     def shifted(self, positions: Tensor) -> Tensor:
         """Positions as prompted -> as kept, for tokens after the prefill. (B, L), or (axes, B, L)."""
-        return positions - self.shift.to(positions.device)
+        return positions - self.shift.to(positions.device) if self.moved else positions
 
     def columns(self, length: int) -> Tensor:
         """(B, length) logical column of every physical key, tokens appended after the prefill included."""
@@ -148,11 +152,28 @@ class PruneState:
         """
         if logical_mask is None and not self.has_fill:
             return None
+        if isinstance(logical_mask, Tensor) and logical_mask.ndim == 2 and length > self.kept.shape[1]:
+            return self._step_mask(logical_mask, length)
         columns = self.columns(length)
         if logical_mask is None:
             return (columns >= 0).long()
         causal = causal_mask(columns, queries, dtype) if isinstance(logical_mask, Mapping) and self.has_fill else None
         return gather_mask(logical_mask, columns, causal=causal)
+
+    def _step_mask(self, mask: Tensor, length: int) -> Tensor:
+        """As `gather_mask` of a two-dimensional mask, in as few operations as a decode step can do with.
+
+        mask: (B, keys) over prompt columns. length: of the keys, some of them new. Returns (B, length).
+        """
+        if self._places is None:
+            self._places = self.kept.clamp(min=0), self.kept < 0
+        at, filler = self._places
+        new = length - at.shape[1]
+        mask = mask.to(at.device)
+        held = mask.gather(1, at)
+        held = held.masked_fill(filler, 0) if self.has_fill else held
+        keys = torch.cat([held, mask[:, self.n_logical : self.n_logical + new]], 1)
+        return keys if keys.dtype == torch.bool else keys.long()
 
 
 class PrunedCacheMixin:

@@ -33,7 +33,7 @@ SURVIVORS = "encoder_survivor"
 
 def sizes_in(arguments: ModelCall) -> list[str]:
     """Names of the arguments of an encoder call that say how large each picture is; the host reads them often."""
-    ends = ("_sizes", "_sizes_videos", "_grid_thw", "_grids")
+    ends = ("_sizes", "_sizes_videos", "_grid_thw", "_grids", "_num_images")
     return [name for name, value in arguments.items() if name.endswith(ends) and isinstance(value, Tensor)]
 
 

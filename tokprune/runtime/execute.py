@@ -251,6 +251,7 @@ def _record(plan: Plan, slots: Slots, visible: Tensor) -> PruneState:
         plan.start + length,
         bool((~visible).any()),
         visual=torch.cat([seen, visual], 1),
+        moved=bool(plan.moves.any()),
     )
 
 

@@ -54,7 +54,7 @@ class PromptRow:
 
     def read(self, inputs: LayerInputs, kind: str) -> Tensor:
         """One signal of all n tokens, (n,) or (n, H)."""
-        attention = RowAttention(inputs, self.row, self.filler, self.n)
+        attention = RowAttention(inputs, self.row, self.filler, self.n, self.device)
         last = torch.tensor([self.n - 1], device=self.device)
         if kind == "llm_attention":
             return attention.weights(last)[0]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from tokprune.adapters.base import Adapter, flatten
 from tokprune.adapters.dialect import cache_in, logical_length
+from tokprune.adapters.families import EncoderCall
+from tokprune.adapters.families.base import SHRUNK
 from tokprune.adapters.types import EncoderOutput, ModelCall
 from tokprune.errors import UnsupportedModelError
 from tokprune.runtime.cache_record import PruneState, get_state
@@ -55,11 +58,7 @@ class Columns:
             breaks = restarts(adapter.positions(call, x), adapter.rotary_axes)
         ids = [] if call.get("input_ids") is None else [call["input_ids"]]
         asked = [*marks.values(), *given, *ids, *([] if breaks is None else [breaks])]
-        calls = [r.kwargs for output in encoded.values() if (r := encoder_record(output)) is not None]
-        sizes = [(kwargs, name) for kwargs in calls for name in sizes_in(kwargs)]
-        host = to_host(*asked, *(kwargs[name] for kwargs, name in sizes))
-        for (kwargs, name), size in zip(sizes, host[len(asked) :], strict=True):
-            kwargs[name] = size
+        host = _with_sizes(adapter, encoded, asked)
         placeholders = dict(zip(marks, host, strict=False))
         keys = host[len(marks)].bool() if given else None
         visible = torch.ones(x.shape[:2], dtype=torch.bool) if keys is None else keys[:, -x.shape[1] :]  # (B, L)
@@ -72,6 +71,22 @@ class Columns:
         packed = segments is not None and not adapter.caches(call)
         words = host[len(marks) + len(given)] if ids else None
         return Columns(visible, present, placeholders, segments, packed, keys, words)
+
+
+def _with_sizes(adapter: Adapter, encoded: Mapping[str, EncoderOutput], asked: list[Tensor]) -> list[Tensor]:
+    """`asked` on the host; what the family reads of the encoder calls comes along, and stays in their records."""
+    records = [r for output in encoded.values() if (r := encoder_record(output)) is not None]
+    wanted = [(r.kwargs, name, cast(Tensor, r.kwargs[name])) for r in records for name in sizes_in(r.kwargs)]
+    for record in records:
+        seen = EncoderCall(adapter.base, record.modality, record.kwargs, record.output)
+        if SHRUNK not in record.kwargs and (small := adapter.family.looks_at(seen)) is not None:
+            wanted.append((record.kwargs, SHRUNK, small))
+    # Numbers with a point travel as the whole numbers of their bits.
+    whole = [v.view(torch.int32) if v.dtype == torch.float32 else v for _, _, v in wanted]
+    host = to_host(*asked, *whole)
+    for (kwargs, name, value), found in zip(wanted, host[len(asked) :], strict=True):
+        kwargs[name] = found.view(torch.float32) if value.dtype == torch.float32 else found
+    return host[: len(asked)]
 
 
 @dataclass

@@ -6,8 +6,9 @@ with StandInDevice() as device:
         model(**inputs)
 print(cost.launches, cost.syncs, cost.uploads)
 
-Values are computed on the CPU. What an accelerator refuses is refused (tensors of two devices in one operation), and
-what makes the host wait there is counted with the line that did it.
+put(..., 1) and move(..., 1) make a second device. Values are computed on the CPU. What an accelerator refuses is
+refused (tensors of two devices in one operation), and what makes the host wait there is counted with the line that did
+it.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ NAME = "privateuseone"
 """The type of the stand-in: the one that torch keeps free for devices of others."""
 DATA_DEPENDENT = {
     "_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount",
-    "equal", "is_nonzero",
+    "equal", "is_nonzero", "_to_sparse", "_coalesce",
 }  # fmt: skip
 """Operations whose result the host needs, or whose shape depends on values: the host waits for an accelerator."""
 AVAILABLE = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
@@ -67,17 +68,20 @@ class Cost:
 
 
 class DeviceTensor(Tensor):
-    """A tensor that says it is on the stand-in device; its numbers are those of `host`."""
+    """A tensor that says it is on a stand-in device; its numbers are those of `host`."""
 
     host: Tensor
+    number: int
+    """Of the device."""
 
     @staticmethod
-    def __new__(cls, inner: Tensor) -> DeviceTensor:
+    def __new__(cls, inner: Tensor, number: int = 0) -> DeviceTensor:
+        dense = inner.layout == torch.strided
+        place: dict[str, Any] = {"strides": inner.stride(), "storage_offset": inner.storage_offset()} if dense else {}
         made: DeviceTensor = torch.Tensor._make_wrapper_subclass(
-            cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype,
-            device=torch.device(NAME, 0), requires_grad=False,
-        )  # fmt: skip
-        made.host = inner
+            cls, inner.size(), **place, dtype=inner.dtype, layout=inner.layout, device=torch.device(NAME, number)
+        )
+        made.host, made.number = inner, number
         return made
 
     def tolist(self) -> Any:
@@ -92,8 +96,10 @@ class DeviceTensor(Tensor):
         return run(func, args, kwargs or {}, None)
 
 
-def _is_device(value: object) -> bool:
-    return value is not None and torch.device(value).type == NAME  # type: ignore[call-overload]
+def _number(place: object) -> int | None:
+    """Which stand-in device a place is, None for the host."""
+    found = torch.device(place)  # type: ignore[call-overload]
+    return found.index or 0 if found.type == NAME else None
 
 
 def run(func: Any, args: Any, kwargs: Mapping[str, Any], cost: Cost | None) -> Any:
@@ -102,15 +108,16 @@ def run(func: Any, args: Any, kwargs: Mapping[str, Any], cost: Cost | None) -> A
     tensors = [x for x in tree_flatten((args, dict(kwargs)))[0] if isinstance(x, Tensor)]
     inside = [x for x in tensors if isinstance(x, DeviceTensor)]
     to, moves = kwargs.get("device"), name in ("_to_copy", "copy_", "to")
-    here = bool(inside) if to is None else _is_device(to)
+    source = inside[0].number if inside else None
+    here = source if to is None else _number(to)
     if name == "copy_":
-        here = isinstance(args[0], DeviceTensor)
+        here, source = (getattr(x, "number", None) for x in args[:2])
     if inside and not moves:
         _refuse_two_devices(name, args, tensors)
     if cost is not None:
-        _count(func, name, args, kwargs, (bool(inside), here, moves), cost)
+        _count(func, name, args, kwargs, (source, here, moves), cost)
     inner_args, inner_kwargs = tree_map(_unwrapped, (tuple(args), dict(kwargs)))
-    if "device" in inner_kwargs and _is_device(inner_kwargs["device"]):
+    if to is not None and here is not None:
         inner_kwargs["device"] = torch.device("cpu")
     with torch._C._DisableTorchDispatch():  # type: ignore[attr-defined]
         result = func(*inner_args, **inner_kwargs)
@@ -122,16 +129,18 @@ def _unwrapped(x: Any) -> Any:
     return x.host if isinstance(x, DeviceTensor) else x
 
 
-def _wrapped(x: Any, known: Mapping[int, DeviceTensor], here: bool) -> Any:
+def _wrapped(x: Any, known: Mapping[int, DeviceTensor], here: int | None) -> Any:
     if not isinstance(x, Tensor):
         return x
     if id(x) in known:
         return known[id(x)]
-    return DeviceTensor(x) if here else x
+    return x if here is None else DeviceTensor(x, here)
 
 
 def _refuse_two_devices(name: str, args: Any, tensors: list[Tensor]) -> None:
-    """As an accelerator does; numbers (0-d) and indices may come from the host."""
+    """As an accelerator does; numbers (0-d) and indices may come from the host, but not from another device."""
+    if len(places := {x.number for x in tensors if isinstance(x, DeviceTensor)}) > 1:
+        raise RuntimeError(f"Expected all tensors to be on the same device: {name} got those of devices {places}.")
     indices: list[int] = []
     if name.startswith("index") and len(args) > 1 and isinstance(args[1], list | tuple):
         indices = [id(x) for x in args[1] if isinstance(x, Tensor)]
@@ -140,14 +149,15 @@ def _refuse_two_devices(name: str, args: Any, tensors: list[Tensor]) -> None:
             raise RuntimeError(f"Expected all tensors to be on the same device: {name} got one of the host.")
 
 
-def _count(func: Any, name: str, args: Any, kwargs: Any, where: tuple[bool, bool, bool], cost: Cost) -> None:
-    """where: whether a tensor of the device is given, the result is on it, and the operation moves between the two."""
-    inside, here, moves = where
-    if not inside and not here:
+def _count(
+    func: Any, name: str, args: Any, kwargs: Any, where: tuple[int | None, int | None, bool], cost: Cost
+) -> None:
+    """where: the device of what is given, that of the result (None: the host), and whether the operation moves."""
+    source, here, moves = where
+    if source is None and here is None:
         return
-    from_device = inside if name != "copy_" else isinstance(args[1], DeviceTensor)
-    if moves and from_device != here:
-        if here:
+    if moves and (source is None) != (here is None):
+        if here is not None:
             cost.uploads += 1
         else:
             cost.waits[f"{name} @ {_line()}"] += 1
@@ -230,18 +240,18 @@ class StandInDevice(TorchDispatchMode):
         finally:
             _COUNTING.reset(token)
 
-    def put(self, value: Any) -> Any:
-        """Tensors in nested containers, copied to the device."""
-        return tree_map(lambda x: DeviceTensor(x) if type(x) in (Tensor, nn.Parameter) else x, value)
+    def put(self, value: Any, number: int = 0) -> Any:
+        """Tensors in nested containers, copied to a device."""
+        return tree_map(lambda x: DeviceTensor(x, number) if type(x) in (Tensor, nn.Parameter) else x, value)
 
-    def move(self, model: M) -> M:
-        """The model with all its tensors on the device, in place; for inference."""
+    def move(self, model: M, number: int = 0) -> M:
+        """The model with all its tensors that are not on a device yet on this one, in place; for inference."""
         moved: dict[int, Tensor] = {}
         for module in model.modules():
             for held in (module._parameters, module._buffers):
                 for key, value in held.items():
                     if value is not None and not isinstance(value, DeviceTensor):
-                        new = moved.setdefault(id(value), DeviceTensor(value.detach()))
+                        new = moved.setdefault(id(value), DeviceTensor(value.detach(), number))
                         new._is_param = held is module._parameters  # type: ignore[attr-defined]
                         held[key] = new  # type: ignore[assignment]
         return model

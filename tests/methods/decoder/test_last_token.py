@@ -84,7 +84,7 @@ def test_pyramiddrop_keeps_what_the_published_code_keeps(case: GoldenCase) -> No
             last = int(case["prompt_len"][row]) + count
             tables = LlamaRotaryEmbedding(config)(left, torch.arange(len(left))[None])
             inputs = LayerInputs(Bare(attention), left[None], {"position_embeddings": tables, "attention_mask": None})
-            tokens = in_front(left[:last], start, count, total, RowAttention(inputs, 0, 0, last), notes)
+            tokens = in_front(left[:last], start, count, total, RowAttention(inputs, 0, 0, last, left.device), notes)
             indices = start + method.select(tokens, -1).indices
             kept = torch.cat([torch.arange(start), indices, torch.arange(start + count, len(left))])
             left, where, count = left[kept], where[kept], len(indices)

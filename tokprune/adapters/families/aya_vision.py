@@ -14,6 +14,7 @@ from tokprune.adapters.families.tiny import TinyParts, chat_template, language, 
 class Aya(Tiles):
     """Aya Vision: the tag before the thumbnail, which comes last, is the one before the last run of a sample."""
 
+    by_pixels = True
     tiny_types: tuple[str, ...] = ("aya_vision",)
 
     def pictures(self, call: EncoderCall, runs: list[PlaceholderRun], n: int) -> Iterator[TiledPicture]:

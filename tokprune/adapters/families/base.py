@@ -17,6 +17,10 @@ from tokprune.tokens import Layout
 F = TypeVar("F", bound="Family")
 
 
+SHRUNK = "tokprune_shrunk"
+"""Name under which a call carries what `Family.looks_at` gave."""
+
+
 class UnknownGeometryError(Exception):
     """A family cannot tell where the tokens of this call lie; the caller falls back to one line and notes the
     reason."""
@@ -218,6 +222,11 @@ class Family:
     def frame_sizes(self, call: EncoderCall) -> Tensor | None:
         """(P,) patches of the frame that each patch belongs to, where attention may be confined to windows; else
         None."""
+        return None
+
+    def looks_at(self, call: EncoderCall) -> Tensor | None:
+        """(U, 3, s, s) the pictures that the tower saw, shrunk, where `streams` tells tiles apart by what they show;
+        the runtime hands them back on the host as the argument `SHRUNK` of the call."""
         return None
 
     def units(self, call: EncoderCall) -> Tensor:

@@ -15,6 +15,7 @@ from tokprune.adapters.families.tiny import TinyParts, chat_template, siglip_tow
 class Cohere2(Tiles):
     """Command A Vision: one break token between the tiles of a picture, thumbnail last."""
 
+    by_pixels = True
     tiny_types: tuple[str, ...] = ("cohere2_vision",)
 
     def pictures(self, call: EncoderCall, runs: list[PlaceholderRun], n: int) -> Iterator[TiledPicture]:

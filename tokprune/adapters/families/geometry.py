@@ -90,9 +90,7 @@ def canvas_from_pixels(tiles: Tensor, thumbnail: Tensor) -> tuple[tuple[int, int
     shapes = canvases(tiles.shape[0])
     if len(shapes) == 1:
         return shapes[0], True
-    side = min(_SIDE, *tiles.shape[-2:])
-    small = F.adaptive_avg_pool2d(tiles.detach().float(), side)  # (k, 3, s, s)
-    whole = F.adaptive_avg_pool2d(thumbnail.detach().float(), side)  # (3, s, s)
+    small, whole = shrunk(tiles), shrunk(thumbnail)  # (k, 3, s, s), (3, s, s)
     errors = []
     for down, across in shapes:
         put = (
@@ -103,6 +101,12 @@ def canvas_from_pixels(tiles: Tensor, thumbnail: Tensor) -> tuple[tuple[int, int
     best = min(range(len(totals)), key=lambda i: (totals[i], i))
     others = min(error for i, error in enumerate(totals) if i != best)
     return shapes[best], totals[best] < 0.5 * others
+
+
+def shrunk(pictures: Tensor) -> Tensor:
+    """Pictures (..., 3, H, W) as (..., 3, s, s), small enough to compare; what is that small comes back as it is."""
+    side = min(_SIDE, *pictures.shape[-2:])
+    return F.adaptive_avg_pool2d(pictures.detach().float(), side)
 
 
 def canvas_from_shape(count: int, tile: tuple[int, int], whole: tuple[int, int]) -> tuple[int, int]:

@@ -16,6 +16,7 @@ class InternVL(Tiles):
     """InternVL: all tiles of a picture are one run, thumbnail last. A video frame is a run of its own; only the words
     before it ("Frame1: ") tell it from a picture, so frames become a video when the call can decode token ids."""
 
+    by_pixels = True
     clips_in_one_tensor = True
     tiny_types: tuple[str, ...] = ("internvl",)
 

@@ -14,6 +14,7 @@ from tokprune.adapters.families.tiny import TinyParts, chat_template, language, 
 class PerceptionLM(Tiles):
     """Perception LM: the call is (pictures, tiles, 3, H, W), thumbnail first; videos go through the same door."""
 
+    by_pixels = True
     clips_in_one_tensor = True
     mixes_modalities = False
     tower_of_timm = True

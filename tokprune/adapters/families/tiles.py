@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from tokprune.adapters.families.base import EncoderCall, PlaceholderRun, StreamLayout, UnknownGeometryError
-from tokprune.adapters.families.geometry import canvas_from_pixels, canvases, frames, plain, tiled
+from torch import Tensor
+
+from tokprune.adapters.families.base import SHRUNK, EncoderCall, PlaceholderRun, StreamLayout, UnknownGeometryError
+from tokprune.adapters.families.geometry import canvas_from_pixels, canvases, frames, plain, shrunk, tiled
 from tokprune.adapters.families.tiny import square
 from tokprune.adapters.families.units import Units
 from tokprune.tokens import Layout
@@ -59,6 +61,15 @@ class Tiles(Units):
             raise UnknownGeometryError(f"the prompt tells of {start} tiles, the encoder of {count}")
         return out
 
+    def looks_at(self, call: EncoderCall) -> Tensor | None:
+        try:
+            looks = self.by_pixels and call.modality == "image" and self.unit_count(call) > 2
+            return shrunk(self.units(call)) if looks else None
+        except UnknownGeometryError:
+            return None
+
+    by_pixels = False
+    """Whether only the pixels tell how many tiles lie down and across."""
     reads_tags = True
     """Whether the tokens between the runs are needed, not only their lengths."""
 
@@ -78,7 +89,8 @@ class Tiles(Units):
     def look(self, call: EncoderCall, start: int, count: int, thumbnail: int) -> tuple[tuple[int, int], str]:
         """The canvas of the picture whose first unit is `start`, read off its pixels."""
         try:
-            units = self.units(call)[start : start + count]
+            seen = call.kwargs.get(SHRUNK)
+            units = (self.units(call) if seen is None else seen)[start : start + count]
         except UnknownGeometryError:
             return canvases(count - 1)[0], "tiles down and across are guessed"
         others = [i for i in range(count) if i != thumbnail]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,13 +10,13 @@ from torch import Tensor
 
 from tokprune.budget import equal, floor_of, share_out
 from tokprune.errors import OptionError
-from tokprune.methods.base import ScoreMethod, check_finite
+from tokprune.methods.base import ScoreMethod, check_finite, check_keep
 from tokprune.methods.options import Block, Compat, option
 from tokprune.ops.grid import check_canvas, region_sums
 from tokprune.ops.numeric import wide
-from tokprune.ops.topk import top_in_groups
+from tokprune.ops.topk import top, top_in_groups
 from tokprune.registry import Checked, register_method
-from tokprune.tokens import Layout, VisualTokens
+from tokprune.tokens import Layout, Selection, VisualTokens
 
 
 def hired_budgets(early: Tensor, layout: Layout, keep: int, alpha: float = 0.5) -> Tensor:
@@ -27,12 +28,14 @@ def hired_budgets(early: Tensor, layout: Layout, keep: int, alpha: float = 0.5) 
 
     early: (N,) one value per token of the stream, read for the thumbnail only. Returns (1 + tiles,) counts.
     """
-    sizes = layout.group_sizes
+    return thumbnail_and_tiles(region_sums(early, layout)[None], layout.group_sizes, keep, alpha)[0]
+
+
+def thumbnail_and_tiles(mass: Tensor, sizes: Sequence[int], keep: int, alpha: float) -> Tensor:
+    """The same from the tiles' masses. mass: (B, tiles). sizes: tokens of thumbnail and tiles. -> (B, 1 + tiles)."""
     thumbnail = max(min(floor_of(keep, alpha), sizes[0]), keep - sum(sizes[1:]))
-    mass = region_sums(early, layout)
-    capacities = torch.tensor(sizes[1:], device=mass.device)
-    tiles = share_out(keep - thumbnail, mass[None], capacities)[0]
-    return torch.cat([tiles.new_tensor([thumbnail]), tiles])
+    tiles = share_out(keep - thumbnail, mass, torch.tensor(sizes[1:], device=mass.device))
+    return torch.cat([tiles.new_full((len(tiles), 1), thumbnail), tiles], 1)
 
 
 def hired_published_budgets(early: Tensor, tiles: int, keep: int, alpha: float = 0.5) -> Tensor:
@@ -100,12 +103,51 @@ class HiRED(ScoreMethod):
         """The [CLS] rows of the selected layer and of the early block."""
         return ("cls_attention", f"cls_attention:{self.init_layer}")
 
+    def select_batch(self, batch: Sequence[VisualTokens], keeps: Sequence[int]) -> list[Selection]:
+        """On an accelerator, streams that are cut alike in one go; it is launches that cost time there."""
+        alike: dict[object, list[int]] = {}
+        for i, (tokens, keep) in enumerate(zip(batch, keeps, strict=True)):
+            check_keep(keep, len(tokens))
+            layout, device = tokens.layout, tokens.signal("cls_attention").device
+            apart = device.type == "cpu" or self.compat != "corrected"
+            key = i if apart else (keep, layout.group_sizes, layout.thumbnail, layout.canvas, device)
+            alike.setdefault(key, []).append(i)
+        out: dict[int, Selection] = {}
+        for members in alike.values():
+            some, keep = [batch[i] for i in members], keeps[members[0]]
+            if len(members) == 1:
+                out[members[0]] = super().select(some[0], keep)
+                continue
+            scores = check_finite(
+                torch.stack([self.scores(tokens) for tokens in some]), f"the scores of {self.info.name}"
+            )
+            chosen = self._choose_alike(some, scores, keep)
+            out.update((i, Selection(c, info={"scores": s})) for i, c, s in zip(members, chosen, scores, strict=True))
+        return [out[i] for i in range(len(batch))]
+
+    def _choose_alike(self, batch: Sequence[VisualTokens], scores: Tensor, keep: int) -> Tensor:
+        """`choose` for B streams of equal groups. scores: (B, N) -> (B, keep)."""
+        layout = batch[0].layout
+        if layout.num_groups == 1:
+            return top(scores, keep)
+        group = torch.stack([tokens.layout.group.to(scores.device) for tokens in batch])  # (B, N)
+        if layout.thumbnail:
+            early = torch.stack([wide(tokens.signal(f"cls_attention:{self.init_layer}")) for tokens in batch])
+            check_finite(early, "the early attention")
+            mass = torch.stack([region_sums(e, t.layout.to(e.device)) for e, t in zip(early, batch, strict=True)])
+            budgets = thumbnail_and_tiles(mass, layout.group_sizes, keep, self.alpha)
+        else:
+            budgets = torch.tensor(equal(keep, layout.group_sizes), device=scores.device).expand(len(batch), -1)
+        return top_in_groups(scores, group, budgets.to(scores.device), keep)
+
     def scores(self, tokens: VisualTokens) -> Tensor:
         """Late [CLS] attention of each token. Returns (N,)."""
         return wide(tokens.signal("cls_attention"))
 
     def choose(self, tokens: VisualTokens, scores: Tensor, keep: int) -> Tensor:
         """The best of each tile by late attention, as many as the early attention grants it."""
+        if tokens.layout.num_groups == 1:
+            return top(scores, keep)
         budgets = self.shares(tokens, keep)
         total = keep if self.compat == "corrected" else int(budgets.sum())
         return top_in_groups(scores, tokens.layout.group.to(scores.device), budgets.to(scores.device), total)

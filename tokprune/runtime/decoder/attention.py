@@ -65,7 +65,8 @@ class LayerInputs:
         """All keys and values, those of earlier turns first: (B, H', K, d) each."""
         if self.used is not None:
             return self.used
-        keys = rotated(self.module, self.plain_keys, self.tables)
+        cos, sin = (table.to(self.plain_keys.device) for table in self.tables)
+        keys = rotated(self.module, self.plain_keys, (cos, sin))
         values = projected(self.module, self.states, "v")
         if not self.held:
             return keys, values
@@ -86,13 +87,17 @@ class LayerInputs:
 
 @dataclass(frozen=True)
 class RowAttention:
-    """Attention of one layer over the tokens of one prompt (a `LayerAttention`). Places count from `start`."""
+    """Attention of one layer over the tokens of one prompt (a `LayerAttention`). Places count from `start`.
+
+    Queries may lie on any device, and what comes of them is on `device`: the layers of a model may be on several.
+    """
 
     inputs: LayerInputs
     row: int
     start: int
     """Filler on the left."""
     n: int
+    device: torch.device
 
     @property
     def keys(self) -> Tensor:
@@ -102,7 +107,7 @@ class RowAttention:
     @property
     def plain_keys(self) -> Tensor:
         """(H', n, d)."""
-        return self.inputs.plain_keys[self.row, :, self.start : self.start + self.n]
+        return self.inputs.plain_keys[self.row, :, self.start : self.start + self.n].to(self.device)
 
     @property
     def values(self) -> Tensor:
@@ -127,10 +132,11 @@ class RowAttention:
 
     def gravity(self, queries: Tensor) -> Tensor:
         """(R, n)."""
-        cos, sin = self._tables(torch.arange(self.n, device=queries.device))
+        cos, sin = self._tables(torch.arange(self.n, device=self.inputs.tables[0].device))
         ones = torch.ones(1, 1, self.n, self.inputs.module.head_dim, dtype=cos.dtype, device=cos.device)
         turned = rotated(self.inputs.module, ones, (cos, sin))
-        return products(turned[:, :, queries], turned, self.inputs.module.scaling)[0, 0]
+        chosen = turned[:, :, queries.to(turned.device)]
+        return products(chosen, turned, self.inputs.module.scaling)[0, 0].to(self.device)
 
     # -- how
 
@@ -144,15 +150,16 @@ class RowAttention:
     def _own(self, pairs: Tensor) -> Tensor:
         """Of keys or values of the whole batch, those of this prompt's n tokens."""
         first = pairs.shape[2] - self.inputs.hidden.shape[1] + self.start
-        return pairs[self.row, :, first : first + self.n]
+        return pairs[self.row, :, first : first + self.n].to(self.device)
 
     def _tables(self, places: Tensor) -> tuple[Tensor, Tensor]:
-        cos, sin = (t[min(self.row, t.shape[0] - 1)][None, self.start + places] for t in self.inputs.tables)
+        at = self.start + places.to(self.inputs.tables[0].device)
+        cos, sin = (t[min(self.row, t.shape[0] - 1)][None, at].to(places.device) for t in self.inputs.tables)
         return cos, sin
 
     def _blocks(self, queries: Tensor, logits: bool, rotary: bool = True) -> Iterator[Tensor]:
         """Products or probabilities of some queries at a time, (H, R', n)."""
-        module, row = self.inputs.module, self.row
+        module, row, queries = self.inputs.module, self.row, queries.to(self.inputs.states.device)
         query = projected(module, self.inputs.states[row : row + 1, self.start + queries], "q")  # (1, H, R, d)
         if rotary:
             query = rotated(module, query, self._tables(queries))
@@ -172,7 +179,7 @@ class RowAttention:
             if not logits:
                 block = masked(block, self._mask(at, keys.shape[2]))  # frees the products
                 block = block.softmax(-1)
-            yield block[0, :, :, first : first + self.n]
+            yield block[0, :, :, first : first + self.n].to(self.device)
 
     def _mask(self, queries: Tensor, keys: int) -> Tensor:
         """What the queries may see: (1, 1 or H, R, K) bool or additive."""

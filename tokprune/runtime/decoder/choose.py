@@ -72,13 +72,14 @@ class Dropper:
         reads, hidden = self.method.reads, self.hidden[row, here]
         embeddings = entering = middle = normed = None
         if "embeddings" in reads:
-            embeddings = saved["embeddings"][row][slots.to(hidden.device)]
+            embeddings = saved["embeddings"][row].to(hidden.device)[slots.to(hidden.device)]
         if "entering" in reads:
-            entering = saved["below"].hidden[row, here]
+            entering = saved["below"].hidden[row, here].to(hidden.device)
         if "middle" in reads:
-            middle = saved["middle"][row, here]
+            middle = saved["middle"][row, here].to(hidden.device)
         if "normed" in reads:
             normed = next(getattr(text_model, n) for n in NORMS if hasattr(text_model, n))(hidden)
+            normed = normed.to(hidden.device)
         device = hidden.device
         return LayerTokens(
             layer=self.layer,
@@ -89,9 +90,9 @@ class Dropper:
             row=candidates.row.to(device),
             col=candidates.col.to(device),
             total=candidates.total,
-            below=RowAttention(saved["below"], row, start, count - answer),
-            own=RowAttention(self.own, row, start, count - answer),
-            signals=candidates.signals,
+            below=RowAttention(saved["below"], row, start, count - answer, device),
+            own=RowAttention(self.own, row, start, count - answer, device),
+            signals={name: value.to(device) for name, value in candidates.signals.items()},
             embeddings=embeddings,
             entering=entering,
             middle=middle,

@@ -48,8 +48,8 @@ class Compaction:
                     continue
                 start, n = live.width - live.counts[row], live.counts[row] - prompt.answer
                 visual = torch.searchsorted(live.index[row, start:].contiguous(), candidates.slots)
-                attention = RowAttention(inputs, row, start, n)
-                visual = visual.to(inputs.hidden.device)
+                device = inputs.pairs[0].device
+                attention, visual = RowAttention(inputs, row, start, n, device), visual.to(device)
                 cache = LayerCache(layer, attention.keys[:, visual], attention.values[:, visual], attention, visual, n)
                 answer = self.method.compact(cache, keep)
                 if answer.indices.shape[-1] != keep:

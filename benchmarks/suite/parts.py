@@ -1,0 +1,138 @@
+"""The sections beside the LLM: choosing, the encoder stage, video, starting, and counts on a stand-in device."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from benchmarks import encoder_speed, methods, video_decoding
+from benchmarks.naive.pairs import CASES, PAIRS
+from benchmarks.suite.rows import Row, number, paired, ratio, threads
+from tests.adapters.counted import BUDGETED, Added, added
+from tokprune.profiling.timing import Measurement
+from tokprune.runtime.encoder import apply_encoder
+from tokprune.testing import FAMILIES
+
+OPERATIONS, STEP = 120, 4
+NEXT = "LLaVA-NeXT, 288 of 2880"
+LOOP = "its published form is no loop, and both run the same few products"
+
+
+def selection(seconds: float = 1.0) -> list[Row]:
+    """Every connector method on 2880 tokens beside its published formulation, one thread."""
+    threads(1)
+    rows = []
+    for pair in (p for p in PAIRS if p.fits(CASES[NEXT])):
+        race = methods.race(pair, CASES[NEXT], 7, seconds)
+        what = f"{pair.name}, {NEXT}: CPU time over the published formulation's"
+        measured = Measurement(what, "", (race.ratio_q1, race.ratio, race.ratio_q3))
+        small = race.ours.cpu_ms < methods.FLOOR_MS * 10
+        limit = f"{race.ours.cpu_ms:.2g} ms in all: the dispatch of a few dozen operations" if small else LOOP
+        beside = {"published_ms": race.published.cpu_ms, "ours_ms": race.ours.cpu_ms, "rounds": race.rounds}
+        rows.append(Row(what, measured, 0.5, False, limit, {**beside, "quartiles": True}))
+    return rows
+
+
+def encoder(repeats: int = 5) -> list[Row]:
+    """ToMe by hooks beside the published patch written into the forward, ViT-B of timm, one thread."""
+    import timm
+
+    threads(1)
+    torch.manual_seed(0)
+    model = timm.create_model("vit_base_patch16_224", pretrained=False).eval()
+    images = torch.randn(4, 3, 224, 224)
+
+    def ours() -> None:
+        with apply_encoder(model, "tome", r=8):
+            model(images)
+
+    cells = {
+        "hooks": ours,
+        "written": lambda: encoder_speed.written_out(model, images, 8),
+        "plain": lambda: model(images),
+    }
+    with torch.no_grad():
+        found = paired(cells, time.process_time, repeats)
+    beside = {f"{name}_ms": sorted(times)[repeats // 2] for name, times in found.items()}
+    what = "ToMe on ViT-B/16, r=8: CPU time over the published patch in the forward"
+    faster = "ToMe on ViT-B/16, r=8: speed of the tower over the unpruned one"
+    return [
+        Row(what, ratio(what, found["hooks"], found["written"]), 1.05, False, "the hooks of each block", beside),
+        Row(faster, ratio(faster, found["plain"], found["hooks"]), None, True, "", beside),
+    ]
+
+
+def video(seconds: int = 10, frames: int = 32, repeats: int = 3) -> list[Row]:
+    """Reading frames of a 720p file: the default reader beside the fastest that is right."""
+    threads()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "clip.mp4"
+        video_decoding.write(path, seconds, 250)
+        cells = video_decoding.measure(path, frames, ["auto", "torchcodec", "decord"], repeats)
+    by_name = {c["backend"]: c for c in cells}
+    right = [c for c in cells if not c.get("error") and not c["wrong"] and c["returned"] == frames]
+    fastest = min(right, key=lambda c: float(c["median_cpu_s"]))
+    what = f"{frames} frames of {seconds} s of 720p: CPU time of the default reader over the fastest right one's"
+    beside = {f"{c['backend']}_s": c["median_cpu_s"] for c in right} | {"fastest": fastest["backend"]}
+    wrong = f"{frames} frames of {seconds} s of 720p: wrong frames of the default reader"
+    return [
+        Row(what, ratio(what, by_name["auto"]["cpu_s"], fastest["cpu_s"]), 1.1, False, "", beside),
+        Row(wrong, number(wrong, by_name["auto"].get("wrong", frames)), 0, False, ""),
+    ]
+
+
+IMPORT = "import time, torch; start = time.perf_counter(); import tokprune; tokprune.list_methods(); " \
+    "print(time.perf_counter() - start)"  # fmt: skip
+
+
+def start(repeats: int = 7) -> list[Row]:
+    """Starting: the package over torch, and the command line's help, each in a process of its own."""
+
+    def run(*words: str) -> tuple[float, str]:
+        begun = time.perf_counter()
+        done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=True)
+        return time.perf_counter() - begun, done.stdout
+
+    loaded = [float(run("-c", IMPORT)[1]) for _ in range(repeats + 1)][1:]
+    shown = [run("-m", "tokprune", "--help")[0] for _ in range(repeats + 1)][1:]
+    bare = [run("-c", "pass")[0] for _ in range(repeats)]
+    over, whole = "import tokprune and the list of methods, over torch", "tokprune --help, the whole process"
+    beside = {"python_alone_s": sorted(bare)[repeats // 2]}
+    return [
+        Row(over, Measurement(over, "s", tuple(loaded)), 0.3),
+        Row(whole, Measurement(whole, "s", tuple(shown)), 0.5, False, "typer and rich are most of it", beside),
+    ]
+
+
+LOOPS = ("ops/", "methods/")
+"""Where choices are made; the rest is what the runtime adds whatever the method."""
+
+
+def counts(families: tuple[str, ...] = FAMILIES, methods: tuple[str, ...] = BUDGETED) -> list[Row]:
+    """Waits and operations that pruning adds to two prompts with a picture each, on the stand-in device."""
+    found: dict[str, dict[str, tuple[Added, Added]]] = {method: {} for method in methods}
+    for family in families:  # the models of one family are built once
+        for method in methods:
+            if (one := added(family, method)) is not None:
+                found[method][family] = one
+    rows = []
+    for method, at in found.items():
+        kinds: list[tuple[str, Callable[[tuple[Added, Added]], int], float | None]] = [
+            ("waits that pruning adds to a prefill", lambda one: one[0].syncs, 2),
+            ("operations added to a prefill, the choice left out", lambda one: one[0].outside(*LOOPS), OPERATIONS),
+            ("operations of the choice", lambda one: one[0].launches - one[0].outside(*LOOPS), None),
+            ("waits added to a decode step", lambda one: one[1].syncs, 0),
+            ("operations added to a decode step", lambda one: one[1].launches, STEP),
+        ]
+        for kind, value, target in kinds:
+            values = {family: value(one) for family, one in at.items()}
+            worst = max(values, key=values.__getitem__)
+            what = f"{method}: {kind}, most of {len(values)} families"
+            rows.append(Row(what, number(what, values[worst]), target, False, worst, values))
+    return rows
