@@ -288,7 +288,7 @@ def _alternative(bigger: Preset, small: CostModel, full: Estimate, vision: tuple
     )
 
 
-def _launches(made: Plan, costs: CostModel) -> list[str]:
+def _launches(made: RatioPlan, costs: CostModel) -> list[str]:
     """A warning where the operations of a pruned prefill take longer to launch than to compute."""
     floor = costs.shape.layers * OPERATIONS * LAUNCH + costs.device.overhead
     short = [ratio for ratio, estimate in made.rows if estimate.prefill < floor]
