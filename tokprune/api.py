@@ -26,12 +26,16 @@ def apply(
     query: str | Sequence[str] | None = None,
     processor: Any = None,
     scorer: Any = None,
+    prompt_budget: int | None = None,
+    prompt_rule: str | Method | None = None,
     **options: Any,
 ) -> Pruning:
     """Let `model` run on fewer visual tokens, in place; generate() and the processor stay as they are.
 
     method: a name (see list_methods), a method object, or a PruneConfig. ratio: share of visual tokens kept, or budget:
-    tokens kept per image or video. positions: "keep" leaves the kept tokens' position ids, "compact" re-numbers, "auto"
+    tokens kept per image or video, or prompt_budget: tokens of the whole prompt, text first (docs/concepts.md), shared
+    out over its pictures by prompt_rule ("proportional", or a method with a rule of its own: "adaptive_budget", "catp",
+    or one that you built). positions: "keep" leaves the kept tokens' position ids, "compact" re-numbers, "auto"
     re-numbers for one-dimensional RoPE and keeps for M-RoPE, as the published implementations do. query: the question,
     for query-aware methods (one, or one per prompt); with `processor` it is cut out of the prompt. These methods need a
     tokenizer: without `processor` the one saved beside the model's weights is taken, if there is one. scorer: an object
@@ -54,13 +58,16 @@ def apply(
     for arguments that cannot be used; the model is then as it was.
     """
     if isinstance(method, PruneConfig):
-        if ratio is not None or budget is not None or options or query is not None or positions != "auto":
+        given = (ratio, budget, query, prompt_budget, prompt_rule)
+        if any(value is not None for value in given) or options or positions != "auto":
             raise OptionError(
                 "a PruneConfig already says how much and how to prune; give nothing beside it, or change the config."
             )
         config = method
     else:
-        config = PruneConfig.build(method, ratio=ratio, budget=budget, positions=positions, query=query, **options)
+        config = PruneConfig.build(
+            method, ratio, budget, positions, query, prompt_budget=prompt_budget, prompt_rule=prompt_rule, **options
+        )
     if processor is not None and not callable(processor):
         raise OptionError(
             f"processor= takes the model's processor, AutoProcessor.from_pretrained(...), not "

@@ -29,15 +29,16 @@ def check_ratio(ratio: object) -> float:
     return value
 
 
-def check_budget(budget: object) -> int:
-    """Return `budget` as an int, or say why it is not a number of tokens to keep (>= 1)."""
+def check_budget(budget: object, name: str = "budget") -> int:
+    """Return `budget` as an int, or say why it is not a number of tokens to keep (>= 1). name: of the argument."""
     if isinstance(budget, bool) or not isinstance(budget, Integral):
+        of, example = ("of the whole prompt", 2048) if name == "prompt_budget" else ("per image or video", 64)
         raise BudgetError(
-            f"budget={budget!r} is a {type(budget).__name__}; write a whole number of tokens per image or video, "
-            f"such as budget=64."
+            f"{name}={budget!r} is a {type(budget).__name__}; write a whole number of tokens {of}, such as "
+            f"{name}={example}."
         )
     if int(budget) < 1:
-        raise BudgetError(f"budget={budget!r} is not a number of tokens to keep; the smallest is 1.")
+        raise BudgetError(f"{name}={budget!r} is not a number of tokens to keep; the smallest is 1.")
     return int(budget)
 
 
@@ -115,6 +116,27 @@ def share(total: int, weights: Sequence[float] | Tensor, capacities: Sequence[in
             whole[i] += 1
         for i, extra in whole.items():
             out[i] += extra
+    return out
+
+
+def share_between(total: int, weights: Sequence[float], least: Sequence[int], most: Sequence[int]) -> list[int]:
+    """Split `total` as `share` does, but give none less than its `least`: those that would get less take that, and the
+    others share the rest.
+
+    total: from sum(least) to sum(most); anything else is an error.
+    """
+    if total < sum(least):
+        raise BudgetError(f"{total} tokens do not reach for the {sum(least)} that cannot be taken away.")
+    out, free = list(least), list(range(len(most)))
+    while free:
+        left = total - sum(least[i] for i in range(len(most)) if i not in free)
+        found = share(left, [weights[i] for i in free], [most[i] for i in free])
+        short = [i for i, got in zip(free, found, strict=True) if got < least[i]]
+        if not short:
+            for i, got in zip(free, found, strict=True):
+                out[i] = got
+            break
+        free = [i for i in free if i not in short]
     return out
 
 

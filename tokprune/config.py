@@ -8,16 +8,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokprune.budget import check_budget, check_ratio, keep_count
+from tokprune.budget import check_budget, check_ratio, keep_count, share_between
 from tokprune.errors import BudgetError, OptionError, unknown
 from tokprune.files import checked, read_json, write_json
-from tokprune.methods.base import Method
+from tokprune.methods.base import ConnectorMethod, Method, shares_budgets
+from tokprune.methods.prompt_rule import PROPORTIONAL
 from tokprune.registry import get_method, method_class
 from tokprune.types import JsonObject
 
 TYPE, VERSION = "tokprune.PruneConfig", 1
 POSITIONS = ("auto", "keep", "compact")
-ARGUMENTS = ("ratio", "budget", "positions", "query", "processor", "scorer")
+ARGUMENTS = ("ratio", "budget", "positions", "query", "processor", "scorer", "prompt_budget", "prompt_rule")
 """What `apply` takes beside a method and the method's own options."""
 
 
@@ -69,7 +70,8 @@ def _built(value: object) -> object:
 class PruneConfig:
     """What to prune by: the methods (one per stage), how much to keep, and which positions the kept tokens get.
 
-    Exactly one of ratio (share of visual tokens kept) and budget (tokens per image or video) is set.
+    Exactly one of ratio (share of visual tokens kept), budget (tokens per image or video) and prompt_budget (tokens of
+    a prompt, its text included) is set.
     """
 
     methods: tuple[Method, ...]
@@ -77,6 +79,10 @@ class PruneConfig:
     budget: int | None = None
     positions: str = "auto"
     query: str | tuple[str, ...] | None = None
+    prompt_budget: int | None = None
+    prompt_rule: str | Method | None = None
+    """Who shares a prompt budget out over the pictures: a method with a rule for that, or "proportional"; None is the
+    method's own rule, where it has one."""
 
     def __post_init__(self) -> None:
         if not self.methods:
@@ -85,18 +91,22 @@ class PruneConfig:
         for m in self.methods:
             if not isinstance(m, Method):
                 raise OptionError(f"method is a name or a method object, not {type(m).__name__}: {m!r}.")
-        if self.ratio is not None and self.budget is not None:
-            raise BudgetError(f"both ratio={self.ratio!r} and budget={self.budget!r} given; choose one.")
+        amounts = {name: getattr(self, name) for name in ("ratio", "budget", "prompt_budget")}
+        given = [f"{name}={value!r}" for name, value in amounts.items() if value is not None]
+        if len(given) > 1:
+            raise BudgetError(f"{'both ' if len(given) == 2 else ''}{' and '.join(given)} given; choose one.")
         # Such as ToMe's r tokens a block, FastV's layer and share, or DyCoke's share of the keys.
         own_schedule = all(m.stage in ("encoder", "decoder", "cache") for m in self.methods)
-        if self.ratio is None and self.budget is None and not own_schedule:
+        if not given and not own_schedule:
             raise BudgetError(
-                "neither ratio nor budget given; write ratio=0.1 to keep 10 % of the visual tokens, or budget=64."
+                "neither ratio nor budget given; write ratio=0.1 to keep 10 % of the visual tokens, budget=64 for 64 "
+                "of each picture, or prompt_budget=2048 for prompts of at most 2048 tokens, text included."
             )
         if self.ratio is not None:
             object.__setattr__(self, "ratio", check_ratio(self.ratio))
         if self.budget is not None:
             object.__setattr__(self, "budget", check_budget(self.budget))
+        self._check_prompt_budget()
         if self.positions not in POSITIONS:
             raise unknown("positions", self.positions, POSITIONS)
         questions = self.query if isinstance(self.query, tuple) else (self.query,)
@@ -110,13 +120,43 @@ class PruneConfig:
                     f"per stage."
                 )
 
+    def _check_prompt_budget(self) -> None:
+        """Refuse a prompt budget, or a rule for one, that nothing could follow."""
+        if self.prompt_budget is None:
+            if self.prompt_rule is not None:
+                raise BudgetError(f"prompt_rule={self.prompt_rule!r} says how a prompt_budget is shared; give one.")
+            return
+        object.__setattr__(self, "prompt_budget", check_budget(self.prompt_budget, "prompt_budget"))
+        deciding = [m for m in self.methods if m.stage in ("frames", "connector")]
+        free = [m.info.name for m in deciding if not getattr(m, "exact", True)]
+        if not deciding or free:
+            why = (
+                f"{free[0]!r} keeps as many as it likes" if free else f"{self.methods[0].info.name!r} has no say there"
+            )
+            raise BudgetError(
+                f"prompt_budget={self.prompt_budget} needs a method of the connector or frames stage that keeps "
+                f"exactly what it is asked to: {why}. Add one, such as method=[..., 'divprune'], or give a ratio."
+            )
+        rule = self.prompt_rule
+        if isinstance(rule, str) and rule != PROPORTIONAL:
+            rule = get_method(rule)
+            object.__setattr__(self, "prompt_rule", rule)
+        if rule in (None, PROPORTIONAL) or (isinstance(rule, ConnectorMethod) and shares_budgets(rule)):
+            return
+        raise OptionError(
+            f"prompt_rule={rule!r} is no rule for sharing tokens out over pictures; write prompt_rule='proportional', "
+            "'adaptive_budget' or 'catp', or give a connector method that overrides `budgets`."
+        )
+
     @staticmethod
-    def build(
+    def build(  # what `apply` takes
         method: str | Method | Sequence[str | Method],
         ratio: float | None = None,
         budget: int | None = None,
         positions: str = "auto",
         query: str | Sequence[str] | None = None,
+        prompt_budget: int | None = None,
+        prompt_rule: str | Method | None = None,
         **options: object,
     ) -> PruneConfig:
         """The config that `apply` makes from its arguments; options go to the one method that is named."""
@@ -129,11 +169,20 @@ class PruneConfig:
             )
         methods = tuple(get_method(m, **options) if isinstance(m, str) else m for m in listed)
         question = tuple(query) if isinstance(query, list) else query
-        return PruneConfig(methods, ratio, budget, positions, question)  # type: ignore[arg-type]
+        return PruneConfig(methods, ratio, budget, positions, question, prompt_budget, prompt_rule)  # type: ignore[arg-type]
 
     def count(self, n: int) -> int:
         """How many of `n` visual tokens of an image or video stay; all where neither ratio nor budget is given."""
+        if self.prompt_budget is not None:
+            raise BudgetError(f"what prompt_budget={self.prompt_budget} leaves a picture depends on its whole prompt.")
         return keep_count(n, self.ratio, self.budget)
+
+    @staticmethod
+    def shares(room: int, sizes: Sequence[int], least: Sequence[int], most: Sequence[int]) -> list[int]:
+        """How many tokens of each picture or video of one prompt stay, where its prompt budget leaves `room` for them:
+        in proportion to `sizes`, none below its `least` or above its `most`.
+        """
+        return share_between(min(room, sum(most)), sizes, least, most)
 
     def to_dict(self) -> JsonObject:
         """Plain data with type and version."""
@@ -145,23 +194,34 @@ class PruneConfig:
             "budget": self.budget,
             "positions": self.positions,
             "query": list(self.query) if isinstance(self.query, tuple) else self.query,
+            **({} if self.prompt_budget is None else self.prompt_fields()),
+        }
+
+    def prompt_fields(self) -> JsonObject:
+        """What is written where a prompt budget is given alone, so that older versions read all other files."""
+        rule = self.prompt_rule
+        return {
+            "prompt_budget": self.prompt_budget,
+            "prompt_rule": method_to_dict(rule) if isinstance(rule, Method) else rule,
         }
 
     @staticmethod
     def from_dict(data: object) -> PruneConfig:
         """The config that `to_dict` wrote; refuses other types, newer versions and unknown fields."""
         data = checked(data, TYPE, VERSION, "a pruning config")
-        known = {"type", "version", "methods", "ratio", "budget", "positions", "query"}
+        known = {f.name for f in dataclasses.fields(PruneConfig)} | {"type", "version"}
         for key in data:
             if key not in known:
                 raise unknown("config field", key, known)
-        query = data.get("query")
+        query, rule = data.get("query"), data.get("prompt_rule")
         return PruneConfig(
             tuple(method_from_dict(m) for m in data.get("methods", [])),
             data.get("ratio"),
             data.get("budget"),
             data.get("positions", "auto"),
             tuple(query) if isinstance(query, list) else query,
+            data.get("prompt_budget"),
+            method_from_dict(rule) if isinstance(rule, dict) else rule,
         )
 
     def save(self, path: str | Path) -> None:

@@ -48,6 +48,25 @@ class StreamReport:
 
 
 @dataclass(frozen=True)
+class PromptReport:
+    """How one prompt spends its prompt budget."""
+
+    row: int
+    budget: int
+    text: int
+    """Text tokens, with those that the processor puts around pictures."""
+    cached: int
+    """Tokens that the cache brings from earlier turns."""
+    visual: int
+    """Visual tokens and the separators beside them; the shares of the pictures are in `streams`."""
+
+    def __str__(self) -> str:
+        before = f"{self.cached} of earlier turns, " if self.cached else ""
+        used = self.text + self.cached + self.visual
+        return f"prompt {self.row}: {used} of {self.budget} tokens: {before}{self.text} text, {self.visual} visual"
+
+
+@dataclass(frozen=True)
 class LayerReport:
     """One drop inside the LLM."""
 
@@ -77,6 +96,8 @@ class Report:
     depth: int = 0
     """Layers of the LLM, where a method drops tokens inside it."""
     layers: tuple[LayerReport, ...] = ()
+    prompts: tuple[PromptReport, ...] = ()
+    """How each prompt with pictures spends its prompt budget, where one was given."""
 
     @staticmethod
     def build(
@@ -89,6 +110,7 @@ class Report:
         methods = tuple(m.label for m in config.methods)
         asked = "the method's own share" if config.budget is None else f"budget {config.budget}"
         asked = asked if config.ratio is None else f"ratio {config.ratio:g}"
+        asked = asked if config.prompt_budget is None else f"at most {config.prompt_budget} tokens a prompt"
         if last is None:
             return Report(model, methods, asked, config.positions, notes=(*notes, "no picture has been seen yet"))
         streams = tuple(
@@ -122,6 +144,7 @@ class Report:
             notes=(*notes, *([last.note] if last.note else [])),
             depth=depth,
             layers=tuple(LayerReport(d.layer, d.kept, counted_below) for d in last.drops),
+            prompts=tuple(PromptReport(p.row, p.budget, p.text, p.cached, p.visual) for p in last.prompts),
         )
 
     @property
@@ -168,6 +191,7 @@ class Report:
             lines += [f"    {name}: {source}" for name, source in s.signals.items()]
             if s.note:
                 lines.append(f"    note: {s.note}")
+        lines += [f"  {prompt}" for prompt in self.prompts]
         if self.streams:
             lines.append(
                 f"  prompt of {self.prompt_tokens} tokens runs as {self.physical_tokens}; "

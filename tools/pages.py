@@ -212,11 +212,9 @@ def pages() -> dict[Path, str]:
         out[ROOT / "docs" / "zoo.md"] = (
             "# All connector methods on the demo VLM\n\nMade by `make docs` from benchmarks/results/zoo.json, whose "
             "cells name their commits; do not edit.\nRandom and uniform stand beside every method; a method below "
-            "random is marked, not hidden. `explain` alone was trained for this model.\n\n"
-            + cells_table(data, times=False)
-            + "\n\n"
-            + types_table(data)
-            + "\n"
+            "random is marked, not hidden. `explain` alone was trained for this model. The smaller picture "
+            "(`resize`) has no row:\nthis model's processor makes 256 tokens of a picture of any size; `pool` is the "
+            "nearest thing.\n\n" + cells_table(data, times=False) + "\n\n" + types_table(data) + "\n"
         )
     return out
 

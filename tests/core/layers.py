@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "config": {"budget", "errors", "files", "methods", "registry", "types"},
     "video": CORE | {"ops"},
     "methods": CORE | {"ops", "registry", "schedule", "video"},
+    "scaling": {"budget", "errors", "methods", "types"},
 }
 # The layers above; each may import those before it, and what stands in MAY_IMPORT.
 UPPER = (

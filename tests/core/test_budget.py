@@ -24,6 +24,7 @@ from tokprune.budget import (
     kept,
     round_of,
     share,
+    share_between,
 )
 from tokprune.errors import BudgetError
 
@@ -99,6 +100,22 @@ def test_share_lets_overflow_flow_in_proportion() -> None:
     assert share(20, [8, 1, 1], [4, 20, 20]) == [4, 8, 8]
     assert share(12, [1, 0, 0], [4, 4, 4]) == [4, 4, 4]
     assert share(9, [1, 0, 0], [4, 4, 4]) == [4, 3, 2]
+
+
+@given(st.data())
+def test_share_between_keeps_its_bounds_and_is_proportional_among_the_others(data: st.DataObject) -> None:
+    sizes = data.draw(st.lists(st.integers(1, 300), min_size=1, max_size=8))
+    least = [data.draw(st.integers(1, n)) for n in sizes]
+    total = data.draw(st.integers(sum(least), sum(sizes)))
+    out = share_between(total, sizes, least, sizes)
+    assert sum(out) == total
+    assert all(low <= got <= n for low, got, n in zip(least, out, sizes, strict=True))
+    free = [i for i, got in enumerate(out) if least[i] < got]
+    for i in free:  # nobody above its least has less than its part, by more than the rounding
+        others = total - sum(out[j] for j in range(len(out)) if j not in free)
+        assert abs(out[i] - others * sizes[i] / sum(sizes[j] for j in free)) <= 1 + 1e-9
+    with pytest.raises(BudgetError, match="do not reach"):
+        share_between(sum(least) - 1, sizes, least, sizes)
 
 
 def test_equal_shares() -> None:

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import tokprune
 from tokprune.cli.app import app
 from tokprune.errors import OptionError
-from tokprune.evaluation.cells import Cell, SweepSettings, build_methods, config_cells, key, plan
+from tokprune.evaluation.cells import Cell, SweepSettings, build_methods, config_cells, config_of, key, plan
 
 run = CliRunner().invoke
 SCENE = Path(__file__).parent.parent.parent / "docs" / "images" / "scene.png"
@@ -57,13 +57,28 @@ def test_eval_asks_for_the_cells_of_the_config(file: str, monkeypatch: pytest.Mo
 def test_cells_of_a_config_keep_the_keys_of_all_others() -> None:
     """A results folder made without configs goes on being read."""
     cells = plan(["a", "b"], ["none", "divprune"], [0.2])
-    more, configs = config_cells(cells, tokprune.PruneConfig.build("divprune", ratio=0.2), 0.2)
+    more, settings = config_cells(cells, tokprune.PruneConfig.build("divprune", ratio=0.2), SweepSettings("demo"))
+    configs = settings.configs
     assert [c.task for c in more] == ["a", "b"]
     assert not {c.method for c in more} & {c.method for c in cells}
     assert "configs" not in SweepSettings("demo").to_dict()
     assert SweepSettings(**SweepSettings("demo", configs=configs).to_dict()).configs == configs
     cell = Cell("a", "divprune", 0.2)
     assert key(cell, SweepSettings("demo")) != key(cell, SweepSettings("demo", configs=configs))
+
+
+def test_eval_takes_prompt_budgets_in_place_of_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr("tokprune.cli.eval_run.run", lambda request: asked.append(request) or 0)
+    words = ["eval", "--methods", "none,random", "--prompt-budget", "64,48", "--seed", "7"]
+    assert run(app, words).exit_code == 0
+    (request,) = asked
+    assert [c.method for c in request.cells] == ["none", "random, prompts of 64", "random, prompts of 48"]
+    configs = [config_of(cell, request.settings) for cell in request.cells[1:]]
+    assert [(c.prompt_budget, c.ratio, c.methods[0].seed) for c in configs] == [(64, None, 7), (48, None, 7)]
+    assert "prompt_budgets" not in SweepSettings("demo").to_dict()
+    assert SweepSettings(**request.settings.to_dict()) == request.settings
+    assert "no whole number" in str(run(app, ["eval", "--prompt-budget", "6x"]).exception)
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tokprune.cli import options
 from tokprune.errors import OptionError
-from tokprune.types import JsonObject
+
+if TYPE_CHECKING:
+    from tokprune.config import PruneConfig
 
 DEFAULT_METHODS = "none,random,divprune,hired"
 
@@ -24,10 +26,16 @@ def evaluate(  # the options of the command
     methods: Annotated[
         str | None,
         typer.Option(
-            "--methods", "--method", help="Methods, separated by commas: none,random,divprune,hired by default."
+            "--methods",
+            "--method",
+            help="Methods, separated by commas, and resize (smaller pictures): none,random,divprune,hired by default.",
         ),
     ] = None,
     ratios: options.Ratios = "0.5,0.25,0.1",
+    prompt_budget: Annotated[
+        str | None,
+        typer.Option(help="Instead of --ratios: tokens of a whole prompt, text included, separated by commas."),
+    ] = None,
     config: options.Config = None,
     limit: Annotated[str | None, typer.Option(help="Questions per task; all of them by default.")] = None,
     out: Annotated[Path, typer.Option(help="Where results go; an interrupted run goes on from there.")] = Path(
@@ -68,7 +76,8 @@ def evaluate(  # the options of the command
 ) -> None:
     """Measure what pruning loses on your tasks at each keep ratio. Exit code 1 when a cell failed."""
     from tokprune.cli.eval_run import EvalRequest, Outputs, compare_runs, print_reference, run
-    from tokprune.evaluation.cells import SweepSettings, config_cells, plan
+    from tokprune.evaluation.cells import BASELINE, SweepSettings, config_cells, plan
+    from tokprune.evaluation.lmms_options import pruning_config
     from tokprune.loading import check_device, check_dtype
 
     outputs = Outputs(csv=csv, markdown=markdown, latex=latex, plots=plots, html=html)
@@ -80,13 +89,15 @@ def evaluate(  # the options of the command
         return
     check_device(device)
     check_dtype(dtype)
-    names = options.methods(methods or (DEFAULT_METHODS if config is None else "none"))
-    cells = plan(task_names or ["tokprune_scenes"], names, options.ratios(ratios))
-    configs: JsonObject = {}
+    names = options.methods(methods or (DEFAULT_METHODS if config is None else "none"), smaller=True)
+    whole = [n for n in names if prompt_budget is None or n == BASELINE]
+    cells = plan(task_names or ["tokprune_scenes"], whole or [BASELINE], options.ratios(ratios))
+    pruned: list[PruneConfig] = []
     if config is not None:
-        pruning = options.config_of(config, positions=positions)
-        more, configs = config_cells(cells, pruning, options.ratio_of(pruning, config))
-        cells, positions = (*cells, *more), pruning.positions
+        pruned.append(options.config_of(config, positions=positions))
+        positions = pruned[-1].positions
+        if pruned[-1].prompt_budget is None:
+            options.ratio_of(pruned[-1], config)
     settings = SweepSettings(
         model=model or "demo",
         limit=count(limit),
@@ -98,8 +109,15 @@ def evaluate(  # the options of the command
         positions=positions,
         prompts=prompts,
         model_args=pairs(model_args),
-        configs=configs,
     )
+    for name in [n for n in names if prompt_budget is not None and n != BASELINE]:
+        own = settings.options(name)
+        for n in options.counts(prompt_budget or ""):
+            made = pruning_config(name, positions=positions, options=own, seed=seed, prompt_budget=n)
+            pruned += [] if made is None else [made]
+    for pruning in pruned:
+        more, settings = config_cells(cells, pruning, settings)
+        cells = (*cells, *more)
     request = EvalRequest(
         cells=cells,
         settings=settings,

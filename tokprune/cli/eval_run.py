@@ -182,6 +182,7 @@ def _nothing(cell: Cell) -> CellResult | None:
 def check_options(cells: Sequence[Cell], settings: SweepSettings) -> None:
     """Refuse options of methods that are not in the sweep: they would do nothing."""
     names = {part for cell in cells for part in cell.method.split("+")}
+    names |= {str(method["name"]) for of in settings.prompt_budgets for method in settings.configs[of]}
     for name in settings.model_args:
         if name.startswith(OPTION) and name.removeprefix(OPTION).partition(".")[0] not in names:
             raise OptionError(

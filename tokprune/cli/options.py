@@ -35,11 +35,15 @@ def names(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def methods(text: str) -> list[str]:
-    """ "a,b+c" as methods, each a name or several of different stages joined by "+"; unknown names are refused."""
-    from tokprune.loading import split_methods
+def methods(text: str, smaller: bool = False) -> list[str]:
+    """ "a,b+c" as methods, each a name or several of different stages joined by "+"; unknown names are refused.
 
-    return ["+".join(split_methods(name)) for name in names(text)]
+    smaller: allow "resize", the smaller picture, too.
+    """
+    from tokprune.loading import split_methods
+    from tokprune.scaling import RESIZE
+
+    return [name if smaller and name == RESIZE else "+".join(split_methods(name)) for name in names(text)]
 
 
 def ratios(text: str) -> list[float]:
@@ -53,6 +57,16 @@ def ratios(text: str) -> list[float]:
             f"--ratios {text!r} is not a list of numbers; write for example --ratios 0.5,0.25,0.1"
         ) from None
     return [check_ratio(number) for number in numbers]
+
+
+def counts(text: str) -> list[int]:
+    """ "2048,1024" as prompt budgets."""
+    from tokprune.budget import check_budget
+
+    try:
+        return [check_budget(int(part), "prompt_budget") for part in names(text)]
+    except ValueError:
+        raise OptionError(f"--prompt-budget {text!r} is no whole number of tokens; write such as 2048,1024.") from None
 
 
 def config_of(path: Path, **typed: object) -> PruneConfig:

@@ -88,6 +88,9 @@ def plan(  # the options of the command
     target: Annotated[str | None, typer.Option(help="ttft, total or memory.")] = None,
     limit: Annotated[float | None, typer.Option(help="Seconds for ttft and total, GiB for memory.")] = None,
     ratios: options.Ratios = "0.5,0.25,0.1,0.05",
+    prompt_budget: Annotated[
+        int | None, typer.Option(help="Tokens of a whole prompt, text included; its ratio joins --ratios.")
+    ] = None,
     text: Annotated[int | None, typer.Option(help="Text tokens around the picture (64, or the profile's).")] = None,
     batch: Annotated[int, typer.Option(help="Requests at once.")] = 1,
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 64,
@@ -103,10 +106,11 @@ def plan(  # the options of the command
     options.at_least_one(text=text, batch=batch, new_tokens=new_tokens)
     if limit is not None and not limit > 0:
         raise OptionError(f"--limit is seconds (ttft, total) or GiB (memory) above 0, not {limit:g}.")
-    steps = (1.0, *[r for r in options.ratios(ratios) if r < 1])
     subject = find_subject(preset, model, gpu, measured)
     known, place = subject.preset, subject.device
     words = text if text is not None else subject.text or 64
+    within = [] if prompt_budget is None else [_ratio_within(prompt_budget, words, known.tokens(known.default_size))]
+    steps = (1.0, *[r for r in sorted({*options.ratios(ratios), *within}, reverse=True) if r < 1])
     work = Workload(known.default_size, text=words, new_tokens=new_tokens, batch=batch)
     amount = limit * 2**30 if target == "memory" and limit is not None else limit
     made = make_plan(known, place, work, target, amount, ratios=steps, compare=compare, vision=subject.vision)  # type: ignore[arg-type]
@@ -117,6 +121,16 @@ def plan(  # the options of the command
     save_json(console, json_file, made.to_dict())
 
 
+def _ratio_within(budget: int, text: int, visual: int) -> float:
+    """The keep ratio at which a prompt of `text` and `visual` tokens has `budget` of them; 1 where all fit."""
+    from tokprune.budget import check_budget
+
+    room = check_budget(budget, "prompt_budget") - text
+    if room < 1:
+        raise OptionError(f"--prompt-budget {budget} holds the {text} tokens of text (--text) and no picture.")
+    return min(1.0, room / visual)
+
+
 def _table(made: RatioPlan) -> Table:
     """The estimates, a row per ratio."""
     from tokprune.profiling.memory import readable
@@ -125,6 +139,6 @@ def _table(made: RatioPlan) -> Table:
     rows = []
     for ratio, e in made.rows:
         ms = [Value(f"{1e3 * seconds:.1f}", seconds) for seconds in (e.vision, e.prefill, e.ttft, e.decode, e.total)]
-        rows.append([f"{ratio:g}", e.visual, *ms, readable(e.memory), e.bound])
+        rows.append([f"{ratio:.4g}", e.visual, *ms, readable(e.memory), e.bound])
     heads = ("ratio", "visual", "vision", "prefill", "TTFT", "decode", "total", "memory", "bound by")
     return Table(heads, rows, units=("", "tokens", "ms", "ms", "ms", "ms", "ms", "", ""))

@@ -105,7 +105,10 @@ def profile(  # the options of the command
     picture."""
     fields = dict(locals())  # each option is a field of the request
     fields["json"] = fields.pop("json_file")
-    fields["methods"], fields["ratios"] = options.methods(methods or "divprune"), options.ratios(ratios or "0.5,0.1")
+    from tokprune.scaling import RESIZE
+
+    names = options.methods(methods or "divprune", smaller=True)  # the smaller picture is always measured
+    fields["methods"], fields["ratios"] = [n for n in names if n != RESIZE], options.ratios(ratios or "0.5,0.1")
     if config is not None:
         fields["config"] = pruning = options.config_of(config, methods=methods, ratios=ratios)
         fields["ratios"] = [options.ratio_of(pruning, config)]

@@ -78,6 +78,9 @@ def run(  # the options of the command
     ] = None,
     ratio: Annotated[float | None, typer.Option(help="Share of visual tokens kept; 0.1 if nothing is said.")] = None,
     budget: Annotated[int | None, typer.Option(help="Tokens kept per video or picture, instead of --ratio.")] = None,
+    prompt_budget: Annotated[
+        int | None, typer.Option(help="Tokens of the whole prompt, text included, instead of --ratio.")
+    ] = None,
     option: Annotated[
         list[str] | None,
         typer.Option(help="A field of the method: --option score=clip; of one of several: --option quota.score=clip."),
@@ -127,12 +130,12 @@ def run(  # the options of the command
     check_dtype(dtype)
     if config is not None:
         typed = {"method": method, "ratio": ratio, "budget": budget, "option": option, "positions": positions}
-        pruning = options.config_of(config, **typed)
+        pruning = options.config_of(config, **typed, prompt_budget=prompt_budget)
         pruning = dataclasses.replace(pruning, query=pruning.query or question)
     else:
-        ratio = 0.1 if ratio is None and budget is None else ratio
+        ratio = 0.1 if ratio is None and budget is None and prompt_budget is None else ratio
         methods = build_methods(method or "divprune", option or (), scorer)
-        pruning = PruneConfig.build(methods, ratio, budget, positions, question)
+        pruning = PruneConfig.build(methods, ratio, budget, positions, question, prompt_budget)
     reading = Reading(count, fps, start, end, backend, rule, parse_select(select))
     request = RunRequest(question, model, pruning, reading, scorer, max_new_tokens, compare, longer_context)
     pictures = [read_picture(path) for path in image or ()]
@@ -255,8 +258,7 @@ def ask(
         text = answer(model, processor, inputs, request.max_new_tokens)[0]
         return text, time.perf_counter() - began
 
-    amount = {"ratio": config.ratio, "budget": config.budget, "positions": config.positions, "query": config.query}
-    with tokprune.apply(model, list(config.methods), processor=processor, scorer=scorer, **amount) as pruning:  # type: ignore[arg-type]
+    with tokprune.apply(model, config, processor=processor, scorer=scorer) as pruning:
         text, seconds = timed()
         streams = [] if pruning.last is None else pruning.last.streams
         result = RunAnswer(text, pruning.report(), prepared, seconds, streams)

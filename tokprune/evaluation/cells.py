@@ -14,6 +14,7 @@ from tokprune.config import POSITIONS, PruneConfig, method_from_dict, method_to_
 from tokprune.errors import OptionError, unknown
 from tokprune.methods.base import Method
 from tokprune.registry import method_class
+from tokprune.scaling import RESIZE
 from tokprune.types import Fields, JsonObject
 
 BASELINE = "none"
@@ -65,6 +66,8 @@ class SweepSettings:
     model_args: JsonObject = field(default_factory=dict)
     configs: dict[str, list[JsonObject]] = field(default_factory=dict)
     """Methods with all their options, as `tokprune.config.method_to_dict` writes them, by what a cell calls them."""
+    prompt_budgets: dict[str, JsonObject] = field(default_factory=dict)
+    """Fields of PruneConfig for the cells that prune to a prompt budget, whose ratio is 1 until it is measured."""
 
     def __post_init__(self) -> None:
         for name, value in (("limit", self.limit), ("batch_size", self.batch_size), ("frames", self.frames)):
@@ -74,8 +77,10 @@ class SweepSettings:
             raise unknown("positions", self.positions, POSITIONS)
 
     def to_dict(self) -> JsonObject:
-        """Plain data; without `configs` where there are none, so that older results keep their keys."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if value or name != "configs"}
+        """Plain data; without configs and prompt budgets where there are none, so that older results keep their
+        keys."""
+        later = ("configs", "prompt_budgets")
+        return {name: value for name, value in dataclasses.asdict(self).items() if value or name not in later}
 
     def options(self, method: str) -> JsonObject:
         """The options of model_args that belong to the methods that `method` names, as "<method>.<field>"."""
@@ -162,7 +167,7 @@ def plan(tasks: Sequence[str], methods: Sequence[str], ratios: Sequence[float]) 
     ):
         if not values and not (what == "ratio" and set(methods) == {BASELINE}):
             raise OptionError(f"no {what} given; write for example {example}.")
-    for name in (part for method in methods for part in method.split("+")):
+    for name in (part for method in methods if method != RESIZE for part in method.split("+")):
         method_class(name)
     kept = sorted({check_ratio(r) for r in ratios}, reverse=True)
     cells = []
@@ -173,23 +178,44 @@ def plan(tasks: Sequence[str], methods: Sequence[str], ratios: Sequence[float]) 
 
 
 def config_cells(
-    cells: Sequence[Cell], config: PruneConfig, ratio: float
-) -> tuple[list[Cell], dict[str, list[JsonObject]]]:
-    """A cell per task for a config, and its methods under the name that these cells give them (`Settings.configs`).
+    cells: Sequence[Cell], config: PruneConfig, settings: SweepSettings
+) -> tuple[list[Cell], SweepSettings]:
+    """A cell per task for a config, and the settings that know it by the name that these cells have.
 
-    cells: the others, whose tasks it joins and whose names it must not take.
+    cells: the others, whose tasks it joins and whose names it must not take. config: with a ratio or a prompt budget.
     """
     name = " with ".join(m.label for m in config.methods)
+    if config.prompt_budget is not None:
+        name += f", prompts of {config.prompt_budget}"
     while name in {cell.method for cell in cells}:
         name += " (config)"
+    configs = {**settings.configs, name: [method_to_dict(m) for m in config.methods]}
+    budgets = dict(settings.prompt_budgets)
+    if config.prompt_budget is not None:
+        budgets[name] = config.prompt_fields()
+    ratio = 1.0 if config.ratio is None else config.ratio
     tasks = dict.fromkeys(cell.task for cell in cells)
-    return [Cell(task, name, ratio) for task in tasks], {name: [method_to_dict(m) for m in config.methods]}
+    return [Cell(task, name, ratio) for task in tasks], dataclasses.replace(
+        settings, configs=configs, prompt_budgets=budgets
+    )
+
+
+def config_of(cell: Cell, settings: SweepSettings) -> PruneConfig:
+    """How a cell prunes whose name stands in `settings.configs`."""
+    methods, budget = build_methods(cell.method, settings), settings.prompt_budgets.get(cell.method)
+    if budget is None:
+        return PruneConfig(methods, cell.ratio, positions=settings.positions)
+    rule = budget["prompt_rule"]
+    rule = method_from_dict(rule) if isinstance(rule, dict) else rule
+    return PruneConfig(methods, positions=settings.positions, prompt_budget=budget["prompt_budget"], prompt_rule=rule)
 
 
 def build_methods(method: str, settings: SweepSettings) -> tuple[Method, ...]:
     """The methods that a cell names, with the sweep's options and seed; none for the baseline."""
     from tokprune.evaluation.lmms_options import pruning_config
 
+    if method == RESIZE:
+        return ()
     if method in settings.configs:
         return tuple(method_from_dict(data) for data in settings.configs[method])
     config = pruning_config(method, ratio=1.0, options=settings.options(method), seed=settings.seed)

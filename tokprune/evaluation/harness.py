@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tokprune.config import PruneConfig
 from tokprune.errors import OptionError, missing_extra
-from tokprune.evaluation.cells import OPTION, Cell, CellResult, SweepSettings, build_methods
+from tokprune.evaluation.cells import OPTION, Cell, CellResult, SweepSettings, config_of
 from tokprune.evaluation.harness_log import CellLog
 from tokprune.evaluation.team import Team
 from tokprune.types import Fields, JsonObject
@@ -99,7 +99,7 @@ class Harness:
         if config is not None:
             self.model.set_pruning(config)
         elif cell.method in s.configs:
-            self.model.set_pruning(list(build_methods(cell.method, s)), ratio=ratio, positions=s.positions)
+            self.model.set_pruning(config_of(cell, s))
         else:
             self.model.set_pruning(cell.method, ratio=ratio, positions=s.positions, **s.options(cell.method))
         return self._simple_evaluate(

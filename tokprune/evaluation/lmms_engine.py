@@ -15,12 +15,13 @@ from tokprune.adapters.query import tokenizer_of
 from tokprune.config import PruneConfig
 from tokprune.evaluation.lmms_meter import SampleRecord, clock_times, stages_of, token_counts
 from tokprune.evaluation.lmms_requests import Prompt
+from tokprune.evaluation.smaller import Smaller
 from tokprune.loading import Loaded
 from tokprune.profiling.flops import stage_flops
 from tokprune.profiling.timing import StageClock
 from tokprune.runtime.handle import Pruning
 from tokprune.runtime.prefill import LastRun
-from tokprune.types import Fields, JsonObject
+from tokprune.types import Fields, Inputs, JsonObject
 
 NEW_TOKENS = 128  # where neither the task nor the user sets a number
 HARNESS_DEFAULT_STOP = ["\n\n"]  # lmms-eval adds it to tasks that name no stop
@@ -72,14 +73,18 @@ class Engine:
     def __init__(self, loaded: Loaded) -> None:
         self.loaded, self.model, self.processor = loaded, loaded.model, loaded.processor
         self.pruning: Pruning | None = None
+        self.smaller: Smaller | None = None
         self.notes: list[str] = []
         self._stages = stages_of(self.model)
         self._countable = True
 
-    def prune(self, config: PruneConfig | None, scorer: object = None) -> None:
-        """Run on fewer tokens from now on; None gives the model back untouched."""
+    def prune(self, config: PruneConfig | None, scorer: object = None, smaller: float | None = None) -> None:
+        """Run on fewer tokens from now on; None gives the model back untouched. smaller: keep ratio of the baseline
+        `resize`, which scales pictures instead.
+        """
         tokprune.remove(self.model)
         self.pruning = None
+        self.smaller = None if smaller is None else Smaller(self.processor, smaller)
         if config is not None:
             self.pruning = tokprune.apply(self.model, config, processor=self.processor, scorer=scorer)
 
@@ -99,6 +104,14 @@ class Engine:
         last = self._last
         return None if last is None or last is before else last.keep
 
+    def _inputs(self, prompts: Sequence[Prompt]) -> tuple[Inputs, list[int] | None]:
+        """Model inputs of prompts; where their pictures are made smaller, also how many visual tokens they had."""
+        chats: list[Sequence[Fields]] = [p.chat for p in prompts]
+        if self.smaller is None:
+            return inputs_of(self.model, self.processor, chats), None
+        scaled = [self.smaller(chat) for chat in chats]
+        return inputs_of(self.model, self.processor, [chat for chat, _ in scaled]), [total for _, total in scaled]
+
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], longest: int | None, seed: int = 0) -> list[Answer]:
         """Answers to prompts with equal generation settings and media of one kind, as one batch.
@@ -108,7 +121,7 @@ class Engine:
         options, stops, ignored = generation_options(prompts[0].generation, longest)
         for name in ignored:
             self.note(f"generation_kwargs of {prompts[0].row.task}: {name!r} is no argument of generate and is ignored")
-        inputs = inputs_of(self.model, self.processor, [p.chat for p in prompts])
+        inputs, whole = self._inputs(prompts)
         if options["do_sample"]:
             torch.manual_seed(seed * 1_000_003 + prompts[0].row.doc_id)
         before = self._last
@@ -121,7 +134,8 @@ class Engine:
         times = clock_times(clock, len(prompts)) if self._stages is not None else {}
         counts = token_counts(self.model, inputs, self._kept(before))
         answers = []
-        for prompt, row, (total, kept, width) in zip(prompts, new, counts, strict=True):
+        for i, (prompt, row, (total, kept, width)) in enumerate(zip(prompts, new, counts, strict=True)):
+            total = total if whole is None else whole[i]
             text = cut(tokenizer.decode(row, skip_special_tokens=True), stops)
             length = _length(row, pad)
             record = SampleRecord(prompt.row.task, prompt.row.doc_id, total, kept, width, length, **times)
@@ -134,7 +148,7 @@ class Engine:
         model."""
         if self._stages is None or not self._countable:
             return record
-        inputs = inputs_of(self.model, self.processor, [prompt.chat])
+        inputs, _ = self._inputs([prompt])
         try:
             with self._asking([prompt]):
                 flops = stage_flops(self.model, inputs, self._stages).total(max(record.new_tokens, 1))
@@ -148,7 +162,7 @@ class Engine:
     def score(self, prompt: Prompt) -> tuple[float, bool, SampleRecord]:
         """Mean negative log-likelihood of the target after the prompt, whether greedy decoding would give it, the
         cost."""
-        inputs = inputs_of(self.model, self.processor, [prompt.chat])
+        inputs, whole = self._inputs([prompt])
         tail = self._target_ids(inputs["input_ids"][0], prompt.target or "")
         if not len(tail):
             raise ValueError(f"the continuation {prompt.target!r} has no tokens")
@@ -168,6 +182,7 @@ class Engine:
         greedy = bool((likely.argmax(-1) == tail).all())
         times = clock_times(clock, 1) if self._stages is not None else {}
         total, kept, reached = token_counts(self.model, longer, self._kept(before))[0]
+        total = total if whole is None else whole[0]
         record = SampleRecord(prompt.row.task, prompt.row.doc_id, total, kept, reached, 0, **times)
         return float(loss), greedy, record
 

@@ -25,8 +25,10 @@ from lmms_eval.utils import simple_parse_args_string
 from loguru import logger
 from tqdm import tqdm
 
+from tokprune.budget import check_ratio
 from tokprune.config import PruneConfig
 from tokprune.errors import OptionError, TokpruneError
+from tokprune.evaluation.cells import BASELINE
 from tokprune.evaluation.errors import EvaluationError, at_row
 from tokprune.evaluation.lmms_engine import Answer, Engine
 from tokprune.evaluation.lmms_loading import frames_for, load_for, pick_device, scorer_for
@@ -35,6 +37,7 @@ from tokprune.evaluation.lmms_options import ModelArgs, pruning_config
 from tokprune.evaluation.lmms_parallel import WorkerOutcome, gather
 from tokprune.evaluation.lmms_requests import MediaRules, Messages, Prompt, RequestReader, TaskRow
 from tokprune.loading import DEMO
+from tokprune.scaling import RESIZE
 from tokprune.types import Fields, JsonObject, MethodLike
 
 
@@ -59,8 +62,9 @@ class TokpruneChat(lmms):
         self.records: list[SampleRecord] = []
         self.failures: list[EvaluationError] = []
         self.config: PruneConfig | None = None
+        self.smaller: float | None = None
         a = self.args
-        self.set_pruning(a.method, a.ratio, a.budget, a.positions, **a.options)
+        self.set_pruning(a.method, a.ratio, a.budget, a.positions, a.prompt_budget, **a.options)
         self._reader = RequestReader(
             docs=lambda task, split, i: self.task_dict[task][split][i],
             count=lambda task, split: len(self.task_dict[task][split]),
@@ -91,22 +95,25 @@ class TokpruneChat(lmms):
         ratio: float | None = None,
         budget: int | None = None,
         positions: str = "auto",
+        prompt_budget: int | None = None,
         **options: object,
     ) -> None:
         """Prune by this from now on, on the model that is loaded; "none" gives it back untouched.
 
-        method: "none", a name, names joined by "+", a method object, a list of those, or a PruneConfig. options: fields
-        of the one method named, or "<method>.<field>" for several. Raises OptionError and BudgetError as tokprune.apply
-        does; records and failures start anew.
+        method: "none", "resize" (smaller pictures), a name, names joined by "+", a method object, a list of those, or a
+        PruneConfig. options: fields of the one method named, or "<method>.<field>" for several. Raises OptionError and
+        BudgetError as tokprune.apply does; records and failures start anew.
         """
-        self.config = pruning_config(method, ratio, budget, positions, options, self.args.seed)
+        self.smaller = check_ratio(ratio) if method == RESIZE else None
+        method = BASELINE if method == RESIZE else method
+        self.config = pruning_config(method, ratio, budget, positions, options, self.args.seed, prompt_budget)
         for engine in self.engines.values():
             self._prune(engine)
         self.reset()
 
     def _prune(self, engine: Engine) -> None:
         methods = () if self.config is None else self.config.methods
-        engine.prune(self.config, scorer_for(self.args, engine.loaded, methods))
+        engine.prune(self.config, scorer_for(self.args, engine.loaded, methods), self.smaller)
 
     def engine(self, kind: str = "image") -> Engine:
         """The model that answers prompts with media of a kind, "image", "video" or "text"; loaded at first use."""

@@ -26,10 +26,10 @@ class ModelArgs:
     """What a user may write after --model_args.
 
     pretrained: a Hugging Face name or folder, or "demo" (the embedded VLM; questions on clips go to its sibling), or
-    "demo-clips". method: "none", a name, or names of several stages joined by "+". ratio, budget, positions: as in
-    tokprune.apply. scorer: "demo" or "open_clip:<model>/<weights>". seed: of methods that draw, and of sampled answers.
-    option.<field>: a method's own field; with several methods option.<method>.<field>. processor.<field>: of the
-    processor, such as processor.max_pixels.
+    "demo-clips". method: "none", a name, or names of several stages joined by "+". ratio, budget, prompt_budget,
+    positions: as in tokprune.apply. scorer: "demo" or "open_clip:<model>/<weights>". seed: of methods that draw, and of
+    sampled answers. option.<field>: a method's own field; with several methods option.<method>.<field>.
+    processor.<field>: of the processor, such as processor.max_pixels.
     frames: at most so many frames of a video (None: 32, or what the demo was made for), or "quota" (96, and 64 more per
     hour). fps: one frame per 1/fps seconds.
     frame_rule: how `frames` are spread. video_backend: who decodes. system_prompt: a text, or a file that holds it.
@@ -42,6 +42,7 @@ class ModelArgs:
     method: str = BASELINE
     ratio: float | None = None
     budget: int | None = None
+    prompt_budget: int | None = None
     positions: str = "auto"
     scorer: str | None = None
     seed: int = 0
@@ -129,6 +130,7 @@ def pruning_config(
     positions: str = "auto",
     options: Options | None = None,
     seed: int | None = None,
+    prompt_budget: int | None = None,
 ) -> PruneConfig | None:
     """The PruneConfig that the arguments describe, or None for the unpruned baseline (method "none").
 
@@ -166,4 +168,4 @@ def pruning_config(
             f"options {sorted(left)} belong to none of the methods {', '.join(names)}; with several, write "
             f"option.{names[0]}.<field>=<value>."
         )
-    return PruneConfig(tuple(methods), ratio, budget, positions)
+    return PruneConfig(tuple(methods), ratio, budget, positions, prompt_budget=prompt_budget)

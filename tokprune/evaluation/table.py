@@ -46,7 +46,10 @@ def rows_of(sweep: Sweep) -> list[Row]:
     for result in sweep.results:
         base = sweep.baseline(result.cell.task)
         paired, note = (None, "") if base is None or result is base else pair(base, result)
-        rows.append(row_of(result, paired, note))
+        row = row_of(result, paired, note)
+        if result.cell.method in sweep.settings.prompt_budgets and row.kept and row.total:
+            row = replace(row, ratio=row.kept / row.total)  # what the budget came to
+        rows.append(row)
     return corrected(rows)
 
 

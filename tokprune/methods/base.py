@@ -95,6 +95,10 @@ class ConnectorMethod(Method):
         """
         return list(keeps)
 
+    def bounds(self, tokens: VisualTokens) -> tuple[int, int]:
+        """How few and how many tokens of a stream may stay, where a budget of the whole prompt is shared out."""
+        return 1, len(tokens)
+
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         """Choose exactly `keep` (1 <= keep <= N) of the stream's tokens."""
         if type(self).select_batch is not ConnectorMethod.select_batch:
@@ -172,11 +176,22 @@ class Wrapper(ConnectorMethod):
         """The wrapped method's rule for sharing one prompt's budget out over its images."""
         return self.method.budgets(batch, keeps)
 
+    def bounds(self, tokens: VisualTokens) -> tuple[int, int]:
+        """As the wrapped method says."""
+        return self.method.bounds(tokens)
+
     def select_batch(self, batch: Sequence[VisualTokens], keeps: Sequence[int]) -> list[Selection]:
         """As the wrapped method chooses, or stream by stream where a subclass has a `select` of its own."""
         if type(self).select is ConnectorMethod.select:
             return self.method.select_batch(batch, keeps)
         return super().select_batch(batch, keeps)
+
+
+def shares_budgets(method: ConnectorMethod) -> bool:
+    """Whether a method, or one that it wraps, has a rule of its own for the budgets of a prompt's pictures."""
+    while type(method).budgets is Wrapper.budgets:
+        method = method.method  # type: ignore[attr-defined]
+    return type(method).budgets is not ConnectorMethod.budgets
 
 
 def solve_alike(problems: Sequence[tuple[Sequence[Tensor], int]], solve: Callable[..., Tensor]) -> list[Tensor]:

@@ -173,6 +173,12 @@ class PerFrame(Wrapper):
             return super().budgets(batch, keeps)
         return [keep if t.layout.kind == "video" else len(t) for t, keep in zip(batch, keeps, strict=True)]
 
+    def bounds(self, tokens: VisualTokens) -> tuple[int, int]:
+        """Those of the inner method; without one, what is not a video keeps all its tokens."""
+        if self.inner is None and tokens.layout.kind != "video":
+            return len(tokens), len(tokens)
+        return super().bounds(tokens)
+
     def shares(self, tokens: VisualTokens, keep: int) -> tuple[list[int], dict[str, Tensor]]:
         """The frames method's shares of one video, checked, and what to record of them."""
         frames = self.frames

@@ -13,21 +13,11 @@ from PIL import Image
 from tokprune.errors import OptionError
 from tokprune.profiling.presets import Preset
 from tokprune.profiling.resolution import Size
+from tokprune.scaling import scaled_picture
 from tokprune.types import Inputs
 
 AtScale = Callable[[float], Inputs]  # factor of height and width -> inputs
-LEAST = 16  # pixels of a side: below, processors no longer know which axis holds the channels
 MOST = 64.0  # a picture is made larger or smaller by at most this factor
-
-
-def scaled_picture(image: Image.Image, factor: float) -> Image.Image:
-    """The picture with both sides times `factor`, at least LEAST pixels each unless they were fewer."""
-    size = (_side(image.width, factor), _side(image.height, factor))
-    return image.resize(size, Image.Resampling.LANCZOS)
-
-
-def _side(pixels: int, factor: float) -> int:
-    return max(min(LEAST, pixels), round(pixels * factor))
 
 
 def scaled_frames(frames: NDArray[np.uint8], factor: float) -> NDArray[np.uint8]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from operator import index
 
 import torch
@@ -15,13 +15,13 @@ from tokprune.runtime.records import StreamRecord
 from tokprune.tokens import Merge, Selection
 
 
-def choose(method: ConnectorMethod, streams: Sequence[StreamRecord], count: Callable[[int], int]) -> None:
+def choose(method: ConnectorMethod, streams: Sequence[StreamRecord], asked: Sequence[int]) -> None:
     """Let the method decide about every stream; fills `selection`.
 
-    count: keep count of n tokens (`PruneConfig.count`). A stream that may keep all its tokens is passed through
-    untouched, so that ratio=1 is exact for methods that merge, too.
+    asked: keep count of each stream (`PruneConfig.count`, or its share of a prompt budget). A stream that may keep all
+    its tokens is passed through untouched, so that ratio=1 is exact for methods that merge, too.
     """
-    keeps = _keep_counts(method, streams, count)
+    keeps = _keep_counts(method, streams, asked)
     active = []
     for stream, keep in zip(streams, keeps, strict=True):
         n = len(stream.tokens)
@@ -62,16 +62,16 @@ def _fetch(streams: Sequence[StreamRecord], checks: Checks) -> None:
             raise TokpruneError(f"a method merges tokens into slot {top}, but keeps {len(chosen)} slots.")
 
 
-def _keep_counts(method: ConnectorMethod, streams: Sequence[StreamRecord], count: Callable[[int], int]) -> list[int]:
+def _keep_counts(method: ConnectorMethod, streams: Sequence[StreamRecord], asked: Sequence[int]) -> list[int]:
     """The keep count of each stream; a method may balance those of one prompt by its `budgets`."""
-    keeps = [count(len(stream.tokens)) for stream in streams]
+    keeps = list(asked)
     by_prompt: dict[int, list[int]] = {}
     for i, stream in enumerate(streams):
         by_prompt.setdefault(stream.row, []).append(i)
     for members in by_prompt.values():
-        asked = [keeps[i] for i in members]
+        fair = [keeps[i] for i in members]
         tokens = [streams[i].tokens for i in members]
-        balanced = _checked(method, method.budgets(tokens, list(asked)), asked, [len(t) for t in tokens])
+        balanced = _checked(method, method.budgets(tokens, list(fair)), fair, [len(t) for t in tokens])
         for i, keep in zip(members, balanced, strict=True):
             keeps[i] = keep
     return keeps
@@ -149,7 +149,7 @@ def kept_rows(stream: StreamRecord) -> tuple[Tensor, Tensor, int]:
     """Encoder rows of a stream that survive, relative to the stream.
 
     Returns slots (K,) of the selected candidates in the order of the selection, all kept rows as a (total,) bool, and
-    how many separators are among them (a newline stays iff a token of its line does).
+    how many separators are among them (a newline stays iff a token of its line does; `spare` ones beside them).
     """
     geometry, indices = stream.geometry, stream.indices
     check_values(indices, stream.total)
@@ -157,5 +157,7 @@ def kept_rows(stream: StreamRecord) -> tuple[Tensor, Tensor, int]:
     keep = torch.zeros(geometry.total, dtype=torch.bool, device=geometry.rows.device)
     keep[slots] = True
     separators = torch.isin(geometry.separator_line, geometry.line[indices])  # (S,)
+    if stream.spare:
+        separators[(~separators).nonzero()[: stream.spare, 0]] = True
     keep[geometry.separators[separators]] = True
     return slots, keep, int(separators.sum())

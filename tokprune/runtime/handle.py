@@ -30,6 +30,7 @@ from tokprune.methods.cache_base import CacheMethod
 from tokprune.methods.cache_compact import CompactMethod
 from tokprune.methods.encoder_base import EncoderMethod
 from tokprune.methods.frames_base import PerFrame
+from tokprune.methods.prompt_rule import PROPORTIONAL, Shared
 from tokprune.registry import get_method
 from tokprune.report import Report
 from tokprune.runtime.encoder.report import EncoderReport
@@ -239,6 +240,7 @@ class Pruning:
         methods = " + ".join(m.label for m in self.config.methods)
         amount = "" if self.config.budget is None else f", budget={self.config.budget}"
         amount = amount if self.config.ratio is None else f", ratio={self.config.ratio:g}"
+        amount += "" if self.config.prompt_budget is None else f", prompt_budget={self.config.prompt_budget}"
         return f"<Pruning {self._installed.name} by {methods}{amount}{'' if self.active else ', removed'}>"
 
     def __getattr__(self, name: str) -> Any:
@@ -265,7 +267,10 @@ def vlm_pruning(model: Model, config: PruneConfig, processor: Processor = None, 
         processor = local_processor(adapter.model)  # the question must be tokenised
     installed = Installed(adapter.model, config, processor)
     stages = Stages.of(config)
-    connector = stages.chooser
+    connector = frames = stages.chooser
+    if connector is not None and config.prompt_rule is not None:
+        rule = None if config.prompt_rule == PROPORTIONAL else config.prompt_rule
+        connector = Shared(connector, rule)  # type: ignore[arg-type]
     method: ConnectorMethod | None = connector
     if stages.encoder is not None:
         from tokprune.runtime.encoder.handoff import AmongSurvivors
@@ -293,9 +298,10 @@ def vlm_pruning(model: Model, config: PruneConfig, processor: Processor = None, 
     if method is None:
         method = cast(ConnectorMethod, get_method("uniform"))  # it is told to keep all
     count = _everything if connector is None else config.count
-    frames = connector if isinstance(connector, PerFrame) else None
+    frames = frames if isinstance(frames, PerFrame) else None
     options = Options(method, count, config.positions, config.query, processor, scorer, installed.encoder, frames)
     options.ratio = None if connector is None else config.ratio
+    options.prompt_budget = config.prompt_budget
     options.cached = installed.cache is not None or installed.decoder is not None
     options.decoder = installed.decoder
     installed.connector = ConnectorStage(adapter, options)

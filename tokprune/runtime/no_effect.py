@@ -16,17 +16,17 @@ def check_columns(
     adapter: Adapter,
     encoded: Mapping[str, EncoderOutput],
     placeholders: Mapping[str, Tensor],
-    count: Callable[[int], int],
+    may_drop: Callable[[int], bool],
 ) -> None:
     """Raise where a modality has features but no column of the prompt, so that nothing of it would be dropped.
 
-    placeholders: (B, L) bool by modality. count: keep count of n tokens.
+    placeholders: (B, L) bool by modality. may_drop: whether some of n tokens would have to go.
     """
     for modality, output in encoded.items():
         if output is None or (modality in placeholders and bool(placeholders[modality].any())):
             continue
         rows = sum(item.shape[0] for item in flatten(output.pooler_output))
-        if rows and count(rows) < rows:
+        if rows and may_drop(rows):
             config = adapter.config
             raise UnsupportedModelError(
                 f"{type(adapter.model).__name__} ({config.model_type}) was given {rows} {modality} features, but no "

@@ -35,10 +35,16 @@ class Options:
     """The frames method with what works inside the frames; `method` is it, or wraps it."""
     ratio: float | None = None
     """The share that the connector is asked to keep, where it is asked for one."""
+    prompt_budget: int | None = None
+    """Tokens of a whole prompt, where that is given instead of `count`."""
     cached: bool = False
     """A decoder or cache stage follows: it needs the record even of a prompt that keeps everything."""
     decoder: DecoderStage | None = None
     """The decoder stage of the same model."""
+
+    def may_drop(self, n: int) -> bool:
+        """Whether any of n visual tokens could have to go."""
+        return self.prompt_budget is not None or self.count(n) < n
 
     @property
     def needs(self) -> tuple[str, ...]:

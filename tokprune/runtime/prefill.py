@@ -30,7 +30,6 @@ from tokprune.adapters.types import (
 )
 from tokprune.errors import TokpruneError
 from tokprune.runtime.cache_record import PruneState, Reader, attach_state, get_state, physical_length
-from tokprune.runtime.choose import choose
 from tokprune.runtime.contract import check_contract
 from tokprune.runtime.encode import Recorder, encode, encoding_ms
 from tokprune.runtime.execute import PrunedForward, clear_raw, execute
@@ -40,6 +39,7 @@ from tokprune.runtime.no_effect import check_columns, nothing_dropped
 from tokprune.runtime.options import GenerateStep, Options, ThreadState
 from tokprune.runtime.outputs import check_head, wide_path, widen_output
 from tokprune.runtime.plan import Columns, Plan, make_plan, tokens_of
+from tokprune.runtime.prompt_budget import Demand
 from tokprune.runtime.questions import give_examples, questions_of
 from tokprune.runtime.records import LastRun, StreamRecord
 from tokprune.runtime.reuse import sources_of
@@ -266,7 +266,7 @@ class Prefill(Attached):
             questions = self._questions(call, columns, encoded, prompt_length)
             prompts = Prompts(tokens_of(call), questions, decode, columns.ids)
             streams: list[StreamRecord] = []
-            check_columns(self.adapter, encoded, columns.placeholders, self.options.count)
+            check_columns(self.adapter, encoded, columns.placeholders, self.options.may_drop)
             for modality, where in columns.placeholders.items():
                 if encoded.get(modality) is None or not bool(where.any()):
                     continue
@@ -276,9 +276,11 @@ class Prefill(Attached):
                 return None
             if self.options.method.reads_examples:
                 give_examples(self.adapter, call, columns, streams, (processor, self.options.scorer))
-            self._look_ahead(call, encoded, columns, streams, prompt_length)
-            score_ms = self._score_frames(streams, encoded)
-            choose(self.options.method, streams, self.options.count)
+            demand = Demand.of(self.options, streams, columns, call, prompt_length)
+            if demand.reduced:
+                self._look_ahead(call, encoded, columns, streams, prompt_length)
+            score_ms = self._score_frames(streams, demand.reduced, encoded)
+            shares = demand.choose(self.options.method)
             if self.options.decoder is not None:
                 self.options.decoder.note_signals(streams)
         select_ms = (time.perf_counter() - start) * 1e3 - score_ms
@@ -286,7 +288,8 @@ class Prefill(Attached):
         plan = make_plan(self.adapter, call, encoded, columns, streams, options.positions, options.cached)
         width = max(int(plan.keep.sum(1).max()), 1)  # of the host, like all of the plan
         note = nothing_dropped(plan.streams, options.ratio)
-        self.last = LastRun(plan.keep, plan.streams, plan.policy, width, encode_ms, select_ms, score_ms, note=note)
+        times = (encode_ms, select_ms, score_ms)
+        self.last = LastRun(plan.keep, plan.streams, plan.policy, width, *times, note, shares)
         if note and not self.told:
             self.told = True
             warnings.warn(f"{type(self.adapter.model).__name__}: {note}", stacklevel=2)
@@ -300,11 +303,8 @@ class Prefill(Attached):
         streams: list[StreamRecord],
         prompt_length: int | None,
     ) -> None:
-        """Give the streams what the method needs of the LLM, where it has anything to choose."""
-        thread, length, method = self.threads.now, columns.visible.shape[1], self.options.method
-        sizes = [len(stream.tokens) for stream in streams]
-        if not method.drops_at_full_budget and all(self.options.count(n) >= n for n in sizes):
-            return
+        """Give the streams what the method needs of the LLM."""
+        thread, length = self.threads.now, columns.visible.shape[1]
 
         def rotate(table: RotaryTable | None) -> None:
             thread.rotary_table = table
@@ -324,9 +324,11 @@ class Prefill(Attached):
         helpers = (options.processor, options.scorer)
         return questions_of(self.adapter, call, columns, encoded, question, helpers, prompt_length)
 
-    def _score_frames(self, streams: list[StreamRecord], encoded: dict[str, EncoderOutput]) -> float:
-        """Score the frames of videos and note what is none, as the frames method asks. Returns the milliseconds it
-        took.
+    def _score_frames(
+        self, streams: list[StreamRecord], reduced: list[StreamRecord], encoded: dict[str, EncoderOutput]
+    ) -> float:
+        """Score the frames of the videos in `reduced` and note what is none, as the frames method asks. Returns the
+        milliseconds it took.
         """
         options, frames = self.options, self.options.frames
         if frames is None:
@@ -338,8 +340,6 @@ class Prefill(Attached):
             stream.note = "; ".join(part for part in (stream.note, note) if part)
         start = time.perf_counter()
         if self.frame_scorer is not None:
-            always = options.method.drops_at_full_budget
-            reduced = [s for s in streams if always or options.count(len(s.tokens)) < len(s.tokens)]
             self.frame_scorer.fill(reduced, encoded)
         return (time.perf_counter() - start) * 1e3
 

@@ -77,6 +77,8 @@ class StreamRecord:
     selection: Selection = field(init=False, repr=False)
     indices: Tensor = field(init=False, repr=False)
     """(K,) `selection.indices` on the host."""
+    spare: int = 0
+    """Separators of lines without a token that stay all the same, to fill a prompt budget."""
     # From the plan (plan.py)
     separators_kept: int = 0
     columns: Tensor = field(init=False, repr=False)
@@ -130,6 +132,20 @@ class StreamRecord:
         return tuple(torch.bincount(group, minlength=self.layout.num_groups).tolist())
 
 
+@dataclass(frozen=True)
+class PromptShare:
+    """How one prompt of a batch spends its prompt budget."""
+
+    row: int
+    budget: int
+    text: int
+    """Tokens of this call that are no visual ones."""
+    cached: int
+    """Tokens that the cache brings from earlier turns."""
+    visual: int = 0
+    """Tokens of the pictures and the separators beside them."""
+
+
 @dataclass
 class LastRun:
     """The last prefill."""
@@ -146,6 +162,8 @@ class LastRun:
     score_ms: float = 0.0
     note: str = ""
     """What the report says of the whole prompt."""
+    prompts: list[PromptShare] = field(default_factory=list)
+    """How each prompt with pictures spends its prompt budget, where one was given."""
     drops: list[Drop] = field(default_factory=list)
     """What the decoder stage dropped in front of layers of the LLM."""
     index: Tensor | None = field(default=None, repr=False)

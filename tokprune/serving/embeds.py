@@ -67,7 +67,7 @@ def encode(
             ids = torch.full_like(columns, adapter.config.image_token_id, dtype=torch.long)
             encoded = Encoded("image", output, columns, sources_of(output))
             (stream,) = build_streams(adapter, encoded, Prompts(ids, [None]), chooser.needs)
-            choose(chooser, [stream], config.count)
+            choose(chooser, [stream], [config.count(len(stream.tokens))])
             slots, _, _ = kept_rows(stream)
             chosen = stream.selection.apply(features[stream.geometry.rows.to(features.device)])
             out.append(chosen[slots.argsort()])

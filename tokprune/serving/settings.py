@@ -9,7 +9,7 @@ from typing import Any
 
 from tokprune.config import PruneConfig, method_from_dict, method_to_dict
 from tokprune.errors import OptionError, unknown
-from tokprune.methods.base import ConnectorMethod, Method, Wrapper
+from tokprune.methods.base import ConnectorMethod, Method, shares_budgets
 
 KEY = "tokprune"  # of hf_overrides
 FIELDS = ("method", "options", "ratio", "budget")
@@ -75,15 +75,8 @@ def why_not(method: Method, signals: Collection[str]) -> str:
     missing = [name for name in method.needs if name.partition(":")[0] not in signals]
     if missing:
         return f"needs {', '.join(missing)} of the vision tower, which this family does not give in vLLM"
-    if _shares(method):
+    if shares_budgets(method):
         return "shares its tokens out over the pictures of a prompt, and vLLM encodes each picture alone"
     if not method.exact or method.drops_at_full_budget:
         return "keeps a number of tokens that depends on the picture, and vLLM counts placeholders before it is encoded"
     return ""
-
-
-def _shares(method: ConnectorMethod) -> bool:
-    """Whether a method, or one that it wraps, has a rule of its own for the budgets of a prompt's pictures."""
-    while type(method).budgets is Wrapper.budgets:
-        method = method.method  # type: ignore[attr-defined]
-    return type(method).budgets is not ConnectorMethod.budgets

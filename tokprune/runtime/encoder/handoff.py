@@ -77,6 +77,10 @@ class AmongSurvivors(Wrapper):
         """The wrapped method's rule over the survivors of each stream, for as many tokens as these can fill."""
         return self.method.budgets(*self.survivors(batch, keeps)[1:])
 
+    def bounds(self, tokens: VisualTokens) -> tuple[int, int]:
+        """Those of the wrapped method among the survivors."""
+        return self.method.bounds(tokens.part(self.places(tokens)))
+
     def select_batch(self, batch: Sequence[VisualTokens], keeps: Sequence[int]) -> list[Selection]:
         """Choose among the survivors of each stream."""
         places, parts, counts = self.survivors(batch, keeps)
