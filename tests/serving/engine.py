@@ -18,8 +18,8 @@ from tokprune.testing import Part
 
 
 def job(folder: Path, family: str, kind: str = "image", ratio: float | None = 0.25, **more: Any) -> dict[str, Any]:
-    """A job: answer the requests of a kind. ratio: None for vLLM's own model. more: method, options, rounds, and
-    `engine`, arguments of vllm.LLM."""
+    """A job: answer the requests of a kind. ratio: None for vLLM's own model. more: method, options, rounds, `engine`,
+    arguments of vllm.LLM, and `embeds`, a file of embeddings that stand for the pictures, asked one after the other."""
     return {"folder": str(folder / family), "family": family, "kind": kind, "ratio": ratio, **more}
 
 
@@ -49,8 +49,15 @@ def _prompt(family: str, parts: list[Part], processor: Any) -> dict[str, Any]:
     return prompt
 
 
+def settled(**more: Any) -> dict[str, Any]:
+    """Arguments of vllm.LLM for tiny models."""
+    told = {"dtype": "float32", "max_num_seqs": 32, "block_size": 32, "max_model_len": 4096, "enforce_eager": True}
+    return {**told, "distributed_executor_backend": "uni", "seed": 0, **more}
+
+
 def run(job: dict[str, Any]) -> list[list[dict[str, Any]]]:
     """Start an engine, answer all requests at once `rounds` times, stop it."""
+    from safetensors.torch import load_file
     from transformers import AutoProcessor
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -59,24 +66,19 @@ def run(job: dict[str, Any]) -> list[list[dict[str, Any]]]:
         "image": 4,
         **({} if job["family"] in ("llava", "llava_next") else {"video": int(job["kind"] == "video")}),
     }
-    settings = {"dtype": "float32", "max_num_seqs": 32, "block_size": 32, **job.get("engine", {})}
-    llm = LLM(
-        job["folder"],
-        max_model_len=4096,
-        enforce_eager=True,
-        distributed_executor_backend="uni",
-        seed=0,
-        limit_mm_per_prompt=limits,
-        hf_overrides=overrides(job),
-        **settings,
-    )
+    settings = settled(**job.get("engine", {}))
+    llm = LLM(job["folder"], limit_mm_per_prompt=limits, hf_overrides=overrides(job), **settings)
     greedy = SamplingParams(
         temperature=0, max_tokens=TOKENS, min_tokens=TOKENS, ignore_eos=True, allowed_token_ids=list(range(256))
     )
     asked = prompts(job, AutoProcessor.from_pretrained(job["folder"]))
+    together = [asked]
+    if "embeds" in job:
+        pictures = load_file(job["embeds"])
+        together = [[{**asked[int(i)], "multi_modal_data": {"image": [rows]}}] for i, rows in pictures.items()]
     rounds = []
     for _ in range(job.get("rounds", 1)):
-        done = llm.generate(asked, greedy, use_tqdm=False)
+        done = [one for group in together for one in llm.generate(group, greedy, use_tqdm=False)]
         rounds.append(
             [
                 {

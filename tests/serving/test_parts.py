@@ -19,6 +19,7 @@ from tokprune.errors import BudgetError, OptionError, UnsupportedModelError, ins
 from tokprune.serving import ARCHITECTURES, overrides
 from tokprune.serving.choose import Kept, Stream, choose
 from tokprune.serving.model import check_engine
+from tokprune.serving.plugin import check_command
 from tokprune.serving.settings import ServingSettings
 from tokprune.serving.tiles import clip, pack, tiles
 from tokprune.serving.versions import check_version
@@ -51,6 +52,7 @@ def test_methods_that_fit_are_served_and_the_others_say_why() -> None:
     for stage, words in {"frames": "frames", "encoder": "vision tower", "cache": "KV cache"}.items():
         assert all(words in names[n] for n in tokprune.list_methods(stage=stage))
     assert "reads the question" in names["cdpruner"]
+    assert "pass through the LLM" in names["gemfilter"]
     assert "needs cls_attention" in names["hired"]
     assert refusal("hired", CLIP) == refusal("visionzip", CLIP) == ""
     assert "depends on the picture" in refusal("prumerge", (*CLIP, "cls_attention_1head"))
@@ -217,3 +219,47 @@ def test_engines_that_do_not_fit_are_refused(change: dict[str, Any], words: str)
     told = {"additional_config": {}, "speculative_config": None, "lora_config": None, **change}
     with pytest.raises(OptionError, match=words):
         check_engine(SimpleNamespace(model_config=SimpleNamespace(multimodal_config=multimodal), **told))
+
+
+PRUNED = '["TokpruneLlavaForConditionalGeneration"]'
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--hf-overrides", '{"tokprune": {"method": "divprune"}}'],
+        ['--hf_overrides={"tokprune": {}, "architectures": ["LlavaForConditionalGeneration"]}'],
+        ["serve", "model", "--hf-overrides.tokprune.method", "divprune"],
+        ["--hf-overrides.tokprune.ratio=0.5", "--hf-overrides.architectures+", "LlavaForConditionalGeneration"],
+        ["--additional-config", '{"tokprune": {}}'],
+        ["--hf-overrides", f'{{"architectures": {PRUNED}}}', "--additional-config.tokprune.ratio", "0.5"],
+    ],
+)
+def test_a_command_that_would_be_served_unpruned_is_refused(words: list[str]) -> None:
+    with pytest.raises(
+        OptionError, match=r"--hf-overrides '\{\"architectures\".*TokpruneLlavaForConditionalGeneration"
+    ):
+        check_command(words)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--hf-overrides", f'{{"tokprune": {{}}, "architectures": {PRUNED}}}'],
+        ["--hf-overrides.tokprune.ratio", "0.5", "--hf-overrides.architectures+", PRUNED[2:-2]],
+        ["--hf-overrides.architectures", PRUNED, "--hf-overrides.tokprune", '{"method": "divprune"}'],
+        [
+            "--model",
+            "/models/tokprune",
+            "--hf-overrides",
+            '{"text_config": {"tokprune": 1}}',
+            "--additional-config",
+            "{}",
+        ],
+        ["--hf-overrides", "no JSON"],
+        ["--hf-overrides"],
+        [],
+    ],
+)
+def test_commands_that_say_both_or_nothing_are_let_through(words: list[str]) -> None:
+    check_command(words)

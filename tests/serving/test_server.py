@@ -5,8 +5,11 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import signal
 import socket
+import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -18,8 +21,8 @@ from typing import Any
 import pytest
 
 from tests.serving.answers import answers, load
-from tests.serving.checkpoints import TOKENS, requests
-from tests.serving.conftest import started
+from tests.serving.checkpoints import TOKENS, picture, requests
+from tests.serving.conftest import ROOT, started
 from tests.serving.engine import job, overrides
 from tokprune.testing import Part
 
@@ -113,11 +116,37 @@ def test_thirty_two_at_once_twice_and_after_a_restart(family: str, checkpoints: 
         assert all_at_once(address, family) == expected
 
 
+def ask_about_embeddings(address: str, checkpoints: Path) -> None:
+    """The two halves of the example: encoded here, asked there; the prompt is as long as what was sent."""
+    script, file = str(ROOT / "examples/encode_here_serve_there.py"), str(checkpoints / "picture.st")
+    image = checkpoints / "picture.png"
+    picture(64, 40, 1).save(image)
+    encode = ("encode", str(checkpoints / "llava"), str(image), "--budget", "9", "--out", file)
+    for words in (encode, ("ask", address, file, "What is on the picture?")):
+        run = subprocess.run([sys.executable, script, *words], check=True, capture_output=True, text=True, cwd=ROOT)
+    text = load(checkpoints, "llava").chat([[("image", picture(64, 40, 1)), "What is on the picture?"]])["input_ids"]
+    config = load(checkpoints, "llava").model.config
+    told = re.search(r"'prompt_tokens': (\d+)", run.stdout)
+    assert told is not None, run.stdout
+    assert int(told.group(1)) == 9 + int((text != config.image_token_id).sum())
+
+
+def test_settings_without_the_architecture_are_refused(checkpoints: Path) -> None:
+    """vLLM ignores what it does not know in --hf-overrides, and would serve unpruned."""
+    settings = json.dumps({"tokprune": {"method": "divprune", "ratio": 0.25}})
+    with (
+        pytest.raises(RuntimeError, match="names no architecture of it"),
+        served(checkpoints, "llava", None, "--hf-overrides", settings),
+    ):
+        pass
+
+
 def test_without_the_plug_in_vllm_is_as_it_was(checkpoints: Path) -> None:
     """The same checkpoint unpruned, with the plug-in left out by vLLM's own switch; pruned models are unknown then."""
     expected = answers(load(checkpoints, "llava"), "image", None)
-    with served(checkpoints, "llava", None, VLLM_PLUGINS="none") as address:
+    with served(checkpoints, "llava", None, "--enable-mm-embeds", VLLM_PLUGINS="none") as address:
         assert all_at_once(address, "llava") == expected
+        ask_about_embeddings(address, checkpoints)
     with (
         pytest.raises(RuntimeError, match=r"TokpruneLlavaForConditionalGeneration.*not supported"),
         served(checkpoints, "llava", 0.25, VLLM_PLUGINS="none"),

@@ -21,7 +21,7 @@ from tokprune.adapters.families.geometry import canvas_from_pixels, frames, plai
 from tokprune.serving.choose import Kept
 from tokprune.serving.model import Pruned
 from tokprune.serving.processor import PrunedInfo, PrunedProcessor
-from tokprune.serving.signals import KINDS, TowerSignals, check_parallel
+from tokprune.serving.signals import KINDS, TowerSignals, check_signals
 from tokprune.serving.weave import woven
 from tokprune.tokens import Layout
 
@@ -48,9 +48,10 @@ class PrunedInternVL(Pruned, InternS1ForConditionalGeneration):  # type: ignore[
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.tokprune_words = cached_processor_from_config(vllm_config.model_config)
         needs = self.tokprune.method.needs
-        check_parallel(needs, vllm_config.parallel_config)
+        check_signals(needs, vllm_config)
         blocks, depth = self.vision_tower.encoder.layer, self.config.vision_config.num_hidden_layers
-        self.tokprune_signals = TowerSignals(needs, self.vision_tower, blocks, depth, cls=True)
+        self.tokprune_signals = TowerSignals(needs, blocks, depth, cls=True)
+        self.tokprune_signals.watch_output(self.vision_tower)
 
     def geometry(self, modality: str, inputs: Mapping[str, Any], features: Sequence[Tensor]) -> list[StreamLayout]:
         side = math.isqrt(self.num_image_token)

@@ -20,7 +20,7 @@ from tokprune.adapters.families.geometry import plain
 from tokprune.errors import UnsupportedModelError
 from tokprune.serving.model import Pruned
 from tokprune.serving.processor import PrunedInfo, PrunedProcessor
-from tokprune.serving.signals import KINDS, TowerSignals, check_parallel
+from tokprune.serving.signals import KINDS, TowerSignals, check_signals
 from tokprune.tokens import Layout
 
 
@@ -44,11 +44,12 @@ class Watched(Pruned):
         check_tower(vllm_config.model_config.hf_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         needs = self.tokprune.method.needs
-        check_parallel(needs, vllm_config.parallel_config)
+        check_signals(needs, vllm_config)
         tower: Any = self.vision_tower  # type: ignore[attr-defined]
         vision = self.config.vision_config
         blocks, cls = tower.vision_model.encoder.layers, vision.model_type == "clip_vision_model"
-        self.tokprune_signals = TowerSignals(needs, tower, blocks, vision.num_hidden_layers, cls)
+        self.tokprune_signals = TowerSignals(needs, blocks, vision.num_hidden_layers, cls)
+        self.tokprune_signals.watch_output(tower)
 
     def read(self, modality: str, inputs: Mapping[str, Any]) -> dict[str, list[Tensor]]:
         side = self.config.vision_config.image_size // self.config.vision_config.patch_size

@@ -39,6 +39,8 @@ class Pruned:
     signals: ClassVar[Collection[str]] = ()
     """Kinds of signals that the family's vision tower gives."""
     config: Any
+    tokprune_signals: Any = None
+    """A TowerSignals, in families that give signals."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
@@ -61,6 +63,8 @@ class Pruned:
 
     def embed_multimodal(self, **inputs: Any) -> Any:
         """What vLLM's model gives for the pictures or the clips of an engine step, pruned in one call."""
+        if self.tokprune_signals is not None:
+            self.tokprune_signals.clear()  # of a call that an exception ended
         features = super().embed_multimodal(**inputs)  # type: ignore[misc]
         modalities = [modality for name, modality in PIXELS.items() if inputs.get(name) is not None]
         if features is None or len(features) == 0 or not modalities:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from tokprune.errors import unknown
+import json
+import sys
+from collections.abc import Sequence
+
+from tokprune.errors import OptionError, unknown
 from tokprune.types import JsonObject
 
 PREFIX = "Tokprune"
@@ -16,14 +20,54 @@ ARCHITECTURES = {
 }
 """Architecture of a checkpoint's config.json -> the class that serves it pruned, under the name with PREFIX."""
 
+SPELLING = (
+    'Write --hf-overrides \'{"architectures": ["TokpruneLlavaForConditionalGeneration"], "tokprune": {"method": '
+    f'"divprune", "ratio": 0.25}}}}\', with {PREFIX} before the architecture of config.json; there '
+    f"are {', '.join(PREFIX + name for name in ARCHITECTURES)}."
+)
+
 
 def register() -> None:
     """Name the pruned models to vLLM; it calls this in each of its processes, in some of them twice."""
     from vllm import ModelRegistry
 
+    check_command(sys.argv[1:])
     for name, path in ARCHITECTURES.items():
         if PREFIX + name not in ModelRegistry.models:
             ModelRegistry.register_model(PREFIX + name, path)
+
+
+def check_command(words: Sequence[str]) -> None:
+    """Refuse a server that was given settings of tokprune and would serve unpruned: vLLM ignores what it does not know.
+
+    words: the command line behind the program's name. vLLM shows a plug-in no config before it chose a model, so what
+    stands in a file of `--config`, or in `LLM(...)`, is not seen here.
+    """
+    given: dict[str, set[str]] = {"hf_overrides": set(), "additional_config": set()}
+    pruned = False
+    for i, word in enumerate(words):
+        flag, equals, value = word.partition("=")
+        option, *path = flag.removeprefix("--").removesuffix("+").split(".")  # --hf-overrides.tokprune.ratio 0.5
+        option = option.replace("-", "_")
+        if not flag.startswith("--") or option not in given:
+            continue
+        value = value if equals else "".join(words[i + 1 : i + 2])
+        try:
+            told = json.loads(value)
+        except ValueError:
+            told = value
+        given[option] |= {path[0]} if path else set(told) if isinstance(told, dict) else set()
+        names = (
+            told.get("architectures", ()) if isinstance(told, dict) else told if path[:1] == ["architectures"] else ""
+        )
+        pruned |= option == "hf_overrides" and PREFIX in str(names)
+    if "tokprune" in given["additional_config"]:
+        raise OptionError(f"tokprune stands in --additional-config, where nothing reads it. {SPELLING}")
+    if "tokprune" in given["hf_overrides"] and not pruned:
+        raise OptionError(
+            "--hf-overrides has settings of tokprune and names no architecture of it, so vLLM would take its own model "
+            f"and prune nothing. {SPELLING}"
+        )
 
 
 def overrides(architecture: str, method: str = "divprune", **settings: object) -> JsonObject:

@@ -14,6 +14,7 @@ from tokprune.methods.base import ConnectorMethod, Method, shares_budgets
 KEY = "tokprune"  # of hf_overrides
 FIELDS = ("method", "options", "ratio", "budget")
 ELSEWHERE = {
+    "pixels": "chooses patches of the picture before the vision tower, which vLLM runs on whole grids by its own code",
     "frames": "chooses frames before the engine sees them; sample the clip with tokprune.video and send those frames",
     "encoder": "works between blocks of the vision tower, which vLLM runs by its own code",
     "decoder": "drops tokens between layers of the LLM, whose paged KV cache has one length for all layers",
@@ -66,13 +67,15 @@ class ServingSettings:
 def why_not(method: Method, signals: Collection[str]) -> str:
     """Why a method cannot run inside vLLM, or an empty string."""
     if not isinstance(method, ConnectorMethod):
-        return ELSEWHERE[method.stage]
+        return ELSEWHERE.get(method.stage, f"works at a stage ({method.stage}) that vLLM runs by its own code")
     if method.query_aware:
         return (
             "reads the question, and vLLM's caches know a picture by its pixels alone: a second question about it "
             "would get the tokens of the first"
         )
     missing = [name for name in method.needs if name.partition(":")[0] not in signals]
+    if any(name.startswith("llm_") for name in missing):
+        return f"needs {', '.join(missing)} of a pass through the LLM, for which vLLM has no place before the prefill"
     if missing:
         return f"needs {', '.join(missing)} of the vision tower, which this family does not give in vLLM"
     if shares_budgets(method):
