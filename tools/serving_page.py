@@ -21,8 +21,8 @@ def load_table(data: dict[str, Any]) -> str:
     told = data["settings"]
     tokens = [round(run["total_input_tokens"] / run["completed"]) for run in (at[r, clients[0]] for r in ratios)]
     note = (
-        f"TTFT: the median. {told['model']}, {told['method']}, prompts of {', '.join(map(str, tokens))} tokens, answers "
-        f"of {told['output_len']}; {told['note']} `{data['command']}` at commit {data['commit']}, "
+        f"TTFT: the median. {told['model']}, {told['method']}; prompts of {', '.join(map(str, tokens))} tokens, "
+        f"answers of {told['output_len']}; {told['note']} `{data['command']}` at commit {data['commit']}, "
         f"{data['environment']['machine']}."
     )
     return "\n".join([*lines, "", note])

@@ -40,7 +40,7 @@ CLIPS = {
     "qwen3_vl": ("evs", "vidcom2", "prunevid", "framefusion"),
     "internvl": ("evs", "vidcom2", "auroracap_frames"),
 }
-HALF = ("llava", "qwen2_5_vl", "qwen3_vl", "internvl")  # in bfloat16
+HALF = ("llava", "qwen2_5_vl", "qwen3_vl", "internvl")  # in bfloat16, too
 EMBEDDED = range(3)  # requests with one picture; their embeddings are made here
 BUDGET = 16
 PLAIN = ("llava", "qwen2_5_vl")  # the plug-in is installed, and nobody asks for it
@@ -61,7 +61,6 @@ def jobs(folder: Path) -> dict[str, Job]:
         if family in HALF:
             half = {**CACHED, "dtype": "bfloat16"}
             out[f"half {family}"] = job(folder, family, engine=half)
-            out[f"half {family} plain"] = job(folder, family, ratio=None, engine=half)
         if family in FAMILIES:
             file = str(folder / f"{family}.safetensors")
             out[f"embedded {family}"] = job(folder, family, ratio=None, engine={"enable_mm_embeds": True}, embeds=file)
@@ -148,19 +147,20 @@ def test_embeddings_of_here_are_answered_as_here(family: str, results: dict[str,
         assert one["prompt"] == words + len(sent[str(i)])
 
 
-@pytest.mark.parametrize("family", HALF)
-def test_bfloat16_agrees_as_far_as_without_pruning(family: str, results: dict[str, Any], checkpoints: Path) -> None:
-    """Two programs round differently in bfloat16, and random weights have near ties: unpruned answers differ, too.
-
-    Prompts are exact. Of the first tokens, before errors add up, as many agree as unpruned, but for two of 32.
-    """
-    tiny, agree = load(checkpoints, family, torch.bfloat16), {}
-    for name, ratio in ((f"half {family}", 0.25), (f"half {family} plain", None)):
-        assert isinstance(results[name], list), results[name]
-        (found,), expected = results[name], answers(tiny, "image", ratio)
-        assert [one["prompt"] for one in found] == [one["prompt"] for one in expected]
-        agree[ratio] = sum(x["tokens"][0] == y["tokens"][0] for x, y in zip(found, expected, strict=True))
-    assert agree[0.25] >= agree[None] - 2
+@pytest.mark.parametrize("name", [name for name in jobs(Path()) if name.startswith("half")])
+def test_bfloat16_agrees_but_for_rounding(name: str, results: dict[str, Any], checkpoints: Path) -> None:
+    """Two programs round differently in bfloat16, and random weights have near ties, in scores and in logits: unpruned
+    answers differ, too. Prompts are exact, first tokens agree but for a few, and three of four of all tokens."""
+    asked = jobs(checkpoints)[name]
+    assert isinstance(results[name], list), results[name]
+    (found,), tiny = results[name], load(checkpoints, asked["family"], torch.bfloat16)
+    expected = answers(tiny, "image", asked["ratio"])
+    assert [one["prompt"] for one in found] == [one["prompt"] for one in expected]
+    same = [
+        [a == b for a, b in zip(x["tokens"], y["tokens"], strict=True)] for x, y in zip(found, expected, strict=True)
+    ]
+    assert sum(one[0] for one in same) >= 28
+    assert sum(map(sum, same)) >= 0.75 * sum(map(len, same))
 
 
 def test_apply_refuses_the_transformers_that_vllm_wants(vllm_python: Path, checkpoints: Path) -> None:

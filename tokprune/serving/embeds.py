@@ -69,7 +69,7 @@ def encode(
             columns = torch.ones(1, len(features), dtype=torch.bool, device=features.device)
             ids = torch.full_like(columns, adapter.config.image_token_id, dtype=torch.long)
             encoded = Encoded("image", output, columns, sources_of(output))
-            (stream,) = build_streams(adapter, encoded, Prompts(ids, [None]), chooser.needs)
+            (stream,) = build_streams(adapter, encoded, Prompts(ids, [None], ids=ids.cpu()), chooser.needs)
             choose(chooser, [stream], [config.count(len(stream.tokens))])
             slots, keep, _ = kept_rows(stream)
             chosen = stream.selection.apply(features[stream.geometry.rows.to(features.device)])
