@@ -13,6 +13,8 @@ import argparse
 import gc
 import json
 import os
+import shlex
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine in th
 
 from tests.serving.checkpoints import ARCHITECTURES, build
 from tests.serving.engine import settled
-from tokprune.environment import command_line, commit, machine
+from tokprune.environment import commit, machine
 from tokprune.files import write_json
 from tokprune.serving import overrides
 from tokprune.testing import clip
@@ -81,7 +83,12 @@ def main() -> None:
                 runs.append({"way": way, "clips": clips, **count(Path(place), clips, more)})
                 print(json.dumps(runs[-1]), flush=True)
     if told.json:
-        head = {"type": "tokprune.serving_clips", "version": 1, "command": command_line(), "commit": commit()}
+        head = {
+            "type": "tokprune.serving_clips",
+            "version": 1,
+            "command": shlex.join(["python", "benchmarks/serving_clips.py", *sys.argv[1:]]),
+            "commit": commit(),
+        }
         write_json(told.json, {**head, "environment": machine(), "runs": runs})
 
 

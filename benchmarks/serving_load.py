@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -26,7 +27,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tokprune.environment import command_line, commit, machine
+from tokprune.environment import commit, machine
 from tokprune.files import write_json
 from tokprune.serving import overrides
 
@@ -158,7 +159,12 @@ def main() -> None:
                 print(*map(json.dumps, runs[-len(told.concurrency) :]), sep="\n", flush=True)
     settings = {name: getattr(told, name) for name in ("model", "method", "image", "input_len", "output_len", "note")}
     if told.json:
-        head = {"type": "tokprune.serving_load", "version": 1, "command": command_line(), "commit": commit()}
+        head = {
+            "type": "tokprune.serving_load",
+            "version": 1,
+            "command": shlex.join(["python", "benchmarks/serving_load.py", *sys.argv[1:]]),
+            "commit": commit(),
+        }
         write_json(told.json, {**head, "environment": machine(), "settings": settings, "runs": runs})
 
 

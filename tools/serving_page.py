@@ -10,20 +10,18 @@ def load_table(data: dict[str, Any]) -> str:
     at = {(run["ratio"], run["concurrency"]): run for run in data["runs"]}
     ratios, clients = (list(dict.fromkeys(key[i] for key in at)) for i in (0, 1))
     names = ["unpruned" if ratio == 1 else f"{ratio:.0%} kept" for ratio in ratios]
-    lines = [
-        f"| at once | {' | '.join(f'requests/s, {n}' for n in names)} | {' | '.join(f'TTFT, {n}' for n in names)} |",
-        "|---:|" + "---:|" * (2 * len(ratios)),
-    ]
+    heads = [f"{what}, {name}" for what in ("requests/s", "ms to first token") for name in names]
+    lines = [f"| at once | {' | '.join(heads)} |", "|---:|" + "---:|" * len(heads)]
     for n in clients:
         rates = [f"{at[ratio, n]['request_throughput']:.2f}" for ratio in ratios]
-        waits = [f"{at[ratio, n]['median_ttft_ms'] / 1000:.2f} s" for ratio in ratios]
+        waits = ["{median_ttft_ms:.0f} ({p99_ttft_ms:.0f})".format(**at[ratio, n]) for ratio in ratios]
         lines.append(f"| {n} | {' | '.join(rates)} | {' | '.join(waits)} |")
     told = data["settings"]
     tokens = [round(run["total_input_tokens"] / run["completed"]) for run in (at[r, clients[0]] for r in ratios)]
     note = (
-        f"TTFT: the median. {told['model']}, {told['method']}; prompts of {', '.join(map(str, tokens))} tokens, "
-        f"answers of {told['output_len']}; {told['note']} `{data['command']}` at commit {data['commit']}, "
-        f"{data['environment']['machine']}."
+        f"To first token: median (99th percentile). `{told['method']}`; prompts of {', '.join(map(str, tokens))} "
+        f"tokens, answers of {told['output_len']}. Model `{told['model']}`: {told['note']} Command, commit and machine: "
+        "`benchmarks/results/serving_load.json`."
     )
     return "\n".join([*lines, "", note])
 
@@ -37,4 +35,4 @@ def clips_table(data: dict[str, Any]) -> str:
         "|---|" + "---:|" * len(counts),
     ]
     lines += [f"| {way} | {' | '.join(str(at[way, n]) for n in counts)} |" for way in ways]
-    return "\n".join([*lines, "", f"`{data['command']}` at commit {data['commit']}."])
+    return "\n".join([*lines, "", "`benchmarks/results/serving_clips.json`."])
