@@ -20,7 +20,7 @@ def load_table(data: dict[str, Any]) -> str:
     tokens = [round(run["total_input_tokens"] / run["completed"]) for run in (at[r, clients[0]] for r in ratios)]
     note = (
         f"To first token: median (99th percentile). `{told['method']}`; prompts of {', '.join(map(str, tokens))} "
-        f"tokens, answers of {told['output_len']}. Model `{told['model']}`: {told['note']} Command, commit and machine: "
+        f"tokens, answers of {told['output_len']}. Model `{told['model']}`: {told['note']} Command and machine: "
         "`benchmarks/results/serving_load.json`."
     )
     return "\n".join([*lines, "", note])
