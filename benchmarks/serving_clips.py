@@ -45,6 +45,7 @@ def count(folder: Path, clips: int, way: dict[str, Any]) -> dict[str, Any]:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     llm = LLM(str(folder), limit_mm_per_prompt={"image": 0, "video": 1}, **settled(), **way)
+    gc.unfreeze()  # vLLM hides what a start made
     (runner,) = (o for o in gc.get_objects() if isinstance(o, GPUModelRunner))
     runner.is_multimodal_pruning_enabled = "video_pruning_rate" in way
     calls: list[int] = []
