@@ -47,9 +47,9 @@ def encode(
     if kind not in FAMILIES:
         raise UnsupportedModelError(
             f"embeddings of {kind!r} are not exported. vLLM derives placeholders and M-RoPE positions of Qwen-VL from "
-            "the grid that comes with the embeddings: with the true grid shorter ones fail, with a made-up one they are "
-            f"silently misplaced. Other families were not tried. Exported: {', '.join(FAMILIES)}. Serve with the "
-            "plug-in instead: docs/serving.md."
+            "the grid that comes with the embeddings: with the true grid shorter ones fail, a made-up one is silently "
+            f"wrong. Other families were not tried. Exported: {', '.join(FAMILIES)}. Serve with the plug-in instead: "
+            "docs/serving.md."
         )
     if hasattr(adapter.model, HANDLE):
         raise OptionError("tokprune is applied to this model; remove() it first: encode prunes by itself.")
