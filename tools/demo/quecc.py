@@ -194,12 +194,12 @@ def rival(asker: Asker, scorer: Any, examples: list[Example], method: str, ratio
 def main() -> None:
     """Train one kernel after the other, and measure beside methods that leave as many tokens."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kernels", type=int, nargs="+", default=[2, 4])
-    parser.add_argument("--scenes", type=int, default=1000)
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--kernels", type=int, nargs="+", default=[4, 2])
+    parser.add_argument("--scenes", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--questions", type=int, default=280)
+    parser.add_argument("--questions", type=int, default=140)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.manual_seed(0)
