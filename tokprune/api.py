@@ -28,6 +28,7 @@ def apply(
     scorer: Any = None,
     prompt_budget: int | None = None,
     prompt_rule: str | Method | None = None,
+    packing: str = "padded",
     **options: Any,
 ) -> Pruning:
     """Let `model` run on fewer visual tokens, in place; generate() and the processor stay as they are.
@@ -51,6 +52,10 @@ def apply(
     of timm, open_clip, torchvision or transformers: ratio is optional for methods with a schedule of their own
     (`apply(vit, "tome", r=8)`), the handle is the same.
 
+    packing: how rows of a batch that keep different numbers run: "padded" to the longest, "grouped" (the LLM reads
+    groups of like length one after the other, without filler between; refused where it cannot), "auto" (where that
+    pays).
+
     A method of the cache stage lets each new token read a part of the visual keys: method=["dycoke", "dycoke_cache"].
     Its share is its own there; alone, the ratio is.
 
@@ -59,14 +64,22 @@ def apply(
     """
     if isinstance(method, PruneConfig):
         given = (ratio, budget, query, prompt_budget, prompt_rule)
-        if any(value is not None for value in given) or options or positions != "auto":
+        if any(value is not None for value in given) or options or (positions, packing) != ("auto", "padded"):
             raise OptionError(
                 "a PruneConfig already says how much and how to prune; give nothing beside it, or change the config."
             )
         config = method
     else:
         config = PruneConfig.build(
-            method, ratio, budget, positions, query, prompt_budget=prompt_budget, prompt_rule=prompt_rule, **options
+            method,
+            ratio,
+            budget,
+            positions,
+            query,
+            prompt_budget=prompt_budget,
+            prompt_rule=prompt_rule,
+            packing=packing,
+            **options,
         )
     if processor is not None and not callable(processor):
         raise OptionError(

@@ -18,7 +18,8 @@ from tokprune.types import JsonObject
 
 TYPE, VERSION = "tokprune.PruneConfig", 1
 POSITIONS = ("auto", "keep", "compact")
-ARGUMENTS = ("ratio", "budget", "positions", "query", "processor", "scorer", "prompt_budget", "prompt_rule")
+PACKINGS = ("padded", "grouped", "auto")
+ARGUMENTS = ("ratio", "budget", "positions", "query", "processor", "scorer", "prompt_budget", "prompt_rule", "packing")
 """What `apply` takes beside a method and the method's own options."""
 
 
@@ -83,6 +84,9 @@ class PruneConfig:
     prompt_rule: str | Method | None = None
     """Who shares a prompt budget out over the pictures: a method with a rule for that, or "proportional"; None is the
     method's own rule, where it has one."""
+    packing: str = "padded"
+    """How rows of a batch that keep different numbers run: "padded" to the longest, "grouped" by like length without
+    filler between, or "auto": grouped where that pays."""
 
     def __post_init__(self) -> None:
         if not self.methods:
@@ -109,6 +113,8 @@ class PruneConfig:
         self._check_prompt_budget()
         if self.positions not in POSITIONS:
             raise unknown("positions", self.positions, POSITIONS)
+        if self.packing not in PACKINGS:
+            raise unknown("packing", self.packing, PACKINGS)
         questions = self.query if isinstance(self.query, tuple) else (self.query,)
         if self.query is not None and not all(isinstance(q, str) for q in questions):
             raise OptionError(f"query={self.query!r} is neither a question nor a list of questions, one per prompt.")
@@ -157,6 +163,7 @@ class PruneConfig:
         query: str | Sequence[str] | None = None,
         prompt_budget: int | None = None,
         prompt_rule: str | Method | None = None,
+        packing: str = "padded",
         **options: object,
     ) -> PruneConfig:
         """The config that `apply` makes from its arguments; options go to the one method that is named."""
@@ -169,7 +176,7 @@ class PruneConfig:
             )
         methods = tuple(get_method(m, **options) if isinstance(m, str) else m for m in listed)
         question = tuple(query) if isinstance(query, list) else query
-        return PruneConfig(methods, ratio, budget, positions, question, prompt_budget, prompt_rule)  # type: ignore[arg-type]
+        return PruneConfig(methods, ratio, budget, positions, question, prompt_budget, prompt_rule, packing)  # type: ignore[arg-type]
 
     def count(self, n: int) -> int:
         """How many of `n` visual tokens of an image or video stay; all where neither ratio nor budget is given."""
@@ -195,6 +202,7 @@ class PruneConfig:
             "positions": self.positions,
             "query": list(self.query) if isinstance(self.query, tuple) else self.query,
             **({} if self.prompt_budget is None else self.prompt_fields()),
+            **({} if self.packing == "padded" else {"packing": self.packing}),
         }
 
     def prompt_fields(self) -> JsonObject:
@@ -222,6 +230,7 @@ class PruneConfig:
             tuple(query) if isinstance(query, list) else query,
             data.get("prompt_budget"),
             method_from_dict(rule) if isinstance(rule, dict) else rule,
+            data.get("packing", "padded"),
         )
 
     def save(self, path: str | Path) -> None:

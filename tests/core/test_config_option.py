@@ -81,6 +81,20 @@ def test_eval_takes_prompt_budgets_in_place_of_ratios(monkeypatch: pytest.Monkey
     assert "no whole number" in str(run(app, ["eval", "--prompt-budget", "6x"]).exception)
 
 
+def test_run_and_plan_take_a_prompt_budget(tmp_path: Path) -> None:
+    out = tmp_path / "x.json"
+    result = run(app, [*ASK, "--prompt-budget", "60", "--json", str(out), "-q"])
+    assert result.exception is None, result.exception
+    report = json.loads(out.read_text())["report"]
+    assert (report["physical_tokens"], report["asked"]) == (60, "at most 60 tokens a prompt")
+    assert report["prompts"][0]["text"] + report["kept"] == 60
+    words = ["plan", "--preset", "llava-1.5-7b", "--gpu", "a100", "--text", "64", "--prompt-budget"]
+    result = run(app, [*words, "208", "--json", str(out), "-q"])
+    assert result.exception is None, result.exception
+    assert 0.25 in [row["ratio"] for row in json.loads(out.read_text())["rows"]]
+    assert "no picture" in str(run(app, [*words, "64"]).exception)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -7,7 +7,7 @@ last token.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -18,6 +18,7 @@ from tokprune.adapters.dialect import cache_in
 from tokprune.adapters.types import EncoderOutput, KVCache, Mask, ModelCall, RotaryTable
 from tokprune.errors import OptionError
 from tokprune.runtime.cache_record import PruneState, physical_length
+from tokprune.runtime.grouping import Grouped
 from tokprune.runtime.host import to_device
 from tokprune.runtime.masks import causal_mask, gather_mask, is_full
 from tokprune.runtime.outputs import WidePath
@@ -38,6 +39,10 @@ class PrunedForward:
     """(B, P) prompt column of each slot, -1 for filler."""
     for_generate: bool = False
     as_tuple: bool = False
+    lengths: list[int] = field(default_factory=list)
+    """Columns that each row keeps."""
+    grouped: Grouped | None = None
+    """How the LLM reads the rows, where not padded to one length."""
     path: WidePath | None = None
     """Where gradients of hidden states may be asked for."""
 
@@ -132,7 +137,8 @@ def execute(
     new["mm_encoder_outputs"] = _encoder_outputs(adapter, plan, call, slots)
     clear_raw(new)
     state.next_position = next_positions(kept_positions, ends_in_text)
-    return new, PrunedForward(past, state, expand, known), table
+    lengths: list[int] = plan.keep.sum(1).tolist()
+    return new, PrunedForward(past, state, expand, known, lengths=lengths), table
 
 
 def _visible_keys(plan: Plan, slots: Slots) -> Tensor:

@@ -301,11 +301,27 @@ def vlm_pruning(model: Model, config: PruneConfig, processor: Processor = None, 
     frames = frames if isinstance(frames, PerFrame) else None
     options = Options(method, count, config.positions, config.query, processor, scorer, installed.encoder, frames)
     options.ratio = None if connector is None else config.ratio
-    options.prompt_budget = config.prompt_budget
+    options.prompt_budget, options.packing = config.prompt_budget, _packing(adapter, config)
     options.cached = installed.cache is not None or installed.decoder is not None
     options.decoder = installed.decoder
     installed.connector = ConnectorStage(adapter, options)
     return Pruning(installed)
+
+
+def _packing(adapter: Adapter, config: PruneConfig) -> str:
+    """How rows of different length are read; "grouped" is refused where no forward of this set-up could be."""
+    later = [m.info.name for m in config.methods if m.stage in ("decoder", "cache")]
+    attention = str(adapter.config.get_text_config()._attn_implementation)
+    why = ""
+    if adapter.hybrid:
+        why = f"{type(adapter.model).__name__} has layers that are no attention"
+    elif later:
+        why = f"{later[0]} works on all rows of a batch at once"
+    elif attention not in ("eager", "sdpa"):
+        why = f"it is made for sdpa and eager attention, not for {attention}"
+    if why and config.packing == "grouped":
+        raise OptionError(f'packing="grouped": {why}. Leave packing out, or write packing="auto".')
+    return "padded" if why else config.packing
 
 
 def apply_encoder(

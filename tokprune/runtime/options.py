@@ -37,6 +37,8 @@ class Options:
     """The share that the connector is asked to keep, where it is asked for one."""
     prompt_budget: int | None = None
     """Tokens of a whole prompt, where that is given instead of `count`."""
+    packing: str = "padded"
+    """How rows that keep different numbers are read: padded to one length, in groups of like length, or as it pays."""
     cached: bool = False
     """A decoder or cache stage follows: it needs the record even of a prompt that keeps everything."""
     decoder: DecoderStage | None = None

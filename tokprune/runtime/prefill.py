@@ -34,6 +34,7 @@ from tokprune.runtime.contract import check_contract
 from tokprune.runtime.encode import Recorder, encode, encoding_ms
 from tokprune.runtime.execute import PrunedForward, clear_raw, execute
 from tokprune.runtime.frames.scores import FrameScorer
+from tokprune.runtime.grouping import grouped
 from tokprune.runtime.lookahead import FirstPass, looking_ahead
 from tokprune.runtime.no_effect import check_columns, nothing_dropped
 from tokprune.runtime.options import GenerateStep, Options, ThreadState
@@ -221,15 +222,28 @@ class Prefill(Attached):
 
     # -- forward of the language model
 
-    def _before_llm(self, module: nn.Module, args: Positional, kwargs: ModelCall) -> None:
-        """What the language model is given fits the keys that it has."""
-        if not torch.compiler.is_compiling() and not looking_ahead():
-            check_entry(self.threads.now.passage, self.reader, args, kwargs)
+    def _before_llm(self, module: nn.Module, args: Positional, kwargs: ModelCall) -> Replaced:
+        """What the language model is given fits the keys that it has; rows of other lengths may run first."""
+        if torch.compiler.is_compiling() or looking_ahead():
+            return None
+        check_entry(self.threads.now.passage, self.reader, args, kwargs)
+        forward, table = self.threads.now.forward, self.threads.now.rotary_table
+        if forward is None or args or table is not None or forward.path is not None:
+            return None
+        forward.grouped, note = grouped(module, kwargs, forward.lengths, self.options.packing)
+        if self.last is not None:
+            self.last.note = "; ".join(part for part in (self.last.note, note) if part)
+        return None if forward.grouped is None else ((), forward.grouped.begin(module))
 
-    def _after_llm(self, module: nn.Module, args: Positional, kwargs: ModelCall, output: ModelOutput) -> None:
+    def _after_llm(self, module: nn.Module, args: Positional, kwargs: ModelCall, output: ModelOutput) -> ModelOutput:
         """A cache that a pruned prefill filled waits for its record."""
-        if not torch.compiler.is_compiling() and self.threads.now.forward is not None:
-            mark_unfinished(kwargs, output)
+        forward = self.threads.now.forward
+        if torch.compiler.is_compiling() or forward is None:
+            return None
+        if forward.grouped is not None:
+            kwargs, output = forward.grouped.call, forward.grouped.finish(output)
+        mark_unfinished(kwargs, output)
+        return output
 
     def _before_rotary(self, module: nn.Module, args: Positional, kwargs: ModelCall) -> Replaced:
         """Exchange contiguous positions for the kept ones, when attention must not see gaps."""
