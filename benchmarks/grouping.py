@@ -2,7 +2,7 @@
 
     python benchmarks/grouping.py --json benchmarks/results/grouping.json
 
-Random weights: a LLaVA of 8 layers and 512 channels, in float32. The two ways take turns, so that each ratio is of two
+Random weights: a LLaVA of 4 layers and 256 channels, in float32. The two ways take turns, so that each ratio is of two
 runs beside each other; the median of these ratios is told, and how far the logits are apart. `overhead` is the cost of
 one more call of the LLM in tokens of a row: the time of eight rows one by one, less that of one call with all of them,
 by seven calls and by the time of a token.
@@ -35,11 +35,11 @@ def model() -> LlavaForConditionalGeneration:
         hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=168, patch_size=14
     )
     llm = LlamaConfig(
-        hidden_size=512,
-        intermediate_size=1376,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=8,
+        hidden_size=256,
+        intermediate_size=688,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
         vocab_size=VOCABULARY,
         max_position_embeddings=4096,
     )
@@ -85,7 +85,7 @@ def pairs(
 @torch.no_grad()
 def overhead(llava: LlavaForConditionalGeneration, repeats: int) -> float:
     """Tokens that one more call of the LLM costs."""
-    embeds, found = torch.randn(8, 200, 512), []
+    embeds, found = torch.randn(8, 200, 256), []
     for _ in range(repeats):
         times = []
         for rows in ([embeds], embeds.split(1)):
