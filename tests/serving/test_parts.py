@@ -16,11 +16,12 @@ from tokprune.adapters.families import FAMILIES, EncoderCall
 from tokprune.adapters.families.base import StreamLayout
 from tokprune.adapters.families.geometry import plain
 from tokprune.errors import BudgetError, OptionError, UnsupportedModelError, install_line
+from tokprune.registry import STAGES
 from tokprune.serving import ARCHITECTURES, overrides
 from tokprune.serving.choose import Kept, Stream, choose
 from tokprune.serving.model import check_engine
 from tokprune.serving.plugin import check_command
-from tokprune.serving.settings import ServingSettings
+from tokprune.serving.settings import ELSEWHERE, ServingSettings
 from tokprune.serving.tiles import clip, pack, tiles
 from tokprune.serving.versions import check_version
 from tokprune.serving.weave import staying, woven
@@ -49,8 +50,9 @@ def test_methods_that_fit_are_served_and_the_others_say_why() -> None:
     wrappers = {"merge", "per_tile", "protect", "adaptive_budget", "relevance"}  # have a field `method`
     names = {n: refusal(n) for n in tokprune.list_methods() if n not in wrappers}
     assert {n for n, why in names.items() if not why} >= EVERYWHERE
-    for stage, words in {"frames": "frames", "encoder": "vision tower", "cache": "KV cache"}.items():
-        assert all(words in names[n] for n in tokprune.list_methods(stage=stage))
+    assert set(STAGES) - {"connector"} <= ELSEWHERE.keys()  # a new stage says why it is not served
+    for stage in set(STAGES) - {"connector"}:
+        assert all(ELSEWHERE[stage] in names[n] for n in tokprune.list_methods(stage=stage))
     assert "reads the question" in names["cdpruner"]
     assert "pass through the LLM" in names["gemfilter"]
     assert "needs cls_attention" in names["hired"]
