@@ -362,7 +362,7 @@ PAIRS = (
         "prunesid",
         _tower,
         each_tile(similarity.prunesid),
-        each_tile(prunesid),
+        lambda *given: list(prunesid(*given)),
         "the groups come from a random projection; budgets follow another rule of proportion",
     ),
     Pair(

@@ -104,6 +104,11 @@ def test_memory_that_is_not_there_is_no_reason_to_try_again(monkeypatch: pytest.
         chosen(*example())
 
 
+def test_a_loop_with_a_kernel_compiles_in_one_graph() -> None:
+    compiled = torch.compile(select.greedy_max_min, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(*example()), select.greedy_max_min(*example()))
+
+
 def test_what_is_on_no_cuda_device_takes_no_kernel() -> None:
     assert not device.runs_kernels(torch.zeros(2))
     code = "import sys, torch; from tokprune.ops.select import greedy_max_min as g; "

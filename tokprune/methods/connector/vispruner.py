@@ -64,7 +64,9 @@ class VisPruner(ConnectorMethod):
     """VisPruner (ICCV 2025): important tokens by [CLS] attention, diverse tokens by removing near-duplicates.
 
     important_ratio: share of the budget given by attention (0.5 is the scripts' default, 0.75 is used too). step:
-    duplicates dropped per round, 8 as published. Tiles and frames get equal budgets, as published.
+    duplicates dropped per round, 8 as published. Tiles and frames get equal budgets, as published. Each of some N / 8
+    rounds pairs the survivors anew, so that the similarities of all pairs are held whatever the size: made again in
+    every round they would take O(N³D).
 
     What differs from the published code: it crashes when an odd number of residual tokens is reached (58 of 576 at
     0.5), or when more are to go than there are even places; it takes one image at a time and compares in the model's
