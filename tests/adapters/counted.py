@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,6 +27,7 @@ class Placed:
     stand_in: StandInDevice
     prefill: Cost
     step: Cost
+    answer: Cost
 
 
 @dataclass(frozen=True)
@@ -60,14 +61,26 @@ def cost(run: Callable[[], object], stand_in: StandInDevice, warm: bool = False)
     return counted
 
 
-def _step(tiny: TinyVLM, inputs: Mapping[str, Any], stand_in: StandInDevice) -> Cost:
-    """A decode step of generate(): what a fourth token costs over three. Its lines are not told apart."""
+class Counts(NamedTuple):
+    """What a method adds."""
+
+    prefill: Added
+    """To a forward over the prompts."""
+    step: Added
+    """To a decode step of generate()."""
+    answer: Added
+    """To generate() of three tokens in all."""
+
+
+def _answers(tiny: TinyVLM, inputs: Mapping[str, Any], stand_in: StandInDevice) -> tuple[Cost, Cost]:
+    """A decode step of generate(), what a fourth token costs over three, and the three. Lines of a step are not told
+    apart."""
 
     def answer(tokens: int) -> Cost:
         return cost(lambda: tiny.model.generate(**inputs, max_new_tokens=tokens), stand_in)
 
     three, four = answer(3), answer(4)
-    return Cost(four.launches - three.launches, 0, four.by_line - three.by_line, four.waits - three.waits)
+    return Cost(four.launches - three.launches, 0, four.by_line - three.by_line, four.waits - three.waits), three
 
 
 def parts(pictures: int = 1, video: bool = False) -> list[list[Any]]:
@@ -85,11 +98,11 @@ def placed(family: str, pictures: int = 1, video: bool = False) -> Placed:
         stand_in.move(tiny.model)
         on_device = stand_in.put(inputs)
         prefill = cost(lambda: tiny.model(**on_device), stand_in, warm=True)
-        return Placed(tiny, on_device, stand_in, prefill, _step(tiny, on_device, stand_in))
+        return Placed(tiny, on_device, stand_in, prefill, *_answers(tiny, on_device, stand_in))
 
 
-def added(family: str, method: Any, pictures: int = 1, video: bool = False) -> tuple[Added, Added] | None:
-    """What a method adds to a prefill and to a decode step; None where the tower has not what it needs."""
+def added(family: str, method: Any, pictures: int = 1, video: bool = False) -> Counts | None:
+    """What a method adds; None where the tower has not what it needs."""
     here = placed(family, pictures, video)
     model, stand_in = here.tiny.model, here.stand_in
     with torch.no_grad(), stand_in:
@@ -99,8 +112,8 @@ def added(family: str, method: Any, pictures: int = 1, video: bool = False) -> t
             return None
         with pruning:
             prefill = cost(lambda: model(**here.inputs), stand_in, warm=True)
-            step = _step(here.tiny, here.inputs, stand_in)
-    return Added(prefill, here.prefill), Added(step, here.step)
+            step, answer = _answers(here.tiny, here.inputs, stand_in)
+    return Counts(Added(prefill, here.prefill), Added(step, here.step), Added(answer, here.answer))
 
 
 def layer_operations(family: str) -> float:

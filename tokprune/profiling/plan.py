@@ -309,6 +309,26 @@ def _time(seconds: float) -> str:
     return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
 
 
+def _gain(made: RatioPlan, costs: CostModel) -> str:
+    """How far pruning pays, and what bounds it."""
+    full, n = made.full, costs.visual.placeholders
+    gain = full.total / made.stops.total
+    name = {"vision": "tower-bound", "decode": "decode-bound"}.get(full.bound, "bound by weights and launches")
+    if made.stops.visual >= n:
+        return f"pruning hardly pays here ({name}): the time goes into {full.bound}, which it does not shorten"
+    if full.bound == "prefill":
+        return (
+            f"pruning pays down to about ratio {made.stops.visual / n:.2g} ({gain:.2g} times faster in all); "
+            f"below, {made.stops.bound} dominates"
+        )
+    share = getattr(full, full.bound) / full.total
+    return (
+        f"{name}: {full.bound} takes {share:.0%} of the time and is hardly shortened, so the whole gets at most "
+        f"{full.total / costs.at(1).total:.3g} times faster; {gain:.3g} times at ratio "
+        f"{made.stops.visual / n:.2g}, and below it little more"
+    )
+
+
 def _advice(made: RatioPlan, costs: CostModel) -> list[str]:
     """The plan in sentences."""
     full, n = made.full, costs.visual.placeholders
@@ -345,22 +365,7 @@ def _advice(made: RatioPlan, costs: CostModel) -> list[str]:
                     f"({made.decoder} tokens)"
                 )
     out += _launches(made, costs)
-    gain = full.total / made.stops.total
-    if made.stops.visual >= n:
-        name = {"vision": "tower-bound", "decode": "decode-bound"}.get(full.bound, "bound by weights and launches")
-        out.append(f"pruning hardly pays here ({name}): the time goes into {full.bound}, which it does not shorten")
-    elif full.bound == "prefill":
-        out.append(
-            f"pruning pays down to about ratio {made.stops.visual / n:.2g} ({gain:.2g} times faster in all); "
-            f"below, {made.stops.bound} dominates"
-        )
-    else:
-        share = getattr(full, full.bound) / full.total
-        out.append(
-            f"{full.bound} takes {share:.0%} of the time and is hardly shortened, so the whole gets at most "
-            f"{full.total / costs.at(1).total:.3g} times faster; {gain:.3g} times at ratio "
-            f"{made.stops.visual / n:.2g}, and below it little more"
-        )
+    out.append(_gain(made, costs))
     for other in made.alternatives:
         if other.visual is None or other.estimate is None:
             out.append(f"{other.preset} costs more than {made.preset} complete at any ratio")

@@ -9,8 +9,10 @@ from torch import Tensor
 from tests.golden_vectors import GoldenCase, claims
 from tests.published.attention import cls_row
 from tokprune.errors import OptionError
+from tokprune.methods.base import deferred_checks
 from tokprune.methods.connector.hired import HiRED, hired_budgets, hired_published_budgets
 from tokprune.ops.topk import top
+from tokprune.testing import StandInDevice, device
 from tokprune.tokens import Layout, VisualTokens
 
 
@@ -131,3 +133,34 @@ def test_tiles_without_their_canvas_are_refused() -> None:
     tokens = VisualTokens(torch.zeros(12, 2), layout, dict.fromkeys(HiRED().needs, torch.rand(12)))
     with pytest.raises(OptionError, match="canvas"):
         HiRED().select(tokens, 4)
+
+
+@pytest.mark.skipif(not device.AVAILABLE, reason="the stand-in device needs a newer torch")
+def test_equal_streams_are_chosen_for_in_one_go_on_a_device() -> None:
+    """What comes out is what each stream gets alone on a CPU; three alike cost hardly more launches than two."""
+    method = HiRED()
+
+    def stream(seed: int, tiles: bool) -> VisualTokens:
+        layout = Layout.grid(6, 6, 5, "tiles", canvas=(2, 2), thumbnail=True) if tiles else Layout.grid(6, 6)
+        draw = torch.Generator().manual_seed(seed)
+        n = len(layout.group)
+        rows = {name: torch.rand(n, generator=draw).softmax(0) for name in method.needs}
+        return VisualTokens(torch.randn(n, 4, generator=draw), layout, rows)
+
+    batch = [stream(i, tiles) for i, tiles in enumerate((True, False, True, False, True))]
+    keeps = [20, 9, 20, 9, 31]
+    alone = [method.select(tokens, keep).indices for tokens, keep in zip(batch, keeps, strict=True)]
+    with StandInDevice() as stand_in:
+        placed = [
+            VisualTokens(stand_in.put(t.features), t.layout.to(stand_in.device), stand_in.put(dict(t.signals)))
+            for t in batch
+        ]
+        found = method.select_batch(placed, keeps)
+        assert all(torch.equal(a, f.indices.cpu()) for a, f in zip(alone, found, strict=True))
+        launches = []
+        for count in (2, 3):
+            with stand_in.count() as counted, deferred_checks():
+                method.select_batch([placed[0]] * count, [20] * count)
+            launches.append(counted.launches)
+        assert counted.syncs == 0
+    assert launches[1] - launches[0] <= 12
