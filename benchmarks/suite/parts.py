@@ -141,7 +141,7 @@ def counts(families: tuple[str, ...] = FAMILIES, methods: tuple[str, ...] = BUDG
     for method, at in found.items():
         kinds: list[tuple[str, Callable[[Counts], int], float | None]] = [
             ("waits that pruning adds to a prefill", lambda one: one.prefill.syncs, 2),
-            ("waits that pruning adds to generate()", lambda one: one.answer.syncs, 2),
+            ("waits that pruning adds to generate()", lambda one: one.answer.syncs, 3),
             ("operations added to a prefill, the choice left out", lambda one: one.prefill.outside(*LOOPS), OPERATIONS),
             ("operations of the choice", lambda one: one.prefill.launches - one.prefill.outside(*LOOPS), None),
             ("waits added to a decode step", lambda one: one.step.syncs, 0),

@@ -14,6 +14,7 @@ import torch
 import tokprune
 from tests.adapters.counted import BUDGETED, added
 from tests.adapters.reference import VIDEO
+from tokprune.methods.connector.divprune import DivPrune
 from tokprune.runtime import prefill
 from tokprune.runtime.cache_record import PruneState
 from tokprune.testing import FAMILIES, StandInDevice, build, device, picture
@@ -24,6 +25,8 @@ CHEAP = ("none", "divprune", "hired")
 """Methods of the quick test."""
 WAITS = 2
 """How often the host may wait for the device because of a pruned prefill: for the prompt, and for the choice."""
+CHECKED = 1
+"""generate() is checked once: the first step's position has to be the one that the prompt left."""
 SIGNALS = ("hired", "visionzip")
 SIZED = {
     *("llava_next", "llava_next_video", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v"),
@@ -68,7 +71,7 @@ def test_what_pruning_adds_stays_within_its_budget(family: str, methods: tuple[s
         waits = found.prefill.syncs, found.answer.syncs, found.step.syncs
         numbers = (*waits, found.prefill.outside(*LOOP, *SIGNAL_FILES), found.step.launches)
         most = allowed(family, method)
-        if any(n > m for n, m in zip(numbers, (most, most, 0, RUNTIME, STEP), strict=True)):
+        if any(n > m for n, m in zip(numbers, (most, most + CHECKED, 0, RUNTIME, STEP), strict=True)):
             over[method] = numbers
     assert not over, over
 
@@ -94,7 +97,7 @@ def test_clips_stay_within_the_same_budget(family: str, method: str) -> None:
 
 @pytest.mark.parametrize(
     ("module", "name"),
-    [(prefill, "build_streams"), (prefill, "choose"), (prefill, "make_plan"), (prefill, "execute")],
+    [(prefill, "build_streams"), (DivPrune, "select_batch"), (prefill, "make_plan"), (prefill, "execute")],
     ids=lambda value: getattr(value, "__name__", value).rpartition(".")[2],
 )
 def test_one_hidden_wait_is_over_the_budget(module: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +112,7 @@ def test_one_hidden_wait_is_over_the_budget(module: Any, name: str, monkeypatch:
     found = added("llava", "divprune")
     assert found is not None
     assert found.prefill.syncs == WAITS + 1
-    assert any(line.startswith("_local_scalar_dense @ runtime/prefill.py") for line in found.prefill.run.waits)
+    assert any(line.startswith("_local_scalar_dense @ runtime/") for line in found.prefill.run.waits)
 
 
 def test_one_hidden_wait_in_a_decode_step_is_over_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:

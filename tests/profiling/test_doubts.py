@@ -69,7 +69,7 @@ def test_a_plan_names_what_bounds_it() -> None:
     made = plan(preset("llava-1.5-7b"), compute, Workload((336, 336), new_tokens=1), compare=False, vision=huge)
     assert any("tower-bound" in line for line in made.advice)
     fast = advice(Device("fast", 1e18, 1e15, 1e15, 1.0, 1.0), new_tokens=1)
-    assert "launch-bound from ratio 1 on" in fast
+    assert "launch-bound at ratio 1 and below" in fast
     assert f"{32 * OPERATIONS * LAUNCH * 1e3:.3g} ms" in fast
 
 
