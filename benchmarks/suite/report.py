@@ -58,6 +58,7 @@ def blocks(folder: Path = RESULTS) -> str:
 def _made(data: Mapping[str, Any]) -> str:
     made, commit = data["environment"], str(data["commit"])[:12]
     place = f"{made['machine']}, {made['cpus']} cores, {made['threads']} thread(s), torch {made['torch']}"
+    place += f", load {made['load'][0]:g}" if "load" in made else ""
     return f"`{data['command']}` at {commit}; {place}."
 
 

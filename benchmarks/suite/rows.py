@@ -100,7 +100,7 @@ def save(folder: Path, section: str, rows: Sequence[Row], device: str = "cpu") -
         "section": section,
         "command": f"python -m benchmarks.suite {' '.join(sys.argv[1:])}".rstrip(),
         "commit": commit(),
-        "environment": environment(device) | {"cpus": os.cpu_count()},
+        "environment": environment(device) | {"cpus": os.cpu_count(), "load": [round(x, 1) for x in os.getloadavg()]},
         "rows": [row.to_dict() for row in rows],
     }
     folder.mkdir(parents=True, exist_ok=True)

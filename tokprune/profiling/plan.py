@@ -296,8 +296,8 @@ def _launches(made: RatioPlan, costs: CostModel) -> list[str]:
         return []
     return [
         f"launch-bound at ratio {max(short):g} and below: the host needs about {_time(floor)} to launch the operations "
-        f"of a prefill one by one ({OPERATIONS} a layer, {LAUNCH * 1e6:g} µs each, a rough figure), so that fewer tokens "
-        "gain nothing more; batch prompts, or compile the model"
+        f"of a prefill one by one ({OPERATIONS} a layer, {LAUNCH * 1e6:g} µs each, a rough figure), so that fewer "
+        "tokens gain nothing more; batch prompts, or compile the model"
     ]
 
 
