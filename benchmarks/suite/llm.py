@@ -137,9 +137,9 @@ def prefill_rows(
 
 
 LIMITS = {
-    "prefill": "what a choice, its signals and the hooks add is the same however short the prefill gets",
-    "decode": "one step of generate() cuts the mask to what is kept: two operations",
-    "signals": "",
+    "prefill": "the choice itself, which takes as long for an LLM of few layers as for one of many",
+    "decode": "a step cuts the mask to what is kept and moves the position: four operations",
+    "signals": "queries and keys of the block are made ready in float32, beside the tower's own",
 }
 
 

@@ -40,6 +40,8 @@ def test_a_section_comes_back_from_its_file(tmp_path: Path) -> None:
 def test_a_miss_says_what_bounds_it() -> None:
     missed = Row("a", number("a", 9), 3.0, False, "the bus")
     assert "missed; limit: the bus" in report.table([missed])[-1]
+    noisy = Row("a", Measurement("a", "", (0.7, 0.9, 1.1)), 0.95, True, "the bus")
+    assert "open: the target lies within" in report.table([noisy])[-1]
     with pytest.raises(SystemExit, match="what bounds it"):
         report.table([Row("a", number("a", 9), 3.0)])
 
