@@ -69,7 +69,7 @@ def table(rows: list[Row]) -> list[str]:
         if row.met is False and not row.limit:
             raise SystemExit(f"{row.what!r} misses its target and does not say what bounds it (Row.limit).")
         verdict = {None: "", True: "met", False: f"missed; limit: {row.limit}"}[row.met]
-        if row.met is False and row.target is not None and abs(row.measured.median - row.target) <= row.measured.spread:
+        if row.target is not None and abs(row.measured.median - row.target) < row.measured.spread:
             verdict = "open: the target lies within the spread of the runs"
         measured = (
             str(row.measured) if len(row.measured.samples) > 1 else f"{row.measured.median:g} {row.measured.unit}"
@@ -81,6 +81,8 @@ def table(rows: list[Row]) -> list[str]:
 def _beside(row: Row) -> str:
     """What a ratio was made of, in brackets."""
     shown = [
-        f"{k.removesuffix('_ms').replace('_', ' ')} {v:.3g} ms" for k, v in row.beside.items() if k.endswith("_ms")
+        f"{k.removesuffix('_ms').replace('_', ' ')} {v:{'.0f' if v >= 100 else '.3g'}} ms"
+        for k, v in row.beside.items()
+        if k.endswith("_ms")
     ]
     return f" ({', '.join(shown)})" if shown else ""
