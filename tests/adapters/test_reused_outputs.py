@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from tests.adapters.reference import QUICK, shared
 from tokprune.errors import MissingSignalError
 from tokprune.methods.base import ConnectorMethod, top
 from tokprune.registry import register_method
+from tokprune.runtime.streams import _first_copies
 from tokprune.testing import picture
 from tokprune.tokens import Selection
 
@@ -150,3 +152,18 @@ def test_pixels_beside_their_own_outputs_are_refused(family: str, ratio: float) 
         tiny.model(**inputs, mm_encoder_outputs=dict(output))
     with tokprune.apply(tiny.model, "divprune", ratio=ratio), pytest.raises(ValueError, match="mm_encoder_outputs"):
         tiny.model(**inputs, mm_encoder_outputs=dict(output))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "source", "first"),
+    [
+        ([4, 4, 0, 0], [0, 0, 1, 1], [0]),  # the last prompt is of words alone, its place filled up
+        ([0, 0, 4, 4], [0, 0, 1, 1], [0, 0, 1]),
+        ([4, 4], [0, 0], [0]),
+    ],
+)
+def test_empty_items_behind_the_last_picture_belong_to_no_prompt(
+    sizes: list[int], source: list[int], first: list[int]
+) -> None:
+    output = SimpleNamespace(pooler_output=[torch.zeros(n, 2) for n in sizes])
+    assert _first_copies(source, output, sizes, 2) == first

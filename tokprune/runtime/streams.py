@@ -213,7 +213,7 @@ def _first_copies(source: list[int], output: EncoderOutput, per_prompt: Sequence
     ends = list(accumulate(per_prompt))
     row, done, out = 0, 0, []
     for item, features in zip(source, flatten(output.pooler_output), strict=True):
-        while done >= ends[row]:
+        while done >= ends[row] and row < len(ends) - 1:  # behind the last picture there may be empty items
             row += 1
         if row % copies == 0:
             out.append(item)
