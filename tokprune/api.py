@@ -11,7 +11,7 @@ from tokprune.adapters.base import check_known, unwrap
 from tokprune.config import PruneConfig
 from tokprune.errors import OptionError, UnsupportedModelError
 from tokprune.methods.base import Method
-from tokprune.runtime.handle import Pruning, apply_encoder, install, remove, vlm_pruning
+from tokprune.runtime.handle import Pruning, install, remove, tower_pruning, vlm_pruning
 
 __all__ = ["Pruning", "apply", "remove"]
 
@@ -56,6 +56,9 @@ def apply(
     groups of like length one after the other, without filler between; refused where it cannot), "auto" (where that
     pays).
 
+    A method of the pixels stage drops what repeats in front of the vision tower, from pixel values alone; without a
+    ratio its threshold decides: apply(vlm, "pixelprune"). With stages behind it, the ratio is theirs.
+
     A method of the cache stage lets each new token read a part of the visual keys: method=["dycoke", "dycoke_cache"].
     Its share is its own there; alone, the ratio is.
 
@@ -96,9 +99,9 @@ def apply(
         if len(scorer) != 2:
             raise OptionError(f"scorer= is a pair (model, processor), not {len(scorer)} things.")
         scorer = VlmScorer(*scorer)
-    if all(m.stage == "encoder" for m in config.methods) and not _is_vlm(model):
+    if all(m.stage in ("pixels", "encoder") for m in config.methods) and not _is_vlm(model):
         _refuse_containers(model)
-        return apply_encoder(model, config.methods[0], ratio=config.ratio, budget=config.budget, processor=processor)  # type: ignore[arg-type]
+        return install(tower_pruning(model, config, processor=processor))
     if isinstance(model, nn.Module):
         check_known(unwrap(model))
     _refuse_containers(model)

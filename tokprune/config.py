@@ -100,7 +100,7 @@ class PruneConfig:
         if len(given) > 1:
             raise BudgetError(f"{'both ' if len(given) == 2 else ''}{' and '.join(given)} given; choose one.")
         # Such as ToMe's r tokens a block, FastV's layer and share, or DyCoke's share of the keys.
-        own_schedule = all(m.stage in ("encoder", "decoder", "cache") for m in self.methods)
+        own_schedule = all(m.stage in ("pixels", "encoder", "decoder", "cache") for m in self.methods)
         if not given and not own_schedule:
             raise BudgetError(
                 "neither ratio nor budget given; write ratio=0.1 to keep 10 % of the visual tokens, budget=64 for 64 "

@@ -18,7 +18,7 @@ from tokprune.types import Fields
 if TYPE_CHECKING:
     from tokprune.methods.base import Method
 
-STAGES = ("frames", "encoder", "connector", "decoder", "cache")
+STAGES = ("pixels", "frames", "encoder", "connector", "decoder", "cache")
 ENTRY_POINTS = "tokprune.methods"
 
 

@@ -264,6 +264,31 @@ def apt(checkout: Checkout, inputs: Inputs) -> Iterator[Pair]:
             yield kind, theirs[8 * 2**level][: ours.shape[0], : ours.shape[1]], ours
 
 
+@compares("pixelprune", "OPPO-Mente-Lab/PixelPrune")
+def pixelprune(checkout: Checkout, inputs: Inputs) -> Iterator[Pair]:
+    """Kept units of one picture: at threshold 0 and above, anchored and not, by every metric."""
+    from tokprune.methods.pixels.pixelprune import PixelPrune
+    from tokprune.methods.pixels_base import PixelUnits
+
+    file = "pixelprune/methods/pred_2d.py"
+    official = checkout.entry(file, "_sim2d", "_select_2d_loco_fast", "_select_2d_loco_anchored")
+    for i, kind in inputs:
+        h, w = ((9, 11), (1, 14), (13, 1), (6, 7))[i % 4]
+        x = (inputs.features(1, h * w, 12, kind)[0] * 2).round() / 8 + 0.01 * inputs.normal(h * w, 12) * (i % 3)
+        x = x.view(h, w, 12)
+        x[h // 3 :, w // 3 :] = x[h // 3, w // 3]  # a plain part
+        x = x.flatten(0, 1)
+        for metric, theirs in (("max", "max"), ("mean", "mae"), ("rms", "rmse")):
+            for threshold in (0.0, 0.05, 0.2):
+                for anchored in (True, False):
+                    selector = SimpleNamespace(method=theirs, threshold=threshold)
+                    exact = not anchored or (metric == "max" and threshold == 0)
+                    run = official._select_2d_loco_fast if exact else official._select_2d_loco_anchored
+                    ours = PixelPrune(threshold=threshold, metric=metric, anchored=anchored)  # type: ignore[arg-type]
+                    kept = ours.choose(PixelUnits(x[None, :, None, None], (1, h, w))).kept[0]
+                    yield kind, run(selector, x, h, w, x.device), kept.nonzero()[:, 0]
+
+
 def agreement(theirs: Tensor, ours: Tensor) -> float:
     """1 where both are the same: numbers within rounding, indices as sets; else the share of indices in common, or
     0."""

@@ -150,6 +150,7 @@ def methods_block() -> str:
         ("between encoder and LLM", plain),
         ("the same, for videos", videos),
         ("around another method", wrappers),
+        ("before the vision tower, by pixels", list_methods("pixels")),
         ("which frames of a video", list_methods("frames")),
         ("inside the vision tower", list_methods("encoder")),
         ("inside the LLM", list_methods("decoder")),

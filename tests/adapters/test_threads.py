@@ -22,6 +22,7 @@ METHODS: dict[str, Callable[[], Any]] = {
     "signal": lambda: "hired",
     "encoder": lambda: "tome",
     "encoder that drops": lambda: "evit",
+    "pixels": lambda: "pixelprune",
     "both": lambda: [tokprune.get_method("tome", r=2), "visionzip"],
 }
 
@@ -103,7 +104,14 @@ def test_threads_on_one_model_get_their_own_answers(family: str, method: str) ->
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     ("first", "second"),
-    [("signal", "signal"), ("signal", "encoder"), ("encoder", None), ("signal", None), ("both", "encoder")],
+    [
+        ("signal", "signal"),
+        ("signal", "encoder"),
+        ("encoder", None),
+        ("signal", None),
+        ("both", "encoder"),
+        ("pixels", "encoder"),
+    ],
 )
 @torch.no_grad()
 def test_models_that_share_a_tower_do_not_meet(family: str, first: str, second: str | None) -> None:

@@ -33,7 +33,7 @@ def test_survivors_line_up_with_the_features(family: str) -> None:
     with apply_encoder(tiny.model, "tome", ratio=0.4) as pruning:
         output = encode(tiny, inputs)
     call = EncoderCall(tiny.model.base_model, "image", names, output)
-    flat, place = rows(output.pooler_output), survivor_rows(pruning, call) > 0
+    flat, place = rows(output.pooler_output), survivor_rows(pruning.encoder, call) > 0
     assert place.shape == flat.shape[:1]
     unique = torch.unique((flat * 1e4).round(), dim=0).shape[0]
     if family == "llava_next":  # unpadding drops rows, newlines are added

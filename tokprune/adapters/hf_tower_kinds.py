@@ -173,6 +173,12 @@ def _window_order(root_ref: Ref, grid: Tensor, kwargs: ModelCall) -> Tensor:
     return get_vision_window_index(grid, **sizes, kwargs=dict(kwargs))[0]
 
 
+def _row(config: Any) -> tuple[int, int]:
+    """Channels and frames of a packed tower's patch."""
+    channels = next((getattr(config, name) for name in ("in_channels", "in_chans") if hasattr(config, name)), 3)
+    return int(channels), int(getattr(config, "temporal_patch_size", 1))
+
+
 class QwenLike(TowerKind):
     """Qwen2-VL to Qwen4, Qwen3-Omni, GLM-4V, Cohere Compass: all pictures in one sequence, rotary positions.
 
@@ -206,6 +212,7 @@ class QwenLike(TowerKind):
             self.plain(root, owner, root.blocks),
             fold=int(root.spatial_merge_size) ** 2,
             packed=True,
+            row=_row(root.config),
             taps=tuple((module, int(index)) for module, index in zip(mergers, indexes, strict=False)),
             vlm=True,
             grids=functools.partial(_window_order, Ref(root)) if hasattr(root, "window_size") else None,

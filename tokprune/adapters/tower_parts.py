@@ -188,6 +188,8 @@ class Tower:
     """fold > 1: of N patches the (N,) patch numbers, unit by unit."""
     packed: bool = False
     """All images in one sequence (S, C), with cu_seqlens."""
+    row: tuple[int, int] = (3, 1)
+    """Packed towers: channels and frames in a row of pixels, which is one patch."""
     pools: bool = False
     """The head pools over patches."""
     taps: tuple[tuple[nn.Module, int], ...] = ()

@@ -41,7 +41,7 @@ def show(  # the options of the command
     from tokprune.viz.kept import kept_on_image
 
     names = options.methods(methods)
-    maps = any(method_class(part).stage == "encoder" for name in names for part in name.split("+"))
+    maps = any(method_class(part).stage in ("pixels", "encoder") for name in names for part in name.split("+"))
     if merge_map and not maps:
         raise OptionError(
             f"--merge-map draws what is joined inside the vision tower, and none of {', '.join(names)} works there; "

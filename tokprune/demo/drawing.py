@@ -37,28 +37,35 @@ _CROSS = (
 )  # fmt: skip
 
 
-def render(objects: Sequence[SceneObject], seed: int, size: int) -> Image.Image:
+def render(objects: Sequence[SceneObject], seed: int, size: int, plain: bool = False) -> Image.Image:
     """Draw a scene: background and clutter first, so that they never hide an object.
 
     Args:
         objects: what to draw, in this order.
         seed: fixes the background, the clutter and the small variation of colours.
         size: height and width in pixels.
+        plain: before a ground of one colour, without clutter, as on a slide.
     """
-    return render_frames([objects], seed, size)[0]
+    return render_frames([objects], seed, size, plain)[0]
 
 
-def render_frames(frames: Sequence[Sequence[SceneObject]], seed: int, size: int) -> list[Image.Image]:
+def render_frames(
+    frames: Sequence[Sequence[SceneObject]], seed: int, size: int, plain: bool = False
+) -> list[Image.Image]:
     """Draw the frames of one take: the same objects, in the same order, at other places before one background.
 
     Args:
         frames: the objects of each frame; only their places may differ.
         seed: as in `render`; a take of one frame is that picture.
         size: height and width in pixels.
+        plain: as in `render`.
     """
     rng = random.Random(f"drawing {seed}")
     background = _background(rng, np.random.default_rng(seed), size)
-    _draw_clutter(background, rng)
+    if plain:
+        background = Image.new("RGB", (size, size), background.resize((1, 1)).getpixel((0, 0)))
+    else:
+        _draw_clutter(background, rng)
     sprites = [_sprite(obj, rng) for obj in frames[0]]
     images = []
     for objects in frames:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 SURVIVORS = "encoder_survivor"
 """The signal which rows the encoder stage left as groups' own places; from that stage, not from a probe."""
+WORTH = "pixel_worth"
+"""The signal by which a pixels method ranks rows; from that stage, too."""
 
 
 def sizes_in(arguments: ModelCall) -> list[str]:
@@ -82,7 +84,7 @@ class Recorder:
         encoder: EncoderStage | None = None,
     ) -> None:
         self.adapter, self.scorer, self.encoder = adapter, scorer, encoder
-        self.needs = tuple(n for n in of_tower(needs) if n != SURVIVORS)
+        self.needs = tuple(n for n in of_tower(needs) if n not in (SURVIVORS, WORTH))
         self.threads = PerThread(_Call)
         self.on = Attachments(self)
         self.probe: AttentionProbe | None = signal_probe(adapter.base, self.needs) if self.needs else None
@@ -149,11 +151,13 @@ class Recorder:
             helpers = (self.scorer, self.encoder)
             signals = compute_signals(self.adapter.base, modality, arguments, output, self.probe, self.needs, *helpers)
         if self.encoder is not None:
-            from tokprune.runtime.encoder.handoff import survivor_rows
+            from tokprune.runtime.encoder.handoff import survivor_rows, worth_rows
 
             signals = SignalSet() if signals is None else signals
             call = EncoderCall(self.adapter.base, modality, arguments, output)
             signals.values[SURVIVORS] = survivor_rows(self.encoder, call)
+            if self.encoder.pixels is not None:
+                signals.values[WORTH] = worth_rows(self.encoder, call)
         sizes = [f.shape[0] for f in flatten(output.pooler_output)]
         seen = copy.copy(output)
         if not isinstance(seen.pooler_output, Tensor):

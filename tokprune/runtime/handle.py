@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import sys
 import warnings
 import weakref
@@ -30,6 +29,7 @@ from tokprune.methods.cache_base import CacheMethod
 from tokprune.methods.cache_compact import CompactMethod
 from tokprune.methods.encoder_base import EncoderMethod
 from tokprune.methods.frames_base import PerFrame
+from tokprune.methods.pixels_base import PixelMethod
 from tokprune.methods.prompt_rule import PROPORTIONAL, Shared
 from tokprune.registry import get_method
 from tokprune.report import Report
@@ -272,17 +272,12 @@ def vlm_pruning(model: Model, config: PruneConfig, processor: Processor = None, 
         rule = None if config.prompt_rule == PROPORTIONAL else config.prompt_rule
         connector = Shared(connector, rule)  # type: ignore[arg-type]
     method: ConnectorMethod | None = connector
-    if stages.encoder is not None:
+    if stages.encoder is not None or stages.pixels is not None:
         from tokprune.runtime.encoder.handoff import AmongSurvivors
-        from tokprune.runtime.encoder.stage import EncoderStage
+        from tokprune.runtime.encoder.setup import in_tower
 
-        # The budget is one: the connector's when there is one, else the decoder's. The encoder then follows its own
-        # schedule; one that has none reduces by the same factor as the stage behind it.
-        later = connector is not None or stages.decoder is not None
-        amount = (None, None) if later else (config.ratio, config.budget)
-        if later and config.ratio is not None and not stages.encoder.scheduled:
-            amount = (math.sqrt(config.ratio), None)
-        installed.encoder = EncoderStage(adapter.model, stages.encoder, *amount, processor=processor)
+        installed.encoder, own = in_tower(adapter.model, config, processor=processor)
+        connector = connector if own is None else own
         method = AmongSurvivors() if connector is None else AmongSurvivors(connector)
     if stages.decoder is not None or isinstance(stages.cache, CompactMethod):
         from tokprune.runtime.decoder.setup import stage_of
@@ -350,25 +345,29 @@ def apply_encoder(
     Applying again replaces. Raises UnsupportedModelError for towers that cannot be spliced, OptionError and BudgetError
     for arguments that cannot be used; the model is then as it was.
     """
-    from tokprune.runtime.encoder.stage import EncoderStage
-
     if isinstance(method, str):
         method = get_method(method, **options)
     elif options:
         raise OptionError(f"options {sorted(options)} need the method by name.")
-    if not isinstance(method, EncoderMethod):
+    if not isinstance(method, EncoderMethod | PixelMethod):
         raise OptionError(
-            f"method {method.info.name!r} belongs to the stage {method.stage!r}, not to the encoder stage."
+            f"method {method.info.name!r} belongs to the stage {method.stage!r}, not to the encoder stage or the pixels stage."
         )
+    return install(tower_pruning(model, PruneConfig.build(method, ratio=ratio, budget=budget), expand, processor))
+
+
+def tower_pruning(
+    model: Model, config: PruneConfig, expand: bool | None = None, processor: Processor = None
+) -> Pruning:
+    """The pruning of a vision tower alone, by a config's pixels and encoder methods, made but not put on yet."""
+    from tokprune.runtime.encoder.setup import in_tower
+
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"apply_encoder takes a model (a torch.nn.Module), not {type(model).__name__}.")
     inner = unwrap(model)
-    encoder = EncoderStage(inner, method, ratio, budget, expand, processor)
-    installed = Installed(inner, PruneConfig.build(method, ratio=ratio, budget=budget), processor)
-    installed.encoder = encoder
-    pruning = Pruning(installed)
-    installed.install()
-    return pruning
+    installed = Installed(inner, config, processor)
+    installed.encoder, _ = in_tower(inner, config, expand, processor)
+    return Pruning(installed)
 
 
 def install(pruning: Pruning) -> Pruning:

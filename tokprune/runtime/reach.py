@@ -13,8 +13,10 @@ from tokprune.adapters.towers import find_tower
 from tokprune.adapters.types import Model
 from tokprune.errors import TokpruneError
 from tokprune.methods.encoder_base import EncoderMethod
+from tokprune.methods.pixels_base import PixelMethod
 from tokprune.registry import get_method, list_methods, method_class
 from tokprune.runtime.encode import Recorder
+from tokprune.runtime.encoder.pixels import PixelDrop
 from tokprune.runtime.encoder.stage import EncoderStage
 from tokprune.runtime.records import encoder_record
 from tokprune.types import Inputs
@@ -43,7 +45,7 @@ class Reach:
     signals: dict[str, ReachAnswer]
     """By signal."""
     encoder: dict[str, ReachAnswer]
-    """By method of the encoder stage with its defaults; those that need trained parts say so."""
+    """By method of the encoder and the pixels stage with its defaults; those that need trained parts say so."""
 
 
 def reach(model: Model, inputs: Inputs | None = None) -> Reach:
@@ -80,9 +82,12 @@ def _signal(model: Model, name: str, inputs: Inputs | None) -> str:
     return "; ".join(dict.fromkeys(signals.sources[name] for signals in made))
 
 
-def _reduced(model: Model, method: EncoderMethod, inputs: Inputs | None) -> str:
+def _reduced(model: Model, method: EncoderMethod | PixelMethod, inputs: Inputs | None) -> str:
     """What `method` leaves of the pictures of `inputs`."""
-    stage = EncoderStage(model, method, ratio=None if method.restores else 0.5)
+    if isinstance(method, PixelMethod):
+        stage = EncoderStage(model, None, pixels=PixelDrop(method, 0.5))
+    else:
+        stage = EncoderStage(model, method, ratio=None if method.restores else 0.5)
     if inputs is None:
         return ""
     with _installed(stage):
@@ -105,10 +110,10 @@ def _installed(part: Recorder | EncoderStage) -> Iterator[None]:
         part.remove()
 
 
-def _methods() -> Iterator[EncoderMethod]:
-    """The encoder methods, with their defaults; pixels are taken as -1 to 1."""
-    for name in list_methods("encoder"):
+def _methods() -> Iterator[EncoderMethod | PixelMethod]:
+    """The methods inside and in front of the tower, with their defaults; pixels are taken as -1 to 1."""
+    for name in (*list_methods("encoder"), *list_methods("pixels")):
         normal = {"mean": (0.5,) * 3, "std": (0.5,) * 3} if "mean" in method_class(name).__dataclass_fields__ else {}
         method = get_method(name, **normal)
-        if isinstance(method, EncoderMethod):
+        if isinstance(method, EncoderMethod | PixelMethod):
             yield method

@@ -13,12 +13,14 @@ from tokprune.methods.cache_compact import CompactMethod
 from tokprune.methods.decoder_base import DecoderMethod
 from tokprune.methods.encoder_base import EncoderMethod
 from tokprune.methods.frames_base import FramesMethod, PerFrame
+from tokprune.methods.pixels_base import PixelMethod
 
 
 @dataclass(frozen=True)
 class Stages:
     """The methods of a config, one per stage at most."""
 
+    pixels: PixelMethod | None = None
     frames: FramesMethod | None = None
     encoder: EncoderMethod | None = None
     connector: ConnectorMethod | None = None
@@ -52,6 +54,7 @@ class Stages:
 
 
 BASES: dict[str, tuple[type[Method], ...]] = {
+    "pixels": (PixelMethod,),
     "frames": (FramesMethod,),
     "encoder": (EncoderMethod,),
     "connector": (ConnectorMethod,),

@@ -11,6 +11,7 @@ from tools.site.bibtex import bibtex
 from tools.site.curve import curve_svg
 
 STAGE_TITLES = {
+    "pixels": "Before the vision tower",
     "frames": "Which frames of a video",
     "encoder": "Inside the vision tower",
     "connector": "Between tower and LLM",

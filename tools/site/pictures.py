@@ -21,7 +21,7 @@ from tools.site.evidence import ROOT
 
 PICTURE = ROOT / "docs" / "images" / "scene.png"
 QUESTION = "what color is the circle ?"
-RATIO = {"encoder": 0.3, "connector": 0.1, "frames": 0.1, "decoder": 0.1}
+RATIO = {"pixels": 0.3, "encoder": 0.3, "connector": 0.1, "frames": 0.1, "decoder": 0.1}
 INSIDE = "divprune"  # what wrappers run in their picture
 
 
@@ -57,6 +57,8 @@ def caption(name: str) -> str:
     cls = method_class(name)
     share = f"{RATIO[cls.stage]:.0%} of the visual tokens"
     inside = f", around `{INSIDE}`" if cls.info.wrapper else ""
+    if cls.stage == "pixels":
+        return f"Units of one colour are told by the one that was encoded ({share} encoded)."
     if cls.stage == "encoder":
         return f"Patches of one colour became one token inside the tower ({share} left); dropped ones fade."
     if cls.stage == "decoder":

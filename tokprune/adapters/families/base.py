@@ -164,6 +164,13 @@ class Family:
         """(B, L) bool per modality: the columns that its features fill, from those that hold its placeholder id."""
         return columns
 
+    cuts_pictures: bool = False
+    """Whether the tower may see a picture in several pieces."""
+
+    def candidates(self, call: EncoderCall) -> Tensor | None:
+        """(P,) bool: the tower's patches that become tokens of the LLM, known before the tower runs; None: all."""
+        return None
+
     # -- encoder call --------------------------------------------------------------------------------------------------
 
     def encoder(self, base: Any, modality: str) -> tuple[str, str] | None:

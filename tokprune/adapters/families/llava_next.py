@@ -22,6 +22,7 @@ class AnyRes(Family):
     line closed by a newline row. Traced through the model's own pack_image_features."""
 
     clips_in_one_tensor = True
+    cuts_pictures = True
     tiny_types: tuple[str, ...] = (
         "llava_next",
         "llava_next_video",
@@ -85,6 +86,13 @@ class AnyRes(Family):
         if call.modality == "video":
             return self.video_rows(call, per_unit, fill)
         return torch.cat(self.pack(call, per_unit, fill))
+
+    def candidates(self, call: EncoderCall) -> Tensor:
+        patches = self.side(call) ** 2 * sum(self.tile_counts(call))
+        number = torch.arange(1.0, patches + 1).view(-1, self.side(call) ** 2, 1)
+        seen = torch.zeros(patches + 1, dtype=torch.bool)
+        seen[torch.cat(self.pack(call, number, 0.0)).flatten().round().long()] = True  # newlines are number 0
+        return seen[1:]
 
     def video_shape(self, call: EncoderCall) -> tuple[int, int]:
         """Videos and frames of the call."""

@@ -36,6 +36,7 @@ class Tiles(Units):
 
     reads_runs = True
     thumbnail_last = True
+    cuts_pictures = True
 
     def pictures(self, call: EncoderCall, runs: list[PlaceholderRun], n: int) -> Iterator[TiledPicture]:
         """The pictures that the runs of placeholders tell of; n: tokens of a unit."""

@@ -73,6 +73,7 @@ class Fallback(Units):
     """Models without an entry of their own: a grid where the counts allow only one reading, else one line."""
 
     reads_runs = True
+    cuts_pictures = True
 
     def token_grid(self, call: EncoderCall) -> tuple[int, int]:
         pixels = call.pixels

@@ -8,11 +8,13 @@ import math
 import torch
 from torch import Tensor
 
+from tokprune.adapters.families import EncoderCall, family_of
 from tokprune.adapters.tower_parts import Heads
 from tokprune.adapters.types import ModelCall, Positional, Replaced
 from tokprune.errors import OptionError, UnsupportedModelError
 from tokprune.methods.encoder_base import BlockView, Cut, Entrance
 from tokprune.runtime.encoder.engine import Splice
+from tokprune.runtime.encoder.pixels import of_pictures
 from tokprune.runtime.encoder.run import EncoderTrace, Run, State
 
 OTHER_KERNEL = (
@@ -39,8 +41,9 @@ class BatchedSplice(Splice[Run]):
     def _check_kernel(self) -> None:
         """Refuse attention kernels that do not take the masks of reduced rows."""
         kernel = str(getattr(getattr(self.tower.root, "config", None), "_attn_implementation", "sdpa"))
-        if "flex" in kernel or ("flash" in kernel and (self.method.size_bias or self.method.info.adaptive)):
-            raise UnsupportedModelError(OTHER_KERNEL.format(kernel, self.method.info.name))
+        masks = self.method.size_bias or self.method.info.adaptive or self.pixels is not None
+        if "flex" in kernel or ("flash" in kernel and masks):
+            raise UnsupportedModelError(OTHER_KERNEL.format(kernel, self.label))
 
     def start(self, x: Tensor, kwargs: ModelCall) -> Run:
         self._check_kernel()  # it may have been exchanged since apply
@@ -167,6 +170,61 @@ class BatchedSplice(Splice[Run]):
             return out.x
         return torch.cat([head, out.x.unflatten(2, (fold, -1)).flatten(1, 2)], 1)
 
+    def drop(self, run: Run, x: Tensor) -> bool:
+        now, tower, fold = self.threads.now, self.tower, self.fold
+        pixels, now.pixels = now.pixels, None
+        if self.pixels is None or pixels is None or tower.patch is None:
+            raise UnsupportedModelError(f"{tower.family} was called without pixels, which a pixels method reads.")
+        units, (height, width) = of_pictures(pixels, int(tower.patch.kernel_size[0]), fold)
+        count, head = height * width, tower.prefix if fold == 1 else 0
+        if units.shape[:2] != (run.batch, run.rows - head):
+            raise UnsupportedModelError(
+                f"{run.batch} x {run.rows - head} places of {tower.family} are not the {height} x {width} units of "
+                f"{len(units)} pictures; a pixels method cannot tell which is which."
+            )
+        parts, candidates = self._streams(len(units), count)
+        if candidates is not None:
+            candidates = candidates.to(x.device)
+        choice = self.pixels.decide(list(units), [(1, height, width)] * len(units), parts, candidates)
+        kept, source = choice.kept.view(-1, count), choice.source.view(-1, count)
+        run.worth = choice.worth.view(-1, count)
+        fewest, most = torch.stack(kept.sum(1).aminmax()).tolist()
+        if fewest == count:
+            return False
+        self.check_mask(run, run.mask)
+        begin = torch.arange(len(kept), device=x.device)[:, None] * count
+        front = torch.arange(head, device=x.device).expand(len(kept), -1)
+        source = torch.cat([front, torch.where(source >= 0, source - begin + head, -1)], 1)
+        kept = torch.nn.functional.pad(kept, (head, 0), value=True)
+        place = torch.sort(kept.to(torch.int8), dim=1, descending=True, stable=True).indices[:, : most + head]
+        real = kept.gather(1, place)
+        assign = torch.where(source >= 0, (kept.cumsum(1) - 1).gather(1, source.clamp(min=0)), -1)
+        run.states[0] = State(real.float()[..., None], assign, torch.where(real, place, -1), fewest < most)
+        return True
+
+    def _streams(self, pictures: int, count: int) -> tuple[bool, Tensor | None]:
+        """Whether a stream of the LLM may be made of several of these pictures of `count` units, and which units it
+        gets at all, (pictures * count,) bool; None: all.
+        """
+        name, call = self.threads.now.call or ("", {})
+        if not self.tower.vlm:
+            return False, None
+        base = self.tower.owner.base_model
+        family, modality = family_of(base, call), "video" if "video" in name else "image"
+        seen = family.candidates(EncoderCall(base, modality, call, None)) if modality == "image" else None
+        if seen is not None and len(seen) != pictures * count:
+            seen = None
+        return family.cuts_pictures or modality == "video", seen
+
+    def take(self, run: Run, x: Tensor) -> Tensor:
+        place, fold, prefix = run.states[0].rep, self.fold, self.tower.prefix
+        if place is None:
+            return x
+        rows = self.rows(x, self.order(run, x.device) if fold > 1 else None)
+        rows = rows.gather(1, place.clamp(min=0)[..., None].expand(-1, -1, rows.shape[2]))
+        rows = rows.masked_fill((place < 0)[..., None], 0)
+        return rows if fold == 1 else torch.cat([x[:, :prefix], rows.unflatten(2, (fold, -1)).flatten(1, 2)], 1)
+
     def bias(self, run: Run, index: int) -> Tensor | None:
         """(B, 1, 1, N) what block `index` adds to its logits: the logarithm of each key's size, -inf for padding."""
         state = run.states[index]
@@ -252,10 +310,12 @@ class BatchedSplice(Splice[Run]):
         if state.assign is None or state.rep is None or state.size is None or state.detour:
             assign = torch.arange(places).expand(run.batch, -1)
             there = torch.ones_like(assign, dtype=torch.bool)
-            return EncoderTrace(assign, there, there.float(), self.tower.fold, prefix, tuple(run.counts), cells)
+            counts = tuple(run.counts)
+            return EncoderTrace(assign, there, there.float(), self.tower.fold, prefix, counts, cells, run.worth)
         real = state.rep >= 0
         survivor = torch.zeros_like(state.assign)
         survivor = survivor.scatter_reduce(1, state.rep.clamp(min=0), real.long(), "amax").bool()
         assign = torch.where(state.assign >= 0, state.assign - prefix, -1)[:, prefix:]
         size = state.size[:, prefix:, 0]
-        return EncoderTrace(assign, survivor[:, prefix:], size, self.tower.fold, prefix, tuple(run.counts), cells)
+        counts = tuple(run.counts)
+        return EncoderTrace(assign, survivor[:, prefix:], size, self.tower.fold, prefix, counts, cells, run.worth)

@@ -8,6 +8,7 @@ and hand the attention a bias.
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from typing import Any, Generic, NoReturn
 
@@ -20,36 +21,11 @@ from tokprune.adapters.types import ModelCall, Original, Positional, Replaced
 from tokprune.budget import keep_count
 from tokprune.errors import TokpruneError, UnsupportedModelError
 from tokprune.methods.encoder_base import EncoderMethod
-from tokprune.runtime.encoder.intermediates import NAME, forward_intermediates
+from tokprune.runtime.encoder import refusals
+from tokprune.runtime.encoder.intermediates import NAME, forward_intermediates, widen_listed
+from tokprune.runtime.encoder.pixels import NoReduction, PixelDrop, arguments_of, with_states
 from tokprune.runtime.encoder.recompute import PastRuns, recomputing
 from tokprune.runtime.encoder.run import EncoderTrace, InFlight, R, State
-
-REENTRANT = (
-    "gradient checkpointing in the reentrant way cannot be recomputed with an encoder-stage method: the tower would "
-    'get no gradients. Use gradient_checkpointing_kwargs={"use_reentrant": False} (set_grad_checkpointing of timm '
-    "and open_clip does so by itself)."
-)
-NO_SCRIPT = (
-    "torch.jit.script cannot compile {} with an encoder-stage method on it (TorchScript knows no hooks of this "
-    "kind); script the model before apply, or after remove. torch.compile works."
-)
-UNKNOWN_CALL = (
-    "the blocks of {} were called with {} where hidden states were expected: tracing with stand-ins for tensors "
-    "(torch.fx) cannot follow an encoder-stage method, whose steps depend on the number of tokens. Trace the model "
-    "before apply, or after remove."
-)
-NO_CHECKPOINTS = (
-    "{} leaves the sequence and restores it, which gradient checkpointing cannot recompute block by block; switch "
-    "checkpointing off, or take a method that merges (tome, pitome, tofu)."
-)
-NO_PATCH_SIZES = (
-    "{!r} chooses patch sizes, which {} here does not allow: it needs absolute positions, one token per patch at the "
-    "connector and images of one size (ViTs of timm and open_clip, CLIP, SigLIP, LLaVA)."
-)
-OUT_OF_ORDER = (
-    "block {} of the {} tower was called out of order; an encoder-stage method needs the blocks to run from the "
-    "first on, one after the other (non-reentrant gradient checkpointing is fine, reentrant is not)."
-)
 
 
 class Splice(Attached, ABC, Generic[R]):
@@ -64,6 +40,8 @@ class Splice(Attached, ABC, Generic[R]):
     """Of the pixels, where it is known."""
     trace: EncoderTrace | None = None
     """Of the last run, in whichever thread."""
+    pixels: PixelDrop | None = None
+    """What is dropped in front of the first block from the pixels alone."""
 
     def __init__(
         self, tower: Tower, method: EncoderMethod, ratio: float | None, budget: int | None, expand: bool
@@ -93,6 +71,14 @@ class Splice(Attached, ABC, Generic[R]):
     @abstractmethod
     def shrink(self, run: R, index: int, x: Tensor) -> Tensor | None:
         """The rows that the method leaves of `x` in block `index`; sets run.states[index + 1]. None: all of them."""
+
+    @abstractmethod
+    def drop(self, run: R, x: Tensor) -> bool:
+        """Let the pixels method choose in front of the first block; sets run.states[0]. False: it keeps everything."""
+
+    @abstractmethod
+    def take(self, run: R, x: Tensor) -> Tensor:
+        """The rows of `x`, which was to enter the first block, that run.states[0] keeps."""
 
     @abstractmethod
     def widen(self, run: R, state: State, x: Tensor, rebuild: bool = True) -> Tensor:
@@ -141,6 +127,12 @@ class Splice(Attached, ABC, Generic[R]):
         return run
 
     @property
+    def label(self) -> str:
+        """Names of the methods."""
+        names = [] if self.pixels is None else [self.pixels.method.info.name]
+        return " + ".join(names if isinstance(self.method, NoReduction) else [*names, self.method.info.name])
+
+    @property
     def channels(self) -> int:
         """Packed towers: channels of queries and keys that carry sizes."""
         return 0
@@ -154,8 +146,10 @@ class Splice(Attached, ABC, Generic[R]):
     def check(self) -> None:
         """Refuse what cannot be right, before anything is hooked."""
         self.method.check(self.tower.depth, self.ratio is not None or self.budget is not None)
+        if self.pixels is not None:
+            self.pixels.check(self.tower, self.method)
         if self.method.place == "entrance" and (self.tower.patch is None or self.tower.embed is None):
-            raise UnsupportedModelError(NO_PATCH_SIZES.format(self.method.info.name, self.tower.family))
+            raise UnsupportedModelError(refusals.NO_PATCH_SIZES.format(self.method.info.name, self.tower.family))
 
     @property
     def active(self) -> set[int]:
@@ -168,7 +162,7 @@ class Splice(Attached, ABC, Generic[R]):
         """On the tower's blocks, on what they are made of, and on calls of the tower's owner."""
         tower, method, on, active = self.tower, self.method, self.on, self.active
         for target, name in self.owner_methods:
-            on.instead(target(), name, "_owner_call")
+            on.instead(target(), name, "_owner_call", name)
         if tower.patch is not None:
             on.before(tower.patch, "_picture")
         for i, parts in enumerate(tower.blocks):
@@ -195,7 +189,7 @@ class Splice(Attached, ABC, Generic[R]):
         on.instead(tower.root, "__prepare_scriptable__", "_refuse_scripting")
 
     def _refuse_scripting(self, original: object) -> NoReturn:
-        raise UnsupportedModelError(NO_SCRIPT.format(self.tower.family))
+        raise UnsupportedModelError(refusals.NO_SCRIPT.format(self.tower.family))
 
     def remove(self) -> None:
         """Take every hook away."""
@@ -203,16 +197,17 @@ class Splice(Attached, ABC, Generic[R]):
         self.threads = PerThread(InFlight)
         self.past = PastRuns()
 
-    def _owner_call(self, original: Original, *args: object, **kwargs: object) -> object:
+    def _owner_call(self, name: str, original: Original, *args: object, **kwargs: object) -> object:
         """A call of the pruned model that may run its tower."""
         now = self.threads.now
         if now.of_owner:
             return original(*args, **kwargs)
         now.of_owner, now.run = True, None
+        now.call = None if self.pixels is None else (name, arguments_of(original, args, kwargs))
         try:
             return original(*args, **kwargs)
         finally:
-            now.of_owner, now.run, now.pixels = False, None, None
+            now.of_owner, now.run, now.pixels, now.call = False, None, None, None
 
     @property
     def _foreign(self) -> bool:
@@ -234,7 +229,7 @@ class Splice(Attached, ABC, Generic[R]):
         height, width = args[0].shape[-2:]
         now = self.threads.now
         now.grid = (height // module.kernel_size[0], width // module.kernel_size[1])
-        if self.method.place == "entrance":
+        if self.method.place == "entrance" or self.pixels is not None:
             now.pixels = args[0]
 
     def _enter_block(self, index: int, module: nn.Module, args: Positional, kwargs: ModelCall) -> Replaced:
@@ -243,6 +238,8 @@ class Splice(Attached, ABC, Generic[R]):
         if recomputing():
             now.whole_block = True
             run = self._again(index, x)
+            if run is not None and self._dropped(run, index) and run.entered(-1) == x.data_ptr():
+                args, kwargs = with_states(args, kwargs, self.take(run, x))
         elif self._foreign:
             now.run = None
             return None
@@ -252,18 +249,27 @@ class Splice(Attached, ABC, Generic[R]):
                 run.states[-1] = State()
                 rows = self.shrink(run, -1, x)
                 if rows is not None:
-                    return ((rows, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": rows})
+                    return with_states(args, kwargs, rows)
+            if self.pixels is not None and self.drop(run, x):
+                if not torch.compiler.is_compiling():  # a checkpoint around the whole block keeps that
+                    run.entries[-1] = weakref.ref(x)
+                args, kwargs = with_states(args, kwargs, self.take(run, x))
         else:
             run = self._run(index)
         if run is None:
             return None
         if self.method.restores and self.method.place_at(index, self.tower.depth) == "end":
             run.inputs[index] = x
-        return self.block_arguments(run, index, args, kwargs)
+        more = self.block_arguments(run, index, args, kwargs)
+        return (args, kwargs) if more is None and self._dropped(run, index) else more
+
+    def _dropped(self, run: R, index: int) -> bool:
+        """Whether a pixels method shortened what enters block `index`."""
+        return self.pixels is not None and index == 0 and run.states[0].rep is not None
 
     def _start(self, x: object, kwargs: ModelCall) -> R:
         if not isinstance(x, Tensor):
-            raise UnsupportedModelError(UNKNOWN_CALL.format(self.tower.family, type(x).__name__))
+            raise UnsupportedModelError(refusals.UNKNOWN_CALL.format(self.tower.family, type(x).__name__))
         run = self.start(x, kwargs)
         run.states[0] = State()
         run.grid = self.threads.now.grid
@@ -274,12 +280,13 @@ class Splice(Attached, ABC, Generic[R]):
         """The run whose block `index` a backward pass computes again, known by where the block's input lies."""
         now = self.threads.now
         run: R | None = self.past.entered_by(index, x)
+        run = self.past.entered_by(-1, x) if run is None and index == 0 else run
         if run is None and now.run is not None and now.recomputed == index - 1:
             run = now.run  # several blocks under one checkpoint: only the first one's input was kept
         if run is None and not self._foreign:
-            raise UnsupportedModelError(REENTRANT)
+            raise UnsupportedModelError(refusals.REENTRANT)
         if run is not None and now.whole_block and self.method.restores:
-            raise UnsupportedModelError(NO_CHECKPOINTS.format(self.method.info.name))
+            raise UnsupportedModelError(refusals.NO_CHECKPOINTS.format(self.method.info.name))
         now.run, now.recomputed = run, index
         return run
 
@@ -289,7 +296,7 @@ class Splice(Attached, ABC, Generic[R]):
         if run is None and self.owner_methods:
             return None
         if run is None or index not in run.states:
-            raise TokpruneError(OUT_OF_ORDER.format(index, self.tower.family))
+            raise TokpruneError(refusals.OUT_OF_ORDER.format(index, self.tower.family))
         return run
 
     def _enter(self, index: int, module: nn.Module, args: tuple[Tensor]) -> None:
@@ -303,7 +310,7 @@ class Splice(Attached, ABC, Generic[R]):
         if run is None or torch.compiler.is_compiling():
             return
         if run.graph and not torch.is_grad_enabled():  # inside a reentrant checkpoint, whose gradients would get lost
-            raise UnsupportedModelError(REENTRANT)
+            raise UnsupportedModelError(refusals.REENTRANT)
         if run.graph:
             self.past.add(run, index, x)
 
@@ -381,13 +388,6 @@ class Splice(Attached, ABC, Generic[R]):
 
     def _list(self, module: nn.Module, args: Positional, output: Any) -> None:
         """Bring the listed hidden states to full length."""
-        if not self.expand or not hasattr(output, "keys") or output.get("hidden_states") is None:
-            return
         run: R | None = self.threads.now.run
-        states = output["hidden_states"]
-        if run is None or self._foreign or len(states) != len(self.tower.blocks) + 1:
-            return
-        output["hidden_states"] = tuple(
-            h if h is None or h.shape[-2] == run.tokens else self.widen(run, run.states[i], h)
-            for i, h in enumerate(states)
-        )
+        if self.expand and run is not None and not self._foreign:
+            widen_listed(output, self, run)

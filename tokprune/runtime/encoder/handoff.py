@@ -31,16 +31,36 @@ def survivor_rows(encoder: EncoderStage, call: EncoderCall) -> Tensor:
         raise ValueError("the reduced tower has not run yet.")
     if tower.packed:
         return trace.survivor.float()
-    values = trace.survivor.float()  # (images, patches or units)
+    share = _rows(encoder, call, trace.survivor.float())
+    if encoder.pixels is not None and bool(((share > 0) & (share < 1)).any()):
+        raise UnsupportedModelError(
+            f"the connector of {encoder.name} makes a token of patches some of which {encoder.label!r} dropped (it "
+            f"pools or resamples {call.modality}s here); a pixels method needs tokens of whole units. Methods of the "
+            "connector stage work on its output."
+        )
+    return (share > 0).float()
+
+
+def worth_rows(encoder: EncoderStage, call: EncoderCall) -> Tensor:
+    """(R,) in float32: by which a pixels method ranks each row of an encoder call, 0 for rows that are no units."""
+    trace = encoder.trace
+    if trace is None or trace.worth is None:
+        raise ValueError("no pixels method has seen this call.")
+    return trace.worth if encoder.tower.packed else _rows(encoder, call, trace.worth)
+
+
+def _rows(encoder: EncoderStage, call: EncoderCall, values: Tensor) -> Tensor:
+    """Values of patches or units (images, n) of a tower with equal pictures as values of the rows, (R,)."""
+    tower = encoder.tower
     if tower.fold > 1 and tower.unit_order is not None:
         order = tower.unit_order(values.shape[1] * tower.fold).to(values.device)
         patches = values.repeat_interleave(tower.fold, 1)
         values = torch.empty_like(patches).index_copy_(1, order, patches)
     try:
-        return (arrange(call, values.flatten()) > 0).float()
+        return arrange(call, values.flatten())
     except UnknownGeometryError as error:
         raise UnsupportedModelError(
-            f"the tokens that {encoder.method.info.name!r} left inside the vision tower of {encoder.name} cannot be "
+            f"the tokens that {encoder.label!r} left inside the vision tower of {encoder.name} cannot be "
             f"matched with those that its LLM reads ({error}); tokprune.runtime.encoder.apply_encoder reduces the "
             "tower alone."
         ) from None

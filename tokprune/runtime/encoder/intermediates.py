@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -56,3 +56,21 @@ def forward_intermediates(
         return named if intermediates_only else {**named, "image_features": final}
     listed = list(zip(bodies, heads, strict=True)) if with_prefix else bodies
     return listed if intermediates_only else (final, listed)
+
+
+def widen_listed(output: Any, splice: Splice[R], run: R) -> None:
+    """Bring the hidden states that a model lists in its output to full length; the last one has it already.
+
+    Their own length does not tell: where one picture of a batch keeps all its rows, the shortened others are as long.
+    """
+    states, last = output.get("hidden_states") if hasattr(output, "keys") else None, len(splice.tower.blocks)
+    if states is None or len(states) != last + 1:
+        return
+
+    def wide(i: int, h: Tensor) -> bool:
+        whole = run.entered(-1) == h.data_ptr() if splice.pixels is not None else h.shape[-2] == run.tokens
+        return i == last or (i == 0 and whole)  # some models list what enters the first block as it was
+
+    output["hidden_states"] = tuple(
+        h if h is None or wide(i, h) else splice.widen(run, run.states[i], h) for i, h in enumerate(states)
+    )

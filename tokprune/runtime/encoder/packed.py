@@ -15,6 +15,7 @@ from tokprune.adapters.types import ModelCall, Positional, Replaced
 from tokprune.errors import UnsupportedModelError
 from tokprune.methods.encoder_base import BlockView, Cut, Reduction
 from tokprune.runtime.encoder.engine import Splice
+from tokprune.runtime.encoder.pixels import Grid, of_rows
 from tokprune.runtime.encoder.run import EncoderTrace, Run, State
 
 PAD = 8  # channels added to each head for the size bias: flash kernels want multiples of eight
@@ -32,6 +33,8 @@ class PackedRun(Run):
     """Height and width of each frame in units."""
     lengths: dict[int, list[int]]
     """Units of each frame that enter each block, known to the host so that a reduction need not ask the device."""
+    whole: list[int]
+    """Units of each frame at the tower's entrance."""
     segment: dict[int, Tensor] = field(default_factory=dict)
     """Per border tensor of the model, (U,) segment of each unit."""
     borders: dict[int, Tensor] = field(default_factory=dict)
@@ -59,9 +62,11 @@ class PackedSplice(Splice[PackedRun]):
         if frames is None:
             raise UnsupportedModelError(f"the blocks of {self.tower.family} were called without the tower around them.")
         cells, order = frames
-        lengths = {0: [tokens] if self.method.single_patches else [height * width for height, width in cells]}
-        position = kwargs["position_embeddings"]
-        return PackedRun(tokens // fold, tokens, 1, position=position, order=order, cells=cells, lengths=lengths)
+        whole = [tokens] if self.method.single_patches else [height * width for height, width in cells]
+        position, lengths = kwargs["position_embeddings"], {0: whole}
+        return PackedRun(
+            tokens // fold, tokens, 1, position=position, order=order, cells=cells, lengths=lengths, whole=whole
+        )
 
     def put_on(self) -> None:
         """Also watch the tower's entrance: there, and only there, the sizes of images and frames are known."""
@@ -80,6 +85,10 @@ class PackedSplice(Splice[PackedRun]):
         side = math.isqrt(self.tower.fold)
         cells = [(height // side, width // side) for count, height, width in grid.tolist() for _ in range(count)]
         self.threads.now.frames = (cells, order)
+        if self.pixels is not None:
+            self.threads.now.clips = [(t, height // side, width // side) for t, height, width in grid.tolist()]
+            named = (kwargs[name] for name in ("hidden_states", "pixel_values") if name in kwargs)
+            self.threads.now.pixels = args[0] if args else next(named, None)
 
     def _add_channel(self, index: int, module: nn.Module, args: Positional, output: Tensor) -> Tensor | None:
         """The logarithm of each key's size as one more channel of q (1) and k; attention itself stays as it is."""
@@ -139,12 +148,50 @@ class PackedSplice(Splice[PackedRun]):
 
     def restored(self, run: PackedRun, index: int) -> None:
         super().restored(run, index)
-        run.lengths[index] = run.lengths[0]
+        run.lengths[index] = run.whole
 
     def tokens(self, units: Tensor) -> Tensor:
         """Token rows of these units."""
         fold = self.fold
         return (units[:, None] * fold + torch.arange(fold, device=units.device)).flatten()
+
+    def clips(self, run: PackedRun) -> list[Grid]:
+        """Pictures and clips in units: as the model's own call tells them, for the tower may be shown single frames
+        (GLM-4V); else as the tower's.
+        """
+        _, call = self.threads.now.call or ("", {})
+        given = next((v for k, v in call.items() if k.endswith("_grid_thw") and isinstance(v, Tensor)), None)
+        side = math.isqrt(self.tower.fold)
+        clips = [] if given is None else [(t, h // side, w // side) for t, h, w in given.tolist()]
+        return clips if [(h, w) for t, h, w in clips for _ in range(t)] == run.cells else self.threads.now.clips
+
+    def drop(self, run: PackedRun, x: Tensor) -> bool:
+        now, tower, clips = self.threads.now, self.tower, self.clips(run)
+        pixels, now.pixels = now.pixels, None
+        sizes = [t * h * w for t, h, w in clips]
+        channels, frames = tower.row
+        if self.pixels is None or pixels is None or pixels.dim() != 2 or pixels.shape[0] != run.tokens:
+            raise UnsupportedModelError(
+                f"{tower.family} was called without a row of pixels for each patch; a pixels method reads them."
+            )
+        choice = self.pixels.decide(of_rows(pixels, channels, frames, tower.fold).split(sizes), clips)
+        run.worth, kept = choice.worth, choice.kept  # in raster order, frame after frame
+        left = [int(n) for n in torch.stack([part.sum() for part in kept.split(run.whole)]).tolist()]
+        if left == run.whole:
+            return False
+        place = torch.arange(run.rows, device=x.device) if run.order is None else run.order.to(x.device)  # (U,)
+        at = torch.empty_like(place).scatter_(0, place, torch.arange(run.rows, device=x.device))  # of each raster unit
+        kept, source = kept[place], choice.source[place]
+        row = kept.cumsum(0) - 1
+        assign = torch.where(source >= 0, row[at[source.clamp(min=0)]], -1)
+        rep = kept.nonzero()[:, 0]
+        run.lengths[0] = left
+        run.states[0] = State(x.new_ones(len(rep), 1, dtype=torch.float32), assign, rep)
+        return True
+
+    def take(self, run: PackedRun, x: Tensor) -> Tensor:
+        rep = run.states[0].rep
+        return x if rep is None else x.view(run.rows, -1)[rep].view(-1, x.shape[1])
 
     def attend(self, run: PackedRun, index: int, args: Positional, kwargs: ModelCall) -> Replaced:
         return None  # the size bias travels as a channel of q and k
@@ -188,7 +235,7 @@ class PackedSplice(Splice[PackedRun]):
         counts = run.lengths[index]
         first = list(itertools.accumulate(counts, initial=0))
         groups: dict[tuple[int, int], list[int]] = {}
-        for frame, sizes in enumerate(zip(run.lengths[0], counts, strict=True)):
+        for frame, sizes in enumerate(zip(run.whole, counts, strict=True)):
             if sizes[1] > 0:
                 groups.setdefault(sizes, []).append(frame)
         for (start, count), frames in groups.items():
@@ -286,7 +333,7 @@ class PackedSplice(Splice[PackedRun]):
         units, counts = run.tokens // fold, tuple(-(-n // fold) for n in run.counts)
         if state.assign is None or state.rep is None or state.size is None or state.detour:
             everything, size = torch.arange(units), torch.ones(units, dtype=torch.float32)
-            return EncoderTrace(everything, size.bool(), size, fold, 0, counts, cells)
+            return EncoderTrace(everything, size.bool(), size, fold, 0, counts, cells, run.worth)
         survivor = torch.zeros(units, dtype=torch.bool, device=state.rep.device)
         survivor[state.rep] = True
         assign = state.assign
@@ -294,4 +341,4 @@ class PackedSplice(Splice[PackedRun]):
             order = run.order.to(assign.device)
             assign = torch.empty_like(assign).scatter_(0, order, assign)
             survivor = torch.empty_like(survivor).scatter_(0, order, survivor)
-        return EncoderTrace(assign, survivor, state.size[:, 0], fold, 0, counts, cells)
+        return EncoderTrace(assign, survivor, state.size[:, 0], fold, 0, counts, cells, run.worth)

@@ -34,9 +34,16 @@ class EncoderReport:
 
     @staticmethod
     def build(
-        model: str, tower: Tower, method: EncoderMethod, asked: str, expanded: bool, trace: EncoderTrace | None
+        model: str,
+        tower: Tower,
+        method: EncoderMethod,
+        asked: str,
+        expanded: bool,
+        trace: EncoderTrace | None,
+        label: str = "",
     ) -> EncoderReport:
-        """The report of `trace`, or of a tower that has not run yet."""
+        """The report of `trace`, or of a tower that has not run yet. label: names of the methods."""
+        label = label or method.info.name
         notes = []
         if not tower.cls and method.info.name in ("evit", "ats", "toc3d"):
             notes.append("the tower has no [CLS]; patches are ranked by the attention they receive")
@@ -45,9 +52,7 @@ class EncoderReport:
         if method.restores:
             notes.append("tokens that were left out come back, rebuilt, at the tower's end: all of them are handed on")
         if trace is None:
-            return EncoderReport(
-                model, tower.family, method.info.name, asked, notes=(*notes, "no picture has been seen yet")
-            )
+            return EncoderReport(model, tower.family, label, asked, notes=(*notes, "no picture has been seen yet"))
         alive = trace.survivor if trace.survivor.ndim == 2 else trace.survivor[None]
         whole = trace.prefix + trace.assign.shape[-1]
         if not tower.packed and tower.fold > 1:
@@ -57,7 +62,7 @@ class EncoderReport:
         return EncoderReport(
             model,
             tower.family,
-            method.info.name,
+            label,
             asked,
             trace.assign.shape[-1],
             left,

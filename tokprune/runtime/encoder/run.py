@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from tokprune.adapters.types import ModelCall
 from tokprune.errors import OptionError
 from tokprune.methods.encoder_base import Cut
 
@@ -76,6 +77,8 @@ class Run:
     """An attention mask was looked at and hides nothing."""
     grid: tuple[int, int] | None = None
     """Height and width of a picture in patches, where the tower shows it."""
+    worth: Tensor | None = None
+    """(B, units), packed towers (units,) in raster order: by which a pixels method ranked them."""
 
     def entered(self, index: int) -> int | None:
         """Where the input of block `index` lies in memory, while somebody keeps it."""
@@ -107,9 +110,13 @@ class InFlight:
     grid: tuple[int, int] | None = None
     """Of the picture that the run began with, in patches."""
     pixels: Tensor | None = None
-    """That picture."""
+    """That picture; packed towers: the rows of all of them."""
+    call: tuple[str, ModelCall] | None = None
+    """The pruned model's own call around the tower, for a pixels method: name and arguments."""
     frames: tuple[list[tuple[int, int]], Tensor | None] | None = None
     """Packed towers: height and width of each frame in units, and the units' order."""
+    clips: list[tuple[int, int, int]] = field(default_factory=list)
+    """Packed towers, for a pixels method: frames, height and width of each picture or clip in units."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +136,8 @@ class EncoderTrace:
     """Tokens (or units) that left each block, prefix included."""
     cells: tuple[tuple[int, int], ...] = ()
     """Height and width of each image or frame in places."""
+    worth: Tensor | None = None
+    """(images, places) by which a pixels method ranked them; None where there is none."""
 
     def merge_map(self, image: int = 0) -> Tensor:
         """Group of each place of one image (packed: frame) on its grid, (height, width); -1 where it was dropped."""

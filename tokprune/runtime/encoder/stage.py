@@ -16,6 +16,7 @@ from tokprune.methods.encoder_base import EncoderMethod
 from tokprune.runtime.encoder.batched import BatchedSplice
 from tokprune.runtime.encoder.engine import Splice
 from tokprune.runtime.encoder.packed import PackedSplice
+from tokprune.runtime.encoder.pixels import NoReduction, PixelDrop, std_of
 from tokprune.runtime.encoder.report import EncoderReport
 from tokprune.runtime.encoder.run import EncoderTrace, Run
 from tokprune.runtime.probe import AttentionProbe
@@ -23,7 +24,9 @@ from tokprune.runtime.probe import AttentionProbe
 
 def _normal(processor: object) -> Moments | None:
     """Mean and standard deviation by which a processor normalises pixels, if it says so."""
-    image = getattr(processor, "image_processor", processor)
+    image: Any = getattr(processor, "image_processor", processor)
+    if getattr(image, "do_normalize", None) is False:
+        return (0.0,), (1.0,)
     mean, std = getattr(image, "image_mean", None), getattr(image, "image_std", None)
     return None if mean is None or std is None else (tuple(mean), tuple(std))
 
@@ -39,7 +42,7 @@ def refuse_two_reductions(root: nn.Module, owner: object, reduces: bool) -> None
             raise UnsupportedModelError(
                 f"the vision tower of {type(owner).__name__} is already reduced by a pruning of the tower itself; "
                 "take that off first, tokprune.remove(tower), and give its method with this one: "
-                f"method=[{other.method.info.name!r}, ...]."
+                f"method=[{other.label!r}, ...]."
             )
         looks = isinstance(other, Splice) and other.anchor() is not root
         looks |= isinstance(other, AttentionProbe) and other.own_calls
@@ -51,24 +54,28 @@ def refuse_two_reductions(root: nn.Module, owner: object, reduces: bool) -> None
 
 
 class EncoderStage:
-    """A vision tower that runs on fewer tokens, by an encoder method; `remove` leaves it as it was.
+    """A vision tower that runs on fewer tokens, by an encoder method, a pixels method or both; `remove` leaves it as it
+    was.
 
+    pixels: the pixels method, and how much it is to keep; ratio and budget are the encoder method's.
     expand: whether the tower gives its output at full length, each merged token repeated at the places of its members.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        method: EncoderMethod,
+        method: EncoderMethod | None,
         ratio: float | None = None,
         budget: int | None = None,
         expand: bool | None = None,
         processor: object = None,
+        pixels: PixelDrop | None = None,
     ) -> None:
         self.tower = find_tower(model)
+        method = NoReduction() if method is None else method
         self.method, self.name = method, type(self.tower.owner).__name__
         if expand is None:
-            expand = self.tower.vlm or method.info.merges or method.restores
+            expand = self.tower.vlm or method.info.merges or method.restores or pixels is not None
         if method.restores and not expand:
             raise OptionError(
                 f"{method.info.name!r} restores the full sequence at the tower's end; expand=False has no meaning."
@@ -79,11 +86,11 @@ class EncoderStage:
                 "fewer tokens; take a method that merges or restores (tome, pitome, ipcv), or "
                 "apply_encoder(..., expand=True), which leaves zeros in the gaps."
             )
-        full_length = method.restores or (expand and method.info.merges)
-        if method.info.adaptive and self.tower.pools and not self.tower.vlm and not full_length:
+        full_length = method.restores or (expand and (method.info.merges or pixels is not None))
+        if (method.info.adaptive or pixels is not None) and self.tower.pools and not self.tower.vlm and not full_length:
             raise UnsupportedModelError(
-                f"{method.info.name!r} keeps another count in each image, and {self.tower.family} pools over all "
-                "patches, padding included; it needs a tower that reads its output from [CLS]."
+                f"{(pixels or self).method.info.name!r} keeps another count in each image, and {self.tower.family} "
+                "pools over all patches, padding included; it needs a tower that reads its output from [CLS]."
             )
         self.expand = expand
         self.ratio = None if ratio is None else check_ratio(ratio)
@@ -92,7 +99,9 @@ class EncoderStage:
             raise BudgetError(f"both ratio={ratio!r} and budget={budget!r} given; choose one.")
         splice = PackedSplice if self.tower.packed else BatchedSplice
         self._splice: PackedSplice | BatchedSplice = splice(self.tower, method, self.ratio, self.budget, expand)
-        self._splice.normalisation = _normal(processor) or self.tower.normal
+        normal = self._splice.normalisation = _normal(processor) or self.tower.normal
+        if pixels is not None:
+            self._splice.pixels = replace(pixels, std=std_of(pixels.method, normal))
         self._splice.check()
         refuse_two_reductions(self.tower.root, self.tower.owner, reduces=True)
 
@@ -100,6 +109,16 @@ class EncoderStage:
     def model(self) -> Any:
         """The model that was given; None when it is gone."""
         return self.tower.owner
+
+    @property
+    def pixels(self) -> PixelDrop | None:
+        """What is dropped in front of the first block, from the pixels alone."""
+        return self._splice.pixels
+
+    @property
+    def label(self) -> str:
+        """Names of the methods."""
+        return self._splice.label
 
     @property
     def trace(self) -> EncoderTrace | None:
@@ -143,6 +162,8 @@ class EncoderStage:
 
     def report(self) -> EncoderReport:
         """What the last run left, block by block; prints as text."""
-        amount = f"ratio {self.ratio:g}" if self.ratio is not None else "its own schedule"
-        amount = f"budget {self.budget}" if self.budget is not None else amount
-        return EncoderReport.build(self.name, self.tower, self.method, amount, self.expand, self.trace)
+        ratio, budget, own = self.ratio, self.budget, "its own schedule"
+        if self.pixels is not None and isinstance(self.method, NoReduction):
+            ratio, budget, own = self.pixels.ratio, self.pixels.budget, f"threshold {self.pixels.method.threshold:g}"
+        amount = f"ratio {ratio:g}" if ratio is not None else own if budget is None else f"budget {budget}"
+        return EncoderReport.build(self.name, self.tower, self.method, amount, self.expand, self.trace, self.label)
