@@ -273,12 +273,9 @@ def vlm_pruning(model: Model, config: PruneConfig, processor: Processor = None, 
         connector = Shared(connector, rule)  # type: ignore[arg-type]
     method: ConnectorMethod | None = connector
     if stages.encoder is not None or stages.pixels is not None:
-        from tokprune.runtime.encoder.handoff import AmongSurvivors
         from tokprune.runtime.encoder.setup import in_tower
 
-        installed.encoder, own = in_tower(adapter.model, config, processor=processor)
-        connector = connector if own is None else own
-        method = AmongSurvivors() if connector is None else AmongSurvivors(connector)
+        installed.encoder, connector, method = in_tower(adapter.model, config, connector, processor=processor)
     if stages.decoder is not None or isinstance(stages.cache, CompactMethod):
         from tokprune.runtime.decoder.setup import stage_of
 
@@ -351,7 +348,7 @@ def apply_encoder(
         raise OptionError(f"options {sorted(options)} need the method by name.")
     if not isinstance(method, EncoderMethod | PixelMethod):
         raise OptionError(
-            f"method {method.info.name!r} belongs to the stage {method.stage!r}, not to the encoder stage or the pixels stage."
+            f"method {method.info.name!r} belongs to the stage {method.stage!r}, not to the encoder stage or pixels."
         )
     return install(tower_pruning(model, PruneConfig.build(method, ratio=ratio, budget=budget), expand, processor))
 
@@ -364,9 +361,8 @@ def tower_pruning(
 
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"apply_encoder takes a model (a torch.nn.Module), not {type(model).__name__}.")
-    inner = unwrap(model)
-    installed = Installed(inner, config, processor)
-    installed.encoder, _ = in_tower(inner, config, expand, processor)
+    installed = Installed(unwrap(model), config, processor)
+    installed.encoder = in_tower(installed.model, config, None, expand, processor)[0]
     return Pruning(installed)
 
 
