@@ -11,7 +11,7 @@ from tokprune.adapters.base import check_known, unwrap
 from tokprune.config import PruneConfig
 from tokprune.errors import OptionError, UnsupportedModelError
 from tokprune.methods.base import Method
-from tokprune.runtime.handle import Pruning, install, remove, tower_pruning, vlm_pruning
+from tokprune.runtime.handle import Pruning, install, remove, tower_alone, vlm_pruning
 
 __all__ = ["Pruning", "apply", "remove"]
 
@@ -101,7 +101,7 @@ def apply(
         scorer = VlmScorer(*scorer)
     if all(m.stage in ("pixels", "encoder") for m in config.methods) and not _is_vlm(model):
         _refuse_containers(model)
-        return install(tower_pruning(model, config, processor=processor))
+        return install(tower_alone(model, config, processor=processor))
     if isinstance(model, nn.Module):
         check_known(unwrap(model))
     _refuse_containers(model)

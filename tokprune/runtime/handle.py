@@ -333,8 +333,7 @@ def apply_encoder(
     the tower's end, per image or frame, for methods that have no schedule of their own. expand: whether the tower's
     output keeps its full length, each merged token repeated at the places of its members (then pooling over patches is
     the weighted mean, and everything behind the tower still fits); by default for VLMs always, and for bare towers with
-    methods that merge. Dropped tokens are zeros. processor: tells methods that look at the picture (apt) how its pixels
-    were normalised.
+    methods that merge. Dropped tokens are zeros. processor: says how pixels were normalised, to methods that see them.
 
     The pruning belongs to `model`: a tower inside it is reduced in calls of `model` alone, and runs plain for other
     models that hold the same tower, and when it is called directly; give the tower itself to reduce it for everybody.
@@ -350,12 +349,10 @@ def apply_encoder(
         raise OptionError(
             f"method {method.info.name!r} belongs to the stage {method.stage!r}, not to the encoder stage or pixels."
         )
-    return install(tower_pruning(model, PruneConfig.build(method, ratio=ratio, budget=budget), expand, processor))
+    return install(tower_alone(model, PruneConfig.build(method, ratio=ratio, budget=budget), expand, processor))
 
 
-def tower_pruning(
-    model: Model, config: PruneConfig, expand: bool | None = None, processor: Processor = None
-) -> Pruning:
+def tower_alone(model: Model, config: PruneConfig, expand: bool | None = None, processor: Processor = None) -> Pruning:
     """The pruning of a vision tower alone, by a config's pixels and encoder methods, made but not put on yet."""
     from tokprune.runtime.encoder.setup import in_tower
 
