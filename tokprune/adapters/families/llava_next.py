@@ -87,12 +87,15 @@ class AnyRes(Family):
             return self.video_rows(call, per_unit, fill)
         return torch.cat(self.pack(call, per_unit, fill))
 
-    def candidates(self, call: EncoderCall) -> Tensor:
+    def candidates(self, call: EncoderCall) -> Tensor | None:
         patches = self.side(call) ** 2 * sum(self.tile_counts(call))
-        number = torch.arange(1.0, patches + 1).view(-1, self.side(call) ** 2, 1)
+        number = torch.randperm(patches, generator=torch.Generator().manual_seed(0)) + 1.0  # means are no whole numbers
+        packed = torch.cat(self.pack(call, number.view(-1, self.side(call) ** 2, 1), 0.0)).flatten()
+        if not torch.equal(packed, packed.round()):  # a large picture of LLaVA-OneVision is resampled: all are seen
+            return None
         seen = torch.zeros(patches + 1, dtype=torch.bool)
-        seen[torch.cat(self.pack(call, number, 0.0)).flatten().round().long()] = True  # newlines are number 0
-        return seen[1:]
+        seen[packed.long()] = True  # newlines are number 0
+        return seen[number.long()]
 
     def video_shape(self, call: EncoderCall) -> tuple[int, int]:
         """Videos and frames of the call."""

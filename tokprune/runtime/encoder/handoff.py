@@ -18,6 +18,8 @@ from tokprune.runtime.encoder.stage import EncoderStage
 from tokprune.tokens import Merge, Selection, VisualTokens
 
 SIGNAL = "encoder_survivor"
+ROUNDING = 1e-4
+"""Weights of a resampling connector add up to 1 within this."""
 
 
 def survivor_rows(encoder: EncoderStage, call: EncoderCall) -> Tensor:
@@ -32,7 +34,7 @@ def survivor_rows(encoder: EncoderStage, call: EncoderCall) -> Tensor:
     if tower.packed:
         return trace.survivor.float()
     share = _rows(encoder, call, trace.survivor.float())
-    if encoder.pixels is not None and bool(((share > 0) & (share < 1)).any()):
+    if encoder.pixels is not None and bool(((share > ROUNDING) & (share < 1 - ROUNDING)).any()):
         raise UnsupportedModelError(
             f"the connector of {encoder.name} makes a token of patches some of which {encoder.label!r} dropped (it "
             f"pools or resamples {call.modality}s here); a pixels method needs tokens of whole units. Methods of the "
