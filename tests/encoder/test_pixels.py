@@ -28,8 +28,7 @@ GRID = ("llava", "vipllava", "llava_next", "llava_onevision", "internvl", "gemma
 GRID = (*GRID, "cohere2_vision", "paligemma", "smolvlm")
 CLIPS = (*PACKED, "internvl")
 QUICK = ("qwen2_5_vl", "qwen3_vl", "llava", "llava_next", "internvl")
-SINGLE = ("qwen2_5_vl", "qwen3_vl", "llava", "gemma3")
-"""One grid a picture: the stream is the picture of the tower."""
+SINGLE = ("qwen2_5_vl", "qwen3_vl", "llava", "gemma3")  # one grid a picture: the stream is the picture of the tower
 TOLERANCE = 2e-4
 
 
