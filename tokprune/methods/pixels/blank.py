@@ -63,7 +63,7 @@ class Blank(PixelMethod):
         deviation = torch.where(level, 0.0, x.std(-1, correction=0)).amax(-1)  # (B * t, h, w)
         label = regions(deviation <= self.threshold, torch.where(level, x[..., 0], x.mean(-1)), self.threshold)
         leads = label == torch.arange(h * w, device=label.device)
-        far = torch.where(leads, torch.inf, 0.0)
+        far = torch.zeros_like(deviation).flatten(1).masked_fill(leads, torch.inf)
         if ranked:
             size = torch.zeros_like(label).scatter_add_(1, label, torch.ones_like(label))
             far = torch.where(size > 1, BEFORE_ALL + size.float(), deviation.flatten(1))

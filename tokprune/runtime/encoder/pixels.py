@@ -131,7 +131,8 @@ class PixelDrop:
         begin = [sum(sizes[:i]) for i in range(len(sizes))]
         device = units[0].device
         kept = torch.ones(sum(sizes), dtype=torch.bool, device=device)
-        source, worth = torch.arange(sum(sizes), device=device), torch.full((sum(sizes),), 1e6, device=device)
+        source = torch.arange(sum(sizes), device=device)
+        worth = torch.full((sum(sizes),), 1e6, dtype=torch.float32, device=device)
         for grid, members in alike.items():
             if self.method.over_time and grid[0] == 1:
                 continue
@@ -156,7 +157,7 @@ class PixelDrop:
             return values
         if len(self.std) not in (1, values.shape[3]):
             raise OptionError(f"std={self.std} has {len(self.std)} numbers, and the pixels {values.shape[3]} channels.")
-        return values * torch.tensor(self.std, device=values.device)[:, None]
+        return values * torch.tensor(self.std, dtype=values.dtype, device=values.device)[:, None]
 
 
 def arguments_of(original: Original, args: Positional, kwargs: ModelCall) -> ModelCall:
