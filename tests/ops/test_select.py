@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import torch
 
+from tokprune.ops import select
 from tokprune.ops.select import greedy_coverage, greedy_coverage_gains
 
 
@@ -18,16 +21,23 @@ def written_out(s, keep, weights, start, bonus):  # type: ignore[no-untyped-def]
     return chosen, gains
 
 
+def lazily(s, keep, *given, **named):  # type: ignore[no-untyped-def]
+    """As a large matrix is treated on a CPU."""
+    with patch.object(select, "LAZY", 0):
+        return greedy_coverage_gains(s, keep, *given, **named)
+
+
 def test_rule_with_weights_start_and_bonus() -> None:
     generator = torch.Generator().manual_seed(0)
     s = torch.randn(3, 7, 20, generator=generator, dtype=torch.float64)
     weights, bonus = torch.rand(3, 20, generator=generator).double(), torch.rand(3, 20, generator=generator).double()
     start = torch.rand(3, 7, generator=generator).double()
-    order, gains = greedy_coverage_gains(s, 15, weights, start, bonus)
-    for b in range(3):
-        chosen, added = written_out(s[b], 15, weights[b], start[b], bonus[b])
-        assert order[b].tolist() == chosen
-        torch.testing.assert_close(gains[b], torch.tensor(added, dtype=torch.float64))
+    for solve in (greedy_coverage_gains, lazily):
+        order, gains = solve(s, 15, weights, start, bonus)
+        for b in range(3):
+            chosen, added = written_out(s[b], 15, weights[b], start[b], bonus[b])
+            assert order[b].tolist() == chosen
+            torch.testing.assert_close(gains[b], torch.tensor(added, dtype=torch.float64))
 
 
 def test_saturated_rows_still_give_distinct_picks() -> None:
@@ -69,11 +79,12 @@ def test_repeated_columns_and_barred_ones_go_by_the_lower_index() -> None:
     s = few[:, torch.randint(11, (70,), generator=generator)][None]  # every column some six times
     start, weights = torch.zeros(9).double(), torch.ones(70).double()
     chosen, added = written_out(s[0], 70, weights, start, torch.zeros(70))
-    order, gains = greedy_coverage_gains(s, 70)
-    assert order[0].tolist() == chosen
-    assert gains[0].tolist() == added
+    for order, gains in (greedy_coverage_gains(s, 70), lazily(s, 70)):
+        assert order[0].tolist() == chosen
+        assert gains[0].tolist() == added
     barred = torch.rand(1, 70, generator=generator) < 0.5
     order = greedy_coverage(s, 70, barred=barred)[0]
+    assert torch.equal(order, lazily(s, 70, barred=barred)[0][0])
     free = int((~barred).sum())
     assert order[:free].tolist() == [
         i for i in greedy_coverage(s.masked_fill(barred[:, None], 0), 70)[0].tolist() if not barred[0, i]

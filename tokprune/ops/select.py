@@ -16,6 +16,8 @@ from tokprune.ops.blocks import Rows, row_blocks, whole
 from tokprune.ops.device import with_kernel
 from tokprune.ops.similarity import cosine_distance, unit
 
+LAZY = 2**20
+"""Entries of a matrix above which looking for columns to make anew takes less time than making all anew, on a CPU."""
 RowOf = Callable[[Tensor, Tensor], Tensor]
 """The row of each item's pick: pick (B,) and the worth of all tokens (B, N) -> (B, N)."""
 
@@ -141,11 +143,13 @@ def greedy_coverage_gains(
 
     Returns the order of choice and the gains, both (B, keep). Ties go to the lower index; a picked column is never
     picked again, also when nothing is left to gain. O(K R N) at most, no host synchronisation. On a CPU, where looking
-    at numbers costs nothing, gains are made anew only where they may be the largest: O(R N) and a few columns a pick.
+    at numbers costs nothing, gains of a large matrix are made anew only where they may be the largest: O(R N) and a few
+    columns a pick.
     """
     similarity = similarity.detach()
     batch, rows, n = similarity.shape
-    if similarity.device.type == "cpu" and (weights is None or bool((weights >= 0).all())):
+    large = similarity.device.type == "cpu" and rows * n > LAZY
+    if large and (weights is None or bool((weights >= 0).all())):
         numbers = torch.arange(n)
         optional = [None if x is None else x.detach().expand(batch, -1) for x in (weights, start, bonus, barred)]
         each = [

@@ -22,7 +22,7 @@ def uniqueness(features: Tensor) -> Tensor:
     """
     rows = unit(features)
     n = rows.shape[-2]
-    step = n if rows.device.type != "cpu" and whole(n, n) else blocks.ROWS  # on a CPU, half of the products
+    step = n if rows.device.type != "cpu" and whole(n, n) else min(blocks.ROWS, max(128, n // 8))  # half the products
     likest: list[Tensor] = []
     for part in rows.split(step, -2):
         similarity = part @ rows[..., sum(x.shape[-1] for x in likest) :, :].mT  # (..., m, N - start)
