@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 from unittest.mock import patch
 
@@ -78,8 +79,10 @@ def run(name: str, *arguments: Any) -> tuple[Any, Any, int]:
     from tokprune.ops.kernels import greedy
 
     seen = Launches()
-    kernels = {x: getattr(greedy, x) for x in ("_max_min", "_map", "_first_gains", "_coverage")}
-    with patch.dict(vars(greedy), {x: Counted(kernel, seen) for x, kernel in kernels.items()}), seen:
+    with ExitStack() as stack:
+        for kernel in ("_max_min", "_map", "_first_gains", "_coverage"):
+            stack.enter_context(patch.object(greedy, kernel, Counted(getattr(greedy, kernel), seen)))
+        stack.enter_context(seen)
         found = getattr(greedy, name)(*arguments)
     return found, getattr(select, name).__wrapped__(*arguments), seen.count
 
