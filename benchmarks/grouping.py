@@ -19,7 +19,7 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import tokprune
-from tokprune.environment import command_line, commit, machine
+from tokprune.environment import commit, machine
 from tokprune.files import write_json
 
 PICTURE, VOCABULARY, IMAGE = 144, 4000, 3999
@@ -113,7 +113,7 @@ def main() -> None:
     data = {
         "type": "tokprune.grouping",
         "version": 1,
-        "command": command_line(),
+        "command": f"python benchmarks/grouping.py --repeats {args.repeats}",
         "environment": machine(),
         "commit": commit(),
         "lengths": lengths,
