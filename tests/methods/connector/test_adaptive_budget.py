@@ -29,6 +29,8 @@ def test_distinct_tokens() -> None:
     assert distinct_tokens(torch.eye(6).repeat(4, 1), zero).item() == pytest.approx(6)  # N > D
     assert distinct_tokens(torch.eye(6)[:3].repeat(1, 1), zero).item() == pytest.approx(3)
     assert distinct_tokens(torch.zeros(5, 6), zero).item() == pytest.approx(1)
+    away = torch.full((6,), 3.0)
+    assert distinct_tokens(away + torch.eye(6), away).item() == pytest.approx(6)  # directions are those from the origin
     x = torch.randn(20, 50, generator=torch.Generator().manual_seed(0))
     cosine = torch.nn.functional.cosine_similarity(x[:, None], x[None], dim=-1)
     assert distinct_tokens(x, torch.zeros(50)).item() == pytest.approx(1 / cosine.square().mean().item(), rel=1e-4)

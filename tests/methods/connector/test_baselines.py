@@ -19,6 +19,7 @@ def stream(layout: Layout) -> VisualTokens:
 def test_none_keeps_everything_whatever_the_budget() -> None:
     for keep in (1, 7, 12):
         assert NoPruning().select(stream(Layout.grid(3, 4)), keep).indices.tolist() == list(range(12))
+    assert not NoPruning().exact
 
 
 def test_random_depends_on_seed_and_length_alone() -> None:

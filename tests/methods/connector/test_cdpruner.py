@@ -66,6 +66,12 @@ def test_more_tokens_than_rank_follow_relevance() -> None:
     assert order[4:] == list(range(15, -1, -1))
 
 
+def test_quality_reaches_from_a_millionth_to_one() -> None:
+    assert quality(torch.tensor([-1.0, 0.0, -0.5])).tolist() == pytest.approx([1e-6, 1.0, 0.5], rel=1e-4)
+    assert quality(torch.tensor([-1.0, 0.0])).max() == 1
+    assert quality(torch.full((3,), 0.3)).tolist() == [1.0] * 3
+
+
 def test_equal_relevance_is_pure_diversity() -> None:
     features = torch.eye(4).repeat(3, 1)
     assert cdpruner(features[None], quality(torch.full((12,), 0.3))[None], 4)[0].tolist() == [0, 1, 2, 3]

@@ -8,7 +8,7 @@ import torch
 from tests.golden_vectors import GoldenCase, claims
 from tests.methods.connector.clips import clip, video
 from tokprune.errors import OptionError
-from tokprune.methods.connector.dycoke import DyCoke, dycoke_published
+from tokprune.methods.connector.dycoke import DyCoke, dycoke_published, reference_steps
 from tokprune.tokens import Layout, VisualTokens
 
 
@@ -21,6 +21,13 @@ def test_golden(case: GoldenCase) -> None:
     tokens = VisualTokens(case["embeds"], Layout.grid(1, n, frames, "video"))
     chosen = DyCoke(merging_ratio=ratio, compat="published").select(tokens, 1)
     assert torch.equal(chosen.indices, expected.sort().values)
+
+
+def test_the_first_of_four_has_no_reference() -> None:
+    assert reference_steps(9).tolist() == [0, 1, 2, 1, 0, 1, 2, 1, 0]
+    features = torch.nn.functional.one_hot(torch.tensor([[0, 1], [0, 2], [3, 1], [3, 4], [0, 1]]), 5).float()
+    scores = DyCoke().select(video(features, (1, 2)), 5).info["scores"]
+    assert scores.tolist() == [2, 2, 0, 1, 1, 0, 0, 1, 2, 2]  # 1 - cosine, and 2 where there is nothing to look at
 
 
 def test_at_the_published_share_it_is_the_publication() -> None:

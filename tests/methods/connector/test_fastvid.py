@@ -9,7 +9,7 @@ from tests.golden_vectors import GoldenCase, claims
 from tests.methods.connector.clips import clip, video
 from tests.published.fastvid import fastvid
 from tokprune.errors import OptionError
-from tokprune.methods.connector.fastvid import FastVID, anchors, fastvid_onevision_split, fastvid_split
+from tokprune.methods.connector.fastvid import FastVID, anchors, changing_frames, fastvid_onevision_split, fastvid_split
 from tokprune.ops.frames import similar_runs
 from tokprune.registry import get_method
 from tokprune.tokens import Layout, VisualTokens
@@ -57,6 +57,13 @@ def test_golden_of_qwen(case: GoldenCase) -> None:
     torch.testing.assert_close(selection.apply(tokens.features), case["out"], atol=1e-5, rtol=1e-5)
     settings = get_method("fastvid", preset="qwen2_5_vl")
     assert (settings.tau, settings.ignore) == (tau, ignore)  # type: ignore[attr-defined]
+
+
+def test_a_frame_changes_where_its_cosine_is_below_the_limit() -> None:
+    frames = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    assert changing_frames(frames, [4], 1.0) == [[1, 3]]  # 1 is not below 1; the last of a scene always counts
+    assert changing_frames(frames, [1, 3], 1.0) == [[0], [0, 2]]
+    assert changing_frames(frames, [4], None) == [[0, 1, 2, 3]]
 
 
 def test_frames_that_repeat_keep_nothing_until_the_budget_needs_them() -> None:

@@ -87,6 +87,17 @@ def test_a_still_video_merges_and_a_moving_one_is_pruned() -> None:
     assert torch.equal(selection.apply(moving.features), moving.features[best])
 
 
+def test_importance_is_the_mean_over_what_was_merged() -> None:
+    """One place stands still, and the mean of its .6, .3 and .3 is .4; the other has .5, .1 and .45 and never merges."""
+    features = torch.eye(4)[torch.tensor([[0, 1], [0, 2], [0, 3]])]
+    tokens = video(features, (1, 2))
+    tokens.signals["cls_attention"][:] = torch.tensor([0.6, 0.5, 0.3, 0.1, 0.3, 0.45])
+    for keep, kept in ((2, [1, 5]), (3, [0, 1, 5])):
+        selection = FrameFusion().select(tokens, keep)
+        assert selection.indices.tolist() == kept
+        torch.testing.assert_close(selection.info["scores"], torch.tensor([0.4, 0.5, 0, 0.1, 0, 0.45]))
+
+
 def test_no_more_merges_than_have_to_go() -> None:
     tokens = video(clip(6, (3, 3), scenes=1, moving=0.0), (3, 3))
     selection = FrameFusion().select(tokens, 50)

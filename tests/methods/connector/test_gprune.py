@@ -81,6 +81,11 @@ def test_a_crowd_does_not_keep_all_its_members() -> None:
     assert gprune(x).topk(5).indices.sort().values.tolist() == [20, 21, 22, 23, 24]
 
 
+def test_graphs_of_a_batch_do_not_meet() -> None:
+    x = torch.stack([clustered(4), clustered(5)])
+    torch.testing.assert_close(gprune(x), torch.stack([gprune(x[0]), gprune(x[1])]))
+
+
 def test_information_is_conserved() -> None:
     """Without the division by the degree, the flow only moves."""
     x = clustered(1)

@@ -71,6 +71,14 @@ def test_inside_a_crop_the_score_decides() -> None:
     assert holov(features, attention, 7, 1, gamma=0.5)[0].tolist() == score.topk(7).indices.sort().values.tolist()
 
 
+def test_similarities_vary_about_the_mean_over_the_others() -> None:
+    """Three tokens at 0, 0 and 60 degrees: cosines (0, 1, .5), (1, 0, .5), (.5, .5, 0) about .75, .75 and .5, squares
+    over 2: variances .34375, .34375, .125. With attentions .2, .2 and .2 + d the last one is best from d = .221 on."""
+    features = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [0.5, 0.75**0.5]]])
+    for last, best in ((0.412, 0), (0.43, 2)):
+        assert holov(features, torch.tensor([[0.2, 0.2, last]]), 1, 1, gamma=1.0).tolist() == [[best]]
+
+
 def test_sharper_allocation() -> None:
     attention = torch.cat([torch.full((1, 8), 0.3), torch.full((1, 8), 0.1)], dim=1)
     features = torch.ones(1, 16, 4)

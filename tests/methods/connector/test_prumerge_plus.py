@@ -9,7 +9,7 @@ from tests.golden_vectors import GoldenCase, claims
 from tests.published.attention import cls_row
 from tests.published.prumerge_plus import prumerge_plus_order, spatial_step
 from tokprune.methods.connector.prumerge import prumerge_count, prumerge_rows
-from tokprune.methods.connector.prumerge_plus import PruMergePlus, fill_evenly
+from tokprune.methods.connector.prumerge_plus import PruMergePlus, fill_evenly, fill_strided
 from tokprune.tokens import Layout, VisualTokens
 
 
@@ -49,6 +49,18 @@ def test_the_samples_reach_the_end_of_the_image() -> None:
     gaps = corrected[30:64].diff()  # the last slot may be the pooled token's
     assert corrected.max() > 550
     assert gaps.max() <= 18
+
+
+def test_the_port_takes_every_eighth_token_until_it_is_full() -> None:
+    taken = torch.arange(24)[None] < 4
+    assert fill_strided(taken, torch.tensor([[2]]), 3).nonzero()[:, 1].tolist() == [8, 16]
+    assert fill_strided(taken, torch.tensor([[1]]), 3).nonzero()[:, 1].tolist() == [8]
+    assert fill_strided(taken, torch.tensor([[3]]), 20).nonzero()[:, 1].tolist() == [4, 5, 6]
+
+
+def test_the_last_patch_is_no_sample() -> None:
+    """Nothing stands out: every 20th of 61 tokens is a sample, but the published slice ends in front of the last."""
+    assert PruMergePlus().natural(torch.full((1, 61), 0.1)).tolist() == [4]  # 0, 20, 40 and the pooled one
 
 
 def test_more_outstanding_tokens_than_the_budget() -> None:

@@ -23,6 +23,11 @@ def test_of_equal_tokens_the_last_stays() -> None:
     assert TextMonkey().select(VisualTokens(features, Layout.line(6)), 3).indices.tolist() == [3, 4, 5]
 
 
+def test_streams_of_a_batch_do_not_meet() -> None:
+    features = torch.eye(3)[torch.tensor([[0, 0, 1, 2], [2, 1, 2, 2]])]
+    assert uniqueness(features).tolist() == [[0, 1, 1, 3], [0, 1, 0, 3]]
+
+
 def test_last_token_always_stays() -> None:
     opposite = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
     assert uniqueness(opposite).argmax() == 1

@@ -280,6 +280,15 @@ def test_more_protected_than_the_budget_are_chosen_among() -> None:
     assert Protect(FasterVLM(), border=0, indices=(3, 9, 20)).select(tokens, 2).indices.tolist() == [9, 20]
 
 
+def test_where_nothing_is_protected_the_method_is_alone() -> None:
+    whole = stream(LAYOUTS["image"], ("cls_attention",))
+    tokens = whole.part(torch.tensor([8 * row + col for row in range(1, 7) for col in range(1, 7)]))
+    assert not Protect(FasterVLM()).protected(tokens).any()
+    chosen, alone = Protect(FasterVLM()).select(tokens, 5), FasterVLM().select(tokens, 5)
+    assert torch.equal(chosen.indices, alone.indices)
+    assert torch.equal(chosen.info["scores"], alone.info["scores"])
+
+
 def test_protecting_around_a_merge() -> None:
     tokens = stream(LAYOUTS["image"])
     chosen = Protect(Pool(), border=0, indices=(10,)).select(tokens, 8)

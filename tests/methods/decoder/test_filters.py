@@ -17,7 +17,7 @@ from tokprune.methods.decoder.atp import (
     spatial_scores,
 )
 from tokprune.methods.decoder.fitprune import DELETED, FitPrune, deletable, fit, sums
-from tokprune.methods.decoder.mustdrop import MustDrop
+from tokprune.methods.decoder.mustdrop import MustDrop, dual_filter
 from tokprune.profiling.formulas import formula_gated
 from tokprune.schedule import Schedule
 
@@ -38,6 +38,16 @@ def test_mustdrop_thresholds_written_out() -> None:
     assert later.notes is tokens.notes
     left = method.select(later, len(stays)).indices
     assert keys <= {stays[i] for i in left.tolist()}
+
+
+def test_mustdrop_a_threshold_of_zero_never_lets_go() -> None:
+    attention = torch.tensor([[0.0, 0.25], [0.0, 0.5]])  # sums 0 and .75, largest 0 and .5
+    assert dual_filter(attention, 0.5, 0.25).tolist() == [0, 2]
+    assert dual_filter(attention, 0.0, 0.25).tolist() == dual_filter(attention, 0.5, 0.0).tolist() == [float("inf")] * 2
+
+
+def test_mustdrop_filters_behind_layers_2_6_10_and_14() -> None:
+    assert MustDrop().plan(32, None).layers == (3, 7, 11, 15)
 
 
 def test_mustdrop_a_count_moves_both_thresholds() -> None:
@@ -143,8 +153,9 @@ def test_calibrated_thresholds_keep_the_share() -> None:
         assert sum(kept) / 4 == pytest.approx(share, abs=1e-3)
     important, even = calibrate(samples, [spatial] * 4, 0.01)  # less than the cover alone
     assert even == 2.0
-    with pytest.raises(OptionError, match="at least one"):
-        calibrate([], [], 0.5)
+    for scores in ([], samples[:1]):
+        with pytest.raises(OptionError, match="of the same samples, at least one"):
+            calibrate(scores, [spatial] * 2 if scores else [], 0.5)
 
 
 def test_atp_thresholds_and_the_exact_form() -> None:
@@ -155,6 +166,8 @@ def test_atp_thresholds_and_the_exact_form() -> None:
     first = method.select(free, 64).indices
     assert torch.equal(first, ((scores > 0.05) | (spatial > 0.7)).nonzero()[:, 0])
     assert torch.equal(method.select(free, 64).indices, (scores > 0).nonzero()[:, 0])  # the second layer's
+    cover = ATPLLaVA(layers=(8,), thresholds=((1e9, 1 - 3 / 16),)).select(fresh(tokens, bound=False), 64).indices
+    assert cover.tolist() == [3 * 8 + 3, 4 * 8 + 4, 6 * 8 + 6]  # strides 6, 8 and 12: above that of stride 4, not at it
     even = set(spatial.topk(4).indices.tolist())
     chosen = set(ATPLLaVA().select(fresh(tokens), 16).indices.tolist())
     assert len(chosen & set((spatial >= spatial.topk(4).values[-1]).nonzero()[:, 0].tolist())) >= len(even)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -67,6 +68,14 @@ def test_fastv_keeps_what_the_published_code_keeps(case: GoldenCase) -> None:
         assert torch.equal(hidden[kept], case[f"hidden_r{drop}"])
 
 
+def test_fastv_cuts_as_published_where_its_share_decides() -> None:
+    tokens = in_front(torch.zeros(9, 2), 2, 5, 5, LastRow(torch.arange(9.0)))
+    published = FastV(compat="published")
+    assert published.select(tokens, 3).indices.tolist() == [3, 4]  # half of 5, to the even number
+    assert published.select(replace(tokens, bound=True), 3).indices.tolist() == [2, 3, 4]
+    assert FastV().select(tokens, 3).indices.tolist() == [2, 3, 4]
+
+
 @claims("pyramiddrop_rank_drop")
 def test_pyramiddrop_keeps_what_the_published_code_keeps(case: GoldenCase) -> None:
     heads, start, total = (case.number(name) for name in ("heads", "image_start", "image_len"))
@@ -103,6 +112,7 @@ def test_plans_follow_the_depth_and_the_ratio() -> None:
     assert VTW().plan(32, None).steps == ((15, 0.0),)
     assert VTW().plan(40, None).steps == ((19, 0.0),)
     assert VTW(layer=3).plan(4, None).steps == ((3, 0.0),)
+    assert VTW().plan(2, None).steps == VTW().plan(1, None).steps == ((1, 0.0),)  # no layer before the first
     with pytest.raises(OptionError, match="leaves no visual token"):
         VTW().plan(32, 0.5)
     with pytest.raises(OptionError, match="one share for each layer"):

@@ -76,7 +76,9 @@ def test_dart_keeps_what_its_authors_keep(each: int) -> None:
     expected = dart_in_llm(tokens.normed, tokens.below.keys, start, 48, each)
     chosen = DartLLM().select(tokens, 4 + 8 * each)
     assert torch.equal(tokens.visual[chosen.indices], expected)
-    assert DartLLM().plan(32, None).counts(576) == [132]
+    assert DartLLM().plan(32, None).counts(57600) == [13200]  # 132 of 576
+    few = DartLLM(pivots=(2, 3)).select(tokens, 2 + 5 * each)
+    assert torch.equal(tokens.visual[few.indices], dart_in_llm(tokens.normed, tokens.below.keys, start, 48, each, 2, 3))
 
 
 def test_dart_reads_keys_before_their_rotation() -> None:
@@ -111,6 +113,8 @@ def test_promptdistill_smooths_within_a_picture() -> None:
     scores = PromptDistill(smooth=3).scores(tokens)
     assert scores[5] == pytest.approx(float((values[4] + values[5]) / 2))
     assert scores[6] == pytest.approx(float((values[6] + values[7]) / 2))
+    assert PromptDistill().plan(32, 0.1).steps == ((14, 0.1),)
+    assert PromptDistill(compat="published").exact  # which differs in scores, not in counts
     with pytest.raises(OptionError, match="odd number"):
         PromptDistill(smooth=4)
 

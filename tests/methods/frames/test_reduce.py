@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.methods.connector.clips import uneven
 from tests.methods.frames.clips import video
 from tokprune.errors import BudgetError, OptionError
-from tokprune.methods.frames.reduce import MODES, FrameReducer, as_rows, line_lengths, resize
+from tokprune.methods.frames.reduce import MODES, FrameReducer, as_rows, line_lengths, rectangles, resize
 from tokprune.tokens import VisualTokens
 
 every_mode = pytest.mark.parametrize("mode", MODES)
@@ -53,6 +53,12 @@ def test_rectangles_are_the_operators(shape: tuple[int, int]) -> None:
     for mode, expected in (("bilinear", resized), ("avgpool", pooled)):
         found = FrameReducer(mode).select(tokens, count).apply(tokens.features)  # type: ignore[arg-type]
         torch.testing.assert_close(found, expected[0].flatten(1).T, atol=1e-5, rtol=1e-5)
+
+
+def test_rectangles_are_at_most_twice_as_slim_or_flat() -> None:
+    assert rectangles(2, 2) == ((1, 1), (2, 1), (2, 2))  # the taller of two equals
+    assert rectangles(1, 3) == ((1, 2), (1, 3))
+    assert rectangles(3, 1) == ((2, 1), (3, 1))
 
 
 @given(st.integers(1, 12), st.integers(1, 12), st.data())

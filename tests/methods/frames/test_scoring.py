@@ -95,6 +95,8 @@ def test_only_words_that_name_something_count() -> None:
     torch.testing.assert_close(content_words(tokens), centred[[1, 4]])  # colour, car
     unknown = replace(tokens, query=about(rows))
     torch.testing.assert_close(content_words(unknown), centred)
+    short = replace(tokens, query=about(rows, ("an", "ox", "b", "is", "the")))  # an answer's letter is no word
+    torch.testing.assert_close(content_words(short), centred[[1]])
     empty = replace(tokens, query=about(rows, ("what", "is", "the", "A.", "?")))
     torch.testing.assert_close(content_words(empty), centred)
 

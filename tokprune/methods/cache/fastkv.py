@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tokprune.errors import OptionError
 from tokprune.methods.cache_compact import CompactMethod, KeptKeys, LayerCache
-from tokprune.methods.decoder_base import DecoderMethod, DecoderScores, LayerAttention, LayerTokens, in_depth
+from tokprune.methods.decoder_base import DecoderMethod, DecoderScores, LayerAttention, LayerTokens, at_layers
 from tokprune.methods.options import option
 from tokprune.ops.topk import top
 from tokprune.registry import Checked, MethodInfo, register_method
@@ -85,7 +85,7 @@ class FastKV(CompactMethod):
 
     def propagation(self, depth: int) -> DecoderMethod | None:
         """The drop behind the layer of propagation."""
-        layer = max(1, *in_depth((16,), depth)) if self.layer is None else self.layer
+        (layer,) = at_layers(self.layer, (16,), depth)
         return Propagation(layer=layer, rate=self.propagated, window=self.window, kernel=self.kernel)
 
     def compact(self, cache: LayerCache, keep: int) -> KeptKeys:

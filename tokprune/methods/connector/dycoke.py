@@ -98,8 +98,7 @@ class DyCoke(ConnectorMethod):
             if layout.kind != "video" or len(set(sizes)) > 1:
                 raise OptionError("compat='published' knows videos with frames of one size; use compat='corrected'.")
             return Selection(dycoke_published(features.unflatten(0, (frames, -1)), self.merging_ratio).sort().values)
-        steps = [0, 1, 2, 1] * (frames // GROUP + 1) if layout.kind == "video" else [0] * frames
-        first = [step == 0 for step in steps[:frames]]
+        first = [layout.kind != "video" or t % GROUP == 0 for t in range(frames)]
         weights = [n * (1.0 if own else 1 - self.merging_ratio) for n, own in zip(sizes, first, strict=True)]
         budgets = share(keep, weights, sizes)
         grid = uniform(layout, [k if own else 0 for k, own in zip(budgets, first, strict=True)])

@@ -153,9 +153,9 @@ class HiRED(ScoreMethod):
         return top_in_groups(scores, tokens.layout.group.to(scores.device), budgets.to(scores.device), total)
 
     def shares(self, tokens: VisualTokens, keep: int) -> Tensor:
-        """Tokens that each tile or frame may keep. Returns (groups,) counts."""
+        """Tokens that each of several tiles or frames may keep. Returns (groups,) counts."""
         layout = tokens.layout
-        if not layout.thumbnail or layout.num_groups == 1:
+        if not layout.thumbnail:
             return torch.tensor(equal(keep, layout.group_sizes), device=tokens.features.device)
         early = check_finite(wide(tokens.signal(f"cls_attention:{self.init_layer}")), "the early attention")
         if self.compat == "corrected":

@@ -50,7 +50,7 @@ class LLaVolta(DecoderMethod):
 
     def select(self, tokens: LayerTokens, keep: int) -> Selection:
         """`keep` windows."""
-        n, device = len(tokens.visual), tokens.visual.device
+        device = tokens.visual.device
         if not keep:
             return Selection(torch.empty(0, dtype=torch.long, device=device))
         check_finite(tokens.hidden[tokens.visual], "the hidden states")
@@ -61,4 +61,4 @@ class LLaVolta(DecoderMethod):
         indices = middles(cell, keep)
         inside = cell >= 0
         size = torch.zeros(keep, dtype=torch.float32, device=device).index_add(0, cell.clamp(min=0), inside.float())
-        return Selection(indices, Merge(target=cell, scale=inside / size[cell.clamp(min=0)]) if keep < n else None)
+        return Selection(indices, Merge(target=cell, scale=inside / size[cell.clamp(min=0)]))

@@ -45,11 +45,8 @@ def kept_and_merged(n: int, keep: int) -> tuple[int, int]:
 
     The clusters are as many as `recycling` says, at most half of the slots.
     """
-    for k in range(keep, -1, -1):
-        merged = min(recycling(n - k)[1], keep // 2)
-        if k + merged <= keep:
-            return k, keep - k
-    return keep, 0
+    k = next(k for k in range(keep, -1, -1) if k + min(recycling(n - k)[1], keep // 2) <= keep)
+    return k, keep - k
 
 
 def rank_count(attention: Tensor, scale: float, bias: float) -> int:

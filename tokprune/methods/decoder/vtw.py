@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from tokprune.errors import OptionError
-from tokprune.methods.decoder_base import DecoderMethod, LayerTokens, in_depth
+from tokprune.methods.decoder_base import DecoderMethod, LayerTokens, at_layers
 from tokprune.methods.options import option
 from tokprune.registry import Checked, register_method
 from tokprune.schedule import Schedule
@@ -43,8 +43,7 @@ class VTW(DecoderMethod):
                 "'vtw' leaves no visual token behind its layer, so that neither ratio nor budget can be met. Leave "
                 "them out and give the layer: apply(model, 'vtw', layer=15)."
             )
-        layer = max(1, *in_depth((15,), depth)) if self.layer is None else self.layer
-        return Schedule(((layer, 0.0),))
+        return Schedule(tuple((layer, 0.0) for layer in at_layers(self.layer, (15,), depth)))
 
     def select(self, tokens: LayerTokens, keep: int) -> Selection:
         """Nothing, or the first where a schedule wants some."""

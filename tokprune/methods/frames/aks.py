@@ -64,7 +64,7 @@ class AKS(QuestionScored):
             return whole_frames(
                 keep, lambda count: best_first(aks(scores, count, self.threshold, self.depth), scores), sizes
             )
-        count = max(1, -(-keep // max(sizes)))
+        count = -(-keep // max(sizes))
         found = aks_published(scores, count, self.threshold, self.depth)
         if not found:
             raise OptionError(
