@@ -88,7 +88,7 @@ def test_a_still_video_merges_and_a_moving_one_is_pruned() -> None:
 
 
 def test_importance_is_the_mean_over_what_was_merged() -> None:
-    """One place stands still, and the mean of its .6, .3 and .3 is .4; the other has .5, .1 and .45 and never merges."""
+    """One place stands still, and the mean of its .6, .3 and .3 is .4; the other has .5, .1 and .45, never merged."""
     features = torch.eye(4)[torch.tensor([[0, 1], [0, 2], [0, 3]])]
     tokens = video(features, (1, 2))
     tokens.signals["cls_attention"][:] = torch.tensor([0.6, 0.5, 0.3, 0.1, 0.3, 0.45])
