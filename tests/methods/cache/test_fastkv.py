@@ -13,7 +13,7 @@ def test_neighbours_share_what_the_last_words_pay() -> None:
     rows[0, 1, 1:5] = torch.tensor([4.0, 0.0, 2.0, 0.0])
     rows[0, 2, 1:5] = torch.tensor([0.0, 2.0, 2.0, 4.0])  # mean of both: 2, 1, 2, 2
     rows[1, 0, 1:5] = 9.0  # in front of the window of two
-    found = observed(Rows(rows), torch.arange(1, 5), 8, 2, 3)
+    found = observed(Rows(rows), torch.arange(1, 5), 8, 2, 3)  # type: ignore[arg-type]
     torch.testing.assert_close(found, torch.tensor([[1.5, 5 / 3, 5 / 3, 2.0], [0.0] * 4]))
 
 
