@@ -162,22 +162,6 @@ def test_where_nothing_repeats_nothing_changes(family: str) -> None:
         assert all(s.kept == s.total for s in pruning.last.streams)
 
 
-@torch.no_grad()
-def test_a_picture_that_is_resampled_stays_whole_or_is_refused() -> None:
-    """LLaVA-OneVision resamples large pictures, by weights that add up to 1 but for rounding."""
-    tiny = build("llava_onevision")
-    tiny.processor.vision_aspect_ratio = tiny.model.config.vision_aspect_ratio = "anyres_max_2"
-    noise, repeating = Image.effect_noise((64, 64), 120).convert("RGB"), drawn(64, 64)
-    inputs = tiny.inputs([["a ", ("image", noise), " b"]])
-    assert 64 < int((inputs["input_ids"] == tiny.model.config.image_token_id).sum()) < 64 + 256, "not resampled"
-    plain = tiny.model(**inputs).logits
-    for amount in ({}, {"ratio": 1.0}):
-        with tokprune.apply(tiny.model, "pixelprune", **amount):
-            assert torch.equal(tiny.model(**inputs).logits, plain)
-    with tokprune.apply(tiny.model, "pixelprune", ratio=0.3), pytest.raises(UnsupportedModelError, match="resamples"):
-        tiny.model(**tiny.inputs([["a ", ("image", repeating), " b"]]))
-
-
 @pytest.mark.parametrize("family", [slow_unless(f in ("qwen2_5_vl", "llava"), f) for f in QUICK])
 @torch.no_grad()
 def test_a_row_does_not_depend_on_its_neighbours_or_its_padding(family: str) -> None:
@@ -360,30 +344,6 @@ def test_pooled_clips_are_refused_and_the_model_is_clean_afterwards() -> None:
     with tokprune.apply(tiny.model, "pixelprune"), pytest.raises(UnsupportedModelError, match="pools"):
         tiny.model(**inputs)
     assert torch.equal(tiny.model(**inputs).logits, plain)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("way", ["by 127.5", "not normalised", "levels to 255"])
-def test_black_and_white_are_the_processors(way: str) -> None:
-    """Two greys 0.1 apart, by processors that rescale to 2, do not normalise, or normalise what is not rescaled."""
-    tiny = build("qwen2_5_vl")
-    image = tiny.processor.image_processor
-    if way == "by 127.5":
-        image.rescale_factor = 1 / 127.5
-    elif way == "not normalised":
-        image.do_normalize = False
-    else:
-        image.do_rescale, image.image_mean, image.image_std = False, [120.0] * 3, [60.0] * 3
-    two = Image.new("RGB", (64, 64), (100, 100, 100))
-    two.paste((126, 126, 126), (32, 0, 64, 64))
-    inputs = tiny.inputs([["a ", ("image", two), " b"]])
-    for threshold, count in ((0.09, 2), (0.11, 1)):
-        with tokprune.apply(tiny.model, "pixelprune", threshold=threshold, processor=tiny.processor) as pruning:
-            tiny.model(**inputs)
-            assert pruning.last.streams[0].kept == count
-    image.do_rescale = image.do_normalize = False
-    with pytest.raises(OptionError, match="std="):
-        tokprune.apply(tiny.model, "pixelprune", threshold=0.1, processor=tiny.processor)
 
 
 @torch.no_grad()

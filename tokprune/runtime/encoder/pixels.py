@@ -24,6 +24,8 @@ from tokprune.tokens import Selection, VisualTokens
 
 WORTH = "pixel_worth"
 """The signal by which a pixels method ranks units; from that stage, not from a probe."""
+UNSEEN = 1e3
+"""Above any pixel: the padding of a tile, which is like itself alone."""
 Grid = tuple[int, int, int]
 """Temporal patches, height and width of a picture or clip in units."""
 
@@ -145,6 +147,8 @@ class PixelDrop:
             if keeps is not None:  # where all that the LLM sees stays, the tower sees all
                 keeps = [n if keep >= count else keep for keep, count in zip(keeps, counts, strict=True)]
             values = self.scaled(torch.stack([units[i] for i in members]))
+            if seen is not None:  # what the LLM is not shown stands for nothing
+                values = values.masked_fill(~seen[:, :, None, None, None], UNSEEN)
             one = self.method.choose(PixelUnits(values, grid), keeps, seen)
             kept[at], worth[at] = one.kept, one.worth.clamp(max=1e6)
             source[at] = torch.where(one.source >= 0, one.source + at[:, :1], -1)
