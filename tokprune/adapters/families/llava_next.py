@@ -89,13 +89,12 @@ class AnyRes(Family):
 
     def candidates(self, call: EncoderCall) -> Tensor | None:
         patches = self.side(call) ** 2 * sum(self.tile_counts(call))
-        number = (
-            torch.randperm(patches, generator=torch.Generator().manual_seed(0)).float() + 1
-        )  # means are no whole numbers
+        order = torch.randperm(patches, generator=torch.Generator().manual_seed(0), device="cpu")
+        number = order.float() + 1  # means of these are no whole numbers
         packed = torch.cat(self.pack(call, number.view(-1, self.side(call) ** 2, 1), 0.0)).flatten()
         if not torch.equal(packed, packed.round()):  # a large picture of LLaVA-OneVision is resampled: all are seen
             return None
-        seen = torch.zeros(patches + 1, dtype=torch.bool)
+        seen = torch.zeros(patches + 1, dtype=torch.bool, device="cpu")
         seen[packed.long()] = True  # newlines are number 0
         return seen[number.long()]
 
