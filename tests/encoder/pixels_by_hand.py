@@ -42,6 +42,8 @@ class Hand:
     """All rows of a packed call's grid are frames of one clip (GLM-4V shows its tower frame by frame)."""
     kept: list[Tensor] = field(default_factory=list)
     """(units,) of each picture of the tower's last call, in raster order."""
+    shown: Tensor | None = None
+    """(pictures, units) whether the LLM is shown them: the padding of a tile is not, and stands for nothing."""
 
     def __post_init__(self) -> None:
         self.tower = tower_of(self.tiny.model.base_model)
@@ -93,11 +95,14 @@ class Hand:
         pixels, size = args[0].float(), convolution.kernel_size[0] * self.side
         h, w = pixels.shape[2] // size, pixels.shape[3] // size
         self.kept, masks = [], []
-        for picture in pixels:
+        shown = torch.ones(len(pixels), h, w, dtype=torch.bool) if self.shown is None else self.shown.view(-1, h, w)
+        for picture, seen in zip(pixels, shown, strict=True):
             rows = [
                 [picture[:, r * size : (r + 1) * size, c * size : (c + 1) * size] for c in range(w)] for r in range(h)
             ]
-            kept = self.decide(torch.stack([torch.stack([u.flatten() for u in row]) for row in rows])[None])[0]
+            units = torch.stack([torch.stack([u.flatten() for u in row]) for row in rows])
+            units[~seen] = 1e4  # like no pixel
+            kept = self.decide(units[None])[0]
             self.kept.append(kept.flatten())
             masks.append(kept.repeat_interleave(self.side, 0).repeat_interleave(self.side, 1).flatten())
         self.mask = torch.stack(masks)
@@ -122,6 +127,25 @@ class Hand:
     def indicate(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         return torch.zeros_like(output) + self.sequence.view(*output.shape[:-1], 1).to(output.dtype)
 
+    def find_shown(self, inputs: Any) -> Tensor:
+        """Number what the projector gives, and look which numbers come to the LLM."""
+        shape: list[int] = []
+
+        def number(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            shape[:] = output.shape[:-1]
+            numbers = torch.arange(1, output[..., 0].numel() + 1, dtype=output.dtype)
+            return torch.zeros_like(output) + numbers.view(*output.shape[:-1], 1)
+
+        handle = self.projector.register_forward_hook(number)
+        try:
+            marks = observe(self.tiny, inputs, "forward")
+        finally:
+            handle.remove()
+        told = marks.embeds[..., 0][marks.visual & ~newlines(self.tiny, marks)]
+        shown = torch.zeros(shape).flatten()
+        shown[told.round().long() - 1] = 1
+        return shown.view(shape[0], -1) > 0
+
     @contextlib.contextmanager
     def on(self, indicator: bool = False) -> Iterator[None]:
         handles = [b.register_forward_hook(self.block, with_kwargs=True, prepend=True) for b in blocks_of(self.tower)]
@@ -141,6 +165,8 @@ class Hand:
     def prompt(self, inputs: Any) -> tuple[Prompt, Tensor]:
         """What the language model is given for a prompt, and (B, L) its columns that stay; newline rows all stay."""
         unpruned = run(self.tiny, inputs)
+        if not self.packed:
+            self.shown = self.find_shown(inputs)
         with self.on():
             case = Prompt(
                 self.tiny, inputs, observe(self.tiny, inputs, "forward"), observe(self.tiny, inputs), unpruned
