@@ -135,6 +135,12 @@ class Frame:
     lives: list[tuple[int, Live]] = field(default_factory=list)
     """From which layer on which tokens."""
     saved: dict[str, Any] = field(default_factory=dict)
+    idle: bool = field(init=False)
+    """A decode step, or a turn of words, on keys without filler: a layer without a mask is left alone."""
+
+    def __post_init__(self) -> None:
+        layers = {} if self.state is None else self.state.layers
+        self.idle = self.prompt is None and not any(keys.has_fill for keys in layers.values())
 
     # -- the keys of a layer
 

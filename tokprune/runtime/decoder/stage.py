@@ -228,8 +228,15 @@ class DecoderStage(Attached):
                 output.hidden_states = tuple(output.last_hidden_state if h is last else h for h in states)
         frame.prompt.forward.state.layers = frame.layers
 
-    @torch.compiler.disable
     def _before_layer(self, i: int, module: Model, args: Positional, kwargs: ModelCall) -> Replaced:
+        if not torch.compiler.is_compiling():  # a step of every layer comes here: nothing to do takes no time
+            frame: Frame | None = self.threads.now.frame
+            if frame is None or (frame.idle and kwargs.get("attention_mask") is None):
+                return None
+        return self._narrow(i, module, args, kwargs)
+
+    @torch.compiler.disable
+    def _narrow(self, i: int, module: Model, args: Positional, kwargs: ModelCall) -> Replaced:
         frame: Frame | None = self.threads.now.frame
         if frame is None:
             return None
@@ -276,8 +283,15 @@ class DecoderStage(Attached):
 
         return swap_cache(kwargs, View(cache, note))
 
-    @torch.compiler.disable
     def _after_layer(self, i: int, module: Model, args: Positional, kwargs: ModelCall, output: ModelOutput) -> None:
+        if not torch.compiler.is_compiling():
+            frame: Frame | None = self.threads.now.frame
+            if frame is None or frame.idle:
+                return
+        self._compact_behind(i)
+
+    @torch.compiler.disable
+    def _compact_behind(self, i: int) -> None:
         frame: Frame | None = self.threads.now.frame
         if frame is not None and frame.prompt is not None and self.compaction is not None and "below" in frame.saved:
             self.compaction.behind_layer(frame, frame.prompt, i, frame.saved["below"])
