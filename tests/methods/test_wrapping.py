@@ -18,6 +18,7 @@ from tokprune.methods.connector.wrappers.adaptive_budget import AdaptiveBudget
 from tokprune.methods.frames.uniform_frames import UniformFrames
 from tokprune.methods.frames_base import PerFrame
 from tokprune.methods.options import kinds
+from tokprune.methods.prompt_rule import Shared
 from tokprune.registry import MethodInfo, list_methods
 from tokprune.runtime.encoder.handoff import SIGNAL, AmongSurvivors
 from tokprune.tokens import Layout, Query, Selection, VisualTokens
@@ -56,6 +57,9 @@ class Probe(ScoreMethod):
         self.asked.append("budgets")
         return [keeps[0] + 1, keeps[1] - 1]
 
+    def bounds(self, tokens: VisualTokens) -> tuple[int, int]:
+        return 2, 7
+
     def scores(self, tokens: VisualTokens) -> torch.Tensor:
         self.asked.append("scores")
         return torch.arange(len(tokens), dtype=torch.float32)
@@ -77,11 +81,13 @@ BUILDERS: dict[type[Wrapper], Any] = {
     Relevance: Relevance,
     PerFrame: lambda method: PerFrame(UniformFrames(spread="tokens"), method),
     AmongSurvivors: AmongSurvivors,
+    Shared: Shared,
 }
 OVERRIDDEN = {
     (AdaptiveBudget, "budgets"): "its rule is the point of it",
     (AmongSurvivors, "drops_at_full_budget"): "what did not survive goes, whatever the budget",
     (AmongSurvivors, "exact"): "fewer may have survived than the budget allows",
+    (Shared, "budgets"): "the rule that it adds stands for the method's own",
     (Relevance, "query_aware"): "it reads the question itself",
     (Relevance, "select"): "it mixes into the scores and leaves `choose` to the method",
     (Relevance, "select_batch"): "as select",
@@ -137,6 +143,8 @@ def test_every_hook_reaches_the_wrapped_method(cls: type[Wrapper], hook: str) ->
         shared = wrapper.budgets(batch, [10, 10])
         assert sum(shared) == 20
         reached = shared == [11, 9]
+    elif hook == "bounds":
+        reached = wrapper.bounds(batch[0]) == (2, 7)
     elif hook == "select":
         wrapper.select(batch[0], 20)
         reached = bool({"select", "select_batch"} & set(probe.asked))

@@ -71,6 +71,9 @@ def widen_listed(output: Any, splice: Splice[R], run: R) -> None:
         whole = run.entered(-1) == h.data_ptr() if splice.pixels is not None else h.shape[-2] == run.tokens
         return i == last or (i == 0 and whole)  # some models list what enters the first block as it was
 
-    output["hidden_states"] = tuple(
-        h if h is None or wide(i, h) else splice.widen(run, run.states[i], h) for i, h in enumerate(states)
+    listed = tuple(
+        h if h is None or id(h) in run.listed or wide(i, h) else splice.widen(run, run.states[i], h)
+        for i, h in enumerate(states)
     )
+    run.listed = frozenset(map(id, listed))  # an encoder and the model around it both list them
+    output["hidden_states"] = listed

@@ -79,6 +79,8 @@ class Run:
     """Height and width of a picture in patches, where the tower shows it."""
     worth: Tensor | None = None
     """(B, units), packed towers (units,) in raster order: by which a pixels method ranked them."""
+    listed: frozenset[int] = frozenset()
+    """Ids of the hidden states that were brought to full length."""
 
     def entered(self, index: int) -> int | None:
         """Where the input of block `index` lies in memory, while somebody keeps it."""
