@@ -38,11 +38,26 @@ def token_counter(processor: Processor) -> Count:
 
     def count(image: Image.Image) -> int:
         if image.size not in seen:
-            blank = Image.new("RGB", image.size)
-            text = str(getattr(processor, "boi_token", mark))
-            ids = processor(images=[blank], text=[text], return_tensors="pt")["input_ids"]
-            seen[image.size] = int((torch.as_tensor(ids) == number).sum())
+            seen[image.size] = int((torch.as_tensor(ids_of(image)) == number).sum())
+        if not seen[image.size]:
+            raise OptionError(
+                f"{type(processor).__name__} puts no token {mark!r} (image_token_id {number}) into a prompt with a "
+                "picture, so its tokens cannot be counted. Give a function from a picture to its number: count=..."
+            )
         return seen[image.size]
+
+    def ids_of(image: Image.Image) -> object:
+        blank = Image.new("RGB", image.size)
+        marks = [str(m) for m in (mark, getattr(processor, "boi_token", None)) if m is not None]
+        for text in marks:  # some put the tokens in place of a mark of their own, and refuse the other
+            try:
+                return processor(images=[blank], text=[text], return_tensors="pt")["input_ids"]
+            except ValueError as error:
+                refusal = error
+        raise OptionError(
+            f"{type(processor).__name__} takes no picture with {' or '.join(marks)} in its place ({refusal}). Give a "
+            "function from a picture to its number of tokens: count=..."
+        )
 
     return count
 

@@ -35,6 +35,10 @@ SIZED = {
 """Families that are told the sizes of pictures on the device: signals are laid out once more than the prompt is."""
 RUNTIME = 55
 """Operations that a pruned prefill may add beside those of the method, however many pictures there are."""
+MERGED = {"visionzip": 30}
+"""Operations more a picture where dropped tokens are merged: features (and DeepStack planes) are reduced stream by
+stream.
+"""
 STEP = 4
 """Operations that a decode step may add, without a wait: the mask of the kept keys and the position."""
 LOOP = ("ops/", "methods/", "budget.py")
@@ -71,7 +75,8 @@ def test_what_pruning_adds_stays_within_its_budget(family: str, methods: tuple[s
         waits = found.prefill.syncs, found.answer.syncs, found.step.syncs
         numbers = (*waits, found.prefill.outside(*LOOP, *SIGNAL_FILES), found.step.launches)
         most = allowed(family, method)
-        if any(n > m for n, m in zip(numbers, (most, most + CHECKED, 0, RUNTIME, STEP), strict=True)):
+        runtime = RUNTIME + 2 * MERGED.get(method, 0)  # two rows of a picture each
+        if any(n > m for n, m in zip(numbers, (most, most + CHECKED, 0, runtime, STEP), strict=True)):
             over[method] = numbers
     assert not over, over
 
@@ -84,7 +89,8 @@ def test_the_runtime_adds_the_same_for_one_picture_as_for_three(family: str, met
     assert one is not None
     assert three is not None
     assert three.prefill.syncs == one.prefill.syncs
-    assert three.prefill.outside(*LOOP, *SIGNAL_FILES) - one.prefill.outside(*LOOP, *SIGNAL_FILES) <= 2 * PER_PICTURE
+    more = three.prefill.outside(*LOOP, *SIGNAL_FILES) - one.prefill.outside(*LOOP, *SIGNAL_FILES)
+    assert more <= 2 * (PER_PICTURE + MERGED.get(method, 0))
 
 
 @pytest.mark.parametrize("family", [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in VIDEO])
