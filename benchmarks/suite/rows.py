@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -94,11 +95,12 @@ def paired(cells: Mapping[str, Callable[[], Any]], clock: Callable[[], float], r
 
 def save(folder: Path, section: str, rows: Sequence[Row], device: str = "cpu") -> Path:
     """Write a section's rows with what is needed to repeat it."""
+    told = re.sub(r"--out[ =]\S+ ?", "", " ".join(sys.argv[1:]))  # where it was written says nothing of the numbers
     data = {
         "type": TYPE,
         "version": VERSION,
         "section": section,
-        "command": f"python -m benchmarks.suite {' '.join(sys.argv[1:])}".rstrip(),
+        "command": f"python -m benchmarks.suite {told}".rstrip(),
         "commit": commit(),
         "environment": environment(device) | {"cpus": os.cpu_count(), "load": [round(x, 1) for x in os.getloadavg()]},
         "rows": [row.to_dict() for row in rows],
