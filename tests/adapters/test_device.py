@@ -35,7 +35,7 @@ SIZED = {
 """Families that are told the sizes of pictures on the device: signals are laid out once more than the prompt is."""
 RUNTIME = 55
 """Operations that a pruned prefill may add beside those of the method, however many pictures there are."""
-MERGED = {"visionzip": 30}
+MERGED = {"visionzip": 20}
 """Operations more a picture where dropped tokens are merged: features (and DeepStack planes) are reduced stream by
 stream.
 """
