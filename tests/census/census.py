@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from tests.census import proof
+from tests.census.models import tiny_model
 from tests.census.reach import reach
 from tokprune.errors import TokpruneError
-from tokprune.testing.census import tiny_model
 
 
 def kinds_of(model: Any) -> list[str]:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 import tokprune
 from tests.adapters.reference import Native, recount
+from tests.census.pixels import Row, prompts
 from tokprune.budget import kept
-from tokprune.testing.pixels import Row, prompts
 
 STEPS = 5
 RATIO = 0.4

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from tests.census.models import model_types
 from tokprune.adapters.known import NOT_VISUAL, REFUSED, VERIFIED
 from tokprune.testing import FAMILIES
-from tokprune.testing.census import model_types
 
 
 def state(model_type: str) -> str:

@@ -14,10 +14,10 @@ import tokprune
 from tests.adapters.reference import slow_unless
 from tests.census import proof, states
 from tests.census.census import prove
+from tests.census.models import model_class, model_types, tiny_config, tiny_model
+from tests.census.pixels import prompts
 from tokprune.adapters.known import NOT_VISUAL, REFUSED, VERIFIED, refusal
 from tokprune.errors import UnsupportedModelError
-from tokprune.testing.census import model_class, model_types, tiny_config, tiny_model
-from tokprune.testing.pixels import prompts
 
 QUICK = ("glm46v", "lfm2_vl", "exaone4_5")  # clips written with the token of pictures, a hybrid LLM, positions by hand
 

@@ -9,13 +9,13 @@ import torch
 
 from tests.adapters.reference import slow_unless
 from tests.adapters.test_readers import eager_maps, received
+from tests.census.models import model_types, tiny_model
+from tests.census.pixels import medium
 from tokprune.adapters.known import VERIFIED
 from tokprune.adapters.tower_kinds import reader_of
 from tokprune.adapters.towers import tower_blocks, tower_of
 from tokprune.errors import MissingSignalError
 from tokprune.runtime.probe import AttentionProbe
-from tokprune.testing.census import model_types, tiny_model
-from tokprune.testing.pixels import medium
 
 QUICK = ("kimi_k25", "minimax_m3_vl")
 NO_TOWER = ("fuyu", "gemma4_unified")

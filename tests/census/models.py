@@ -2,7 +2,7 @@
 from its config class alone: `tiny_model("kimi_k25")`.
 
 Sizes are shrunk by the names of config fields, so that types that nobody has tried are built, too; what a type needs
-beside that stands in `census_types`.
+beside that stands in `model_types`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
+from tests.census.model_types import CORRECTIONS
 from tokprune.adapters.families.tiny import BOS, EOS, PAD, VOCAB, WIDTH
 from tokprune.errors import unknown
-from tokprune.testing.census_types import CORRECTIONS
 from tokprune.testing.tiny import quiet_generation, randomise
 from tokprune.types import VLM, JsonObject
 

@@ -1,4 +1,4 @@
-"""What tiny models of single types need beside sizes that are shrunk by name: `census`' data."""
+"""What tiny models of single types need beside sizes that are shrunk by name: the data of `models`."""
 
 from __future__ import annotations
 
