@@ -25,7 +25,9 @@ Row = Sequence[str | tuple[str, int]]
 """A prompt: text, ("image", seed) and ("video", seed)."""
 
 
-def medium(model: VLM, modality: str, seed: int) -> JsonObject:
+def medium(  # one rule after the other, by the names of the encoder's arguments
+    model: VLM, modality: str, seed: int
+) -> JsonObject:
     """Arguments of the encoder for one picture or clip, sizes varying with the seed where the model allows it."""
     base: Any = model.base_model
     encoder: Callable[..., object] | None = getattr(base, f"get_{modality}_features", None)

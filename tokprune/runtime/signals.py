@@ -200,7 +200,7 @@ def _name(base: nn.Module) -> str:
 
 
 @torch.no_grad()
-def compute_signals(
+def compute_signals(  # of one call: its four parts as the hook has them, and what reads them
     base: nn.Module,
     modality: str,
     kwargs: Inputs,

@@ -55,7 +55,9 @@ def greedy_max_min(distance: Tensor, first: Tensor, keep: int) -> Tensor | None:
 
 
 @triton.jit
-def _map(kernel, fallback, factor, order, n, keep, noise, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
+def _map(  # pointers, sizes and switches: a kernel takes no records
+    kernel, fallback, factor, order, n, keep, noise, BLOCK: tl.constexpr, CHUNK: tl.constexpr
+):  # fmt: skip
     item = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < n
@@ -103,7 +105,9 @@ def greedy_map(kernel: Tensor, keep: int, fallback: Tensor) -> Tensor | None:
 
 
 @triton.jit
-def _gain(columns, best, weights, bonus, j, rows, ROWS: tl.constexpr, WEIGHTS: tl.constexpr, BONUS: tl.constexpr):
+def _gain(  # pointers, sizes and switches: a kernel takes no records
+    columns, best, weights, bonus, j, rows, ROWS: tl.constexpr, WEIGHTS: tl.constexpr, BONUS: tl.constexpr
+):  # fmt: skip
     """What column j adds to the cover `best`, and the column."""
     r = tl.arange(0, ROWS)
     column = tl.load(columns + j * rows + r, mask=r < rows, other=0.0)
@@ -126,7 +130,7 @@ def _cover(start, rows, columns, ROWS: tl.constexpr, START: tl.constexpr):
 
 
 @triton.jit
-def _first_gains(
+def _first_gains(  # pointers, sizes and switches: a kernel takes no records
     columns, start, weights, bonus, bounds, rows, n,
     ROWS: tl.constexpr, START: tl.constexpr, WEIGHTS: tl.constexpr, BONUS: tl.constexpr,
 ):  # fmt: skip
@@ -149,7 +153,7 @@ def _best(bound, last, BARRED: tl.constexpr):
 
 
 @triton.jit
-def _coverage(
+def _coverage(  # pointers, sizes and switches: a kernel takes no records
     columns, start, weights, bonus, barred, bounds, order, gains, rows, n, keep,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
     START: tl.constexpr, WEIGHTS: tl.constexpr, BONUS: tl.constexpr, BARRED: tl.constexpr,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 NAME = "forward_intermediates"
 
 
-def forward_intermediates(
+def forward_intermediates(  # timm's own arguments
     original: Original,
     splice: Splice[R],
     x: Tensor,
