@@ -22,7 +22,7 @@ def load(folder: Path, family: str, dtype: torch.dtype = torch.float32) -> TinyV
     marks = REGISTERED[family].tiny(family)
     model = transformers.AutoModelForImageTextToText.from_pretrained(folder / family, dtype=dtype).eval()
     processor = transformers.AutoProcessor.from_pretrained(folder / family)
-    return TinyVLM(family, model, processor, Spec(marks.image, marks.video, marks.mixes))
+    return TinyVLM(family, model, processor, Spec(marks.image, marks.video))
 
 
 def greedy(tiny: TinyVLM, **inputs: Any) -> list[int]:

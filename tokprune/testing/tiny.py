@@ -117,11 +117,12 @@ def build(
     if family not in tiny_families():
         raise unknown("family of tiny models", family, FAMILIES)
     _require("torchvision", "the image processors of transformers")
-    if REGISTERED[family].tower_of_timm:
+    known = REGISTERED[family]
+    if known.tower_of_timm:
         _require("timm", f"the vision tower of {family}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        parts: TinyParts = REGISTERED[family].tiny(family)
+        parts: TinyParts = known.tiny(family)
     model = parts.model
     if layers is not None:
         _deepen(model, layers)
@@ -129,7 +130,8 @@ def build(
     model.set_attn_implementation(attn)
     quiet_generation(model)
     model.to(dtype).eval()
-    return TinyVLM(family, model, parts.processor, Spec(parts.image, parts.video, parts.mixes))
+    mixes = parts.video is None or known.mixes_modalities
+    return TinyVLM(family, model, parts.processor, Spec(parts.image, parts.video, mixes))
 
 
 def _metadata(frames: NDArray[np.uint8]) -> JsonObject:

@@ -127,13 +127,13 @@ def arrange(call: EncoderCall, values: Tensor, fill: float = 0.0) -> Tensor:
     """
     tail = values.shape[1:]
     family, flat = family_of(call.base, call.kwargs), values.reshape(values.shape[0], -1)
-    if call.config.model_type in FAMILIES:
+    try:
         rows = family.arrange(call, flat, fill)
-    else:  # a tower that nobody has looked at may have rows beside its patches
-        try:
-            rows = family.arrange(call, flat, fill)
-        except (RuntimeError, TypeError, ValueError) as error:
-            raise UnknownGeometryError(f"{flat.shape[0]} rows of the tower do not fit: {error}") from error
+    except (RuntimeError, TypeError, ValueError) as error:
+        if call.config.model_type in FAMILIES:
+            raise
+        # a tower that nobody has looked at may have rows beside its patches
+        raise UnknownGeometryError(f"{flat.shape[0]} rows of the tower do not fit: {error}") from error
     if rows.shape[0] != call.total:
         raise UnknownGeometryError(f"{rows.shape[0]} values were made for {call.total} rows")
     return rows.reshape(rows.shape[0], *tail)

@@ -7,7 +7,7 @@ from typing import Any
 
 from tokprune.adapters.families.base import EncoderCall, PlaceholderRun, register_family
 from tokprune.adapters.families.tiles import TILED, TiledPicture, Tiles
-from tokprune.adapters.families.tiny import TinyParts, chat_template, language, siglip_tower, tokenizer
+from tokprune.adapters.families.tiny import TinyParts, language, siglip_tower, tiny_parts, tokenizer
 
 
 @register_family("aya_vision")
@@ -30,41 +30,35 @@ class Aya(Tiles):
         return int(config.downsample_factor)
 
     def tiny(self, model_type: str) -> TinyParts:
-        return aya_vision()
+        import transformers as hf
+
+        marks = [
+            "<image>",
+            "<|START_OF_IMG|>",
+            "<|END_OF_IMG|>",
+            "<|IMG_PATCH|>",
+            "<|IMG_LINE_BREAK|>",
+            "TILE",
+            "TILE_GLOBAL",
+        ]
+        text = tokenizer(marks, bos=True)
+        processor = hf.AyaVisionProcessor(
+            hf.GotOcr2ImageProcessor(**TILED),
+            text,
+            patch_size=4,
+            img_size=32,
+            downsample_factor=2,
+        )
+        config = hf.AyaVisionConfig(
+            vision_config=siglip_tower(),
+            downsample_factor=2,
+            image_token_index=text.convert_tokens_to_ids("<|IMG_PATCH|>"),
+            text_config=cohere_language(),
+            tie_word_embeddings=True,
+        )
+        return tiny_parts(hf.AyaVisionForConditionalGeneration(config), processor, "<image>")
 
 
 def cohere_language() -> dict[str, Any]:
     """Config of a tiny Cohere 2 LLM: one layer with a sliding window, one without."""
     return language("cohere2", head_dim=16, sliding_window=2048, layer_types=["sliding_attention", "full_attention"])
-
-
-def aya_vision() -> TinyParts:
-    """Aya Vision: tiles and thumbnail, 2 x 2 shuffle."""
-    import transformers as hf
-
-    marks = [
-        "<image>",
-        "<|START_OF_IMG|>",
-        "<|END_OF_IMG|>",
-        "<|IMG_PATCH|>",
-        "<|IMG_LINE_BREAK|>",
-        "TILE",
-        "TILE_GLOBAL",
-    ]
-    text = tokenizer(marks, bos=True)
-    processor = hf.AyaVisionProcessor(
-        hf.GotOcr2ImageProcessor(**TILED),
-        text,
-        patch_size=4,
-        img_size=32,
-        downsample_factor=2,
-        chat_template=chat_template("<image>"),
-    )
-    config = hf.AyaVisionConfig(
-        vision_config=siglip_tower(),
-        downsample_factor=2,
-        image_token_index=text.convert_tokens_to_ids("<|IMG_PATCH|>"),
-        text_config=cohere_language(),
-        tie_word_embeddings=True,
-    )
-    return TinyParts(hf.AyaVisionForConditionalGeneration(config), processor, "<image>")

@@ -8,7 +8,7 @@ from typing import Any
 from tokprune.adapters.families.aya_vision import cohere_language
 from tokprune.adapters.families.base import EncoderCall, PlaceholderRun, register_family
 from tokprune.adapters.families.tiles import TiledPicture, Tiles
-from tokprune.adapters.families.tiny import TinyParts, chat_template, siglip_tower, square, tokenizer
+from tokprune.adapters.families.tiny import TinyParts, siglip_tower, square, tiny_parts, tokenizer
 
 
 @register_family("cohere2_vision")
@@ -32,33 +32,27 @@ class Cohere2(Tiles):
         return int(config.downsample_factor)
 
     def tiny(self, model_type: str) -> TinyParts:
-        return cohere2_vision()
+        import transformers as hf
 
-
-def cohere2_vision() -> TinyParts:
-    """Command A Vision: tiles and thumbnail, 2 x 2 shuffle, line breaks between tiles."""
-    import transformers as hf
-
-    names = {
-        "image_token": "<|IMG_PATCH|>",
-        "boi_token": "<|START_OF_IMG|>",
-        "eoi_token": "<|END_OF_IMG|>",
-        "img_line_break_token": "<|IMG_LINE_BREAK|>",
-    }
-    text = tokenizer(list(names.values()), bos=True, named=names)
-    # what this processor calls patch_size is the number of tokens along a tile's side
-    tiles: dict[str, Any] = {"size": square(32), "min_patches": 1, "max_patches": 4, "patch_size": 4}
-    processor = hf.Cohere2VisionProcessor(
-        hf.Cohere2VisionImageProcessor(**tiles),
-        text,
-        chat_template=chat_template("<|IMG_PATCH|>"),
-    )
-    config = hf.Cohere2VisionConfig(
-        vision_config=siglip_tower(),
-        downsample_factor=2,
-        alignment_intermediate_size=128,
-        image_token_id=text.convert_tokens_to_ids("<|IMG_PATCH|>"),
-        text_config=cohere_language(),
-        tie_word_embeddings=True,
-    )
-    return TinyParts(hf.Cohere2VisionForConditionalGeneration(config), processor, "<|IMG_PATCH|>")
+        names = {
+            "image_token": "<|IMG_PATCH|>",
+            "boi_token": "<|START_OF_IMG|>",
+            "eoi_token": "<|END_OF_IMG|>",
+            "img_line_break_token": "<|IMG_LINE_BREAK|>",
+        }
+        text = tokenizer(list(names.values()), bos=True, named=names)
+        # what this processor calls patch_size is the number of tokens along a tile's side
+        tiles: dict[str, Any] = {"size": square(32), "min_patches": 1, "max_patches": 4, "patch_size": 4}
+        processor = hf.Cohere2VisionProcessor(
+            hf.Cohere2VisionImageProcessor(**tiles),
+            text,
+        )
+        config = hf.Cohere2VisionConfig(
+            vision_config=siglip_tower(),
+            downsample_factor=2,
+            alignment_intermediate_size=128,
+            image_token_id=text.convert_tokens_to_ids("<|IMG_PATCH|>"),
+            text_config=cohere_language(),
+            tie_word_embeddings=True,
+        )
+        return tiny_parts(hf.Cohere2VisionForConditionalGeneration(config), processor, "<|IMG_PATCH|>")

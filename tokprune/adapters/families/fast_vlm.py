@@ -6,7 +6,7 @@ from torch import Tensor
 
 from tokprune.adapters.families.base import EncoderCall, Family, register_family
 from tokprune.adapters.families.llava import words
-from tokprune.adapters.families.tiny import TinyParts, chat_template, language, square
+from tokprune.adapters.families.tiny import TinyParts, language, square, tiny_parts
 from tokprune.adapters.families.units import Fallback
 
 
@@ -27,32 +27,26 @@ class FastVLM(Fallback):
         return None
 
     def tiny(self, model_type: str) -> TinyParts:
-        return fast_vlm()
+        import transformers as hf
 
-
-def fast_vlm() -> TinyParts:
-    """FastVLM: a convolutional FastViT tower, 128 x 128 pixels to 16 tokens."""
-    import transformers as hf
-
-    text = words()
-    processor = hf.LlavaProcessor(
-        hf.CLIPImageProcessor(size={"shortest_edge": 128}, crop_size=square(128)),
-        text,
-        patch_size=32,
-        vision_feature_select_strategy="full",
-        num_additional_image_tokens=0,
-        chat_template=chat_template("<image>"),
-    )
-    config = hf.FastVlmConfig(
-        vision_config={
-            "model_type": "timm_wrapper",
-            "architecture": "fastvit_t8",
-            "do_pooling": True,
-            "hidden_size": 768,
-            "model_args": {"inference_mode": True},
-        },
-        text_config=language("qwen2"),
-        image_token_index=text.convert_tokens_to_ids("<image>"),
-        image_seq_length=16,
-    )
-    return TinyParts(hf.FastVlmForConditionalGeneration(config), processor, "<image>")
+        text = words()
+        processor = hf.LlavaProcessor(
+            hf.CLIPImageProcessor(size={"shortest_edge": 128}, crop_size=square(128)),
+            text,
+            patch_size=32,
+            vision_feature_select_strategy="full",
+            num_additional_image_tokens=0,
+        )
+        config = hf.FastVlmConfig(
+            vision_config={
+                "model_type": "timm_wrapper",
+                "architecture": "fastvit_t8",
+                "do_pooling": True,
+                "hidden_size": 768,
+                "model_args": {"inference_mode": True},
+            },
+            text_config=language("qwen2"),
+            image_token_index=text.convert_tokens_to_ids("<image>"),
+            image_seq_length=16,
+        )
+        return tiny_parts(hf.FastVlmForConditionalGeneration(config), processor, "<image>")

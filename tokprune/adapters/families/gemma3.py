@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tokprune.adapters.families.base import register_family
-from tokprune.adapters.families.tiny import TinyParts, chat_template, language, siglip_tower, square, tokenizer
+from tokprune.adapters.families.tiny import TinyParts, language, siglip_tower, square, tiny_parts, tokenizer
 from tokprune.adapters.families.units import Units
 
 
@@ -20,32 +20,26 @@ class Gemma3(Units):
         return 1 if projector is None else int(projector.kernel_size)
 
     def tiny(self, model_type: str) -> TinyParts:
-        return gemma3()
+        import transformers as hf
 
-
-def gemma3() -> TinyParts:
-    """Gemma 3: 64 patches pooled to 16 tokens that see each other both ways."""
-    import transformers as hf
-
-    names = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
-    text = tokenizer(list(names.values()), bos=True, named=names)
-    processor = hf.Gemma3Processor(
-        hf.Gemma3ImageProcessor(size=square(32)),
-        text,
-        image_seq_length=16,
-        chat_template=chat_template("<start_of_image>"),
-    )
-    config = hf.Gemma3Config(
-        vision_config=siglip_tower(),
-        mm_tokens_per_image=16,
-        **{f"{name}_index": text.convert_tokens_to_ids(token) for name, token in names.items()},
-        text_config=language(
-            "gemma3_text",
-            head_dim=16,
-            query_pre_attn_scalar=16,
-            sliding_window=2048,
-            num_hidden_layers=4,
-            layer_types=["sliding_attention", "full_attention"] * 2,
-        ),
-    )
-    return TinyParts(hf.Gemma3ForConditionalGeneration(config), processor, "<start_of_image>")
+        names = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
+        text = tokenizer(list(names.values()), bos=True, named=names)
+        processor = hf.Gemma3Processor(
+            hf.Gemma3ImageProcessor(size=square(32)),
+            text,
+            image_seq_length=16,
+        )
+        config = hf.Gemma3Config(
+            vision_config=siglip_tower(),
+            mm_tokens_per_image=16,
+            **{f"{name}_index": text.convert_tokens_to_ids(token) for name, token in names.items()},
+            text_config=language(
+                "gemma3_text",
+                head_dim=16,
+                query_pre_attn_scalar=16,
+                sliding_window=2048,
+                num_hidden_layers=4,
+                layer_types=["sliding_attention", "full_attention"] * 2,
+            ),
+        )
+        return tiny_parts(hf.Gemma3ForConditionalGeneration(config), processor, "<start_of_image>")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tokprune.adapters.families.base import register_family
 from tokprune.adapters.families.qwen_vl import Packed, packed_tower
-from tokprune.adapters.families.tiny import MROPE, PIXELS, TinyParts, chat_template, language, pixel_range, tokenizer
+from tokprune.adapters.families.tiny import MROPE, PIXELS, TinyParts, language, pixel_range, tiny_parts, tokenizer
 
 
 @register_family("glm4v", "glm4v_moe", "glm46v", "glm_ocr", "glmga", "glm5_next")
@@ -35,33 +35,27 @@ class Glm4v(Packed):
         return {"image": both & (types != 2), "video": both & (types == 2)}
 
     def tiny(self, model_type: str) -> TinyParts:
-        return glm4v()
+        import transformers as hf
 
-
-def glm4v() -> TinyParts:
-    """GLM-4V: images and clips share one placeholder id; a prompt holds one or the other."""
-    import transformers as hf
-
-    image = "<|begin_of_image|><|image|><|end_of_image|>"
-    video = "<|begin_of_video|><|video|><|end_of_video|>"
-    names = {
-        "image_token": "<|image|>",
-        "video_token": "<|video|>",
-        "image_start_token": "<|begin_of_image|>",
-        "image_end_token": "<|end_of_image|>",
-        "video_start_token": "<|begin_of_video|>",
-        "video_end_token": "<|end_of_video|>",
-    }
-    text = tokenizer(list(names.values()), named={name: names[name] for name in ("image_token", "video_token")})
-    processor = hf.Glm4vProcessor(
-        hf.Glm4vImageProcessor(size=pixel_range(2 * 16 * 16, 2 * 64 * 64), **PIXELS),
-        text,
-        hf.Glm4vVideoProcessor(size=pixel_range(16 * 16, 4 * 48 * 48), do_sample_frames=False, **PIXELS),
-        chat_template=chat_template(image, video),
-    )
-    config = hf.Glm4vConfig(
-        vision_config=packed_tower(2, image_size=32),
-        text_config=language("glm4v_text", rope_parameters={**MROPE, "partial_rotary_factor": 1.0}),
-        **{f"{name}_id": text.convert_tokens_to_ids(token) for name, token in names.items()},
-    )
-    return TinyParts(hf.Glm4vForConditionalGeneration(config), processor, image, video, mixes=False)
+        image = "<|begin_of_image|><|image|><|end_of_image|>"
+        video = "<|begin_of_video|><|video|><|end_of_video|>"
+        names = {
+            "image_token": "<|image|>",
+            "video_token": "<|video|>",
+            "image_start_token": "<|begin_of_image|>",
+            "image_end_token": "<|end_of_image|>",
+            "video_start_token": "<|begin_of_video|>",
+            "video_end_token": "<|end_of_video|>",
+        }
+        text = tokenizer(list(names.values()), named={name: names[name] for name in ("image_token", "video_token")})
+        processor = hf.Glm4vProcessor(
+            hf.Glm4vImageProcessor(size=pixel_range(2 * 16 * 16, 2 * 64 * 64), **PIXELS),
+            text,
+            hf.Glm4vVideoProcessor(size=pixel_range(16 * 16, 4 * 48 * 48), do_sample_frames=False, **PIXELS),
+        )
+        config = hf.Glm4vConfig(
+            vision_config=packed_tower(2, image_size=32),
+            text_config=language("glm4v_text", rope_parameters={**MROPE, "partial_rotary_factor": 1.0}),
+            **{f"{name}_id": text.convert_tokens_to_ids(token) for name, token in names.items()},
+        )
+        return tiny_parts(hf.Glm4vForConditionalGeneration(config), processor, image, video)

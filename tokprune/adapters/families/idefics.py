@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokprune.adapters.families.base import EncoderCall, PlaceholderRun, register_family
 from tokprune.adapters.families.tiles import TiledPicture, Tiles
-from tokprune.adapters.families.tiny import TinyParts, chat_template, language, tokenizer, tower
+from tokprune.adapters.families.tiny import TinyParts, language, tiny_parts, tokenizer, tower
 
 
 @register_family("idefics3")
@@ -46,7 +46,9 @@ class Idefics(Tiles):
         return int(config.scale_factor)
 
     def tiny(self, model_type: str) -> TinyParts:
-        return idefics3()
+        import transformers as hf
+
+        return _idefics(hf.Idefics3Config, hf.Idefics3ForConditionalGeneration, "idefics3_vision")
 
 
 @register_family("smolvlm")
@@ -79,7 +81,10 @@ class SmolVLM(Idefics):
             yield TiledPicture(len(seconds), video=True, seconds=seconds)
 
     def tiny(self, model_type: str) -> TinyParts:
-        return smolvlm()
+        import transformers as hf
+
+        # Its own processor adds number words to video prompts only (a further package); images go through Idefics 3's.
+        return _idefics(hf.SmolVLMConfig, hf.SmolVLMForConditionalGeneration, "smolvlm_vision")
 
 
 def _idefics(config_class: Any, model_class: Any, vision: str) -> TinyParts:
@@ -92,7 +97,6 @@ def _idefics(config_class: Any, model_class: Any, vision: str) -> TinyParts:
         hf.Idefics3ImageProcessor(size={"longest_edge": 64}, max_image_size={"longest_edge": 32}),
         text,
         image_seq_len=16,
-        chat_template=chat_template("<image>"),
     )
     config = config_class(
         vision_config=tower(model_type=vision, image_size=32),
@@ -101,19 +105,4 @@ def _idefics(config_class: Any, model_class: Any, vision: str) -> TinyParts:
         image_token_id=text.convert_tokens_to_ids("<image>"),
         pad_token_id=text.pad_token_id,
     )
-    return TinyParts(model_class(config), processor, "<image>")
-
-
-def idefics3() -> TinyParts:
-    """Idefics 3: tiles and thumbnail, pixel shuffle to 16 tokens each."""
-    import transformers as hf
-
-    return _idefics(hf.Idefics3Config, hf.Idefics3ForConditionalGeneration, "idefics3_vision")
-
-
-def smolvlm() -> TinyParts:
-    """SmolVLM. Its own processor adds number words to video prompts only (a further package); images go through Idefics
-    3's."""
-    import transformers as hf
-
-    return _idefics(hf.SmolVLMConfig, hf.SmolVLMForConditionalGeneration, "smolvlm_vision")
+    return tiny_parts(model_class(config), processor, "<image>")

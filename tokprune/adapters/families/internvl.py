@@ -8,7 +8,7 @@ from typing import Any
 
 from tokprune.adapters.families.base import EncoderCall, PlaceholderRun, register_family
 from tokprune.adapters.families.tiles import TILED, TiledPicture, Tiles
-from tokprune.adapters.families.tiny import TinyParts, chat_template, language, square, tokenizer, tower
+from tokprune.adapters.families.tiny import TinyParts, language, square, tiny_parts, tokenizer, tower
 
 
 @register_family("internvl", "qianfan_ocr")
@@ -41,7 +41,30 @@ class InternVL(Tiles):
         return round(1 / config.downsample_ratio)
 
     def tiny(self, model_type: str) -> TinyParts:
-        return internvl()
+        import transformers as hf
+
+        names = {
+            "start_image_token": "<img>",
+            "end_image_token": "</img>",
+            "context_image_token": "<IMG_CONTEXT>",
+            "video_token": "<video>",
+        }
+        text = tokenizer(list(names.values()), named=names)
+        processor = hf.InternVLProcessor(
+            hf.GotOcr2ImageProcessor(**TILED),
+            text,
+            hf.InternVLVideoProcessor(size=square(32), do_sample_frames=False),
+            image_seq_length=16,
+        )
+        config = hf.InternVLConfig(
+            vision_config=tower(
+                model_type="internvl_vision", num_hidden_layers=3, image_size=[32, 32], patch_size=[4, 4]
+            ),
+            text_config=language("qwen2"),
+            image_token_id=text.convert_tokens_to_ids("<IMG_CONTEXT>"),
+            image_seq_length=16,
+        )
+        return tiny_parts(hf.InternVLForConditionalGeneration(config), processor, "<IMG_CONTEXT>", "<video>")
 
 
 def _frame_number(call: EncoderCall, run: PlaceholderRun) -> int | None:
@@ -50,30 +73,3 @@ def _frame_number(call: EncoderCall, run: PlaceholderRun) -> int | None:
         return None
     number = re.search(r"Frame(\d+):\s*\S*\s*$", call.decode(list(run.before)))
     return int(number.group(1)) if number else None
-
-
-def internvl() -> TinyParts:
-    """InternVL: tiles with thumbnail, pixel shuffle to 16 tokens, frames as tiles."""
-    import transformers as hf
-
-    names = {
-        "start_image_token": "<img>",
-        "end_image_token": "</img>",
-        "context_image_token": "<IMG_CONTEXT>",
-        "video_token": "<video>",
-    }
-    text = tokenizer(list(names.values()), named=names)
-    processor = hf.InternVLProcessor(
-        hf.GotOcr2ImageProcessor(**TILED),
-        text,
-        hf.InternVLVideoProcessor(size=square(32), do_sample_frames=False),
-        image_seq_length=16,
-        chat_template=chat_template("<IMG_CONTEXT>", "<video>"),
-    )
-    config = hf.InternVLConfig(
-        vision_config=tower(model_type="internvl_vision", num_hidden_layers=3, image_size=[32, 32], patch_size=[4, 4]),
-        text_config=language("qwen2"),
-        image_token_id=text.convert_tokens_to_ids("<IMG_CONTEXT>"),
-        image_seq_length=16,
-    )
-    return TinyParts(hf.InternVLForConditionalGeneration(config), processor, "<IMG_CONTEXT>", "<video>")

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tokprune.adapters.families.base import EncoderCall, StreamLayout, UnknownGeometryError, register_family
-from tokprune.adapters.families.tiny import TinyParts, chat_template, clip_tower, language, square, tokenizer
+from tokprune.adapters.families.tiny import TinyParts, clip_tower, language, square, tiny_parts, tokenizer
 from tokprune.adapters.families.units import SizedImages, Units
 
 
@@ -17,10 +17,7 @@ from tokprune.adapters.families.units import SizedImages, Units
 class Llava(Units):
     """LLaVA-1.5 and VipLLaVA: one grid per image; with the strategy "full" the [CLS] token stands before it."""
 
-    tiny_types: tuple[str, ...] = (
-        "llava",
-        "vipllava",
-    )
+    tiny_types: tuple[str, ...] = ("llava", "vipllava")
 
     def patches(self, call: EncoderCall) -> int | None:
         return None if call.kwargs.get("image_sizes") is not None else super().patches(call)
@@ -61,7 +58,15 @@ class Llava(Units):
         return F.pad(per_unit, (0, 0, extra, 0), value=fill).flatten(0, 1)
 
     def tiny(self, model_type: str) -> TinyParts:
-        return llava() if model_type == "llava" else vipllava()
+        import transformers as hf
+
+        text = words()
+        processor, fields = hf.LlavaProcessor(cropped(hf.CLIPImageProcessor), text, **COUNTING), config_fields(text)
+        if model_type == "llava":
+            config = hf.LlavaConfig(**fields, vision_feature_layer=-2, vision_feature_select_strategy="default")
+            return tiny_parts(hf.LlavaForConditionalGeneration(config), processor, "<image>")
+        vip = hf.VipLlavaConfig(**fields, vision_feature_layer=[-2, -3, 1])  # the features of three blocks side by side
+        return tiny_parts(hf.VipLlavaForConditionalGeneration(vip), processor, "<image>")
 
 
 COUNTING: dict[str, Any] = {
@@ -81,38 +86,11 @@ def cropped(kind: Any, **more: Any) -> Any:
     return kind(size={"shortest_edge": 32}, crop_size=square(32), **more)
 
 
-def llava() -> TinyParts:
-    """LLaVA-1.5: one 32 x 32 view, 64 tokens, second-to-last CLIP block."""
-    import transformers as hf
-
-    text = words()
-    processor = hf.LlavaProcessor(
-        cropped(hf.CLIPImageProcessor), text, chat_template=chat_template("<image>"), **COUNTING
-    )
-    config = hf.LlavaConfig(
-        vision_config=clip_tower(),
-        text_config=language(),
-        image_token_index=text.convert_tokens_to_ids("<image>"),
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-        image_seq_length=64,
-    )
-    return TinyParts(hf.LlavaForConditionalGeneration(config), processor, "<image>")
-
-
-def vipllava() -> TinyParts:
-    """VipLLaVA: LLaVA with the features of three blocks side by side."""
-    import transformers as hf
-
-    text = words()
-    processor = hf.LlavaProcessor(
-        cropped(hf.CLIPImageProcessor), text, chat_template=chat_template("<image>"), **COUNTING
-    )
-    config = hf.VipLlavaConfig(
-        vision_config=clip_tower(),
-        text_config=language(),
-        image_token_index=text.convert_tokens_to_ids("<image>"),
-        vision_feature_layer=[-2, -3, 1],
-        image_seq_length=64,
-    )
-    return TinyParts(hf.VipLlavaForConditionalGeneration(config), processor, "<image>")
+def config_fields(text: Any) -> dict[str, Any]:
+    """What the configs of the kin share: a CLIP tower whose 64 patches are tokens. text: the tokenizer."""
+    return {
+        "vision_config": clip_tower(),
+        "text_config": language(),
+        "image_token_index": text.convert_tokens_to_ids("<image>"),
+        "image_seq_length": 64,
+    }

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from tokprune.adapters.families.base import EncoderCall, Family, StreamLayout, UnknownGeometryError, register_family
 from tokprune.adapters.families.geometry import frames, pair, plain
-from tokprune.adapters.families.llava import COUNTING, cropped, words
-from tokprune.adapters.families.tiny import TinyParts, chat_template, clip_tower, language
+from tokprune.adapters.families.llava import COUNTING, config_fields, cropped, words
+from tokprune.adapters.families.tiny import TinyParts, tiny_parts
 from tokprune.tokens import Layout
 
 
@@ -23,10 +23,7 @@ class AnyRes(Family):
 
     clips_in_one_tensor = True
     cuts_pictures = True
-    tiny_types: tuple[str, ...] = (
-        "llava_next",
-        "llava_next_video",
-    )
+    tiny_types: tuple[str, ...] = ("llava_next", "llava_next_video")
 
     def side(self, call: EncoderCall) -> int:
         """Patches along one side of a tile."""
@@ -127,7 +124,18 @@ class AnyRes(Family):
         return pixels
 
     def tiny(self, model_type: str) -> TinyParts:
-        return llava_next() if model_type == "llava_next" else llava_next_video()
+        import transformers as hf
+
+        text = words()
+        images = cropped(hf.LlavaNextImageProcessor, image_grid_pinpoints=CANVASES)
+        fields = {**config_fields(text), "vision_feature_layer": -2, "image_grid_pinpoints": CANVASES}
+        if model_type == "llava_next":
+            model = hf.LlavaNextForConditionalGeneration(hf.LlavaNextConfig(**fields))
+            return tiny_parts(model, hf.LlavaNextProcessor(images, text, **COUNTING), "<image>")
+        videos = cropped(hf.LlavaNextVideoVideoProcessor, do_sample_frames=False)
+        processor = hf.LlavaNextVideoProcessor(videos, images, text, **COUNTING)
+        config = hf.LlavaNextVideoConfig(**fields, video_token_index=text.convert_tokens_to_ids("<video>"))
+        return tiny_parts(hf.LlavaNextVideoForConditionalGeneration(config), processor, "<image>", "<video>")
 
 
 def canvas_of(size: Sequence[int], pinpoints: Any, tile: int) -> tuple[int, int]:
@@ -168,49 +176,3 @@ def traced_layout(rows: Tensor, side: int, count: int, canvas: tuple[int, int]) 
 
 
 CANVASES = [[32, 64], [64, 32], [64, 64], [96, 32], [32, 96]]
-
-
-def llava_next() -> TinyParts:
-    """LLaVA-NeXT: thumbnail and tiles, unpadded, a newline after every row."""
-    import transformers as hf
-
-    text = words()
-    processor = hf.LlavaNextProcessor(
-        cropped(hf.LlavaNextImageProcessor, image_grid_pinpoints=CANVASES),
-        text,
-        chat_template=chat_template("<image>"),
-        **COUNTING,
-    )
-    config = hf.LlavaNextConfig(
-        vision_config=clip_tower(),
-        text_config=language(),
-        image_token_index=text.convert_tokens_to_ids("<image>"),
-        vision_feature_layer=-2,
-        image_grid_pinpoints=CANVASES,
-        image_seq_length=64,
-    )
-    return TinyParts(hf.LlavaNextForConditionalGeneration(config), processor, "<image>")
-
-
-def llava_next_video() -> TinyParts:
-    """LLaVA-NeXT-Video: tiled images, and clips pooled to 16 tokens a frame."""
-    import transformers as hf
-
-    text = words()
-    processor = hf.LlavaNextVideoProcessor(
-        cropped(hf.LlavaNextVideoVideoProcessor, do_sample_frames=False),
-        cropped(hf.LlavaNextImageProcessor, image_grid_pinpoints=CANVASES),
-        text,
-        chat_template=chat_template("<image>", "<video>"),
-        **COUNTING,
-    )
-    config = hf.LlavaNextVideoConfig(
-        vision_config=clip_tower(),
-        text_config=language(),
-        image_token_index=text.convert_tokens_to_ids("<image>"),
-        video_token_index=text.convert_tokens_to_ids("<video>"),
-        vision_feature_layer=-2,
-        image_grid_pinpoints=CANVASES,
-        image_seq_length=64,
-    )
-    return TinyParts(hf.LlavaNextVideoForConditionalGeneration(config), processor, "<image>", "<video>")

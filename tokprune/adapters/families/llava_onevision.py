@@ -12,7 +12,7 @@ from tokprune.adapters.families.base import EncoderCall, StreamLayout, register_
 from tokprune.adapters.families.geometry import frames
 from tokprune.adapters.families.llava import words
 from tokprune.adapters.families.llava_next import AnyRes
-from tokprune.adapters.families.tiny import TinyParts, chat_template, language, siglip_tower, square
+from tokprune.adapters.families.tiny import TinyParts, language, siglip_tower, square, tiny_parts
 
 
 @register_family("llava_onevision")
@@ -37,28 +37,22 @@ class OneVision(AnyRes):
         return F.pad(rows, (0, 0, 0, 1), value=fill).flatten(0, 1)
 
     def tiny(self, model_type: str) -> TinyParts:
-        return llava_onevision()
+        import transformers as hf
 
-
-def llava_onevision() -> TinyParts:
-    """LLaVA-OneVision: SigLIP, tiles for single images, clips pooled to 16 tokens a frame and one newline."""
-    import transformers as hf
-
-    text = words()
-    canvases = [[32, 32], [32, 64], [64, 32], [64, 64]]
-    processor = hf.LlavaOnevisionProcessor(
-        hf.LlavaOnevisionImageProcessor(size=square(32), image_grid_pinpoints=canvases),
-        text,
-        hf.LlavaOnevisionVideoProcessor(size=square(32), do_sample_frames=False),
-        num_image_tokens=64,
-        vision_feature_select_strategy="full",
-        chat_template=chat_template("<image>", "<video>"),
-    )
-    config = hf.LlavaOnevisionConfig(
-        vision_config=siglip_tower(),
-        text_config=language("qwen2"),
-        image_token_index=text.convert_tokens_to_ids("<image>"),
-        video_token_index=text.convert_tokens_to_ids("<video>"),
-        image_grid_pinpoints=canvases,
-    )
-    return TinyParts(hf.LlavaOnevisionForConditionalGeneration(config), processor, "<image>", "<video>")
+        text = words()
+        canvases = [[32, 32], [32, 64], [64, 32], [64, 64]]
+        processor = hf.LlavaOnevisionProcessor(
+            hf.LlavaOnevisionImageProcessor(size=square(32), image_grid_pinpoints=canvases),
+            text,
+            hf.LlavaOnevisionVideoProcessor(size=square(32), do_sample_frames=False),
+            num_image_tokens=64,
+            vision_feature_select_strategy="full",
+        )
+        config = hf.LlavaOnevisionConfig(
+            vision_config=siglip_tower(),
+            text_config=language("qwen2"),
+            image_token_index=text.convert_tokens_to_ids("<image>"),
+            video_token_index=text.convert_tokens_to_ids("<video>"),
+            image_grid_pinpoints=canvases,
+        )
+        return tiny_parts(hf.LlavaOnevisionForConditionalGeneration(config), processor, "<image>", "<video>")

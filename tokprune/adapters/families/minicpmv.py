@@ -17,7 +17,7 @@ from tokprune.adapters.families.base import (
 )
 from tokprune.adapters.families.geometry import canvas_from_shape, frames, mixed_tiles, plain, pool
 from tokprune.adapters.families.tiles import APART
-from tokprune.adapters.families.tiny import TinyParts, chat_template, hybrid_language, tokenizer, tower
+from tokprune.adapters.families.tiny import TinyParts, hybrid_language, tiny_parts, tokenizer, tower
 from tokprune.adapters.families.units import SizedImages
 from tokprune.tokens import Layout
 
@@ -93,38 +93,32 @@ class MiniCPM(SizedImages):
         return plain(mixed_tiles(grids, canvas_from_shape(count - 1, tile, grids[0])))
 
     def tiny(self, model_type: str) -> TinyParts:
-        return minicpmv4_6()
+        import transformers as hf
 
-
-def minicpmv4_6() -> TinyParts:
-    """MiniCPM-V 4.6: slices, a merger inside the tower, hybrid language model; a prompt holds images or clips."""
-    import transformers as hf
-
-    names = {
-        "image_token": "<|image_pad|>",
-        "video_token": "<|video_pad|>",
-        "image_start_token": "<image>",
-        "image_end_token": "</image>",
-        "slice_start_token": "<slice>",
-        "slice_end_token": "</slice>",
-        "image_id_start_token": "<image_id>",
-        "image_id_end_token": "</image_id>",
-    }
-    text = tokenizer(list(names.values()), named=names)
-    views: dict[str, Any] = {"scale_resolution": 64, "patch_size": 4}
-    processor = hf.MiniCPMV4_6Processor(
-        hf.MiniCPMV4_6ImageProcessor(max_slice_nums=4, **views),
-        hf.MiniCPMV4_6VideoProcessor(max_slice_nums=1, do_sample_frames=False, **views),
-        text,
-        chat_template=chat_template("<|image_pad|>", "<|video_pad|>"),
-    )
-    config = hf.MiniCPMV4_6Config(
-        vision_config=tower(num_hidden_layers=3, image_size=64),
-        insert_layer_id=1,
-        image_size=64,
-        image_token_id=text.convert_tokens_to_ids("<|image_pad|>"),
-        video_token_id=text.convert_tokens_to_ids("<|video_pad|>"),
-        text_config=hybrid_language(),
-    )
-    model = hf.MiniCPMV4_6ForConditionalGeneration(config)
-    return TinyParts(model, processor, "<|image_pad|>", "<|video_pad|>", mixes=False)
+        names = {
+            "image_token": "<|image_pad|>",
+            "video_token": "<|video_pad|>",
+            "image_start_token": "<image>",
+            "image_end_token": "</image>",
+            "slice_start_token": "<slice>",
+            "slice_end_token": "</slice>",
+            "image_id_start_token": "<image_id>",
+            "image_id_end_token": "</image_id>",
+        }
+        text = tokenizer(list(names.values()), named=names)
+        views: dict[str, Any] = {"scale_resolution": 64, "patch_size": 4}
+        processor = hf.MiniCPMV4_6Processor(
+            hf.MiniCPMV4_6ImageProcessor(max_slice_nums=4, **views),
+            hf.MiniCPMV4_6VideoProcessor(max_slice_nums=1, do_sample_frames=False, **views),
+            text,
+        )
+        config = hf.MiniCPMV4_6Config(
+            vision_config=tower(num_hidden_layers=3, image_size=64),
+            insert_layer_id=1,
+            image_size=64,
+            image_token_id=text.convert_tokens_to_ids("<|image_pad|>"),
+            video_token_id=text.convert_tokens_to_ids("<|video_pad|>"),
+            text_config=hybrid_language(),
+        )
+        model = hf.MiniCPMV4_6ForConditionalGeneration(config)
+        return tiny_parts(model, processor, "<|image_pad|>", "<|video_pad|>")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tokprune.adapters.families.base import register_family
-from tokprune.adapters.families.tiny import TinyParts, chat_template, language, square, tokenizer, tower
+from tokprune.adapters.families.tiny import TinyParts, language, square, tiny_parts, tokenizer, tower
 from tokprune.adapters.families.units import SizedImages
 
 
@@ -14,26 +14,20 @@ class Mistral3(SizedImages):
     tiny_types: tuple[str, ...] = ("mistral3",)
 
     def tiny(self, model_type: str) -> TinyParts:
-        return mistral3()
+        import transformers as hf
 
-
-def mistral3() -> TinyParts:
-    """Mistral 3: Pixtral tower, 2 x 2 merge, break tokens between rows in the prompt."""
-    import transformers as hf
-
-    text = tokenizer(["[IMG]", "[IMG_BREAK]", "[IMG_END]"], bos=True)
-    processor = hf.PixtralProcessor(
-        hf.PixtralImageProcessor(size={"longest_edge": 48}, patch_size=square(4)),
-        text,
-        patch_size=4,
-        spatial_merge_size=2,
-        chat_template=chat_template("[IMG]"),
-    )
-    config = hf.Mistral3Config(
-        vision_config=tower(model_type="pixtral", head_dim=8, image_size=48),
-        text_config=language("mistral", head_dim=16, sliding_window=None),
-        spatial_merge_size=2,
-        image_token_index=text.convert_tokens_to_ids("[IMG]"),
-        tie_word_embeddings=False,
-    )
-    return TinyParts(hf.Mistral3ForConditionalGeneration(config), processor, "[IMG]")
+        text = tokenizer(["[IMG]", "[IMG_BREAK]", "[IMG_END]"], bos=True)
+        processor = hf.PixtralProcessor(
+            hf.PixtralImageProcessor(size={"longest_edge": 48}, patch_size=square(4)),
+            text,
+            patch_size=4,
+            spatial_merge_size=2,
+        )
+        config = hf.Mistral3Config(
+            vision_config=tower(model_type="pixtral", head_dim=8, image_size=48),
+            text_config=language("mistral", head_dim=16, sliding_window=None),
+            spatial_merge_size=2,
+            image_token_index=text.convert_tokens_to_ids("[IMG]"),
+            tie_word_embeddings=False,
+        )
+        return tiny_parts(hf.Mistral3ForConditionalGeneration(config), processor, "[IMG]")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tokprune.adapters.families.base import EncoderCall, Family, StreamLayout, register_family
 from tokprune.adapters.families.geometry import frames, mixed_tiles, plain
-from tokprune.adapters.families.tiny import VOCAB, WIDTH, TinyParts, chat_template, square, tokenizer, tower
+from tokprune.adapters.families.tiny import VOCAB, WIDTH, TinyParts, square, tiny_parts, tokenizer, tower
 from tokprune.tokens import Layout
 
 
@@ -52,52 +52,45 @@ class Molmo2(Family):
         return [i + 1 if i >= 0 else i for i in call.config.adapter_config.vision_feature_layer]
 
     def tiny(self, model_type: str) -> TinyParts:
-        return molmo2()
+        import transformers as hf
 
-
-def molmo2() -> TinyParts:
-    """Molmo 2: overlapping crops pooled by attention, added onto the placeholder embeddings; images or clips, one id
-    for both."""
-    import transformers as hf
-
-    ids = {
-        "image_patch_id": "<im_patch>",
-        "image_start_token_id": "<im_start>",
-        "image_end_token_id": "<im_end>",
-        "low_res_image_start_token_id": "<low_res_im_start>",
-        "frame_start_token_id": "<frame_start>",
-        "frame_end_token_id": "<frame_end>",
-    }
-    marks = {"image_token": "<|image|>", "video_token": "<|video|>"}
-    text = tokenizer([*marks.values(), *ids.values(), "<im_col>", "<im_low>"], named=marks)
-    views: dict[str, Any] = {"size": square(32), "patch_size": 4, "pooling_size": [2, 2]}
-    processor = hf.Molmo2Processor(
-        hf.Molmo2ImageProcessor(max_crops=4, overlap_margins=[1, 1], **views),
-        hf.Molmo2VideoProcessor(do_sample_frames=False, **views),
-        text,
-        chat_template=chat_template("<|image|>", "<|video|>"),
-    )
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8}
-    config = hf.Molmo2Config(
-        vision_config=tower(num_hidden_layers=3, image_size=[32, 32], **heads),
-        adapter_config={
-            "vision_feature_layer": [2, 1],
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "text_hidden_size": WIDTH,
-            **heads,
-        },
-        text_config={
-            "hidden_size": WIDTH,
-            "intermediate_size": 128,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 16,
-            "vocab_size": VOCAB,
-            "additional_vocab_size": 0,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-        },
-        **{name: text.convert_tokens_to_ids(token) for name, token in ids.items()},
-    )
-    return TinyParts(hf.Molmo2ForConditionalGeneration(config), processor, "<|image|>", "<|video|>", mixes=False)
+        ids = {
+            "image_patch_id": "<im_patch>",
+            "image_start_token_id": "<im_start>",
+            "image_end_token_id": "<im_end>",
+            "low_res_image_start_token_id": "<low_res_im_start>",
+            "frame_start_token_id": "<frame_start>",
+            "frame_end_token_id": "<frame_end>",
+        }
+        marks = {"image_token": "<|image|>", "video_token": "<|video|>"}
+        text = tokenizer([*marks.values(), *ids.values(), "<im_col>", "<im_low>"], named=marks)
+        views: dict[str, Any] = {"size": square(32), "patch_size": 4, "pooling_size": [2, 2]}
+        processor = hf.Molmo2Processor(
+            hf.Molmo2ImageProcessor(max_crops=4, overlap_margins=[1, 1], **views),
+            hf.Molmo2VideoProcessor(do_sample_frames=False, **views),
+            text,
+        )
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8}
+        config = hf.Molmo2Config(
+            vision_config=tower(num_hidden_layers=3, image_size=[32, 32], **heads),
+            adapter_config={
+                "vision_feature_layer": [2, 1],
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "text_hidden_size": WIDTH,
+                **heads,
+            },
+            text_config={
+                "hidden_size": WIDTH,
+                "intermediate_size": 128,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "head_dim": 16,
+                "vocab_size": VOCAB,
+                "additional_vocab_size": 0,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+            **{name: text.convert_tokens_to_ids(token) for name, token in ids.items()},
+        )
+        return tiny_parts(hf.Molmo2ForConditionalGeneration(config), processor, "<|image|>", "<|video|>")

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from tokprune.adapters.families.base import EncoderCall, PlaceholderRun, register_family
 from tokprune.adapters.families.tiles import TiledPicture, Tiles
-from tokprune.adapters.families.tiny import VOCAB, WIDTH, TinyParts, chat_template, language, square, tokenizer, tower
+from tokprune.adapters.families.tiny import VOCAB, WIDTH, TinyParts, language, square, tiny_parts, tokenizer, tower
 
 
 @register_family("ovis2")
@@ -43,28 +43,22 @@ class Ovis2(Tiles):
         return F.avg_pool2d(x, stride, ceil_mode=True).flatten(2).transpose(1, 2)
 
     def tiny(self, model_type: str) -> TinyParts:
-        return ovis2()
+        import transformers as hf
 
-
-def ovis2() -> TinyParts:
-    """Ovis 2: visual tokens are soft words of a visual vocabulary, framed by indicator tokens."""
-    import transformers as hf
-
-    frame = ["<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>"]
-    text = tokenizer(["<image>", "<IMG_ATOM>", *frame])
-    processor = hf.Ovis2Processor(
-        hf.Ovis2ImageProcessor(size=square(32), crop_to_patches=True, max_patches=4),
-        text,
-        image_seq_length=16,
-        chat_template=chat_template("<image>"),
-    )
-    config = hf.Ovis2Config(
-        vision_config=tower(image_size=32, vocab_size=64, hidden_stride=2, num_visual_indicator_tokens=len(frame)),
-        text_config=language("qwen2"),
-        image_token_id=text.convert_tokens_to_ids("<IMG_ATOM>"),
-        visual_indicator_token_ids=text.convert_tokens_to_ids(frame),
-        vocab_size=VOCAB,
-        hidden_size=WIDTH,
-        tie_word_embeddings=False,
-    )
-    return TinyParts(hf.Ovis2ForConditionalGeneration(config), processor, "<image>")
+        frame = ["<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>"]
+        text = tokenizer(["<image>", "<IMG_ATOM>", *frame])
+        processor = hf.Ovis2Processor(
+            hf.Ovis2ImageProcessor(size=square(32), crop_to_patches=True, max_patches=4),
+            text,
+            image_seq_length=16,
+        )
+        config = hf.Ovis2Config(
+            vision_config=tower(image_size=32, vocab_size=64, hidden_stride=2, num_visual_indicator_tokens=len(frame)),
+            text_config=language("qwen2"),
+            image_token_id=text.convert_tokens_to_ids("<IMG_ATOM>"),
+            visual_indicator_token_ids=text.convert_tokens_to_ids(frame),
+            vocab_size=VOCAB,
+            hidden_size=WIDTH,
+            tie_word_embeddings=False,
+        )
+        return tiny_parts(hf.Ovis2ForConditionalGeneration(config), processor, "<image>")

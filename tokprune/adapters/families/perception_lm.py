@@ -7,7 +7,7 @@ from typing import Any
 from tokprune.adapters.families.base import EncoderCall, StreamLayout, UnknownGeometryError, register_family
 from tokprune.adapters.families.geometry import pair
 from tokprune.adapters.families.tiles import TiledPicture, Tiles
-from tokprune.adapters.families.tiny import TinyParts, chat_template, language, square, tokenizer
+from tokprune.adapters.families.tiny import TinyParts, language, square, tiny_parts, tokenizer
 
 
 @register_family("perception_lm")
@@ -43,43 +43,37 @@ class PerceptionLM(Tiles):
         return "get_image_features", "pixel_values" if modality == "video" else ""
 
     def tiny(self, model_type: str) -> TinyParts:
-        return perception_lm()
+        import transformers as hf
 
-
-def perception_lm() -> TinyParts:
-    """Perception LM: a Perception Encoder with [CLS], tiles pooled 2 x 2; a prompt holds images or clips."""
-    import transformers as hf
-
-    marks = {"image_token": "<|image|>", "video_token": "<|video|>"}
-    text = tokenizer(list(marks.values()), bos=True, named=marks)
-    processor = hf.PerceptionLMProcessor(
-        hf.PerceptionLMVideoProcessor(size=square(56), do_sample_frames=False),
-        hf.PerceptionLMImageProcessor(tile_size=56, max_num_tiles=4),
-        text,
-        patch_size=14,
-        pooling_ratio=2,
-        chat_template=chat_template("<|image|>", "<|video|>"),
-    )
-    config = hf.PerceptionLMConfig(
-        vision_config={
-            "model_type": "timm_wrapper",
-            "architecture": "vit_pe_core_large_patch14_336",
-            "do_pooling": True,
-            "model_args": {
-                "embed_dim": 32,
-                "img_size": [56, 56],
-                "depth": 2,
-                "num_heads": 4,
-                "global_pool": "",
-                "use_post_transformer_norm": False,
-                "init_values": 0.1,
-                "ref_feat_shape": [4, 4],
+        marks = {"image_token": "<|image|>", "video_token": "<|video|>"}
+        text = tokenizer(list(marks.values()), bos=True, named=marks)
+        processor = hf.PerceptionLMProcessor(
+            hf.PerceptionLMVideoProcessor(size=square(56), do_sample_frames=False),
+            hf.PerceptionLMImageProcessor(tile_size=56, max_num_tiles=4),
+            text,
+            patch_size=14,
+            pooling_ratio=2,
+        )
+        config = hf.PerceptionLMConfig(
+            vision_config={
+                "model_type": "timm_wrapper",
+                "architecture": "vit_pe_core_large_patch14_336",
+                "do_pooling": True,
+                "model_args": {
+                    "embed_dim": 32,
+                    "img_size": [56, 56],
+                    "depth": 2,
+                    "num_heads": 4,
+                    "global_pool": "",
+                    "use_post_transformer_norm": False,
+                    "init_values": 0.1,
+                    "ref_feat_shape": [4, 4],
+                },
             },
-        },
-        text_config=language(),
-        projector_pooling_ratio=2,
-        vision_use_cls_token=True,
-        image_token_id=text.convert_tokens_to_ids("<|image|>"),
-        video_token_id=text.convert_tokens_to_ids("<|video|>"),
-    )
-    return TinyParts(hf.PerceptionLMForConditionalGeneration(config), processor, "<|image|>", "<|video|>", mixes=False)
+            text_config=language(),
+            projector_pooling_ratio=2,
+            vision_use_cls_token=True,
+            image_token_id=text.convert_tokens_to_ids("<|image|>"),
+            video_token_id=text.convert_tokens_to_ids("<|video|>"),
+        )
+        return tiny_parts(hf.PerceptionLMForConditionalGeneration(config), processor, "<|image|>", "<|video|>")

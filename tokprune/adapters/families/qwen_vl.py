@@ -14,24 +14,17 @@ from tokprune.adapters.families.tiny import (
     PIXELS,
     WIDTH,
     TinyParts,
-    chat_template,
     hybrid_language,
     language,
     pixel_range,
+    tiny_parts,
     tokenizer,
 )
 from tokprune.tokens import Layout
 
 
 @register_family(
-    "qwen2_vl",
-    "qwen2_5_vl",
-    "qwen3_vl",
-    "qwen3_vl_moe",
-    "qwen3_5",
-    "qwen3_5_moe",
-    "exaone4_5",
-    "paddleocr_vl",
+    *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "exaone4_5", "paddleocr_vl")
 )
 class Packed(Family):
     """Patches of all images one after the other; each merge x merge block of them is consecutive and becomes one token.
@@ -39,12 +32,7 @@ class Packed(Family):
     Qwen2.5-VL's tower permutes the blocks into windows; its output is back in raster order, its signals are not.
     """
 
-    tiny_types: tuple[str, ...] = (
-        "qwen2_vl",
-        "qwen2_5_vl",
-        "qwen3_vl",
-        "qwen3_5",
-    )
+    tiny_types: tuple[str, ...] = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
 
     def grids(self, call: EncoderCall) -> list[list[int]]:
         """(frames, height, width) in patches of each image or video."""
@@ -101,51 +89,52 @@ class Packed(Family):
         return torch.cat([torch.full((patches,), frame, dtype=torch.float32) for patches, frame in sizes])
 
     def tiny(self, model_type: str) -> TinyParts:
-        builders = {"qwen2_vl": qwen2_vl, "qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl, "qwen3_5": qwen3_5}
-        return builders[model_type]()
+        import transformers as hf
+
+        text = tokenizer(list(NAMES.values()), named=NAMES)
+        ids = {f"{name}_id": text.convert_tokens_to_ids(token) for name, token in NAMES.items()}
+        images = hf.Qwen2VLImageProcessor(size=pixel_range(16 * 16, 64 * 64), **PIXELS)
+        whole: dict[str, Any] = {"do_sample_frames": False, "cap_pixels_per_frame": False, **PIXELS}
+        if model_type.startswith("qwen2"):
+            clips = hf.Qwen2VLVideoProcessor(size=pixel_range(16 * 16, 48 * 48), **whole)
+            kind = hf.Qwen2VLProcessor if model_type == "qwen2_vl" else hf.Qwen2_5_VLProcessor
+            return tiny_parts(self._tiny_model(model_type, ids), kind(images, text, clips), IMAGE, VIDEO)
+        # from Qwen3-VL on the size counts all frames, and each frame is a run of its own
+        frames_apart = hf.Qwen3VLVideoProcessor(size=pixel_range(2 * 16 * 16, 4 * 48 * 48), **whole)
+        processor = hf.Qwen3VLProcessor(images, text, frames_apart)
+        return tiny_parts(self._tiny_model(model_type, ids), processor, IMAGE, "<|video_pad|>")
+
+    def _tiny_model(self, model_type: str, ids: dict[str, Any]) -> Any:
+        import transformers as hf
+
+        if model_type == "qwen2_vl":
+            tower = packed_tower(2, embed_dim=32, hidden_size=WIDTH, mlp_ratio=2)
+            text = language("qwen2_vl_text", rope_parameters=dict(MROPE))
+            return hf.Qwen2VLForConditionalGeneration(hf.Qwen2VLConfig(vision_config=tower, text_config=text, **ids))
+        if model_type == "qwen2_5_vl":  # window attention in the tower, features restored to raster order
+            tower = packed_tower(3, window_size=16, fullatt_block_indexes=[2])
+            text = language("qwen2_5_vl_text", rope_parameters=dict(MROPE))
+            return hf.Qwen2_5_VLForConditionalGeneration(
+                hf.Qwen2_5_VLConfig(vision_config=tower, text_config=text, **ids)
+            )
+        if model_type == "qwen3_vl":  # DeepStack planes from two tower blocks
+            tower = packed_tower(4, num_position_embeddings=64, deepstack_visual_indexes=[1, 2])
+            rope = {**MROPE, "mrope_interleaved": True}
+            text = language("qwen3_vl_text", head_dim=16, num_hidden_layers=4, rope_parameters=rope)
+            return hf.Qwen3VLForConditionalGeneration(hf.Qwen3VLConfig(vision_config=tower, text_config=text, **ids))
+        tower = packed_tower(2, num_position_embeddings=64)
+        config = hf.Qwen3_5Config(vision_config=tower, text_config=hybrid_language(), **ids)
+        return hf.Qwen3_5ForConditionalGeneration(config)
 
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
-
-
 VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
-
-
 NAMES = {
     "image_token": "<|image_pad|>",
     "video_token": "<|video_pad|>",
     "vision_start_token": "<|vision_start|>",
     "vision_end_token": "<|vision_end|>",
 }
-
-
-def words() -> tuple[Any, dict[str, Any]]:
-    """A tokenizer with the family's special tokens, and their ids as the config names them."""
-    text = tokenizer(list(NAMES.values()), named=NAMES)
-    return text, {f"{name}_id": text.convert_tokens_to_ids(token) for name, token in NAMES.items()}
-
-
-def images() -> Any:
-    """The family's image processor, for pictures of 16 to 64 px."""
-    import transformers as hf
-
-    return hf.Qwen2VLImageProcessor(size=pixel_range(16 * 16, 64 * 64), **PIXELS)
-
-
-def _clips() -> Any:
-    import transformers as hf
-
-    return hf.Qwen2VLVideoProcessor(
-        size=pixel_range(16 * 16, 48 * 48), do_sample_frames=False, cap_pixels_per_frame=False, **PIXELS
-    )
-
-
-def _clips_in_frames() -> Any:  # from Qwen3-VL on the size counts all frames, and each frame is a run of its own
-    import transformers as hf
-
-    return hf.Qwen3VLVideoProcessor(
-        size=pixel_range(2 * 16 * 16, 4 * 48 * 48), do_sample_frames=False, cap_pixels_per_frame=False, **PIXELS
-    )
 
 
 def packed_tower(depth: int, **more: Any) -> dict[str, Any]:
@@ -161,72 +150,3 @@ def packed_tower(depth: int, **more: Any) -> dict[str, Any]:
         "temporal_patch_size": 2,
         **more,
     }
-
-
-def qwen2_vl() -> TinyParts:
-    """Qwen2-VL: 2 x 2 merge, multimodal rotary positions."""
-    import transformers as hf
-
-    text, ids = words()
-    processor = hf.Qwen2VLProcessor(images(), text, _clips(), chat_template=chat_template(IMAGE, VIDEO))
-    config = hf.Qwen2VLConfig(
-        vision_config={
-            "depth": 2,
-            "embed_dim": 32,
-            "hidden_size": WIDTH,
-            "num_heads": 4,
-            "mlp_ratio": 2,
-            "patch_size": 4,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-        },
-        text_config=language("qwen2_vl_text", rope_parameters=dict(MROPE)),
-        **ids,
-    )
-    return TinyParts(hf.Qwen2VLForConditionalGeneration(config), processor, IMAGE, VIDEO)
-
-
-def qwen2_5_vl() -> TinyParts:
-    """Qwen2.5-VL: window attention in the tower, features restored to raster order."""
-    import transformers as hf
-
-    text, ids = words()
-    processor = hf.Qwen2_5_VLProcessor(images(), text, _clips(), chat_template=chat_template(IMAGE, VIDEO))
-    config = hf.Qwen2_5_VLConfig(
-        vision_config=packed_tower(3, window_size=16, fullatt_block_indexes=[2]),
-        text_config=language("qwen2_5_vl_text", rope_parameters=dict(MROPE)),
-        **ids,
-    )
-    return TinyParts(hf.Qwen2_5_VLForConditionalGeneration(config), processor, IMAGE, VIDEO)
-
-
-def qwen3_vl() -> TinyParts:
-    """Qwen3-VL: DeepStack planes from two tower blocks, one run of tokens per frame."""
-    import transformers as hf
-
-    text, ids = words()
-    processor = hf.Qwen3VLProcessor(
-        images(), text, _clips_in_frames(), chat_template=chat_template(IMAGE, "<|video_pad|>")
-    )
-    config = hf.Qwen3VLConfig(
-        vision_config=packed_tower(4, num_position_embeddings=64, deepstack_visual_indexes=[1, 2]),
-        text_config=language(
-            "qwen3_vl_text", head_dim=16, num_hidden_layers=4, rope_parameters={**MROPE, "mrope_interleaved": True}
-        ),
-        **ids,
-    )
-    return TinyParts(hf.Qwen3VLForConditionalGeneration(config), processor, IMAGE, "<|video_pad|>")
-
-
-def qwen3_5() -> TinyParts:
-    """Qwen3.5: hybrid language model with linear-attention layers."""
-    import transformers as hf
-
-    text, ids = words()
-    processor = hf.Qwen3VLProcessor(
-        images(), text, _clips_in_frames(), chat_template=chat_template(IMAGE, "<|video_pad|>")
-    )
-    config = hf.Qwen3_5Config(
-        vision_config=packed_tower(2, num_position_embeddings=64), text_config=hybrid_language(), **ids
-    )
-    return TinyParts(hf.Qwen3_5ForConditionalGeneration(config), processor, IMAGE, "<|video_pad|>")

@@ -20,13 +20,12 @@ MROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_s
 
 
 class TinyParts(NamedTuple):
-    """What a family builder returns: the model with its initial weights, the processor, and how prompts are written."""
+    """A model with its initial weights, its processor, and what stands for a picture or a clip in a prompt."""
 
     model: Any
     processor: Any
     image: str
     video: str | None = None
-    mixes: bool = True
 
 
 def tokenizer(special: Sequence[str], *, bos: bool = False, named: Mapping[str, str] | None = None) -> Any:
@@ -69,6 +68,12 @@ def chat_template(image: str, video: str = "") -> str:
         "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
+
+
+def tiny_parts(model: Any, processor: Any, image: str, video: str | None = None) -> TinyParts:
+    """The parts, with a chat template of the family's marks on the processor."""
+    processor.chat_template = chat_template(image, video or "")
+    return TinyParts(model, processor, image, video)
 
 
 def language(model_type: str = "llama", **more: Any) -> dict[str, Any]:

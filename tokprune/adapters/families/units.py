@@ -6,11 +6,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokprune.adapters.families.base import EncoderCall, Family, StreamLayout, UnknownGeometryError
+from tokprune.adapters.families.base import EncoderCall, Family, StreamLayout, UnknownGeometryError, register_family
 from tokprune.adapters.families.geometry import frames, pair, plain, pool, scaled_grid
 from tokprune.tokens import Layout
 
 
+@register_family("got_ocr2", "deepseek_vl")
 class Units(Family):
     """A tower that works on a batch of equal pictures (images, tiles or frames), each of which becomes a grid of
     tokens."""
@@ -94,6 +95,14 @@ class Fallback(Units):
         if values.shape[0] == call.total:
             return values
         return super().arrange(call, values, fill)
+
+
+@register_family("fuyu")
+class Fuyu(Fallback):
+    """Fuyu: no vision tower, every patch of a picture is one linear map away from the LLM; the processor writes a
+    newline token of its own behind each line."""
+
+    features_field = "last_hidden_state"
 
 
 class SizedImages(Family):

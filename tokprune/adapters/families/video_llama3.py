@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokprune.adapters.families.base import EncoderCall, UnknownGeometryError, register_family
 from tokprune.adapters.families.qwen_vl import Packed
-from tokprune.adapters.families.tiny import TinyParts, chat_template, language, pixel_range, tokenizer, tower
+from tokprune.adapters.families.tiny import TinyParts, language, pixel_range, tiny_parts, tokenizer, tower
 from tokprune.adapters.foreign import ENCODER_RECORD
 from tokprune.errors import UnsupportedModelError
 
@@ -33,7 +33,23 @@ class VideoLlama3(Packed):
         return torch.cat([part.unflatten(0, (-1, m * m)).mean(1) for part, m in zip(parts, merges, strict=True)])
 
     def tiny(self, model_type: str) -> TinyParts:
-        return video_llama_3()
+        import transformers as hf
+
+        text = tokenizer(["<image>", "<video>"], named={"image_token": "<image>", "video_token": "<video>"})
+        processor = hf.VideoLlama3Processor(
+            hf.VideoLlama3ImageProcessor(size=pixel_range(16 * 16, 64 * 64), patch_size=4, merge_size=1),
+            text,
+            hf.VideoLlama3VideoProcessor(
+                size=pixel_range(16 * 16, 48 * 48), patch_size=4, merge_size=2, do_sample_frames=False
+            ),
+        )
+        config = hf.VideoLlama3Config(
+            vision_config=tower(),
+            text_config=language("qwen2"),
+            image_token_id=text.convert_tokens_to_ids("<image>"),
+            video_token_id=text.convert_tokens_to_ids("<video>"),
+        )
+        return tiny_parts(hf.VideoLlama3ForConditionalGeneration(config), processor, "<image>", "<video>")
 
     def prepare_encoded(self, call: dict[str, Any], encoded: dict[str, Any]) -> dict[str, Tensor]:
         mask, output = call.get("video_compression_mask"), encoded.get("video")
@@ -54,25 +70,3 @@ class VideoLlama3(Packed):
         output.pooler_output = [f[m.to(f.device)] for f, m in zip(output.pooler_output, mask.split(sizes), strict=True)]
         encoded["video"] = output
         return {"video": mask}
-
-
-def video_llama_3() -> TinyParts:
-    """VideoLLaMA 3: drops redundant patches of a clip by itself, before any pruning."""
-    import transformers as hf
-
-    text = tokenizer(["<image>", "<video>"], named={"image_token": "<image>", "video_token": "<video>"})
-    processor = hf.VideoLlama3Processor(
-        hf.VideoLlama3ImageProcessor(size=pixel_range(16 * 16, 64 * 64), patch_size=4, merge_size=1),
-        text,
-        hf.VideoLlama3VideoProcessor(
-            size=pixel_range(16 * 16, 48 * 48), patch_size=4, merge_size=2, do_sample_frames=False
-        ),
-        chat_template=chat_template("<image>", "<video>"),
-    )
-    config = hf.VideoLlama3Config(
-        vision_config=tower(),
-        text_config=language("qwen2"),
-        image_token_id=text.convert_tokens_to_ids("<image>"),
-        video_token_id=text.convert_tokens_to_ids("<video>"),
-    )
-    return TinyParts(hf.VideoLlama3ForConditionalGeneration(config), processor, "<image>", "<video>")
