@@ -14,7 +14,7 @@ pytest.importorskip("av")
 
 import tokprune.demo
 from tokprune.cli.app import app
-from tokprune.demo.loading import WEIGHTS_CLIPS, load_clip_model
+from tokprune.demo.loading import WEIGHTS_CLIPS
 from tokprune.errors import MissingExtraError, OptionError, install_line
 from tools.demo.clips_report import chance
 from tools.demo.evaluation import accuracy, correct
@@ -53,7 +53,7 @@ def test_files_are_small_and_complete():
 
 def test_no_weights(tmp_path):
     with pytest.raises(FileNotFoundError, match="train_clips --out"):
-        load_clip_model(tmp_path)
+        tokprune.demo.load_clips(folder=tmp_path)
 
 
 def test_demo_video_writes_cells_and_strips(tmp_path):

@@ -121,7 +121,5 @@ def test_scorer_takes_everyday_text(scorer: DemoScorer) -> None:
 
 
 def test_missing_weights_are_explained(tmp_path: Path) -> None:
-    from tokprune.demo.loading import load_model
-
     with pytest.raises(FileNotFoundError, match=r"tools\.demo\.train"):
-        load_model(tmp_path)
+        demo.load(folder=tmp_path)

@@ -40,9 +40,19 @@ def _profile(results: Path, folder: Path) -> list[Path]:
 
 
 def _demo(results: Path, folder: Path) -> list[Path]:
-    from tokprune.demo.plots import save_plots
+    from tokprune.viz.plots import Point, accuracy_over_ratio, pareto, save
 
-    return save_plots(results, folder)
+    everything = Point.read(results)
+    base = next((p for p in everything if p.method == "none"), None)
+    points = [p for p in everything if p.method != "none" and p.ratio < 1]
+    out = [save(accuracy_over_ratio(points, base.score if base else None), folder / "accuracy.png")]
+    for cost, name in {"prefill_ms": "prefill per question (ms)", "flops": "FLOPs per answer"}.items():
+        priced = Point.read(results, cost)
+        if any(p.cost is not None for p in priced):
+            full = next((p for p in priced if p.method == "none"), None)
+            shown = [p for p in priced if p.method != "none" and p.ratio < 1]
+            out.append(save(pareto(shown, full, cost=name), folder / f"pareto_{cost.removesuffix('_ms')}.png"))
+    return out
 
 
 def _eval(results: Path, folder: Path) -> list[Path]:

@@ -10,10 +10,10 @@ frames.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from .clips_questions import CLIP_QUESTION_TYPES, CLIP_SHAPES, NEEDLE_TYPES, ClipQuestion, ClipQuestionType, ask_clip
 from .drawing import render_frames
-from .scenes import CHARACTERS, COLOR_NAMES, HELD_OUT_SEED, SIZE, SceneObject
+from .scenes import CHARACTERS, COLOR_NAMES, HELD_OUT_SEED, SIZE, SceneObject, balanced
 
 FPS = 8
 STEP = 8  # frames between two of the evenly spread ones: a second
@@ -182,7 +182,8 @@ def held_out_clips(
     from .clips_video import write_clip
 
     examples: list[ClipExample] = []
-    for clip, clip_questions in _balanced(questions, seed, long, types):
+    media = _asked(HELD_OUT_SEED + seed * _HELD_OUT_SPAN, long)
+    for clip, clip_questions in balanced(questions, types, _LEAST_ANSWERS, _QUESTIONS_PER_CLIP, media):
         path = write_clip(clip, Path(folder) / f"{'long' if long else 'short'}-{clip.seed}.mp4")
         frames = LONG_FRAMES if long else SHORT_FRAMES
         examples += [
@@ -192,28 +193,8 @@ def held_out_clips(
     return examples
 
 
-def _balanced(
-    questions: int, seed: int, long: bool, types: Sequence[ClipQuestionType]
-) -> Iterator[tuple[DemoClip, list[ClipQuestion]]]:
-    """Held-out clips with up to `_QUESTIONS_PER_CLIP` questions each, until there are enough of every type."""
-    share, extra = divmod(questions, len(types))
-    missing: Counter[str] = Counter({kind: share + (i < extra) for i, kind in enumerate(types)})
-    limits = {kind: -(-missing[kind] // least) for kind, least in _LEAST_ANSWERS.items()}
-    answers: Counter[tuple[str, str]] = Counter()
-    clip_seed = HELD_OUT_SEED + seed * _HELD_OUT_SPAN
-    while missing.total():
-        clip = make_clip(clip_seed, long)
-        rng = random.Random(f"held out clip {clip_seed}")
-        clip_seed += 1
-        taken: list[ClipQuestion] = []
-        for kind in sorted(types, key=lambda kind: -missing[kind]):
-            if len(taken) == _QUESTIONS_PER_CLIP or not missing[kind]:
-                break
-            question = ask_clip(clip.objects, kind, rng)
-            if question is None or answers[kind, question.answer] >= limits.get(kind, questions):
-                continue
-            answers[kind, question.answer] += 1
-            missing[kind] -= 1
-            taken.append(question)
-        if taken:
-            yield clip, taken
+def _asked(first: int, long: bool) -> Iterator[tuple[DemoClip, Callable[[ClipQuestionType], ClipQuestion | None]]]:
+    """The clips from a seed on, each with what asks a question of a type about it."""
+    for seed in itertools.count(first):
+        clip, rng = make_clip(seed, long), random.Random(f"held out clip {seed}")
+        yield clip, functools.partial(ask_clip, clip.objects, rng=rng)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from .scenes import COLOR_NAMES, SHAPES, SceneObject
+from .scenes import COLOR_NAMES, SHAPES, Asked, SceneObject, ask_color, ask_exist, ask_shape, once, pair
 
 # At 16 px a token, after H.264, hexagons and circles look alike: one in six was taken for the other.
 CLIP_SHAPES: tuple[str, ...] = tuple(shape for shape in SHAPES if shape != "hexagon")
@@ -46,66 +47,24 @@ def ask_clip(
     return None if question is None else ClipQuestion(question_type, *question)
 
 
-_Asked = tuple[str, str, tuple[int, ...]]
-
-
-def _once(objects: Sequence[SceneObject], key: Callable[[SceneObject], object]) -> list[int]:
-    """The scenes whose object's key no other scene's object has."""
-    counts = Counter(key(o) for o in objects)
-    return [i for i, o in enumerate(objects) if counts[key(o)] == 1]
-
-
-def _pair(obj: SceneObject) -> tuple[str, str]:
-    return obj.color, obj.shape
-
-
-def _ask_color(objects: Sequence[SceneObject], rng: random.Random) -> _Asked | None:
-    if not (candidates := _once(objects, lambda o: o.shape)):
-        return None
-    scene = rng.choice(candidates)
-    return f"what color is the {objects[scene].shape} ?", objects[scene].color, (scene,)
-
-
-def _ask_shape(objects: Sequence[SceneObject], rng: random.Random) -> _Asked | None:
-    if not (candidates := _once(objects, lambda o: o.color)):
-        return None
-    scene = rng.choice(candidates)
-    return f"what shape is the {objects[scene].color} object ?", objects[scene].shape, (scene,)
-
-
-def _ask_read(objects: Sequence[SceneObject], rng: random.Random) -> _Asked | None:
+def _ask_read(objects: Sequence[SceneObject], rng: random.Random) -> Asked | None:
     names: list[tuple[int, str]] = []
     for key, text in _NAMES:
-        names += [(i, text(objects[i])) for i in _once(objects, key) if objects[i].character]
+        names += [(i, text(objects[i])) for i in once(objects, key) if objects[i].character]
     if not names:
         return None
     scene, name = rng.choice(names)
     return f"which character is on the {name} ?", objects[scene].character.lower(), (scene,)
 
 
-def _ask_exist(objects: Sequence[SceneObject], rng: random.Random) -> _Asked | None:
-    if rng.random() < 0.5:
-        target = rng.choice(objects)
-        scenes = tuple(i for i, o in enumerate(objects) if _pair(o) == _pair(target))
-        return f"is there a {target.color} {target.shape} ?", "yes", scenes
-    present = set(map(_pair, objects))
-    for _ in range(20):  # mostly hard negatives: the colour of one scene's object with the shape of another's
-        mix = rng.random()
-        color = rng.choice(objects).color if mix < 0.75 else rng.choice(COLOR_NAMES)
-        shape = rng.choice(objects).shape if mix > 0.35 else rng.choice(CLIP_SHAPES)
-        if (color, shape) not in present:
-            return f"is there a {color} {shape} ?", "no", ()
-    return None
-
-
-def _ask_order(objects: Sequence[SceneObject], rng: random.Random) -> _Asked | None:
+def _ask_order(objects: Sequence[SceneObject], rng: random.Random) -> Asked | None:
     by_color = rng.random() < 0.5
     scenes: tuple[int, ...]
     if rng.random() < 0.5:
         place, scene = rng.choice((("first", 0), ("last", len(objects) - 1)))
         referent, scenes = f"the {place} object", (scene,)
     else:
-        names = [(i, text(objects[i])) for key, text in _NAMES[1:] for i in _once(objects, key)]
+        names = [(i, text(objects[i])) for key, text in _NAMES[1:] for i in once(objects, key)]
         places = [(i, name, 1) for i, name in names if i + 1 < len(objects)]
         places += [(i, name, -1) for i, name in names if i]
         if not places:
@@ -118,7 +77,7 @@ def _ask_order(objects: Sequence[SceneObject], rng: random.Random) -> _Asked | N
     return f"what {'color' if by_color else 'shape'} is {referent} ?", answer, scenes
 
 
-def _ask_count(objects: Sequence[SceneObject], rng: random.Random) -> _Asked | None:
+def _ask_count(objects: Sequence[SceneObject], rng: random.Random) -> Asked | None:
     kind = rng.random()
     if kind < 0.25 and len(objects) <= _MOST_COUNTED:
         return "how many scenes are there ?", str(len(objects)), ()
@@ -132,16 +91,16 @@ def _ask_count(objects: Sequence[SceneObject], rng: random.Random) -> _Asked | N
 
 # How a question may name one object, and what must then be unique.
 _NAMES: tuple[tuple[Callable[[SceneObject], object], Callable[[SceneObject], str]], ...] = (
-    (_pair, lambda o: f"{o.color} {o.shape}"),
+    (pair, lambda o: f"{o.color} {o.shape}"),
     (lambda o: o.shape, lambda o: o.shape),
     (lambda o: o.color, lambda o: f"{o.color} object"),
 )
 
-_ASKERS: dict[str, Callable[[Sequence[SceneObject], random.Random], _Asked | None]] = {
-    "color": _ask_color,
-    "shape": _ask_shape,
+_ASKERS: dict[str, Callable[[Sequence[SceneObject], random.Random], Asked | None]] = {
+    "color": ask_color,
+    "shape": ask_shape,
     "read": _ask_read,
-    "exist": _ask_exist,
+    "exist": functools.partial(ask_exist, shapes=CLIP_SHAPES),
     "order": _ask_order,
     "count": _ask_count,
 }

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,32 +30,38 @@ _SCORER_FOLDER = "scorer"
 _VLM_TOWER = re.compile(r".*vision_tower\.(vision_model\.)?")  # transformers writes older names than it uses in memory
 
 
-def load_model(
-    folder: str | Path | None = None, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+def load(
+    device: str | torch.device = "cpu", dtype: torch.dtype | None = None, folder: str | Path | None = None
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """The demo VLM, in evaluation mode, and its processor.
+    """The demo VLM, in evaluation mode, and its processor; offline.
 
     Args:
-        folder: an exported model; by default the one in the package.
         device: where the model goes.
-        dtype: of the weights in memory; the files hold float16.
+        dtype: of the weights in memory, float32 by default; the files hold float16.
+        folder: an exported model; by default the one in the package.
     """
-    folder = _existing(folder)
-    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    processor = LlavaProcessor.from_pretrained(folder, local_files_only=True)
-    return model.to(torch.device(device)).eval(), processor  # type: ignore[arg-type]  # a wrapped method
+    return _opened(LlavaForConditionalGeneration, LlavaProcessor, _existing(folder), device, dtype)
 
 
-def load_clip_model(
-    folder: str | Path | None = None, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+def load_clips(
+    device: str | torch.device = "cpu", dtype: torch.dtype | None = None, folder: str | Path | None = None
 ) -> tuple[LlavaNextVideoForConditionalGeneration, LlavaNextVideoProcessor]:
-    """The demo VLM for clips, in evaluation mode, and its processor; arguments as in `load_model`."""
+    """The demo VLM for clips, in evaluation mode, and its processor; offline; arguments as in `load`.
+
+    It sees 128 px frames as 64 visual tokens each. Give frames as `videos=[frames]`, (T, H, W, 3) uint8, with
+    `do_sample_frames=False`. `load_scorer()` has the same tower.
+    """
     if find_spec("torchvision") is None:
         raise missing_extra("torchvision", "video", "the video processor of the demo's clip model")
     folder = _existing(WEIGHTS_CLIPS if folder is None else folder, "train_clips")
-    model = LlavaNextVideoForConditionalGeneration.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    processor = LlavaNextVideoProcessor.from_pretrained(folder, local_files_only=True)
-    return model.to(torch.device(device)).eval(), processor  # type: ignore[arg-type]  # a wrapped method
+    return _opened(LlavaNextVideoForConditionalGeneration, LlavaNextVideoProcessor, folder, device, dtype)
+
+
+def _opened(
+    model_class: Any, processor_class: Any, folder: Path, device: str | torch.device, dtype: torch.dtype | None
+) -> tuple[Any, Any]:
+    model = model_class.from_pretrained(folder, dtype=dtype or torch.float32, local_files_only=True)
+    return model.to(torch.device(device)).eval(), processor_class.from_pretrained(folder, local_files_only=True)
 
 
 class DemoScorer:
@@ -104,9 +111,12 @@ class DemoScorer:
 
 
 def load_scorer(
-    folder: str | Path | None = None, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    device: str | torch.device = "cpu", dtype: torch.dtype | None = None, folder: str | Path | None = None
 ) -> DemoScorer:
-    """The CLIP that goes with the demo VLM; the vision tower comes out of the VLM's own file."""
+    """The CLIP that shares the demo VLM's tower: `embed_text(texts)` and `embed_image(pixel_values)`; offline.
+
+    Arguments as in `load`. The vision tower comes out of the VLM's own file.
+    """
     folder = _existing(folder)
     clip = CLIPModel(CLIPConfig.from_pretrained(folder / _SCORER_FOLDER, local_files_only=True))
     weights = load_file(folder / _SCORER_FOLDER / "model.safetensors")
@@ -115,7 +125,7 @@ def load_scorer(
             weights["vision_model." + name[match.end() :]] = value
     clip.load_state_dict(weights)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    clip = clip.to(torch.device(device), dtype)  # type: ignore[arg-type]  # a wrapped method
+    clip = clip.to(torch.device(device), dtype or torch.float32)  # type: ignore[arg-type]  # a wrapped method
     return DemoScorer(clip.eval(), tokenizer)
 
 

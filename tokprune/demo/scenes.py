@@ -11,12 +11,14 @@ one-word answers and seven types; each is asked only where the scene has exactly
 
 from __future__ import annotations
 
+import functools
+import itertools
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Literal, Protocol, TypeVar
 
 from PIL import Image
 
@@ -93,6 +95,19 @@ class Example:
     scene: Scene
 
 
+class Question(Protocol):
+    """A question about a scene or a clip."""
+
+    @property
+    def answer(self) -> str:
+        """The only right one."""
+
+
+K = TypeVar("K", bound=str)
+M = TypeVar("M")
+Q = TypeVar("Q", bound=Question)
+
+
 def make_scene(seed: int) -> Scene:
     """The scene of a seed; equal seeds give equal objects and equal pixels."""
     if seed < 0:
@@ -122,7 +137,7 @@ def ask(objects: Sequence[SceneObject], question_type: QuestionType, rng: random
     if question_type not in _ASKERS:
         raise ValueError(f"unknown question type {question_type!r}; choose from {', '.join(QUESTION_TYPES)}")
     question = _ASKERS[question_type](objects, rng)
-    return None if question is None else SceneQuestion(question_type, *question)
+    return None if question is None else SceneQuestion(question_type, *question[:2])
 
 
 def held_out(n_questions: int, seed: int = 0, types: Sequence[QuestionType] = QUESTION_TYPES) -> list[Example]:
@@ -136,29 +151,52 @@ def held_out(n_questions: int, seed: int = 0, types: Sequence[QuestionType] = QU
         raise ValueError(f"need at least one question and one type, got {n_questions} and {list(types)}")
     if not 0 <= seed < 1000:
         raise ValueError(f"seed must be in 0..999, got {seed}")
-    share, extra = divmod(n_questions, len(types))
+    examples = []
+    media = _asked(HELD_OUT_SEED + seed * _HELD_OUT_SPAN)
+    for scene, taken in balanced(n_questions, types, _LEAST_ANSWERS, _QUESTIONS_PER_SCENE, media):
+        examples += [Example(scene.image, q.text, q.answer, q.type, scene) for q in taken]
+    return examples
+
+
+def _asked(first: int) -> Iterator[tuple[Scene, Callable[[QuestionType], SceneQuestion | None]]]:
+    """The scenes from a seed on, each with what asks a question of a type about it."""
+    for seed in itertools.count(first):
+        scene, rng = make_scene(seed), random.Random(f"held out {seed}")
+        yield scene, functools.partial(ask, scene.objects, rng=rng)
+
+
+def balanced(
+    questions: int,
+    types: Sequence[K],
+    least: Mapping[str, int],
+    most: int,
+    media: Iterable[tuple[M, Callable[[K], Q | None]]],
+) -> Iterator[tuple[M, list[Q]]]:
+    """Scenes or clips with their questions, until there are as many of every type (give or take one).
+
+    least: by type, how many answers have to share its questions. most: questions per scene or clip. media: each with
+    what asks a question of a type about it.
+    """
+    share, extra = divmod(questions, len(types))
     missing: Counter[str] = Counter({kind: share + (i < extra) for i, kind in enumerate(types)})
-    limits = {kind: -(-missing[kind] // least) for kind, least in _LEAST_ANSWERS.items()}
-    answers: Counter[tuple[str, str]] = Counter()
-    examples: list[Example] = []
-    scene_seed = HELD_OUT_SEED + seed * _HELD_OUT_SPAN
-    while len(examples) < n_questions:
-        scene = make_scene(scene_seed)
-        rng = random.Random(f"held out {scene_seed}")
-        scene_seed += 1
-        taken = 0
+    limits = {kind: -(-missing[kind] // answers) for kind, answers in least.items()}
+    answered: Counter[tuple[str, str]] = Counter()
+    for medium, ask_for in media:
+        taken: list[Q] = []
         # The types that lack most come first, so that rare ones (read) do not remain for the end.
         for kind in sorted(types, key=lambda kind: -missing[kind]):
-            if taken == _QUESTIONS_PER_SCENE or not missing[kind]:
+            if len(taken) == most or not missing[kind]:
                 break
-            question = ask(scene.objects, kind, rng)
-            if question is None or answers[kind, question.answer] >= limits.get(kind, n_questions):
+            question = ask_for(kind)
+            if question is None or answered[kind, question.answer] >= limits.get(kind, questions):
                 continue
-            answers[kind, question.answer] += 1
+            answered[kind, question.answer] += 1
             missing[kind] -= 1
-            taken += 1
-            examples.append(Example(scene.image, question.text, question.answer, kind, scene))
-    return examples
+            taken.append(question)
+        if taken:
+            yield medium, taken
+        if not missing.total():
+            return
 
 
 def _sample_objects(rng: random.Random) -> list[SceneObject]:
@@ -189,24 +227,51 @@ def _sample_objects(rng: random.Random) -> list[SceneObject]:
     return objects
 
 
-def _only(objects: Sequence[SceneObject], key: Callable[[SceneObject], object]) -> list[SceneObject]:
-    """The objects whose key is set and shared with no other object."""
-    counts = Counter(key(o) for o in objects)
-    return [o for o in objects if key(o) and counts[key(o)] == 1]
+Asked = tuple[str, str, tuple[int, ...]]
+"""Question, answer, and which of the objects one must see to answer (of a clip: which scenes)."""
 
 
-def _ask_color(objects: Sequence[SceneObject], rng: random.Random) -> tuple[str, str] | None:
-    if not (candidates := _only(objects, lambda o: o.shape)):
+def pair(obj: SceneObject) -> tuple[str, str]:
+    """What names an object best."""
+    return obj.color, obj.shape
+
+
+def once(objects: Sequence[SceneObject], key: Callable[[SceneObject], object]) -> list[int]:
+    """Numbers of the objects whose key is set and shared with no other object."""
+    counts = Counter(map(key, objects))
+    return [i for i, o in enumerate(objects) if key(o) and counts[key(o)] == 1]
+
+
+def ask_color(objects: Sequence[SceneObject], rng: random.Random) -> Asked | None:
+    """About the color of a shape that is there once."""
+    if not (candidates := once(objects, lambda o: o.shape)):
         return None
-    target = rng.choice(candidates)
-    return f"what color is the {target.shape} ?", target.color
+    i = rng.choice(candidates)
+    return f"what color is the {objects[i].shape} ?", objects[i].color, (i,)
 
 
-def _ask_shape(objects: Sequence[SceneObject], rng: random.Random) -> tuple[str, str] | None:
-    if not (candidates := _only(objects, lambda o: o.color)):
+def ask_shape(objects: Sequence[SceneObject], rng: random.Random) -> Asked | None:
+    """About the shape of a color that is there once."""
+    if not (candidates := once(objects, lambda o: o.color)):
         return None
-    target = rng.choice(candidates)
-    return f"what shape is the {target.color} object ?", target.shape
+    i = rng.choice(candidates)
+    return f"what shape is the {objects[i].color} object ?", objects[i].shape, (i,)
+
+
+def ask_exist(objects: Sequence[SceneObject], rng: random.Random, shapes: Sequence[str] = SHAPES) -> Asked | None:
+    """Whether something is there. shapes: what may be asked for in vain."""
+    if rng.random() < 0.5:
+        target = rng.choice(objects)
+        seen = tuple(i for i, o in enumerate(objects) if pair(o) == pair(target))
+        return f"is there a {target.color} {target.shape} ?", "yes", seen
+    present = set(map(pair, objects))
+    for _ in range(20):  # mostly hard negatives: the colour of one object with the shape of another
+        mix = rng.random()
+        color = rng.choice(objects).color if mix < 0.75 else rng.choice(COLOR_NAMES)
+        shape = rng.choice(objects).shape if mix > 0.35 else rng.choice(shapes)
+        if (color, shape) not in present:
+            return f"is there a {color} {shape} ?", "no", ()
+    return None
 
 
 def _ask_count(objects: Sequence[SceneObject], rng: random.Random) -> tuple[str, str] | None:
@@ -221,30 +286,17 @@ def _ask_count(objects: Sequence[SceneObject], rng: random.Random) -> tuple[str,
     return f"how many {value} {'objects' if by_color else 'shapes'} are there ?", str(counts[value])
 
 
-def _ask_exist(objects: Sequence[SceneObject], rng: random.Random) -> tuple[str, str] | None:
-    if rng.random() < 0.5:
-        target = rng.choice(objects)
-        return f"is there a {target.color} {target.shape} ?", "yes"
-    present = {(o.color, o.shape) for o in objects}
-    for _ in range(20):  # mostly hard negatives: the colour of one object with the shape of another
-        mix = rng.random()
-        color = rng.choice(objects).color if mix < 0.75 else rng.choice(COLOR_NAMES)
-        shape = rng.choice(objects).shape if mix > 0.35 else rng.choice(SHAPES)
-        if (color, shape) not in present:
-            return f"is there a {color} {shape} ?", "no"
-    return None
-
-
 def _ask_where(objects: Sequence[SceneObject], rng: random.Random) -> tuple[str, str] | None:
-    if not (candidates := _only(objects, lambda o: (o.color, o.shape))):
+    if not (candidates := once(objects, pair)):
         return None
-    target = rng.choice(candidates)
+    target = objects[rng.choice(candidates)]
     return f"where is the {target.color} {target.shape} ?", target.quadrant
 
 
 def _ask_read(objects: Sequence[SceneObject], rng: random.Random) -> tuple[str, str] | None:
     by_color = rng.random() < 0.5
-    candidates = [o for o in _only(objects, lambda o: o.color if by_color else o.shape) if o.character]
+    named = once(objects, lambda o: o.color if by_color else o.shape)
+    candidates = [objects[i] for i in named if objects[i].character]
     if not candidates:
         return None
     target = rng.choice(candidates)
@@ -253,19 +305,19 @@ def _ask_read(objects: Sequence[SceneObject], rng: random.Random) -> tuple[str, 
 
 
 def _ask_find(objects: Sequence[SceneObject], rng: random.Random) -> tuple[str, str] | None:
-    if not (candidates := _only(objects, lambda o: o.character)):
+    if not (candidates := once(objects, lambda o: o.character)):
         return None
-    target = rng.choice(candidates)
+    target = objects[rng.choice(candidates)]
     if rng.random() < 0.5:
         return f"what color is the object with {target.character.lower()} ?", target.color
     return f"what shape is the object with {target.character.lower()} ?", target.shape
 
 
-_ASKERS: dict[str, Callable[[Sequence[SceneObject], random.Random], tuple[str, str] | None]] = {
-    "color": _ask_color,
-    "shape": _ask_shape,
+_ASKERS: dict[str, Callable[[Sequence[SceneObject], random.Random], Asked | tuple[str, str] | None]] = {
+    "color": ask_color,
+    "shape": ask_shape,
     "count": _ask_count,
-    "exist": _ask_exist,
+    "exist": ask_exist,
     "where": _ask_where,
     "read": _ask_read,
     "find": _ask_find,

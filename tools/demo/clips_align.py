@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokprune.demo.loading import load_model
+from tokprune import demo
 from tokprune.demo.scenes import CHARACTERS, COLOR_NAMES, SHAPES
 
 from .align import Alignment
@@ -72,7 +72,7 @@ def train_clip_align(worker: Worker, out: Path, recipe: ClipRecipe) -> None:
     labels, validation_labels = token_labels(train).flatten(1, 2), token_labels(validation).flatten(1, 2)
     frames = train.features.reshape(-1, *train.features.shape[2:])
     validation_frames = validation.features.reshape(-1, *validation.features.shape[2:])
-    image_model = load_model()[0]
+    image_model = demo.load()[0]
     projector, words = image_model.model.multi_modal_projector, image_model.model.language_model.embed_tokens.weight
     length = usual_length(projector, take(frames, range(64), torch.device("cpu")))
     model = Alignment(projector, words.shape[1], torch.Generator().manual_seed(recipe.seed)).to(worker.device)

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tokprune import demo
 from tokprune.demo.clips import FPS, Take, frames_per_scene, make_take, plan_objects
 from tokprune.demo.clips_video import encode
-from tokprune.demo.loading import load_model
 from tokprune.demo.scenes import COLOR_NAMES, SHAPES, SIZE, VALIDATION_SEED, SceneObject
 
 from .clips_recipe import ClipRecipe
@@ -63,7 +63,7 @@ def pool(features: Tensor) -> Tensor:
 
 def feature_tower(device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
     """The image model's tower without its last layer, whose input is what the projector reads."""
-    tower = load_model()[0].model.vision_tower
+    tower = demo.load()[0].model.vision_tower
     tower.encoder.layers = tower.encoder.layers[:-1]
     return tower.to(device, dtype).eval()
 

@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig, LlavaNextVideoProcessor, LlavaNextVideoVideoProcessor
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-from tokprune.demo.loading import load_model
+from tokprune import demo
 from tokprune.demo.scenes import SIZE
 from tools.demo.vocabulary import BOS, CLIP_WORD_IDS, EOS, IMAGE, PAD, VIDEO
 
@@ -23,7 +23,7 @@ from .loop import load
 def export_clips(out: Path, recipe: ClipRecipe, folder: Path) -> None:
     """Write everything that `from_pretrained` needs; weights in float16, which load as float32."""
     folder.mkdir(parents=True, exist_ok=True)
-    model = start_from(load_model()[0], recipe.new_layers, torch.Generator().manual_seed(recipe.seed))
+    model = start_from(demo.load()[0], recipe.new_layers, torch.Generator().manual_seed(recipe.seed))
     trained = load(out / "refine.pt")
     model.model.multi_modal_projector.load_state_dict(part(trained, "projector."))
     model.model.language_model.load_state_dict(part(trained, "llama."))

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokprune import demo
 from tokprune.demo.clips_questions import CLIP_QUESTION_TYPES, MOMENT_TYPES, ClipQuestion, ClipQuestionType, ask_clip
-from tokprune.demo.loading import load_model
 from tokprune.demo.scenes import COLOR_NAMES, SHAPES, SceneObject
 from tools.demo.vocabulary import CLIP_WORD_IDS
 
@@ -142,7 +142,7 @@ def train_clips(worker: Worker, out: Path, recipe: ClipRecipe, name: Literal["an
     torch.manual_seed(recipe.seed)
     train, validation = open_takes(out, "train"), open_takes(out, "validation")
     generator = torch.Generator().manual_seed(recipe.seed)
-    clip_model = start_from(load_model()[0], recipe.new_layers, generator)
+    clip_model = start_from(demo.load()[0], recipe.new_layers, generator)
     aligned = {k.removeprefix("projector."): v for k, v in load(out / "align.pt").items() if "projector." in k}
     clip_model.model.multi_modal_projector.load_state_dict(aligned)
     use_plain_attention(clip_model)

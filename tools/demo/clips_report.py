@@ -15,9 +15,9 @@ from typing import Any, Literal
 import torch
 import transformers
 
+from tokprune import demo
 from tokprune.demo.clips import ClipExample, held_out_clips
 from tokprune.demo.clips_questions import MOMENT_TYPES
-from tokprune.demo.loading import load_clip_model
 from tools.demo.evaluation import accuracy, correct
 
 from .clips_recipe import ClipRecipe
@@ -37,7 +37,7 @@ def evaluate_clips(worker: Worker, out: Path, recipe: ClipRecipe, folder: Path) 
     import av
 
     started = time.perf_counter()
-    model, processor = load_clip_model(folder, worker.device)
+    model, processor = demo.load_clips(worker.device, folder=folder)
     sets = {
         "short": held_out_clips(recipe.evaluation_questions, 0, out / "clips"),
         "long": held_out_clips(recipe.evaluation_long_questions, 0, out / "clips", long=True, types=MOMENT_TYPES),

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 import transformers
 
-from tokprune.demo.loading import load_model
+from tokprune import demo
 from tokprune.demo.scenes import held_out
 from tools.demo.evaluation import accuracy, correct
 
@@ -32,7 +32,7 @@ _CONDITIONS: dict[str, Literal["own", "none", "wrong"]] = {
 def evaluate_export(worker: Worker, out: Path, recipe: Recipe, folder: Path) -> None:
     """Measure the exported model with its own image, with none and with a wrong one; write `out/report.json`."""
     started = time.perf_counter()
-    model, processor = load_model(folder, worker.device)
+    model, processor = demo.load(worker.device, folder=folder)
     examples = held_out(recipe.evaluation_questions)
     results: dict[str, dict[str, float]] = {}
     for condition, seen in _CONDITIONS.items():

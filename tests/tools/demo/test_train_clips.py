@@ -12,10 +12,10 @@ import torch
 
 pytest.importorskip("av")
 
+from tokprune import demo
 from tokprune.demo.asking import Asker
 from tokprune.demo.clips import make_clip, make_take
 from tokprune.demo.clips_questions import ClipQuestion
-from tokprune.demo.loading import load_clip_model, load_model
 from tools.demo import train_clips
 from tools.demo.clips_data import (
     SHARES,
@@ -35,7 +35,7 @@ DEVICE = torch.device("cpu")
 
 
 def test_cached_features_give_the_answers_of_the_real_forward():
-    model, processor = load_clip_model()
+    model, processor = demo.load_clips()
     frames = np.stack(list(make_clip(3).frames()))[::8]
     questions = ["what color is the star ?", "how many scenes are there ?"]
     cached = features_of(feature_tower(DEVICE, torch.float32), frames).flatten(0, 1)[None]  # (1, 8 * 64, D)
@@ -48,7 +48,7 @@ def test_cached_features_give_the_answers_of_the_real_forward():
 
 
 def test_the_new_layers_change_nothing_at_first():
-    image_model = load_model()[0]
+    image_model = demo.load()[0]
     model = start_from(image_model, 2, torch.Generator().manual_seed(0))
     ids = torch.tensor([encode("<s> user: what color is the star ? assistant:")])
     with torch.no_grad():
@@ -109,7 +109,7 @@ def test_every_stage_runs_and_stops_where_it_was(tmp_path):
     assert set(report["held_out"]) == {"short", "long"}
     for results in report["held_out"].values():
         assert {"all_tokens", "no_video", "wrong_video", "chance"} <= set(results)
-    model, _ = load_clip_model(tmp_path / "model")
+    model, _ = demo.load_clips(folder=tmp_path / "model")
     trained = torch.load(tmp_path / "refine.pt", weights_only=True)["projector.linear_1.weight"]
     assert torch.allclose(model.model.multi_modal_projector.linear_1.weight, trained, atol=2e-3)
     before = (tmp_path / "refine.pt").stat().st_mtime_ns
