@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tokprune.device import with_kernel
 from tokprune.errors import MissingQueryError, MissingSignalError
 
 Kind = Literal["image", "tiles", "video"]
@@ -159,6 +160,25 @@ class VisualTokens:
         return VisualTokens(self.features[where], pieces, signals, self.query)
 
 
+@with_kernel("merge")
+def weighted_sums(x: Tensor, target: Tensor, scale: Tensor, k: int) -> Tensor:
+    """Rows that flow together, each times its weight.
+
+    x: (B, N, D). target: (B, N) output row of each row, -1 for none. scale: (B, N). Returns (B, k, D), float32 at
+    least; differentiable. Rows are added in their order, one after the other: a sum has the same bits each time, and
+    whatever else flows elsewhere. So it has on a CUDA device, where gradients are not asked for; torch's own addition
+    there takes rows as they come.
+    """
+    wide = x if x.dtype == torch.float64 else x.float()
+    batch, n, width = x.shape
+    weighted = wide * (scale.to(wide.dtype) * (target >= 0))[..., None]
+    row = target.clamp(min=0)
+    if batch > 1:
+        row = row + k * torch.arange(batch, device=x.device)[:, None]
+    out = wide.new_zeros(batch * k, width)
+    return out.index_add(0, row.flatten(), weighted.reshape(batch * n, width)).view(batch, k, width)
+
+
 @dataclass(frozen=True)
 class Merge:
     """Which inputs flow into which output, and how much: out[k] = sum over n of weight[k, n] * x[n].
@@ -173,17 +193,14 @@ class Merge:
 
     def apply(self, x: Tensor, k: int) -> Tensor:
         """Merged features. x: (N, D) -> (k, D), summed in float32 at least, returned in x's dtype; differentiable."""
-        wide = x if x.dtype == torch.float64 else x.float()
         if self.rows is not None:
+            wide = x if x.dtype == torch.float64 else x.float()
             rows = self.rows.to(device=x.device, dtype=wide.dtype)
             return (torch.sparse.mm(rows, wide) if rows.is_sparse else rows @ wide).to(x.dtype)
         if self.target is None or self.scale is None:
             raise ValueError("a Merge needs either rows, or target and scale")
-        target = self.target.to(x.device)
-        used = target >= 0
-        weighted = wide * (self.scale.to(device=x.device, dtype=wide.dtype) * used)[:, None]
-        out = wide.new_zeros(k, x.shape[1])
-        return out.index_add(0, target.clamp(min=0), weighted).to(x.dtype)
+        target, scale = self.target.to(x.device), self.scale.to(x.device)
+        return weighted_sums(x[None], target[None], scale[None], k)[0].to(x.dtype)
 
     def dense(self, k: int, n: int) -> Tensor:
         """The (k, n) weight matrix in float32, for composition and pictures."""

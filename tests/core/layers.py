@@ -13,13 +13,14 @@ ROOT = Path(tokprune.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
 # What each layer of the package may import of the others, besides itself.
-CORE = {"tokens", "budget", "errors", "files", "types"}
+CORE = {"device", "tokens", "budget", "errors", "files", "types"}
 MAY_IMPORT = {
     "errors": set[str](),
     "types": set[str](),
     "environment": set[str](),
     "files": {"errors", "types"},
-    "tokens": {"errors"},
+    "device": set[str](),
+    "tokens": {"device", "errors"},
     "budget": {"errors"},
     "schedule": {"budget", "errors"},
     "ops": CORE,
@@ -47,11 +48,11 @@ UPPER = (
 )
 TRANSFORMERS = {"adapters", "runtime", "serving", "testing", "demo", "loading", "profiling", "evaluation"}
 # Classes of another package are subclassed here; that package imports the modules, led by an entry point of ours (and
-# the sweep imports the one of lmms-eval when it runs). Kernels are written in Triton's language; `ops.device` imports
+# the sweep imports the one of lmms-eval when it runs). Kernels are written in Triton's language; `device` imports
 # them when a tensor lies on a CUDA device.
 SUBCLASSED = {
     "evaluation/lmms_model.py": "lmms_eval",
-    "ops/kernels/greedy.py": "triton",
+    **{f"ops/kernels/{name}.py": "triton" for name in ("greedy", "merge")},
     **{f"serving/{name}.py": "vllm" for name in ("anyres", "internvl", "llava", "processor", "qwen")},
 }
 OPTIONAL = {

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from tokprune import tokens
 from tokprune.ops import select
 from tokprune.ops.similarity import cosine_distance, cosine_similarity
 
@@ -76,15 +77,16 @@ class Counted:
 
 def run(name: str, *arguments: Any) -> tuple[Any, Any, int]:
     """What the kernel answers, what the reference answers, and launches of the kernel."""
-    from tokprune.ops.kernels import greedy
+    from tokprune.ops.kernels import greedy, merge
 
+    module, plain = (merge, tokens) if name == "weighted_sums" else (greedy, select)
     seen = Launches()
     with ExitStack() as stack:
-        for kernel in ("_max_min", "_map", "_first_gains", "_coverage"):
-            stack.enter_context(patch.object(greedy, kernel, Counted(getattr(greedy, kernel), seen)))
+        for kernel in ("_sums",) if module is merge else ("_max_min", "_map", "_first_gains", "_coverage"):
+            stack.enter_context(patch.object(module, kernel, Counted(getattr(module, kernel), seen)))
         stack.enter_context(seen)
-        found = getattr(greedy, name)(*arguments)
-    return found, getattr(select, name).__wrapped__(*arguments), seen.count
+        found = getattr(module, name)(*arguments)
+    return found, getattr(plain, name).__wrapped__(*arguments), seen.count
 
 
 def max_min(kind: str, batch: int, n: int, keep: int, device: str) -> tuple[bool, int]:
@@ -125,12 +127,30 @@ def coverage(kind: str, batch: int, n: int, keep: int, device: str) -> tuple[boo
     return same, most
 
 
+def sums(kind: str, batch: int, n: int, keep: int, device: str) -> tuple[bool, int]:
+    """Bit by bit, for rows are added in one order; the same again, alone, and among other neighbours."""
+    x = features(kind, batch, n).to(device)
+    seed = torch.Generator().manual_seed(n)
+    target = torch.randint(-1, keep, (batch, n), generator=seed)
+    target = (target >= 0).long() * (target % 2) if kind == "clustered" else target  # many rows a sum, sums of none
+    target, scale = target.to(device), torch.rand(batch, n, generator=seed).to(device)
+    found, expected, launches = run("weighted_sums", x, target, scale, keep)
+    same = torch.equal(found, expected) and found.dtype == expected.dtype
+    alone, _, _ = run("weighted_sums", x[-1:], target[-1:], scale[-1:], keep)
+    only = torch.where(target == 0, target, -1)
+    first, _, _ = run("weighted_sums", x, only, scale, 1)
+    same &= torch.equal(alone[0], found[-1]) and torch.equal(first[:, 0], found[:, 0])
+    wide, exact, _ = run("weighted_sums", x.double(), target, scale, keep)
+    return same and torch.equal(wide, exact) and wide.dtype == torch.float64, launches
+
+
 def cases(device: str) -> Iterator[tuple[str, tuple[bool, int]]]:
     """Name and outcome of every case."""
-    for case in (max_min, volume, coverage):
+    for case in (max_min, volume, coverage, sums):
         for kind in KINDS:
             for batch, n, keep in SIZES if kind == "random" else SIZES[:1]:  # the interpreter takes its time
                 yield f"{case.__name__} {kind} {batch} x {n} -> {keep}", case(kind, batch, n, keep, device)
+    yield "sums of more rows than are looked at together", sums("random", 1, 1100, 3, device)
 
 
 def compiled() -> Iterator[tuple[str, tuple[bool, int]]]:
@@ -138,10 +158,10 @@ def compiled() -> Iterator[tuple[str, tuple[bool, int]]]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from tokprune.ops.kernels import greedy
+    from tokprune.ops.kernels import greedy, merge
 
-    sizes = {"n": "i32", "keep": "i32", "rows": "i32", "noise": "fp32"}
-    pointers = {"first": "*i64", "order": "*i64", "barred": "*u8"}
+    sizes = {"n": "i32", "keep": "i32", "rows": "i32", "width": "i32", "noise": "fp32"}
+    pointers = {"first": "*i64", "order": "*i64", "barred": "*u8", "target": "*i64"}
     kernels = (
         (greedy._max_min, {"BLOCK": 4096}),
         (greedy._map, {"BLOCK": 4096, "CHUNK": 4}),
@@ -150,6 +170,7 @@ def compiled() -> Iterator[tuple[str, tuple[bool, int]]]:
             greedy._coverage,
             {"ROWS": 4096, "BLOCK": 4096, "START": False} | dict.fromkeys(("WEIGHTS", "BONUS", "BARRED"), True),
         ),
+        (merge._sums, {"COLUMNS": 1024, "CHUNK": 1024}),
     )
     for kernel, constants in kernels:
         for card in (80, 90):

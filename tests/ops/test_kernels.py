@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from tokprune.ops import device, select
+from tokprune import device
+from tokprune.ops import select
 from tokprune.ops.similarity import cosine_distance
 
 NEEDS_TRITON = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
@@ -39,19 +40,19 @@ def outcome(where: str) -> dict[str, tuple[bool, int]]:
 
 @NEEDS_TRITON
 @pytest.mark.parametrize("where", WHERE)
-@pytest.mark.parametrize("kernel", ["max_min", "volume", "coverage"])
-def test_a_kernel_chooses_like_the_plain_loop_in_three_launches_at_most(kernel: str, where: str) -> None:
+@pytest.mark.parametrize("kernel", ["max_min", "volume", "coverage", "sums"])
+def test_a_kernel_answers_like_the_plain_form_in_three_launches_at_most(kernel: str, where: str) -> None:
     found = {name: result for name, result in outcome(where).items() if name.startswith(kernel)}
-    assert len(found) == 9
+    assert len(found) == 9 + (kernel == "sums")
     assert [name for name, (same, _) in found.items() if not same] == []
-    most = {"max_min": 1, "volume": 1, "coverage": 3}[kernel]
+    most = {"max_min": 1, "volume": 1, "coverage": 3, "sums": 1}[kernel]
     assert {launches for _, (_, launches) in found.items() if launches > most} == set()
 
 
 @NEEDS_TRITON
 def test_kernels_compile_without_a_card() -> None:
     found = outcome("compile")
-    assert len(found) == 8
+    assert len(found) == 10
     assert all(there for there, _ in found.values()), found
 
 

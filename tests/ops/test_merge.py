@@ -7,7 +7,8 @@ import torch
 
 from tests.golden_vectors import GoldenCase, claims
 from tests.published.bipartite import sources, unmerge
-from tokprune.ops.merge import bipartite_matching, cap, merge, merge_weighted
+from tokprune.ops.merge import bipartite_matching, cap, join_nearest, merge, merge_weighted
+from tokprune.tokens import weighted_sums
 
 UNMERGE = "with a distillation token the published inverse mixes up the rows"
 
@@ -80,3 +81,36 @@ def test_sizes_stay_whole_in_half_precision() -> None:
     assert mean.dtype == torch.bfloat16
     assert total.dtype == torch.float32
     assert total.sum() == 4 * 257
+
+
+def test_tokens_join_the_nearest_target() -> None:
+    features = torch.randn(2, 20, 5, generator=torch.Generator().manual_seed(0))
+    targets = torch.tensor([[1, 7, 12], [0, 3, 19]])
+    ours, size = join_nearest(features, targets)
+    for b in range(2):
+        for i in range(20):
+            cosine = [torch.cosine_similarity(features[b, i], features[b, t], dim=0) for t in targets[b]]
+            assert ours[b, i] == max(range(3), key=lambda j: cosine[j])
+        assert size[b].tolist() == [ours[b].tolist().count(j) for j in range(3)]
+
+
+def test_a_target_belongs_to_itself_even_beside_its_duplicate() -> None:
+    features = torch.ones(1, 4, 3)
+    assert join_nearest(features, torch.tensor([[1, 3]]))[0].tolist() == [[0, 0, 0, 1]]
+    assert join_nearest(torch.zeros(1, 4, 3), torch.tensor([[1, 3]]))[0].tolist() == [[0, 0, 0, 1]]
+
+
+def test_weighted_sums_by_hand() -> None:
+    g = torch.Generator().manual_seed(3)
+    x, scale = torch.randn(3, 11, 5, generator=g), torch.rand(3, 11, generator=g)
+    target = torch.randint(-1, 4, (3, 11), generator=g)
+    expected = torch.zeros(3, 4, 5)
+    for b in range(3):
+        for i in range(11):
+            if target[b, i] >= 0:
+                expected[b, target[b, i]] += x[b, i] * scale[b, i]
+    assert torch.equal(weighted_sums(x, target, scale, 4), expected)
+    tracked = x.requires_grad_()
+    weighted_sums(tracked, target, scale, 4).sum().backward()
+    assert tracked.grad is not None
+    assert torch.equal(tracked.grad, torch.where(target >= 0, scale, 0)[..., None].expand_as(x))

@@ -1,11 +1,11 @@
-"""Nearest target and nearest neighbours, against search in Python."""
+"""Cosines and nearest neighbours, against search in Python."""
 
 from __future__ import annotations
 
 import torch
 
 from tokprune.methods.connector.prumerge import neighbour_rows
-from tokprune.ops.similarity import cosine_distance, cosine_similarity, gram, nearest_target, unit
+from tokprune.ops.similarity import cosine_distance, cosine_similarity, gram, unit
 
 
 def test_unit_rows_are_float32_or_wider_and_zero_rows_stay() -> None:
@@ -21,22 +21,6 @@ def test_cosines_of_pairs() -> None:
     torch.testing.assert_close(cosine_distance(a), torch.tensor([[0.0, 0.4], [0.4, 0.0]]))
     many = torch.randn(2, 300, 4, generator=torch.Generator().manual_seed(2))
     torch.testing.assert_close(gram(many), many @ many.transpose(1, 2))
-
-
-def test_nearest_target() -> None:
-    features = torch.randn(2, 20, 5, generator=torch.Generator().manual_seed(0))
-    targets = torch.tensor([[1, 7, 12], [0, 3, 19]])
-    ours = nearest_target(features, targets)
-    for b in range(2):
-        for i in range(20):
-            cosine = [torch.cosine_similarity(features[b, i], features[b, t], dim=0) for t in targets[b]]
-            assert ours[b, i] == max(range(3), key=lambda j: cosine[j])
-
-
-def test_a_target_belongs_to_itself_even_beside_its_duplicate() -> None:
-    features = torch.ones(1, 4, 3)
-    assert nearest_target(features, torch.tensor([[1, 3]])).tolist() == [[0, 0, 0, 1]]
-    assert nearest_target(torch.zeros(1, 4, 3), torch.tensor([[1, 3]])).tolist() == [[0, 0, 0, 1]]
 
 
 def test_neighbour_rows() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from tokprune.errors import OptionError
 from tokprune.ops.similarity import most_similar, unit
 from tokprune.ops.topk import true_indices
-from tokprune.tokens import Merge, Selection
+from tokprune.tokens import Merge, Selection, weighted_sums
 
 
 def join(parts: Sequence[tuple[Tensor, Selection]], features: Tensor) -> Selection:
@@ -50,6 +50,20 @@ def join(parts: Sequence[tuple[Tensor, Selection]], features: Tensor) -> Selecti
         values.append(value)
     rows = torch.sparse_coo_tensor(torch.cat(places, 1), torch.cat(values), (len(indices), n), check_invariants=False)
     return Selection(indices, Merge(rows=rows.coalesce()), info=info)
+
+
+def join_nearest(features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Which of the targets each token joins, the one that it is most similar to (cosine), and how many each has.
+
+    features: (B, N, D). targets: (B, K) indices into N. Returns a place in 0 .. K-1 for each token, (B, N), and tokens
+    at each place, (B, K) in float32 (float64 stays). A target belongs to itself, also when another one is its
+    duplicate. Ties go to the lower place. O(N K D).
+    """
+    rows = unit(features)
+    chosen = rows.gather(1, targets[..., None].expand(-1, -1, rows.shape[-1]))
+    own = torch.arange(targets.shape[1], device=targets.device).expand_as(targets)
+    place = most_similar(rows, chosen)[1].scatter(1, targets, own)
+    return place, rows.new_zeros(targets.shape).scatter_add_(1, place, rows.new_ones(place.shape))
 
 
 def merge_dropped(chosen: Selection, features: Tensor) -> Selection:
@@ -201,7 +215,8 @@ def merge_weighted(matching: Matching, x: Tensor, size: Tensor | None = None) ->
     x: (B, N, C), size: (B, N, 1) or None for ones -> (B, K, C) in x's dtype and (B, K, 1). Sums and sizes are float32
     (float64 stays): half precision counts exactly only to 256 or 2048.
     """
-    wide = x if x.dtype == torch.float64 else x.float()
-    size = wide.new_ones(x.shape[0], x.shape[1], 1) if size is None else size.to(wide.dtype)
+    kind = torch.float64 if x.dtype == torch.float64 else torch.float32
+    size = x.new_ones(x.shape[0], x.shape[1], 1, dtype=kind) if size is None else size.to(kind)
     total = merge(matching, size, "sum")
-    return (merge(matching, wide * size, "sum") / total).to(x.dtype), total
+    sums = weighted_sums(x, matching.assign, size[..., 0], matching.rep.shape[1])
+    return (sums / total).to(x.dtype), total

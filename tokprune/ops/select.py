@@ -11,9 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from tokprune.device import with_kernel
 from tokprune.ops import blocks
 from tokprune.ops.blocks import Rows, row_blocks, whole
-from tokprune.ops.device import with_kernel
 from tokprune.ops.similarity import cosine_distance, unit
 
 LAZY = 2**20

@@ -12,8 +12,8 @@ from tokprune.budget import equal, round_of
 from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
 from tokprune.methods.options import Compat, option
 from tokprune.ops.grid import stacks
+from tokprune.ops.merge import join_nearest
 from tokprune.ops.numeric import wide
-from tokprune.ops.similarity import nearest_target
 from tokprune.ops.topk import true_indices
 from tokprune.registry import Checked, register_method
 from tokprune.tokens import Merge, Selection, VisualTokens
@@ -41,10 +41,9 @@ def visionzip_plan(
     m = n - dominant
     places = torch.arange(contextual, device=order.device) * max(1, m // contextual)
     targets = places.expand(batch, -1)
-    context = nearest_target(keys.gather(1, remaining[..., None].expand(-1, -1, keys.shape[-1])), targets)  # (B, M)
+    context, size = join_nearest(keys.gather(1, remaining[..., None].expand(-1, -1, keys.shape[-1])), targets)
     is_target = torch.zeros(m, dtype=torch.bool, device=order.device).scatter_(0, places, True)
-    others = weight.new_zeros(batch, contextual).scatter_add_(1, context, (~is_target).to(weight).expand(batch, -1))
-    count = others.gather(1, context)  # (B, M) how many share the context token with it, the target not counted
+    count = size.gather(1, context).to(weight) - 1  # (B, M) others of the same context token, its target not counted
     part = torch.where(is_target, 1.0, 1.0 / count.clamp_min(1))
     if compat == "corrected":
         part = torch.where(count > 0, part / 2, part)

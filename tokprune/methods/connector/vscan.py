@@ -11,8 +11,8 @@ from tokprune.budget import equal
 from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
 from tokprune.methods.options import Block, Compat, option
 from tokprune.ops.grid import stacks
+from tokprune.ops.merge import join_nearest
 from tokprune.ops.numeric import wide
-from tokprune.ops.similarity import nearest_target
 from tokprune.ops.topk import rank_in_group, top_by_tier
 from tokprune.registry import Checked, register_method
 from tokprune.tokens import Merge, Selection, VisualTokens
@@ -40,10 +40,7 @@ def vscan_merge(features: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     features: (B, N, D) projected. kept: (B, K), ascending. Returns the place in `kept` and the weight of each token,
     (B, N).
     """
-    features = wide(features)
-    place = nearest_target(features, kept)
-    ones = torch.ones_like(place, dtype=features.dtype)
-    count = ones.new_zeros(kept.shape).scatter_add_(1, place, ones)
+    place, count = join_nearest(features, kept)
     return place, 1.0 / count.gather(1, place)
 
 
