@@ -10,15 +10,12 @@ of visual keys that a step reads, over layers; at that a step's FLOPs are equal,
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from decoder_demo import VISUAL, Bench
+from decoder_demo import VISUAL, Bench, arguments, draw
 from encoder_record import save
 from torch import Tensor
 
@@ -162,31 +159,13 @@ class Turns:
         return found
 
 
-def plot(data: dict[str, Any], path: Path) -> None:
-    """Accuracy against keys read, of all rows that are no worse than random in front of the LLM."""
-    from tokprune.viz import plots
-
-    rows = data["rows"]
-    least = {r["share"]: r["accuracy"] for r in rows if r["method"] == "random"}
-    points = [
-        plots.Point(r["method"], r["share"], r["accuracy"], cost=100 * r["share"])
-        for r in rows[1:]
-        if r["accuracy"] >= least[r["share"]]
-    ]
-    full = plots.Point("none", 1.0, rows[0]["accuracy"], cost=100.0)
-    title = f"Demo VLM, second of two turns, {data['questions']} questions, none below random"
-    plots.save(plots.pareto(points, full, cost="visual keys that a step reads, %", title=title), path)
-
-
 def main() -> None:
     """Run it all, or draw what was found before."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--questions", type=int, default=280)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--plot", type=Path, help="draw the numbers of --json instead of making them")
-    options = parser.parse_args()
+    options = arguments(__doc__.splitlines()[0], questions=280)
     if options.plot is not None:
-        plot(json.loads(options.json.read_text(encoding="utf-8")), options.plot)
+        draw(
+            options, "Demo VLM, second of two turns", "share", lambda r: r["share"], "visual keys that a step reads, %"
+        )
         return
     torch.set_num_threads(1)
     turns = Turns(options.questions)

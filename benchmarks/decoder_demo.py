@@ -199,31 +199,42 @@ def fitted(bench: Bench, targets: tuple[float, ...]) -> list[dict[str, Any]]:
     return [row for row in rows if row is not None]
 
 
-def plot(data: dict[str, Any], path: Path) -> None:
-    """Accuracy against FLOPs, of all rows that are no worse than random in front of the LLM at their FLOPs."""
+def draw(
+    options: argparse.Namespace, title: str, group: str, cost: Callable[[dict[str, Any]], float], axis: str
+) -> None:
+    """Accuracy against cost, of all rows of --json that are no worse than random in front of the LLM at their `group`.
+
+    cost: of a row, 1 at all tokens.
+    """
     from tokprune.viz import plots
 
+    data = json.loads(options.json.read_text(encoding="utf-8"))
     rows = data["rows"]
-    least = {r["target"]: r["accuracy"] for r in rows if r["method"] == "random"}
+    least = {r[group]: r["accuracy"] for r in rows if r["method"] == "random"}
     points = [
-        plots.Point(r["method"], r["ratio"] or r["target"], r["accuracy"], cost=100 * r["flops"])
+        plots.Point(r["method"], r.get("ratio") or r[group], r["accuracy"], cost=100 * cost(r))
         for r in rows[1:]
-        if r["target"] and (r["accuracy"] >= least[r["target"]])
+        if r[group] and (r["accuracy"] >= least[r[group]])
     ]
     full = plots.Point("none", 1.0, rows[0]["accuracy"], cost=100.0)
-    title = f"Demo VLM, {data['questions']} questions, none below random"
-    plots.save(plots.pareto(points, full, cost="FLOPs of the LLM's prefill, %", title=title), path)
+    title = f"{title}, {data['questions']} questions, none below random"
+    plots.save(plots.pareto(points, full, cost=axis, title=title), options.plot)
+
+
+def arguments(description: str, questions: int) -> argparse.Namespace:
+    """What the demo benchmarks of decoder and cache take."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--questions", type=int, default=questions)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path, help="draw the numbers of --json instead of making them")
+    return parser.parse_args()
 
 
 def main() -> None:
     """Run it all, or draw what was found before."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--questions", type=int, default=140)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--plot", type=Path, help="draw the numbers of --json instead of making them")
-    options = parser.parse_args()
+    options = arguments(__doc__.splitlines()[0], questions=140)
     if options.plot is not None:
-        plot(json.loads(options.json.read_text(encoding="utf-8")), options.plot)
+        draw(options, "Demo VLM", "target", lambda r: r["flops"], "FLOPs of the LLM's prefill, %")
         return
     torch.set_num_threads(1)
     bench = Bench(options.questions)
