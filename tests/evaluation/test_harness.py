@@ -14,7 +14,7 @@ from tokprune.environment import environment
 from tokprune.errors import OptionError
 from tokprune.evaluation.cells import Cell
 from tokprune.evaluation.errors import EvaluationError
-from tokprune.evaluation.harness_log import CellLog
+from tokprune.evaluation.harness import CellLog
 from tokprune.evaluation.harness_results import cell_result, main_metric, metrics_of, score_of
 from tokprune.evaluation.harness_tasks import unknown_task
 from tokprune.evaluation.lmms_meter import SampleRecord

@@ -12,9 +12,8 @@ import tokprune
 from tokprune.errors import BudgetError, OptionError
 from tokprune.evaluation.errors import EvaluationError, at_row
 from tokprune.evaluation.lmms_engine import cut, generation_options
-from tokprune.evaluation.lmms_meter import SampleRecord, means
+from tokprune.evaluation.lmms_meter import SampleRecord, WorkerOutcome, means, merge
 from tokprune.evaluation.lmms_options import ModelArgs, pruning_config
-from tokprune.evaluation.lmms_parallel import WorkerOutcome, merge
 
 
 def test_model_args_as_lmms_eval_hands_them_over() -> None:

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from tokprune.evaluation.errors import EvaluationError
-from tokprune.evaluation.lmms_requests import MediaRules, RequestReader, TaskRow
-from tokprune.evaluation.question import question_of
+from tokprune.evaluation.lmms_requests import MediaRules, RequestReader, TaskRow, question_of
 from tokprune.testing import picture
 
 DOCS: list[dict[str, Any]] = [{"image": picture(8, 8, seed=i), "question": f"what is {i} ?"} for i in range(4)]

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from tokprune.cli.app import app
 from tokprune.errors import OptionError
 from tokprune.evaluation.cells import Cell, CellResult, Sample, SweepSettings, build_methods
-from tokprune.evaluation.failures import Failure
+from tokprune.evaluation.errors import Failure
 from tokprune.evaluation.reference.tables import Benchmark, models
 from tokprune.evaluation.reproduce import (
     AGREES,

@@ -11,9 +11,8 @@ import tokprune.demo
 from tests.adapters.reference import shared
 from tokprune.errors import OptionError
 from tokprune.evaluation.cells import Cell, SweepSettings, build_methods, plan
-from tokprune.evaluation.lmms_engine import Engine
+from tokprune.evaluation.lmms_engine import Engine, Smaller
 from tokprune.evaluation.lmms_requests import Prompt, TaskRow
-from tokprune.evaluation.smaller import Smaller
 from tokprune.loading import Loaded
 from tokprune.testing import picture
 

@@ -15,7 +15,7 @@ import pytest
 from tests.evaluation.runs import ENVIRONMENT, run_cell
 from tokprune.errors import OptionError
 from tokprune.evaluation.cells import Cell, SweepSettings, plan
-from tokprune.evaluation.failures import failure, root_cause
+from tokprune.evaluation.errors import failure, root_cause
 from tokprune.evaluation.results import load, results_json, timing_json
 from tokprune.evaluation.store import Store, StoreError
 from tokprune.evaluation.sweep import Watcher, run_sweep

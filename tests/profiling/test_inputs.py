@@ -81,5 +81,7 @@ def test_batches_and_wrong_input() -> None:
     inputs = random_inputs(known, model, (512, 512), text=7, batch=2)
     assert inputs["input_ids"].shape[0] == inputs["pixel_values"].shape[0] == 2
     assert torch.equal(inputs["input_ids"], random_inputs(known, model, (512, 512), text=7, batch=2)["input_ids"])
+    with pytest.raises(OptionError, match="takes no videos"):
+        random_inputs(preset("llava-next-7b"), model, frames=2)
     with pytest.raises(OptionError, match="text=1"):
         random_inputs(known, model, text=1)

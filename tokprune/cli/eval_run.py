@@ -16,7 +16,7 @@ from tokprune.environment import environment
 from tokprune.errors import OptionError, missing_extra
 from tokprune.evaluation import export
 from tokprune.evaluation.cells import BASELINE, OPTION, Cell, CellResult, SweepSettings, build_methods
-from tokprune.evaluation.failures import Failure
+from tokprune.evaluation.errors import Failure
 from tokprune.evaluation.results import load, results_json, timing_json
 from tokprune.evaluation.store import Store
 from tokprune.evaluation.sweep import Sweep, Watcher, run_sweep, survey

@@ -115,8 +115,7 @@ class CellResult:
 
     metrics: the task's aggregated numbers; main: the one to show. higher_is_better: of main. versions: of the tasks.
     costs: means that do not depend on the clock (visual tokens kept and total, FLOPs). timing: what does, such as
-    ttft_ms and
-    seconds: kept apart, so that results.json of a repeated run is the same file.
+    ttft_ms and seconds: kept apart, so that results.json of a repeated run is the same file.
     """
 
     cell: Cell

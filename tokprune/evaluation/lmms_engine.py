@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,18 +14,28 @@ import tokprune
 from tokprune.adapters.prompting import inputs_of
 from tokprune.adapters.query import tokenizer_of
 from tokprune.config import PruneConfig
-from tokprune.evaluation.lmms_meter import SampleRecord, clock_times, stages_of, token_counts
+from tokprune.errors import OptionError
+from tokprune.evaluation.lmms_meter import SampleRecord, stages_of, timed, token_counts
+from tokprune.evaluation.lmms_options import ModelArgs
 from tokprune.evaluation.lmms_requests import Prompt
-from tokprune.evaluation.smaller import Smaller
-from tokprune.loading import Loaded
+from tokprune.loading import DEMO, DEMO_CLIPS, Loaded, LoadOptions, check_device, demo_scorer, load, needs_scorer
 from tokprune.profiling.flops import stage_flops
-from tokprune.profiling.timing import StageClock
 from tokprune.runtime.handle import Pruning
 from tokprune.runtime.prefill import LastRun
-from tokprune.types import Fields, Inputs, JsonObject
+from tokprune.scaling import resize, token_counter
+from tokprune.types import Fields, Inputs, JsonObject, Processor
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from tokprune.methods.base import Method
+
+R = TypeVar("R")
 
 NEW_TOKENS = 128  # where neither the task nor the user sets a number
 HARNESS_DEFAULT_STOP = ["\n\n"]  # lmms-eval adds it to tasks that name no stop
+FRAMES = 32  # of a video, where nothing else is said
+DEMO_FRAMES = 8  # what the demo VLM for clips was trained on
 
 
 @dataclass(frozen=True)
@@ -67,6 +78,29 @@ def cut(text: str, stops: Sequence[str]) -> str:
     return text.strip()
 
 
+class Smaller:
+    """Scales the pictures of chats to a share of the visual tokens that the processor makes of them."""
+
+    def __init__(self, processor: Processor, ratio: float) -> None:
+        self.processor, self.ratio, self.count = processor, ratio, token_counter(processor)
+
+    def __call__(self, chat: Sequence[Fields]) -> tuple[list[JsonObject], int]:
+        """The chat with smaller pictures, and how many visual tokens the ones it came with would give."""
+        total, out = 0, []
+        for message in chat:
+            content = message["content"]
+            if not isinstance(content, str):
+                content = [dict(part) for part in content]
+                for part in content:
+                    if part.get("type") == "video":
+                        raise OptionError("resize scales pictures; for clips take fewer frames: uniform_frames.")
+                    if part.get("type") == "image":
+                        total += self.count(part["image"])
+                        part["image"] = resize(part["image"], self.processor, self.ratio, self.count)
+            out.append({**message, "content": content})
+        return out, total
+
+
 class Engine:
     """A model, its processor, and the pruning that is on it now (none after construction)."""
 
@@ -88,21 +122,32 @@ class Engine:
         if config is not None:
             self.pruning = tokprune.apply(self.model, config, processor=self.processor, scorer=scorer)
 
-    @contextmanager
-    def _asking(self, prompts: Sequence[Prompt]) -> Iterator[None]:
+    def _asking(self, prompts: Sequence[Prompt]) -> AbstractContextManager[object]:
         """Tell query-aware methods what is asked."""
-        queries = [p.query for p in prompts]
-        with self.pruning.query(queries) if self.pruning is not None else nullcontext():
-            yield
+        return nullcontext() if self.pruning is None else self.pruning.query([p.query for p in prompts])
 
     @property
     def _last(self) -> LastRun | None:
         return None if self.pruning is None else self.pruning.last
 
-    def _kept(self, before: LastRun | None) -> Tensor | None:
-        """Columns that the last prefill kept; None when nothing was pruned since `before`, as with a prompt of text."""
-        last = self._last
-        return None if last is None or last is before else last.keep
+    def _measured(
+        self, prompts: Sequence[Prompt], inputs: Inputs, whole: list[int] | None, call: Callable[[], R]
+    ) -> tuple[R, list[SampleRecord]]:
+        """What a call with these inputs returns, and what it cost each prompt, new tokens not counted yet.
+
+        whole: visual tokens of the pictures before they were made smaller.
+        """
+        before = self._last
+        with self._asking(prompts), timed(self.model.device, self._stages, len(prompts)) as times:
+            out = call()
+        last = self._last  # as before where nothing was pruned, as with prompts of text
+        counts = token_counts(self.model, inputs, None if last is None or last is before else last.keep)
+        totals = [total for total, _, _ in counts] if whole is None else whole
+        records = [
+            SampleRecord(prompt.row.task, prompt.row.doc_id, total, kept, width, 0, **times)
+            for prompt, total, (_, kept, width) in zip(prompts, totals, counts, strict=True)
+        ]
+        return out, records
 
     def _inputs(self, prompts: Sequence[Prompt]) -> tuple[Inputs, list[int] | None]:
         """Model inputs of prompts; where their pictures are made smaller, also how many visual tokens they had."""
@@ -124,22 +169,14 @@ class Engine:
         inputs, whole = self._inputs(prompts)
         if options["do_sample"]:
             torch.manual_seed(seed * 1_000_003 + prompts[0].row.doc_id)
-        before = self._last
-        clock = StageClock(self.model.device)
-        with self._asking(prompts), clock.watch(self._stages) if self._stages is not None else nullcontext():
-            ids = self.model.generate(**inputs, **options)
+        ids, records = self._measured(prompts, inputs, whole, lambda: self.model.generate(**inputs, **options))
         new = ids[:: ids.shape[0] // len(prompts), inputs["input_ids"].shape[1] :]
         tokenizer = tokenizer_of(self.processor)
         pad = getattr(tokenizer, "pad_token_id", None)
-        times = clock_times(clock, len(prompts)) if self._stages is not None else {}
-        counts = token_counts(self.model, inputs, self._kept(before))
         answers = []
-        for i, (prompt, row, (total, kept, width)) in enumerate(zip(prompts, new, counts, strict=True)):
-            total = total if whole is None else whole[i]
+        for row, record in zip(new, records, strict=True):
             text = cut(tokenizer.decode(row, skip_special_tokens=True), stops)
-            length = _length(row, pad)
-            record = SampleRecord(prompt.row.task, prompt.row.doc_id, total, kept, width, length, **times)
-            answers.append(Answer(text, record))
+            answers.append(Answer(text, replace(record, new_tokens=_length(row, pad))))
         return answers
 
     @torch.no_grad()
@@ -173,17 +210,12 @@ class Engine:
             if name != "input_ids" and isinstance(value, Tensor) and value.shape == (1, width):
                 fill = torch.ones_like(tail) if name == "attention_mask" else torch.zeros_like(tail)
                 longer[name] = torch.cat([value, fill[None].to(value.dtype)], 1)
-        before = self._last
-        clock = StageClock(self.model.device)
-        with self._asking([prompt]), clock.watch(self._stages) if self._stages is not None else nullcontext():
-            logits = self.model(**longer, use_cache=False).logits
+        logits, (record,) = self._measured(
+            [prompt], longer, whole, lambda: self.model(**longer, use_cache=False).logits
+        )
         likely = logits[0, -len(tail) - 1 : -1].float().log_softmax(-1)  # from the end: pruned prompts may be shorter
         loss = -likely.gather(-1, tail[:, None]).mean()
         greedy = bool((likely.argmax(-1) == tail).all())
-        times = clock_times(clock, 1) if self._stages is not None else {}
-        total, kept, reached = token_counts(self.model, longer, self._kept(before))[0]
-        total = total if whole is None else whole[0]
-        record = SampleRecord(prompt.row.task, prompt.row.doc_id, total, kept, reached, 0, **times)
         return float(loss), greedy, record
 
     def _target_ids(self, prompt_ids: Tensor, target: str) -> Tensor:
@@ -210,3 +242,35 @@ def _length(row: Tensor, pad: int | None) -> int:
         return len(row)
     real = (row != pad).nonzero()
     return min(len(row), int(real[-1]) + 1) if len(real) else 0
+
+
+def pick_device(name: str | None, accelerator: Accelerator) -> torch.device:
+    """Where the model goes: as asked; each process of several has its own GPU, which the accelerator assigned."""
+    if name is None or (accelerator.num_processes > 1 and name in ("cuda", "auto")):
+        return torch.device(accelerator.device)
+    return check_device(name)
+
+
+def load_for(args: ModelArgs, kind: str, device: torch.device) -> Loaded:
+    """The model for requests of a kind ("image", "video" or "text"). Raises OptionError when it cannot be opened."""
+    a = args
+    options = LoadOptions(
+        device, a.dtype, a.attn_implementation, a.device_map, a.revision, a.trust_remote_code, a.processor
+    )
+    return load(args.pretrained, options, video=kind == "video")
+
+
+def frames_for(args: ModelArgs, kind: str) -> int:
+    """How many frames of a video the model gets unless told otherwise; the picture demo sees one."""
+    if args.pretrained not in (DEMO, DEMO_CLIPS):
+        return FRAMES
+    return DEMO_FRAMES if args.pretrained == DEMO_CLIPS or kind == "video" else 1
+
+
+def scorer_for(args: ModelArgs, loaded: Loaded, methods: tuple[Method, ...]) -> object:
+    """The text-image scorer for these methods: the one asked for, the demo's own for the demo, else none."""
+    if not needs_scorer(methods):
+        return None
+    if loaded.embedded and args.scorer in (None, "demo"):
+        return demo_scorer(loaded, methods)
+    return args.scorer

@@ -1,14 +1,18 @@
-"""What answering costs: visual tokens that reach the LLM, times by stage, FLOPs; per sample and as means."""
+"""What answering costs, per sample and as means: visual tokens that reach the LLM, times by stage, FLOPs."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from tokprune.errors import UnsupportedModelError
+from tokprune.evaluation.errors import EvaluationError
 from tokprune.profiling.runs import placeholders
 from tokprune.profiling.stages import StageModules, find_stages
 from tokprune.profiling.timing import StageClock
@@ -44,20 +48,11 @@ class SampleRecord:
 
 
 MEASURED = tuple(f.name for f in dataclasses.fields(SampleRecord) if f.name not in ("task", "doc_id"))
-_FROM_CLOCK = {
-    "ttft": "ttft_ms",
-    "prefill": "prefill_ms",
-    "vision": "vision_ms",
-    "select": "select_ms",
-    "decode": "decode_ms",
-    "total": "total_ms",
-}
+CLOCKED = ("ttft", "prefill", "vision", "select", "decode", "total")  # by the clock; the fields end in _ms
 
 
 def stages_of(model: VLM) -> StageModules | None:
     """The stages to time, or None for a model whose parts are not known."""
-    from tokprune.errors import UnsupportedModelError
-
     try:
         return find_stages(model)
     except UnsupportedModelError:
@@ -75,17 +70,28 @@ def token_counts(model: VLM, inputs: Inputs, keep: Tensor | None) -> list[tuple[
     return [(int(a), int(b), int(c)) for a, b, c in rows.tolist()]
 
 
-def clock_times(clock: StageClock, prompts: int) -> JsonObject:
-    """The clock's times as fields of a record, divided among so many prompts."""
-    times = clock.times()
-    return {field: times[name] / prompts for name, field in _FROM_CLOCK.items()}
+@contextmanager
+def timed(device: torch.device, stages: StageModules | None, prompts: int = 1) -> Iterator[JsonObject]:
+    """Times in ms of the call made inside, as fields of a record, divided among so many prompts.
+
+    They are there when the block ends; none for a model whose stages are not known.
+    """
+    times: JsonObject = {}
+    if stages is None:
+        yield times
+        return
+    clock = StageClock(device)
+    with clock.watch(stages):
+        yield times
+    took = clock.times()
+    times.update({f"{name}_ms": took[name] / prompts for name in CLOCKED})
 
 
 def averages(records: Sequence[SampleRecord], names: Mapping[str, str]) -> dict[str, float]:
-    """Means of some fields over the records that have them. names: field -> its name in the result."""
+    """Means of some fields over the records that have them. names: field -> name in the result."""
     out = {}
-    for field, name in names.items():
-        values = [v for r in records if (v := getattr(r, field)) is not None]
+    for measured, name in names.items():
+        values = [v for r in records if (v := getattr(r, measured)) is not None]
         if values:
             out[name] = float(sum(values)) / len(values)
     return out
@@ -96,3 +102,37 @@ def means(records: Sequence[SampleRecord]) -> dict[str, float]:
     out = averages(records, {name: name for name in MEASURED})
     total = sum(r.total_tokens for r in records)
     return out | ({"keep_ratio": sum(r.kept_tokens for r in records) / total} if total else {})
+
+
+@dataclass
+class WorkerOutcome:
+    """What a process did in one call. fatal: what ended it. seconds: spent in the model. counted: answers per task
+    whose FLOPs were counted."""
+
+    records: list[SampleRecord] = field(default_factory=list)
+    failures: list[EvaluationError] = field(default_factory=list)
+    fatal: EvaluationError | None = None
+    seconds: float = 0.0
+    counted: Counter[str] = field(default_factory=Counter)
+
+
+def gather(outcome: WorkerOutcome, processes: int) -> WorkerOutcome:
+    """The outcomes of all processes as one, in the order of tasks and rows; every process gets it.
+
+    An error in one process is an error in all: else the others would wait for it for ever.
+    """
+    import torch.distributed as dist
+
+    if processes < 2 or not dist.is_available() or not dist.is_initialized():
+        return outcome
+    parts: list[WorkerOutcome | None] = [None] * processes
+    dist.all_gather_object(parts, outcome)
+    return merge([p for p in parts if p is not None])
+
+
+def merge(parts: Sequence[WorkerOutcome]) -> WorkerOutcome:
+    """Outcomes of several processes as one. Processes run at the same time, so the longest time counts."""
+    records = sorted((r for p in parts for r in p.records), key=lambda r: (r.task, r.doc_id))
+    failures = sorted((f for p in parts for f in p.failures), key=lambda f: (f.task, f.doc_id or 0))
+    fatal = next((p.fatal for p in parts if p.fatal is not None), None)
+    return WorkerOutcome(records, failures, fatal, max(p.seconds for p in parts))

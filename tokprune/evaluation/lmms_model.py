@@ -30,11 +30,9 @@ from tokprune.config import PruneConfig
 from tokprune.errors import OptionError, TokpruneError
 from tokprune.evaluation.cells import BASELINE
 from tokprune.evaluation.errors import EvaluationError, at_row
-from tokprune.evaluation.lmms_engine import Answer, Engine
-from tokprune.evaluation.lmms_loading import frames_for, load_for, pick_device, scorer_for
-from tokprune.evaluation.lmms_meter import SampleRecord, means
+from tokprune.evaluation.lmms_engine import Answer, Engine, frames_for, load_for, pick_device, scorer_for
+from tokprune.evaluation.lmms_meter import SampleRecord, WorkerOutcome, gather, means
 from tokprune.evaluation.lmms_options import ModelArgs, pruning_config
-from tokprune.evaluation.lmms_parallel import WorkerOutcome, gather
 from tokprune.evaluation.lmms_requests import MediaRules, Messages, Prompt, RequestReader, TaskRow
 from tokprune.loading import DEMO
 from tokprune.scaling import RESIZE

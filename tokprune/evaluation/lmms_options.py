@@ -29,9 +29,8 @@ class ModelArgs:
     "demo-clips". method: "none", a name, or names of several stages joined by "+". ratio, budget, prompt_budget,
     positions: as in tokprune.apply. scorer: "demo" or "open_clip:<model>/<weights>". seed: of methods that draw, and of
     sampled answers. option.<field>: a method's own field; with several methods option.<method>.<field>.
-    processor.<field>: of the processor, such as processor.max_pixels.
-    frames: at most so many frames of a video (None: 32, or what the demo was made for), or "quota" (96, and 64 more per
-    hour). fps: one frame per 1/fps seconds.
+    processor.<field>: of the processor, such as processor.max_pixels. frames: at most so many frames of a video (None:
+    32, or what the demo was made for), or "quota" (96, and 64 more per hour). fps: one frame per 1/fps seconds.
     frame_rule: how `frames` are spread. video_backend: who decodes. system_prompt: a text, or a file that holds it.
     max_new_tokens: longest answer, in place of the tasks' own. flops_samples: questions per task whose FLOPs are
     counted (each costs one more short answer). control: "no_image" leaves pictures out, "shuffled" shows another row's.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from tokprune.errors import OptionError, nearest
 from tokprune.evaluation.errors import EvaluationError, at_row
-from tokprune.evaluation.question import question_of
 from tokprune.files import rgb
 from tokprune.types import Fields, JsonObject
 from tokprune.video.result import Video
@@ -19,6 +19,9 @@ from tokprune.video.result import Video
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+QUESTION_FIELDS = ("question", "Question", "query", "problem")
+_OPTION_LINE = re.compile(r"^\s*(?:options?\s*:?\s*$|\(?[A-Z][.):]\s)", re.IGNORECASE)
+_FIRST_OPTION = re.compile(r"^\s*\(?A[.):]\s")
 
 Messages = Callable[[Fields], Sequence[Fields]]
 """A task's function: a document of its data set -> the messages of a chat."""
@@ -169,6 +172,34 @@ class RequestReader:
             video = read_video(source, rules.frames, rules.fps, start, end, rules.backend, rule=rules.rule)
             self._videos = {**dict(list(self._videos.items())[-1:]), key: video}
         return self._videos[key]
+
+
+def question_of(doc: Fields, text: str) -> str:
+    """The question of a row, without its options and the task's instructions.
+
+    The row's own field when the prompt contains it, else the prompt up to the first option.
+    """
+    for name in QUESTION_FIELDS:
+        value = doc.get(name)
+        if isinstance(value, str) and value.strip() and _plain(value) in _plain(text):
+            return _without_options(value)
+    return _without_options(text)
+
+
+def _without_options(text: str) -> str:
+    lines = text.strip().splitlines()
+    first = next((i for i, line in enumerate(lines) if _FIRST_OPTION.match(line)), None)
+    if first is not None:
+        while first > 0 and _OPTION_LINE.match(lines[first - 1]):  # such as a heading "Options:"
+            first -= 1
+        kept = "\n".join(lines[:first]).strip()
+        if kept:
+            return kept
+    return text.strip()
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"\s+", " ", text).strip()
 
 
 def _last_text(chat: Sequence[Fields]) -> str:

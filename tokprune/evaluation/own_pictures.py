@@ -19,12 +19,11 @@ from tokprune.adapters.prompting import build_inputs
 from tokprune.adapters.query import tokenizer_of
 from tokprune.errors import OptionError
 from tokprune.evaluation.cells import Cell, CellResult, Sample, SweepSettings, build_methods
-from tokprune.evaluation.lmms_meter import clock_times, stages_of, token_counts
+from tokprune.evaluation.lmms_meter import stages_of, timed, token_counts
 from tokprune.evaluation.scoring import right
 from tokprune.evaluation.table import KEPT, TOTAL, TTFT
 from tokprune.files import read_json, read_picture
 from tokprune.loading import Loaded, demo_scorer
-from tokprune.profiling.timing import StageClock
 from tokprune.types import Inputs, JsonObject
 from tokprune.video.backend_images import PICTURES, natural
 
@@ -131,6 +130,10 @@ class OwnPictures:
             scorer=demo_scorer(self.loaded, methods) if self.scorer is None else self.scorer,
         )
 
+    def _inputs(self, question: PictureQuestion) -> Inputs:
+        picture = read_picture(question.picture)
+        return build_inputs(self.loaded.model, self.loaded.processor, question.text, images=[picture])
+
     @torch.no_grad()
     def first_token_ms(self, cells: Sequence[Cell], repeats: int = REPEATS) -> dict[Cell, float]:
         """Median time to the first token of each cell, in turns, so that a busy moment of the machine hits all alike;
@@ -139,12 +142,10 @@ class OwnPictures:
             return {}
         times: dict[Cell, list[float]] = {cell: [] for cell in cells}
         for i in range(repeats + 1):
-            question = self.questions[i % len(self.questions)]
-            picture = read_picture(question.picture)
-            inputs = build_inputs(self.loaded.model, self.loaded.processor, question.text, images=[picture])
+            inputs = self._inputs(self.questions[i % len(self.questions)])
             for cell in cells:
                 with contextlib.nullcontext() if cell.baseline else self._pruned(cell):
-                    times[cell].append(float(self._generate(inputs, 1)[2]["ttft_ms"]))
+                    times[cell].append(self._generate(inputs, 1)[2]["ttft_ms"])
         return {cell: statistics.median(values[1:]) for cell, values in times.items()}  # the first round warms up
 
     def remember(self, baseline: CellResult) -> None:
@@ -155,8 +156,7 @@ class OwnPictures:
     def _ask(self, longest: int, pruning: tokprune.Pruning | None = None, keep_first: bool = False) -> list[JsonObject]:
         out: list[JsonObject] = []
         for number, question in enumerate(self.questions):
-            picture = read_picture(question.picture)
-            inputs = build_inputs(self.loaded.model, self.loaded.processor, question.text, images=[picture])
+            inputs = self._inputs(question)
             if not out:
                 self._generate(inputs, 1)  # the first run of a setting pays for what the others find ready
             with pruning.query(question.text) if pruning is not None else contextlib.nullcontext():
@@ -176,15 +176,14 @@ class OwnPictures:
     def _generate(self, inputs: Inputs, longest: int) -> tuple[str, Tensor, JsonObject]:
         """The answer, the log-probabilities (V,) of its first token, and the times in ms."""
         model = self.loaded.model
-        clock, stages = StageClock(model.device), stages_of(model)
         greedy: JsonObject = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        with clock.watch(stages) if stages is not None else contextlib.nullcontext():
+        with timed(model.device, stages_of(model)) as times:
             said = model.generate(
                 **inputs, max_new_tokens=longest, **greedy, return_dict_in_generate=True, output_logits=True
             )
         new = said.sequences[0, inputs["input_ids"].shape[1] :]
         text = tokenizer_of(self.loaded.processor).decode(new, skip_special_tokens=True).strip()
-        return text, said.logits[0][0].float().log_softmax(-1), clock_times(clock, 1) if stages is not None else {}
+        return text, said.logits[0][0].float().log_softmax(-1), times
 
     def _result(self, cell: Cell, rows: Sequence[JsonObject]) -> CellResult:
         samples = []

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from tokprune.config import PruneConfig
 from tokprune.errors import OptionError
 from tokprune.evaluation.cells import BASELINE, Cell, CellResult, SweepSettings, build_methods
-from tokprune.evaluation.failures import Failure
+from tokprune.evaluation.errors import Failure
 from tokprune.evaluation.own_pictures import KL
 from tokprune.evaluation.significance import compare, paired_shares
 from tokprune.evaluation.sweep import Sweep

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tokprune.evaluation.cells import BASELINE, Cell, CellResult, SweepSettings, build_methods, key
-from tokprune.evaluation.failures import Failure
+from tokprune.evaluation.errors import Failure
 from tokprune.evaluation.store import dump
 from tokprune.evaluation.sweep import Sweep
 from tokprune.evaluation.table import Row, rows_of

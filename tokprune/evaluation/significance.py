@@ -28,10 +28,8 @@ class Paired:
     """The outcome of a paired comparison, in the unit of the scores.
 
     n: questions both runs answered; unpaired: questions only one of them has, left out. base, mean: mean scores over
-    the n.
-    low, high: confidence interval of the difference. better, worse: questions with a higher or lower score than the
-    base.
-    test: what p comes from, "mcnemar", "permutation" (sampled sign flips) or "sign flips" (all of them).
+    the n. low, high: confidence interval of the difference. better, worse: questions with a higher or lower score than
+    the base. test: what p comes from, "mcnemar", "permutation" (sampled sign flips) or "sign flips" (all of them).
     """
 
     n: int

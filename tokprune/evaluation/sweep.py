@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from tokprune.evaluation.cells import Cell, CellResult, SweepSettings
-from tokprune.evaluation.errors import EvaluationError
-from tokprune.evaluation.failures import Failure, failure
+from tokprune.evaluation.errors import EvaluationError, Failure, failure
 from tokprune.evaluation.store import Store, StoreError
 from tokprune.evaluation.team import Team
 from tokprune.types import JsonObject

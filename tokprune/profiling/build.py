@@ -3,6 +3,8 @@ memory."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,10 +15,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from tokprune.errors import OptionError
 from tokprune.profiling import flops
-from tokprune.profiling.presets import Preset, smart_grid
+from tokprune.profiling.inputs import pixel_inputs
+from tokprune.profiling.presets import Preset
 from tokprune.profiling.resolution import Size
 from tokprune.profiling.stages import find_stages
-from tokprune.types import VLM, JsonObject, ModelConfig
+from tokprune.types import VLM, Inputs, JsonObject, ModelConfig
 
 
 def config_of(preset: Preset) -> ModelConfig:
@@ -93,59 +96,43 @@ def _host_to_meta(value: object) -> object:
     return value.to("meta") if isinstance(value, Tensor) and value.device.type == "cpu" and value.ndim else value
 
 
-def vision_calls(model: VLM, preset: Preset, size: Size, frames: int | None = None) -> tuple[int, int]:
-    """FLOPs of vision tower and projector of a meta model for one picture of `size`, or a clip of `frames` such
-    pictures."""
+def encoder_flops(model: VLM, inputs: Inputs) -> tuple[int, int]:
+    """FLOPs of vision tower and projector of a meta model for the pixels among a prompt's `inputs`."""
     stages = find_stages(model)
-    base: Any = stages.base
-    image, views = preset.image, preset.count(size, frames).views
-    kind, family = image["kind"], preset.family
-    dtype = next(model.parameters()).dtype
-
-    def pixels(*shape: int) -> Tensor:
-        return torch.empty(*shape, device="meta", dtype=dtype)
-
-    side = int(image.get("edge") or image.get("tile") or 0)
-    if kind == "split":  # the model looks for empty tiles by value; its parts are called without that
-        vision: Any = stages.vision
-        cells = side // image["patch"]
-        mask = torch.ones(views, cells, cells, dtype=torch.bool, device="meta")
-
-        def tower() -> Tensor:
-            hidden = vision.embeddings(pixel_values=pixels(views, 3, side, side), patch_attention_mask=mask)
-            return vision.post_layernorm(vision.encoder(inputs_embeds=hidden, attention_mask=None).last_hidden_state)
-
-        hidden: list[Tensor] = []
-        seen, _ = flops.count(lambda: hidden.append(tower()))
-        projected, _ = flops.count(lambda: stages.projectors[0](hidden[0]))
-        return seen, projected
-    if kind == "smart":
-        grid = torch.tensor([smart_grid(preset, size, frames)])
-        width = 3 * image.get("frames_per_group", 1) * image["patch"] ** 2
-        rows = pixels(int(grid.prod()), width)
-
-        def encode() -> None:
-            base.get_image_features(rows, image_grid_thw=grid)
-
-    elif kind == "anyres" and frames is None:
-
-        def encode() -> None:
-            base.get_image_features(pixels(1, views, 3, side, side), image_sizes=torch.tensor([size]))
-
-    elif kind == "anyres":
-
-        def encode() -> None:
-            base.get_video_features(pixels(1, views, 3, side, side))
-
-    else:
-
-        def encode() -> None:
-            base.get_image_features(pixels(views, 3, side, side))
+    encode = getattr(stages.base, "get_video_features" if "pixel_values_videos" in inputs else "get_image_features")
+    wanted = inspect.signature(encode).parameters
+    arguments = {key: _floats_to_meta(value) for key, value in inputs.items() if key in wanted}
 
     def run() -> None:
         with _ToMeta():
-            encode()
+            encode(**arguments)
 
-    if kind == "anyres" and frames is not None and not hasattr(base, "get_video_features"):
-        raise OptionError(f"{preset.title} ({family}) takes no videos; leave out frames.")
     return flops.vision_flops(run, stages)
+
+
+def _floats_to_meta(value: object) -> object:
+    return value.to("meta") if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def vision_calls(model: VLM, preset: Preset, size: Size, frames: int | None = None) -> tuple[int, int]:
+    """FLOPs of vision tower and projector of a meta model for one picture of `size`, or a clip of `frames` of them."""
+    pixels = functools.partial(torch.empty, device="meta", dtype=next(model.parameters()).dtype)
+    inputs = pixel_inputs(preset, pixels, size, frames)
+    if preset.image["kind"] != "split":
+        return encoder_flops(model, inputs)
+    # The model looks for empty tiles by value; its parts are called without that.
+    stages = find_stages(model)
+    vision: Any = stages.vision
+    tiles = inputs["pixel_values"][0]  # (views, 3, side, side)
+    cells = tiles.shape[-1] // preset.image["patch"]
+    mask = torch.ones(len(tiles), cells, cells, dtype=torch.bool, device="meta")
+    hidden: list[Tensor] = []
+
+    def tower() -> None:
+        embedded = vision.embeddings(pixel_values=tiles, patch_attention_mask=mask)
+        encoded = vision.encoder(inputs_embeds=embedded, attention_mask=None).last_hidden_state
+        hidden.append(vision.post_layernorm(encoded))
+
+    seen, _ = flops.count(tower)
+    projected, _ = flops.count(lambda: stages.projectors[0](hidden[0]))
+    return seen, projected

@@ -127,8 +127,7 @@ def stage_flops(model: nn.Module, inputs: Inputs, stages: StageModules | None = 
     """FLOPs of `model.generate(**inputs)` by stage, the decode stage being the second token's step.
 
     The call is really made (greedy, two new tokens) with whatever pruning is applied to the model, so the count is of
-    what
-    runs: a selection's own products appear under `select`. Not for meta models: see `vision_flops`.
+    what runs: a selection's own products appear under `select`. Not for meta models: see `vision_flops`.
     """
     stages = stages or find_stages(model)
     with torch.no_grad(), new_counter() as counter:

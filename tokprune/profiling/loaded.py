@@ -3,18 +3,15 @@ weights."""
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
 import torch
-from torch import Tensor
 
 from tokprune.adapters.checkpoint import check_vlm
 from tokprune.errors import OptionError
-from tokprune.profiling import flops
-from tokprune.profiling.build import _ToMeta
+from tokprune.profiling.build import encoder_flops
 from tokprune.profiling.presets import Preset
 from tokprune.profiling.report import ProfileReport
 from tokprune.profiling.runs import visual_columns
@@ -83,23 +80,10 @@ def preset_of_folder(name: str, folder: str | Path | None = None, size: tuple[in
 
 def _vision(name: str, model: VLM, inputs: Inputs) -> int:
     """FLOPs of tower and projector on the meta device for the prompt's picture."""
-    stages = find_stages(model)
-    encode = getattr(stages.base, "get_image_features", None)
-    if encode is None:
+    if not hasattr(find_stages(model).base, "get_image_features"):
         raise OptionError(f"{name}: {type(model).__name__} has no get_image_features; profile it and give --profile.")
-    wanted = inspect.signature(encode).parameters
-    arguments = {key: value for key, value in inputs.items() if key in wanted}
-    pixels = {
-        key: value.to("meta") if isinstance(value, Tensor) and value.is_floating_point() else value
-        for key, value in arguments.items()
-    }
-
-    def run() -> None:
-        with _ToMeta():
-            encode(**pixels)
-
     try:
-        return sum(flops.vision_flops(run, stages))
+        return sum(encoder_flops(model, inputs))
     except (NotImplementedError, RuntimeError) as error:  # a tower that looks at its pixels' values
         raise OptionError(
             f"{name}: its tower cannot be counted without weights ({str(error)[:80]}). Measure it instead: tokprune "

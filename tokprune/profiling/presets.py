@@ -1,8 +1,7 @@
 """Known models without their weights: configs typed from public facts, and how many visual tokens a picture becomes.
 
 Only the numbers that decide cost are in the files under `presets/`; each names its sources. Building a model from one
-is
-`tokprune.profiling.build`.
+is `tokprune.profiling.build`.
 """
 
 from __future__ import annotations

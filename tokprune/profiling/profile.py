@@ -73,10 +73,9 @@ def profile(
     inputs: what `model.generate(**inputs)` takes, on the model's device. methods: names, method objects, or lists of
     them for several stages. processor: for query-aware methods. resized: keep ratio -> inputs made from a smaller
     picture (see `resize.shrinking`), the rival of pruning. options: more arguments of `apply` (query, positions,
-    scorer).
-    progress: called with each step. on_pruned: given each pruned run's name and what its pruning did, for pictures. A
-    run that gets out of memory is reported and left out, the plain one too, and so is a method that cannot work on this
-    model or prompt; other errors pass through.
+    scorer). progress: called with each step. on_pruned: given each pruned run's name and what its pruning did, for
+    pictures. A run that gets out of memory is reported and left out, the plain one too, and so is a method that cannot
+    work on this model or prompt; other errors pass through.
     """
     ratios = [check_ratio(r) for r in ratios]
     for method in methods:

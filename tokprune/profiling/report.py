@@ -27,12 +27,10 @@ class RunResult:
 
     kind: "plain" (unpruned), "pruned", "ideal" (the same LLM fed the reduced embeddings by hand, no selection cost) or
     "resized" (a smaller picture instead of pruning). visual: visual tokens per prompt that the LLM receives, of
-    `visual_full`.
-    prompt: columns that the LLM runs. flops: FLOPs by stage, exact, decode being one step. formulas: the papers'
-    numbers (multiply-adds) for the LLM at that length. cache_bytes: KV cache after the run; cache_expected: by
-    arithmetic.
-    peak_bytes: peak with weights, of the device where it keeps a count, else of live tensors. tokens: per prompt, into
-    the projector, into the LLM (visual, and all), and in each layer's cache after the run.
+    `visual_full`. prompt: columns that the LLM runs. flops: FLOPs by stage, exact, decode being one step. formulas: the
+    papers' numbers (multiply-adds) for the LLM at that length. cache_bytes: KV cache after the run; cache_expected: by
+    arithmetic. peak_bytes: peak with weights, of the device where it keeps a count, else of live tensors. tokens: per
+    prompt, into the projector, into the LLM (visual, and all), and in each layer's cache after the run.
     """
 
     name: str

@@ -92,8 +92,7 @@ class StageClock:
     """Times the stages of one `generate` call; see `STAGES` for what each contains. All times in ms.
 
     Time between the modules is booked where it belongs: before the first of them to `other`, between projector and LLM
-    to
-    `select`, after the first token to `decode` (so that decode counts what a user waits for per token).
+    to `select`, after the first token to `decode` (so that decode counts what a user waits for per token).
     """
 
     def __init__(self, device: torch.device | str) -> None:
