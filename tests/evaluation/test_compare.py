@@ -99,10 +99,10 @@ def test_terminal_table_fits_80_columns():
 def test_other_metrics_have_a_table_of_their_own():
     result = dataclasses.replace(run_cell(CELLS[0]), metrics={"accuracy": 0.9, "read": 0.5, "scenes_total": 12.5})
     sweep = dataclasses.replace(sweep_of(), results=[result, *map(run_cell, CELLS[1:])])
-    ((task, heads, body),) = export.details(sweep)
-    assert (task, heads) == ("scenes", ["method", "keep", "read", "total"])
-    assert body[0] == ["none", "100 %", "50.0", "12.5"]
-    assert body[1] == ["random", "50 %", "", ""]
+    (table,) = export.details(sweep)
+    assert (table.title, table.heads) == ("scenes, other metrics", ["method", "keep", "read", "total"])
+    assert table.body[0] == ["none", "100 %", "50.0", "12.5"]
+    assert table.body[1] == ["random", "50 %", "", ""]
 
 
 def test_csv_has_every_number():

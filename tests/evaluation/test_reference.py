@@ -150,21 +150,21 @@ def test_beside_a_run_stand_the_rows_of_the_same_cell():
         ("gqa", "divprune", 0.5, 288, {"exact_match": 0.6}),
     )
     found = beside(sweep)
-    rows = {(r[0], r[1], r[2], r[3], r[4]) for r in found.rows}
+    rows = {(r[0], r[1], r[2], r[3], r[4]) for r in found.body}
     assert ("GQA", "divprune", "64", "56.5", "57.1") in rows  # RESTORE
     assert ("GQA", "divprune", "64", "56.5", "57.5") in rows  # EADP
     assert ("MME-P", "divprune", "56", "1330", "1328") in rows
     assert ("GQA", "none", "576", "61.2", "61.9") in rows
-    assert not any(r[2] == "288" for r in found.rows)
-    assert "500 questions" in found.note
+    assert not any(r[2] == "288" for r in found.body)
+    assert "500 questions" in found.notes
 
 
 def test_beside_an_unknown_model_says_for_which_there_are():
     found = beside(run("demo", ("tokprune_scenes", "none", 1.0, 256, {"accuracy": 0.9})))
-    assert found.rows == ()
-    assert "llava-1.5-7b-hf" in found.note
+    assert found.body == []
+    assert "llava-1.5-7b-hf" in found.notes
     other = beside(run("llava-hf/llava-1.5-7b-hf", ("tokprune_scenes", "none", 1.0, 256, {"accuracy": 0.9})))
-    assert "gqa" in other.note
+    assert "gqa" in other.notes
 
 
 def test_page_explains_itself():

@@ -197,13 +197,13 @@ def _show(sweep: Sweep, written: list[Path], request: EvalRequest) -> int:
     rows = rows_of(sweep)
     if rows:
         console.print(export.terminal(rows, f"{sweep.settings.model}, {_questions(rows)}"))
-        for task, heads, body in export.details(sweep):
-            console.print(export.Framed(f"{task}, other metrics", heads, body, export.LEFT))
+        for table in export.details(sweep):
+            console.print(table)
         written += outputs.write(rows)
     if request.reference:
         from tokprune.evaluation.reference.beside import beside
 
-        console.print(beside(sweep).terminal())
+        console.print(beside(sweep))
     if rows and (outputs.plots or outputs.html):
         from tokprune.evaluation import report
 

@@ -40,8 +40,21 @@ class Cell:
         """The names that `method` joins."""
         return self.method.split("+")
 
+    @staticmethod
+    def of(data: Fields) -> Cell:
+        """The cell that a result, a failure or its times belong to."""
+        return Cell(data["task"], data["method"], data["ratio"])
+
     def __str__(self) -> str:
         return f"{self.task}, {self.method}" + ("" if self.baseline else f" at {self.ratio:g}")
+
+
+def check_counts(options: object, *names: str) -> None:
+    """Refuse fields that are given and no whole numbers from 1 on."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise OptionError(f"{name}={value!r} is not a count; write a whole number from 1 on.")
 
 
 @dataclass(frozen=True)
@@ -70,9 +83,7 @@ class SweepSettings:
     """Fields of PruneConfig for the cells that prune to a prompt budget, whose ratio is 1 until it is measured."""
 
     def __post_init__(self) -> None:
-        for name, value in (("limit", self.limit), ("batch_size", self.batch_size), ("frames", self.frames)):
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise OptionError(f"{name}={value!r} is not a count; write a whole number from 1 on.")
+        check_counts(self, "limit", "batch_size", "frames")
         if self.positions not in POSITIONS:
             raise unknown("positions", self.positions, POSITIONS)
 
@@ -143,7 +154,7 @@ class CellResult:
     def from_dict(data: Fields, samples: Sequence[Fields], timing: Mapping[str, float] | None = None) -> CellResult:
         """The result that `to_dict` wrote, with its samples and times."""
         return CellResult(
-            cell=Cell(data["task"], data["method"], data["ratio"]),
+            cell=Cell.of(data),
             metrics=dict(data["metrics"]),
             main=data["main"],
             samples=tuple(Sample(**s) for s in samples),
@@ -193,10 +204,8 @@ def config_cells(
     if config.prompt_budget is not None:
         budgets[name] = config.prompt_fields()
     ratio = 1.0 if config.ratio is None else config.ratio
-    tasks = dict.fromkeys(cell.task for cell in cells)
-    return [Cell(task, name, ratio) for task in tasks], dataclasses.replace(
-        settings, configs=configs, prompt_budgets=budgets
-    )
+    joined = [Cell(task, name, ratio) for task in dict.fromkeys(cell.task for cell in cells)]
+    return joined, dataclasses.replace(settings, configs=configs, prompt_budgets=budgets)
 
 
 def config_of(cell: Cell, settings: SweepSettings) -> PruneConfig:

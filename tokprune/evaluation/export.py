@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -14,7 +14,6 @@ from tokprune.evaluation.sweep import Sweep
 from tokprune.evaluation.table import Row, difference_text, is_percent, p_text, scale, score_text, tokens_text
 from tokprune.files import write_text
 from tokprune.profiling.report import flops_text
-from tokprune.types import JsonObject
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, Group, RenderableType
@@ -132,8 +131,8 @@ def terminal(rows: Sequence[Row], title: str = "") -> Group:
     return Group(*parts, Text(caption(rows), style="dim"))
 
 
-def details(sweep: Sweep) -> list[tuple[str, list[str], list[list[str]]]]:
-    """For each task with several metrics: its name, the heads and the rows of a table of the others.
+def details(sweep: Sweep) -> list[Framed]:
+    """For each task with several metrics a table of those that are not the main one.
 
     These are question types or subtasks, of which some lose far more than the mean shows.
     """
@@ -144,13 +143,10 @@ def details(sweep: Sweep) -> list[tuple[str, list[str], list[list[str]]]]:
         if not names:
             continue
         percent = {m: is_percent((), max(r.metrics.get(m, 0.0) for r in mine)) for m in names}
-        body = []
-        for r in mine:
-            values = [r.metrics.get(m) for m in names]
-            shown = [_metric_text(v, percent[m]) for m, v in zip(names, values, strict=True)]
-            body.append([r.cell.method, f"{100 * r.cell.ratio:.4g} %", *shown])
+        shown = [[_metric_text(r.metrics.get(m), percent[m]) for m in names] for r in mine]
+        body = [[r.cell.method, f"{100 * r.cell.ratio:.4g} %", *row] for r, row in zip(mine, shown, strict=True)]
         heads = [m.removeprefix(f"{task}_").partition("/")[0] for m in names]
-        out.append((task, ["method", "keep", *heads], body))
+        out.append(Framed(f"{task}, other metrics", ["method", "keep", *heads], body, LEFT))
     return out
 
 
@@ -183,50 +179,38 @@ def caption(rows: Sequence[Row], against: str = BASELINE) -> str:
     return "\n".join(out)
 
 
+CSV_HEADS = (
+    *("task", "method", "ratio", "metric", "score", "questions", "tokens_kept", "tokens_total", "flops", "ttft_ms"),
+    *("difference", "ci_low", "ci_high", "p", "p_holm", "test", "better", "worse", "note"),
+)
+
+
 def to_csv(rows: Sequence[Row], against: str = BASELINE) -> str:
     """Numbers for other programs: one line per cell, empty where a number is missing."""
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(CSV_HEADS)
+    writer = csv.DictWriter(out, CSV_HEADS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
     for row in rows:
-        writer.writerow(["" if v is None else v for v in _numbers(row).values()])
+        numbers = {**vars(row), "tokens_kept": row.kept, "tokens_total": row.total}
+        if row.paired is not None:
+            p, by = row.paired, scale(row)
+            numbers |= {**vars(p), "difference": by * p.difference, "ci_low": by * p.low, "ci_high": by * p.high}
+        writer.writerow(numbers)
     return out.getvalue()
-
-
-def _numbers(row: Row) -> JsonObject:
-    p, by = row.paired, scale(row)
-    return {
-        "task": row.task,
-        "method": row.method,
-        "ratio": row.ratio,
-        "metric": row.metric,
-        "score": row.score,
-        "questions": row.questions,
-        "tokens_kept": row.kept,
-        "tokens_total": row.total,
-        "flops": row.flops,
-        "ttft_ms": row.ttft_ms,
-        "difference": None if p is None else by * p.difference,
-        "ci_low": None if p is None else by * p.low,
-        "ci_high": None if p is None else by * p.high,
-        "p": None if p is None else p.p,
-        "p_holm": row.p_holm,
-        "test": None if p is None else p.test,
-        "better": None if p is None else p.better,
-        "worse": None if p is None else p.worse,
-        "note": row.note or None,
-    }
-
-
-CSV_HEADS = tuple(_numbers(Row("", "", 1.0, "", 0.0, False, 0)))
 
 
 def to_markdown(rows: Sequence[Row], against: str = BASELINE) -> str:
     """A pipe table with its caption below."""
     heads, body = texts(rows)
-    lines = ["| " + " | ".join(heads) + " |", "|" + "".join("---|" if h in LEFT else "---:|" for h in heads)]
-    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in body]
-    return "\n".join([*lines, "", *(f"{part}  " for part in caption(rows, against).splitlines())]) + "\n"
+    notes = (f"{part}  " for part in caption(rows, against).splitlines())
+    return "\n".join([*pipe_table(heads, body), "", *notes]) + "\n"
+
+
+def pipe_table(heads: Sequence[str], body: Iterable[Sequence[str]], left: Sequence[str] = LEFT) -> list[str]:
+    """The lines of a Markdown table. left: heads of the columns that hold words."""
+    rule = "|" + "".join("---|" if head in left else "---:|" for head in heads)
+    rows = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in (heads, *body)]
+    return [rows[0], rule, *rows[1:]]
 
 
 def to_latex(rows: Sequence[Row], against: str = BASELINE) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from tokprune.config import PruneConfig
 from tokprune.errors import OptionError, nearest, unknown
-from tokprune.evaluation.cells import BASELINE, OPTION
+from tokprune.evaluation.cells import BASELINE, OPTION, check_counts
 from tokprune.methods.base import Method
 from tokprune.registry import get_method, method_class
 from tokprune.types import Fields, JsonObject, Options
@@ -71,18 +71,12 @@ class ModelArgs:
             raise unknown("control", self.control, CONTROLS[1:])
         if self.on_error not in ON_ERROR:
             raise unknown("on_error", self.on_error, ON_ERROR)
+        check_counts(self, "batch_size", "max_new_tokens")
         if isinstance(self.frames, str):
             frames_by_length(self.frames, 0.0)
-        counts = (
-            ("batch_size", "max_new_tokens")
-            if isinstance(self.frames, str)
-            else ("batch_size", "frames", "max_new_tokens")
-        )
-        for name in counts:
-            value = getattr(self, name)
-            if value is not None and not _count(value):
-                raise OptionError(f"{name}={value!r} is not a count; write a whole number from 1 on.")
-        if not _count(self.flops_samples, 0):
+        else:
+            check_counts(self, "frames")
+        if not isinstance(self.flops_samples, int) or isinstance(self.flops_samples, bool) or self.flops_samples < 0:
             raise OptionError(f"flops_samples={self.flops_samples!r} is not a count; 0 counts none.")
         if self.device_map is not None and self.device is not None:
             raise OptionError("device and device_map are both given; device_map places the model alone.")
@@ -116,10 +110,6 @@ class ModelArgs:
                 )
             values["batch_size"] = int(text)
         return ModelArgs(**values, options=options, processor=processor)
-
-
-def _count(value: object, least: int = 1) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def pruning_config(

@@ -14,7 +14,7 @@ from tokprune.evaluation.cells import BASELINE
 from tokprune.evaluation.export import Column, caption, details, used_columns
 from tokprune.evaluation.sweep import Sweep
 from tokprune.evaluation.table import Row, scale
-from tokprune.viz.plots import Point, accuracy_over_ratio, pareto, png
+from tokprune.viz.plots import Point, accuracy_over_ratio, pareto, png, save
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -80,8 +80,6 @@ def _point(row: Row, price: str | None = None, by: float = 1.0) -> Point:
 
 def save_plots(plots: Sequence[Plot], folder: Path) -> list[Path]:
     """Write the figures as PNG files."""
-    from tokprune.viz.plots import save
-
     return [save(plot.figure, folder / f"{plot.name}.png") for plot in plots]
 
 
@@ -99,7 +97,7 @@ def page(sweep: Sweep, rows: Sequence[Row], plots: Sequence[Plot], reference: bo
     columns = used_columns(rows)
     table = Table([c.head for c in columns], [[_sortable(c, row) for c in columns] for row in rows])
     notes = "\n".join(f"- {note}" for note in caption(rows).splitlines())
-    tables = [table, *(Table(names, lines, f"{task}, other metrics") for task, names, lines in details(sweep))]
+    tables = [table, *(Table(other.heads, other.body, other.title) for other in details(sweep))]
     sections = [Section("Results", notes, tables)]
     for task in dict.fromkeys(p.task for p in plots):
         pictures = [PagePicture(png(p.figure), p.text, f"{p.task}: {p.text}") for p in plots if p.task == task]
@@ -111,11 +109,8 @@ def page(sweep: Sweep, rows: Sequence[Row], plots: Sequence[Plot], reference: bo
         from tokprune.evaluation.reference.beside import beside
 
         published = beside(sweep)
-        sections.append(
-            Section(
-                published.title, published.note, [Table(published.columns, published.rows)] if published.rows else []
-            )
-        )
+        beside_it = [Table(published.heads, published.body)] if published.body else []
+        sections.append(Section(published.title, published.notes, beside_it))
     settings = {k: v for k, v in sweep.settings.to_dict().items() if v not in (None, {})}
     environment = {k: v for k, v in {**settings, **sweep.environment}.items() if v is not None}
     return Page(f"What pruning loses: {sweep.settings.model}", command_line(), environment, sections)

@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
+from pathlib import Path
 
 from tokprune.errors import OptionError, nearest
 from tokprune.evaluation.cells import BASELINE, OPTION, Cell, CellResult
@@ -83,19 +83,19 @@ class Outcome:
     benchmark: str
     label: str
     published: float
-    ours: float | None
-    low: float | None
-    high: float | None
-    questions: int
-    verdict: str
+    ours: float | None = None
+    low: float | None = None
+    high: float | None = None
+    questions: int = 0
+    verdict: str = NOT_RUN
     why: str = ""
 
 
 @functools.cache
 def recipes() -> dict[str, Recipe]:
     """All recipes by name: those of recipes.json, then every other table of `reference/` that can be run."""
-    path = resources.files("tokprune.evaluation").joinpath("recipes.json")
-    data = checked(json.loads(path.read_text(encoding="utf-8")), "tokprune.recipes", 1, "the recipes")
+    data = json.loads(Path(__file__).with_name("recipes.json").read_text(encoding="utf-8"))
+    checked(data, "tokprune.recipes", 1, "the recipes")
     named = [_recipe(entry) for entry in data["recipes"]]
     taken = {entry.get("table") for entry in data["recipes"]}
     others = [_of_table(f"{m.name}/{t.id}", m, t, {}) for m in models().values() for t in m.tables]
@@ -118,17 +118,9 @@ def _recipe(entry: JsonObject) -> Recipe:
         model_name, _, table_id = entry["table"].partition("/")
         model = models()[model_name]
         return _of_table(entry["name"], model, next(t for t in model.tables if t.id == table_id), entry)
-    benchmarks = [Benchmark(b["name"], b["task"], tuple(b["metrics"]), b["scale"]) for b in entry["benchmarks"]]
-    rows = [RecipeRow(r["label"], r["method"], r["ratio"], tuple(r["values"])) for r in entry["rows"]]
-    return Recipe(
-        entry["name"],
-        entry["title"],
-        entry["checkpoint"],
-        entry["source"],
-        benchmarks=tuple(benchmarks),
-        rows=tuple(rows),
-        settings=entry.get("settings", {}),
-    )
+    benchmarks = tuple(map(Benchmark.of, entry["benchmarks"]))
+    rows = tuple(RecipeRow(**{**row, "values": tuple(row["values"])}) for row in entry["rows"])
+    return Recipe(**{**entry, "benchmarks": benchmarks, "rows": rows})
 
 
 def _of_table(name: str, model: Model, table: PublishedTable, more: JsonObject) -> Recipe:
@@ -185,20 +177,17 @@ def outcomes(recipe: Recipe, sweep: Sweep) -> list[Outcome]:
             if published is None or benchmark.task not in tasks:
                 continue
             cell = Cell(str(benchmark.task), row.method, row.ratio)
-            result = results.get(cell)
+            result, label = results.get(cell), f"{row.label} at {row.ratio:.3g}"
             ours = None if result is None else measured(benchmark, result)
             if result is None or ours is None:
                 why = failed.get(cell) or f"the task gave no {' + '.join(benchmark.metrics)}"
-                label = f"{row.label} at {row.ratio:.3g}"
-                out.append(Outcome(benchmark.name, label, published, None, None, None, 0, NOT_RUN, why))
+                out.append(Outcome(benchmark.name, label, published, why=why))
                 continue
             low, high = interval(benchmark, result)
             part = sweep.settings.limit not in (None, recipe.settings.get("limit"))
-            count = len(scores_of(result, result.main))
             said = verdict(published, ours, (low, high) if part else None)
-            out.append(
-                Outcome(benchmark.name, f"{row.label} at {row.ratio:.3g}", published, ours, low, high, count, said)
-            )
+            count = len(scores_of(result, result.main))
+            out.append(Outcome(benchmark.name, label, published, ours, low, high, count, said))
     return out
 
 

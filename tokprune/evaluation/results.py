@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from tokprune.config import method_to_dict
 from tokprune.evaluation.cells import BASELINE, Cell, CellResult, SweepSettings, build_methods, key
 from tokprune.evaluation.errors import Failure
 from tokprune.evaluation.store import dump
@@ -17,6 +18,7 @@ from tokprune.types import JsonObject
 
 TYPE, VERSION = "tokprune.eval", 1
 TIMING_TYPE = "tokprune.eval.timing"
+SEEDED = ("python", "numpy", "torch", "fewshot", "method")
 
 
 def results_json(sweep: Sweep, command: Sequence[str] = ()) -> str:
@@ -30,7 +32,7 @@ def results_json(sweep: Sweep, command: Sequence[str] = ()) -> str:
         "version": VERSION,
         "command": list(command),
         "settings": sweep.settings.to_dict(),
-        "seeds": seeds(sweep.settings),
+        "seeds": dict.fromkeys(SEEDED, sweep.settings.seed),
         "environment": sweep.environment,
         "methods": methods_of(sweep),
         "cells": cells,
@@ -46,16 +48,8 @@ def timing_json(sweep: Sweep) -> str:
     return dump({"type": TIMING_TYPE, "version": VERSION, "machine": sweep.environment.get("machine"), "cells": cells})
 
 
-def seeds(settings: SweepSettings) -> dict[str, int]:
-    """Every seed that a sweep sets."""
-    names = ("python", "numpy", "torch", "fewshot", "method")
-    return dict.fromkeys(names, settings.seed)
-
-
 def methods_of(sweep: Sweep) -> JsonObject:
     """The methods of a sweep with all their options, as `tokprune.PruneConfig` writes them."""
-    from tokprune.config import method_to_dict
-
     names = dict.fromkeys(c.method for c in [*(r.cell for r in sweep.results), *(f.cell for f in sweep.failures)])
     built = {name: build_methods(name, sweep.settings) for name in names}
     return {name: [method_to_dict(m) for m in methods] for name, methods in built.items()}
@@ -63,16 +57,9 @@ def methods_of(sweep: Sweep) -> JsonObject:
 
 def _comparison(row: Row) -> JsonObject:
     assert row.paired is not None
-    return {
-        "task": row.task,
-        "method": row.method,
-        "ratio": row.ratio,
-        "against": BASELINE,
-        "metric": row.metric,
-        **dataclasses.asdict(row.paired),
-        "difference": row.paired.difference,
-        "p_holm": row.p_holm,
-    }
+    cell = {"task": row.task, "method": row.method, "ratio": row.ratio}
+    more = {"difference": row.paired.difference, "p_holm": row.p_holm}
+    return {**cell, "against": BASELINE, "metric": row.metric, **dataclasses.asdict(row.paired), **more}
 
 
 def load(path: str | Path) -> Sweep:
@@ -81,11 +68,8 @@ def load(path: str | Path) -> Sweep:
     file = file / "results.json" if file.is_dir() else file
     data = checked(read_json(file, "results"), TYPE, VERSION, f"results of tokprune eval ({file})")
     timing = _times(file.with_name("timing.json"))
-    results = []
-    for cell in data["cells"]:
-        at = Cell(cell["task"], cell["method"], cell["ratio"])
-        results.append(CellResult.from_dict(cell, cell["samples"], timing.get(at)))
-    failures = [Failure(Cell(f["task"], f["method"], f["ratio"]), f["error"], f["reason"]) for f in data["failed"]]
+    results = [CellResult.from_dict(c, c["samples"], timing.get(Cell.of(c))) for c in data["cells"]]
+    failures = [Failure(Cell.of(f), f["error"], f["reason"]) for f in data["failed"]]
     return Sweep(SweepSettings(**data["settings"]), dict(data["environment"]), results, failures)
 
 
@@ -93,11 +77,6 @@ def _times(path: Path) -> Mapping[Cell, dict[str, float]]:
     """The times beside a results.json, when they were kept."""
     try:
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        return {
-            Cell(c["task"], c["method"], c["ratio"]): {
-                k: v for k, v in c.items() if k not in ("task", "method", "ratio")
-            }
-            for c in cells
-        }
+        return {Cell.of(c): {k: v for k, v in c.items() if k not in ("task", "method", "ratio")} for c in cells}
     except (OSError, ValueError, KeyError, TypeError):
         return {}

@@ -95,11 +95,12 @@ class Store:
             self._check_versions(cell, data.get("made_with") or {})
         return result
 
+    def _pinned(self) -> JsonObject:
+        return {name: self.environment.get(name) for name in PINNED}
+
     def _check_versions(self, cell: Cell, made_with: Fields) -> None:
-        now = {name: self.environment.get(name) for name in PINNED}
-        other = [
-            f"{name} {made_with.get(name)} then, {now[name]} now" for name in PINNED if made_with.get(name) != now[name]
-        ]
+        now = self._pinned()
+        other = [f"{n} {made_with.get(n)} then, {now[n]} now" for n in PINNED if made_with.get(n) != now[n]]
         if other:
             raise OptionError(
                 f"{self.folder} holds a finished cell ({cell}) made with other versions: {'; '.join(other)}. Cells of "
@@ -116,10 +117,10 @@ class Store:
             "version": CELL_VERSION,
             **result.to_dict(),
             "settings": self.settings.to_dict(),
-            "made_with": {name: self.environment.get(name) for name in PINNED},
+            "made_with": self._pinned(),
             "samples_sha256": hashlib.sha256(raw).hexdigest(),
         }
-        with self._writing(result.cell):
+        with self._writing(f"store the cell {result.cell} in {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
             write_atomic(folder / "samples.jsonl", raw)
             write_atomic(folder / "timing.json", dump(result.timing))
@@ -132,30 +133,25 @@ class Store:
 
     def save_failure(self, cell: Cell, failure: Mapping[str, str]) -> None:
         """Note that a cell failed."""
-        with self._writing(cell):
-            self.path(cell).mkdir(parents=True, exist_ok=True)
-            write_atomic(self.path(cell) / "failed.json", dump(dict(failure)))
+        folder = self.path(cell)
+        with self._writing(f"store the cell {cell} in {folder}"):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(folder / "failed.json", dump(dict(failure)))
 
     def write(self, name: str, text: str | bytes) -> Path:
         """Write a file of the whole sweep, such as results.json."""
         path = self.folder / name
-        try:
+        with self._writing(f"write {path}"):
             write_atomic(path, text)
-        except OSError as error:
-            raise StoreError(f"cannot write {path}: {_reason(error)}. {_AGAIN}") from error
         return path
 
     @contextlib.contextmanager
-    def _writing(self, cell: Cell) -> Iterator[None]:
+    def _writing(self, what: str) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            raise StoreError(
-                f"cannot store the cell {cell} in {self.path(cell)}: {_reason(error)}. {_AGAIN}"
-            ) from error
-
-
-_AGAIN = "Finished cells are safe: the same command goes on from there."
+            again = "Finished cells are safe: the same command goes on from there."
+            raise StoreError(f"cannot {what}: {_reason(error)}. {again}") from error
 
 
 def dump(data: object) -> str:

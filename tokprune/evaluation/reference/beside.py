@@ -2,74 +2,50 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from tokprune.evaluation.cells import CellResult
 from tokprune.evaluation.export import Framed
 from tokprune.evaluation.reference.render import label, value_text
-from tokprune.evaluation.reference.tables import Benchmark, Entry, Model, PublishedTable, model_of, models
+from tokprune.evaluation.reference.tables import Benchmark, Entry, Model, model_of, models
 from tokprune.evaluation.sweep import Sweep
 from tokprune.evaluation.table import KEPT
 
 NEAR = 0.1  # budgets within a tenth of each other are set side by side
+WORDS = ("benchmark", "method", "as", "source")
 COLUMNS = ("benchmark", "method", "kept", "this run", "published", "as", "source")
 
 
-@dataclass(frozen=True)
-class Beside:
-    """The side-by-side table of one model."""
-
-    title: str
-    note: str
-    rows: tuple[tuple[str, ...], ...]
-    columns: tuple[str, ...] = COLUMNS
-
-    def terminal(self) -> Framed:
-        """The table for rich."""
-        return Framed(self.title, self.columns, self.rows, ("benchmark", "method", "as", "source"), self.note)
-
-
-def beside(sweep: Sweep) -> Beside:
-    """What was published of the cells of a run; the note says why nothing is, or what to mind."""
-    model = model_of(sweep.settings.model)
+def beside(sweep: Sweep) -> Framed:
+    """What was published of the cells of a run; the notes say why nothing is, or what to mind."""
+    model, limit = model_of(sweep.settings.model), sweep.settings.limit
     if model is None:
         known = ", ".join(m.checkpoints[0] for m in models().values() if m.checkpoints)
-        return Beside("Published numbers", f"There are none for {sweep.settings.model}. There are for: {known}.", ())
-    rows = tuple(row for result in sweep.results for row in _rows(model, result))
+        why = f"There are none for {sweep.settings.model}. There are for: {known}."
+        return Framed("Published numbers", COLUMNS, [], WORDS, why)
+    rows = [row for result in sweep.results for row in _rows(model, result)]
     if not rows:
         tasks = sorted({b.task for t in model.tables for b in t.benchmarks if b.task})
         note = f"None at the tasks, methods and ratios of this run. There are for the tasks {', '.join(tasks)}."
     else:
-        limit = (
-            "" if sweep.settings.limit is None else f" This run asked {sweep.settings.limit} questions per task only."
-        )
-        note = (
-            f"Budgets within {NEAR:.0%}. Prompts and metrics of the sources differ; docs/reference.md says how.{limit}"
-        )
-    return Beside(f"Published numbers of {model.title}", note, rows)
+        note = f"Budgets within {NEAR:.0%}. Prompts and metrics of the sources differ; docs/reference.md says how."
+        note += "" if limit is None else f" This run asked {limit} questions per task only."
+    return Framed(f"Published numbers of {model.title}", COLUMNS, rows, WORDS, note)
 
 
-def _rows(model: Model, result: CellResult) -> list[tuple[str, ...]]:
+def _rows(model: Model, result: CellResult) -> list[list[str]]:
     out = []
+    kept = result.costs.get(KEPT)
+    amount = f"{kept:.0f}" if kept is not None else f"{100 * result.cell.ratio:.3g} %"
     for table in model.tables:
+        source = table.source.partition(":")[0]
         for i, benchmark in enumerate(table.benchmarks):
             ours = measured(benchmark, result)
             if ours is None:
                 continue
+            start = [benchmark.name, result.cell.method, amount, f"{ours:.4g}"]
             for entry in table.entries:
-                published = entry.values[i]
-                if published is not None and same_cell(entry, result):
-                    out.append(_row(benchmark, result, ours, published, entry, table))
+                if entry.values[i] is not None and same_cell(entry, result):
+                    out.append([*start, value_text(entry.values[i]), label(entry), source])
     return out
-
-
-def _row(
-    benchmark: Benchmark, result: CellResult, ours: float, published: float, entry: Entry, table: PublishedTable
-) -> tuple[str, ...]:
-    kept = result.costs.get(KEPT)
-    amount = f"{kept:.0f}" if kept is not None else f"{100 * result.cell.ratio:.3g} %"
-    source = table.source.partition(":")[0]
-    return benchmark.name, result.cell.method, amount, f"{ours:.4g}", value_text(published), label(entry), source
 
 
 def measured(benchmark: Benchmark, result: CellResult) -> float | None:

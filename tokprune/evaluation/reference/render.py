@@ -4,18 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from tokprune.evaluation.export import Framed
+from tokprune.evaluation.export import Framed, pipe_table
 from tokprune.evaluation.reference.tables import Entry, Model, PublishedTable
 
 
 def value_text(value: float | None) -> str:
     """A number as published."""
     return "" if value is None else str(value)
-
-
-def heads(table: PublishedTable) -> list[str]:
-    """Column heads."""
-    return ["method", "kept", *table.columns]
 
 
 def lines(table: PublishedTable) -> Iterator[list[str]]:
@@ -38,15 +33,14 @@ def remarks(table: PublishedTable) -> list[str]:
 def terminal(model: Model, table: PublishedTable) -> Framed:
     """A published table for rich, its source above and its remarks below."""
     notes = "\n".join(part for part in [*remarks(table), table.url] if part)
-    return Framed(f"{model.title}: {table.source}", heads(table), list(lines(table)), ("method",), notes)
+    heads = ["method", "kept", *table.columns]
+    return Framed(f"{model.title}: {table.source}", heads, list(lines(table)), ("method",), notes)
 
 
 def markdown(table: PublishedTable) -> str:
     """A published table with its source above and remarks below."""
     source = f"[{table.source}]({table.url})" if table.url else table.source
-    names = heads(table)
-    out = [f"### {source}", "", "| " + " | ".join(names) + " |", "|---|" + "---:|" * (len(names) - 1)]
-    out += ["| " + " | ".join(row) + " |" for row in lines(table)]
+    out = [f"### {source}", "", *pipe_table(["method", "kept", *table.columns], lines(table), ("method",))]
     return "\n".join([*out, "", *(f"{note}\n" for note in remarks(table))])
 
 

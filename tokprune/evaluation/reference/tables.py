@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from importlib import resources
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from tokprune.errors import OptionError, nearest, unknown
 from tokprune.files import checked
-from tokprune.types import JsonObject
+from tokprune.types import Fields, JsonObject
 
 TYPE, VERSION = "tokprune.reference", 1
+FOLDER = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,11 @@ class Benchmark:
     scale: float = 1.0
     note: str = ""
 
+    @staticmethod
+    def of(data: Fields) -> Benchmark:
+        """The column that a JSON file describes."""
+        return Benchmark(**{**data, "metrics": tuple(data.get("metrics", ()))})
+
 
 @dataclass(frozen=True)
 class PublishedTable:
@@ -76,7 +82,7 @@ class Model:
     tables: tuple[PublishedTable, ...]
     visual_tokens: int | None = None
     note: str = ""
-    claims: tuple[str, ...] = field(default=())
+    claims: tuple[str, ...] = ()
 
 
 def known_model(name: str) -> bool:
@@ -102,7 +108,7 @@ def select(model: str | None = None, methods: Sequence[str] = (), tasks: Sequenc
     everything = models()
     if model is not None and model.lower() not in everything:
         raise unknown("model of the reference tables", model, everything)
-    chosen = [everything[model.lower()]] if model is not None else list(everything.values())
+    chosen = list(everything.values()) if model is None else [everything[model.lower()]]
     rows = [e for m in everything.values() for t in m.tables for e in t.entries]
     wanted = {m.lower().replace("-", "_") for m in methods}
     _check("method", wanted, {e.method for e in rows} | {e.label.lower().replace("-", "_") for e in rows})
@@ -147,48 +153,29 @@ def _reduced(table: PublishedTable, methods: set[str], tasks: set[str]) -> Publi
 def models() -> dict[str, Model]:
     """Every model with published numbers, by name."""
     names = _read("names.json")
-    folder = resources.files("tokprune.evaluation").joinpath("reference")
-    files = sorted(f.name for f in folder.iterdir() if f.name.endswith(".json") and f.name != "names.json")
+    files = sorted(f.name for f in FOLDER.iterdir() if f.name.endswith(".json") and f.name != "names.json")
     parsed = [_model(file, _read(file), names) for file in files]
     return {m.name: m for m in parsed}
 
 
 def _read(file: str) -> JsonObject:
-    return json.loads(
-        resources.files("tokprune.evaluation").joinpath("reference").joinpath(file).read_text(encoding="utf-8")
-    )
+    return json.loads((FOLDER / file).read_text(encoding="utf-8"))
 
 
 def _model(file: str, data: JsonObject, names: JsonObject) -> Model:
     checked(data, TYPE, VERSION, f"a reference table ({file})")
     tables = []
     for t in data["tables"]:
-        benchmarks = tuple(_benchmark(c, names["benchmarks"].get(c, {})) for c in t["columns"])
-        entries = []
+        benchmarks = tuple(Benchmark.of({"name": c, **names["benchmarks"].get(c, {})}) for c in t["columns"])
         for row in t["rows"]:
             if len(row["values"]) != len(benchmarks):
                 raise OptionError(f"{file}, table {t['id']}: {row['label']} has {len(row['values'])} values.")
-            entries.append(_entry(row, names["methods"], data.get("visual_tokens")))
-        tables.append(
-            PublishedTable(
-                t["id"], data["model"], t["source"], benchmarks, tuple(entries), t.get("url", ""), t.get("note", "")
-            )
-        )
-    return Model(
-        data["model"],
-        data["title"],
-        tuple(data["checkpoints"]),
-        tuple(tables),
-        data.get("visual_tokens"),
-        data.get("note", ""),
-        tuple(data.get("claims", ())),
-    )
-
-
-def _benchmark(name: str, about: JsonObject) -> Benchmark:
-    return Benchmark(
-        name, about.get("task"), tuple(about.get("metrics", ())), about.get("scale", 1.0), about.get("note", "")
-    )
+        entries = tuple(_entry(row, names["methods"], data.get("visual_tokens")) for row in t["rows"])
+        about = {k: t[k] for k in ("id", "source", "url", "note") if k in t}
+        tables.append(PublishedTable(model=data["model"], benchmarks=benchmarks, entries=entries, **about))
+    about = {k: data[k] for k in ("title", "visual_tokens", "note") if k in data}
+    sites, claims = tuple(data["checkpoints"]), tuple(data.get("claims", ()))
+    return Model(data["model"], checkpoints=sites, tables=tuple(tables), claims=claims, **about)
 
 
 def _entry(row: JsonObject, methods: JsonObject, full: int | None) -> Entry:
