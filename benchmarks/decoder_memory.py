@@ -22,8 +22,7 @@ from tokprune.adapters.dialect import cache_of
 from tokprune.budget import kept
 from tokprune.methods.base import Method
 from tokprune.methods.cache_compact import CompactMethod
-from tokprune.profiling.live import live_peak
-from tokprune.profiling.memory import cached_tokens, kv_cache_bytes
+from tokprune.profiling.memory import cached_tokens, kv_cache_bytes, live_peak
 from tokprune.registry import get_method
 
 LAYERS, WIDTH, HEADS, TEXT, SIDE = 32, 256, 8, 36, 24

@@ -20,7 +20,7 @@ from tokprune.methods.base import ConnectorMethod
 from tokprune.profiling.build import build_random
 from tokprune.profiling.inputs import random_inputs
 from tokprune.profiling.presets import preset
-from tokprune.profiling.timing import measure
+from tokprune.profiling.timing import Marks, Measurement, interleave, synchronize
 from tokprune.registry import get_method
 from tokprune.tokens import Layout, VisualTokens
 
@@ -74,6 +74,21 @@ def choices(device: str, tiny: bool) -> list[Row]:
             taken = measure(partial(method.select_batch, tokens, [keep] * pictures), device, 20, 3, what)
             rows.append(Row(what, taken, target if pictures == 1 else None, False, "the chain of dependent choices"))
     return rows
+
+
+def measure(call: Callable[[], object], device: str, repeats: int, warmup: int, name: str) -> Measurement:
+    """Time `call()` alone: ms per run, the device synchronised before and after."""
+
+    def once() -> dict[str, float]:
+        marks = Marks(device)
+        synchronize(device)
+        start = marks.now()
+        call()
+        end = marks.now()
+        synchronize(device)
+        return {name: marks.milliseconds(start, end)}
+
+    return interleave({name: once}, repeats, warmup, {name: "ms"})[name][name]
 
 
 def prefills(name: str, title: str, batch: int, device: str, tiny: bool) -> list[Row]:

@@ -4,6 +4,7 @@ command for a GPU runs at tiny sizes."""
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,13 @@ def test_a_row_meets_its_target_or_misses_it() -> None:
     assert not Row("x", slow, 4.1, at_least=True).met
     assert Row("x", slow).met is None
     assert ratio("r", [2.0, 4.0], [1.0, 2.0]).samples == (2.0, 2.0)
+
+
+def test_measure_sees_a_sleep() -> None:
+    m = gpu.measure(lambda: time.sleep(0.01), "cpu", repeats=3, warmup=1, name="time")
+    assert m.unit == "ms"
+    assert 9.0 < m.median < 60.0
+    assert len(m.samples) == 3
 
 
 def test_a_section_comes_back_from_its_file(tmp_path: Path) -> None:

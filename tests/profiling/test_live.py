@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tokprune.profiling.live import LiveBytes, live_peak
+from tokprune.profiling.memory import LiveBytes, live_peak
 
 
 def test_the_peak_is_what_lives_at_once() -> None:

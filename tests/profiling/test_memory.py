@@ -71,10 +71,6 @@ def test_weights_count_shared_tensors_once() -> None:
         assert memory.weight_bytes(torch.nn.Linear(10, 10, dtype=torch.bfloat16)) == 220
 
 
-def test_peak_is_unknown_on_cpu() -> None:
-    assert memory.peak_bytes(lambda: 7, "cpu") == (7, None)
-
-
 @pytest.mark.parametrize(
     ("n", "text"), [(512, "512 B"), (3 * 2**20, "3 MiB"), (14.6 * 2**30, "14.6 GiB"), (2**41, "2048 GiB")]
 )

@@ -9,7 +9,7 @@ import torch
 
 from tokprune.errors import OptionError
 from tokprune.profiling.stages import STAGES, find_stages
-from tokprune.profiling.timing import Measurement, StageClock, interleave, measure, rounds
+from tokprune.profiling.timing import Measurement, StageClock, interleave, rounds
 from tokprune.testing import build, picture
 
 
@@ -56,13 +56,6 @@ def test_interleave_records_after_the_warm_up_and_drops_failing_cells() -> None:
         interleave({"b": lambda: cell("b", 1)}, repeats=1, warmup=0)
     with pytest.raises(OptionError, match="repeats=0"):
         interleave({}, repeats=0)
-
-
-def test_measure_sees_a_sleep() -> None:
-    m = measure(lambda: time.sleep(0.01), repeats=3, warmup=1)
-    assert m.unit == "ms"
-    assert 9.0 < m.median < 60.0
-    assert len(m.samples) == 3
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])

@@ -14,9 +14,9 @@ from tokprune.profiling import formulas
 from tokprune.profiling.build import build_meta, config_of, vision_calls
 from tokprune.profiling.memory import kv_cache_bytes_of, readable
 from tokprune.profiling.presets import Preset
-from tokprune.profiling.published import comparison
-from tokprune.profiling.report import flops_text
+from tokprune.profiling.published import CAUTION, comparison, lines
 from tokprune.profiling.resolution import Size
+from tokprune.profiling.tables import Column, bytes_value, flops_value, table_of, to_rich
 from tokprune.types import JsonObject
 from tokprune.viz.html import Table, Value
 
@@ -68,9 +68,8 @@ class Arithmetic:
 
     def to_dict(self) -> JsonObject:
         """Plain data with type and version."""
-        data = {name: getattr(self, name) for name in self.__dataclass_fields__}
         rows = [vars(row) | {"total": row.total(self.new_tokens)} for row in self.rows]
-        return {"type": TYPE, "version": VERSION, **data, "rows": rows, "published": list(self.published)}
+        return {"type": TYPE, "version": VERSION, **vars(self), "rows": rows, "published": list(self.published)}
 
     @property
     def heading(self) -> str:
@@ -83,50 +82,38 @@ class Arithmetic:
 
     def plain_table(self) -> Table:
         """The rows with their units."""
-        first = next(iter(formulas.FORMULAS))
+        first, new, whole = next(iter(formulas.FORMULAS)), self.new_tokens, self.rows[0].total(self.new_tokens)
+
+        def of_full(row: ArithmeticRow) -> Value:
+            return Value(f"{100 * row.total(new) / whole:.3g} %", row.total(new) / whole)
+
+        def by_formula(row: ArithmeticRow) -> Value:
+            return Value(f"{row.formulas[first] / 1e12:.3g} T", row.formulas[first])
+
         columns = [
-            ("ratio", ""),
-            ("visual", "tokens"),
-            ("prompt", "tokens"),
-            ("vision", "FLOPs"),
-            ("prefill", "FLOPs"),
-            ("decode step", "FLOPs"),
-            ("all", "FLOPs"),
-            ("of full", ""),
-            ("KV cache", ""),
-            (first.split(" ")[0], "multiply-adds"),
+            Column("ratio", "", lambda row: f"{row.ratio:g}"),
+            Column("visual", "tokens", lambda row: row.visual),
+            Column("prompt", "tokens", lambda row: row.prompt),
+            Column("vision", "FLOPs", lambda row: flops_value(row.vision + row.projector)),
+            Column("prefill", "FLOPs", lambda row: flops_value(row.prefill)),
+            Column("decode step", "FLOPs", lambda row: flops_value(row.decode)),
+            Column("all", "FLOPs", lambda row: flops_value(row.total(new))),
+            Column("of full", "", of_full),
+            Column("KV cache", "", lambda row: bytes_value(row.cache_bytes)),
+            Column(first.split(" ")[0], "multiply-adds", by_formula),
         ]
-        whole = self.rows[0].total(self.new_tokens)
-        rows: list[list[object]] = []
-        for row in self.rows:
-            total = row.total(self.new_tokens)
-            counted = (row.vision + row.projector, row.prefill, row.decode, total)
-            rows.append(
-                [
-                    f"{row.ratio:g}",
-                    row.visual,
-                    row.prompt,
-                    *(Value(flops_text(n).replace("FLOPs", ""), n) for n in counted),
-                    Value(f"{100 * total / whole:.3g} %", total / whole),
-                    Value(readable(row.cache_bytes), row.cache_bytes),
-                    Value(f"{row.formulas[first] / 1e12:.3g} T", row.formulas[first]),
-                ]
-            )
         notes = [
             "FLOPs are exact, 2 per multiply-add: torch's counter on the meta device for the tower, closed form for "
             "the LLM. Nothing was run; a method's own scoring is not in it. Connector stage: each layer sees the kept "
             "tokens.",
-            f"all: from pixels to {self.new_tokens} new tokens. Last column: the papers' {first}, visual tokens alone.",
+            f"all: from pixels to {new} new tokens. Last column: the papers' {first}, visual tokens alone.",
         ]
-        return Table([c for c, _ in columns], rows, "\n".join(notes), [u for _, u in columns])
+        return table_of(columns, self.rows, "\n".join(notes))
 
     def table(self, width: int | None = None) -> Group:
         """The rows for a terminal, with what others report below."""
         from rich.console import Group
         from rich.markup import escape
-
-        from tokprune.profiling.published import CAUTION, lines
-        from tokprune.profiling.tables import to_rich
 
         parts: list[RenderableType] = [to_rich(self.plain_table(), self.heading)]
         if self.published:

@@ -49,6 +49,13 @@ class DecoderShape:
         attention = self.width * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
         return attention + self.ffn_matrices * self.width * self.ffn
 
+    def per_layer(self, tokens: int | Sequence[int]) -> list[int]:
+        """One count for each layer, from one for all or as many."""
+        counts = [tokens] * self.layers if isinstance(tokens, int) else list(tokens)
+        if len(counts) != self.layers:
+            raise ValueError(f"{len(counts)} token counts for {self.layers} layers; give one count, or one per layer.")
+        return counts
+
 
 def exact_layer(shape: DecoderShape, n: int, past: int = 0) -> int:
     """FLOPs (2 per multiply-add) of one decoder layer over n tokens with `past` cached ones; equals torch's counter."""
@@ -60,17 +67,13 @@ def exact_prefill(shape: DecoderShape, tokens: int | Sequence[int], head: bool =
 
     head: the output head on the last position is included. The rotary table (head_dim FLOPs per token, once) is not.
     """
-    per_layer = [tokens] * shape.layers if isinstance(tokens, int) else list(tokens)
-    if len(per_layer) != shape.layers:
-        raise ValueError(f"{len(per_layer)} token counts for {shape.layers} layers; give one count, or one per layer.")
-    body = sum(exact_layer(shape, n) for n in per_layer)
+    body = sum(exact_layer(shape, n) for n in shape.per_layer(tokens))
     return body + (2 * shape.width * shape.vocab if head else 0)
 
 
 def exact_decode(shape: DecoderShape, past: int | Sequence[int], head: bool = True) -> int:
     """FLOPs of one decode step with `past` cached tokens, in all layers or per layer."""
-    per_layer = [past] * shape.layers if isinstance(past, int) else list(past)
-    body = sum(exact_layer(shape, 1, p) for p in per_layer)
+    body = sum(exact_layer(shape, 1, p) for p in shape.per_layer(past))
     return body + (2 * shape.width * shape.vocab if head else 0)
 
 
@@ -116,9 +119,8 @@ def formula_total(layer: Callable[..., int], tokens: int | Sequence[int], shape:
 
     layer: formula_fastv, formula_gated or formula_gqa.
     """
-    per_layer = [tokens] * shape.layers if isinstance(tokens, int) else list(tokens)
     more = (shape.kv_heads * shape.head_dim,) if layer is formula_gqa else ()
-    return sum(layer(n, shape.width, shape.ffn, *more) for n in per_layer)
+    return sum(layer(n, shape.width, shape.ffn, *more) for n in shape.per_layer(tokens))
 
 
 #: The formulas by the names that reports print.

@@ -1,15 +1,18 @@
-"""Bytes: what a KV cache holds, what it would hold by arithmetic, and the peak of a device."""
+"""Bytes: what a KV cache holds, what it would hold by arithmetic, weights, and the peak of live tensors."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from tokprune.profiling.timing import synchronize
-from tokprune.types import ModelConfig
+from tokprune.profiling.formulas import DecoderShape
+from tokprune.types import JsonObject, ModelConfig
 
 R = TypeVar("R")
 
@@ -56,18 +59,16 @@ def kv_cache_bytes_of(config: ModelConfig, tokens: int, batch: int = 1, dtype: t
     Layers with a sliding window of W keep the last W - 1 tokens. Layers of linear attention keep no keys; their state,
     which does not grow, is left out.
     """
+    shape = DecoderShape.of(config)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    heads = int(text.num_attention_heads)
-    kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
-    head_dim = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
-    kinds = getattr(text, "layer_types", None) or ["full_attention"] * int(text.num_hidden_layers)
+    kinds = getattr(text, "layer_types", None) or ["full_attention"] * shape.layers
     window = getattr(text, "sliding_window", None)
     kept = 0
     for kind in kinds:
         if "linear" in kind or "mamba" in kind:
             continue
         kept += min(tokens, int(window) - 1) if "sliding" in kind and window else tokens
-    return 2 * kept * batch * kv_heads * head_dim * dtype.itemsize
+    return 2 * kept * batch * shape.kv_heads * shape.head_dim * dtype.itemsize
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
@@ -76,19 +77,59 @@ def weight_bytes(model: torch.nn.Module) -> int:
     return sum(held.values())
 
 
-def peak_bytes(call: Callable[[], R], device: torch.device | str) -> tuple[R, int | None]:
-    """Run `call()` and return its result with the device's peak of allocated bytes, weights included.
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors alive while the context is open, for devices whose allocator keeps no count
+    (CPU): what `torch.cuda.max_memory_allocated` is to a GPU. peak: the most at any moment.
 
-    None on devices that keep no such count (CPU).
+    Each storage counts once, however many views it has. Scratch memory inside one operator is not seen; nor is anything
+    that is not a tensor (Python, libraries).
     """
-    where = torch.device(device)
-    if where.type != "cuda":
-        return call(), None
-    synchronize(where)
-    torch.cuda.reset_peak_memory_stats(where)
-    result = call()
-    synchronize(where)
-    return result, int(torch.cuda.max_memory_allocated(where))
+
+    def __init__(self, existing: Iterable[Tensor] = ()) -> None:
+        """existing: tensors that live already, such as weights and inputs; they count from the start."""
+        super().__init__()
+        self.now = self.peak = 0
+        self._held: set[int] = set()
+        for tensor in existing:
+            self._add(tensor)
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: JsonObject | None = None,
+    ) -> object:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._add(leaf)
+        return out
+
+    def _add(self, tensor: Tensor) -> None:
+        try:
+            storage = tensor.untyped_storage()
+        except (NotImplementedError, RuntimeError):  # sparse: its indices and values were counted when they were made
+            return
+        key = storage._cdata
+        if key in self._held:
+            return
+        self._held.add(key)
+        size = storage.nbytes()
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._drop, key, size).atexit = False
+
+    def _drop(self, key: int, size: int) -> None:
+        self._held.discard(key)
+        self.now -= size
+
+
+def live_peak(call: Callable[[], R], existing: Iterable[Tensor] = ()) -> tuple[R, int]:
+    """Run `call()` and return its result with the peak of live tensor bytes, `existing` tensors included."""
+    with LiveBytes(existing) as mode:
+        result = call()
+    return result, mode.peak
 
 
 def readable(n: float) -> str:

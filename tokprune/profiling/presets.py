@@ -117,25 +117,17 @@ def _smart(image: Fields, preset: Preset, size: Size, frames: int | None) -> Vis
     return VisualCount(groups * rows * cols // image["merge"] ** 2, 0, groups)
 
 
-def _per_tile(image: Fields) -> int:
-    return int((image["tile"] // image["patch"] // image["merge"]) ** 2)
-
-
 def _tiles(image: Fields, preset: Preset, size: Size, frames: int | None) -> VisualCount:
     if frames is not None:
-        return VisualCount(frames * _per_tile(image), 0, frames)
-    down, across = res.tile_canvas(size, (image["tile"],) * 2, image["min_tiles"], image["max_tiles"])
-    views = down * across + (down * across > 1)  # a thumbnail joins more than one tile
-    return VisualCount(views * _per_tile(image), 0, views)
-
-
-def _split(image: Fields, preset: Preset, size: Size, frames: int | None) -> VisualCount:
-    if frames is not None:
-        return VisualCount(frames * _per_tile(image), 0, frames)
-    height, width = res.tile_multiple(res.longest_edge(size, image["longest"]), image["tile"])
-    parts = (height // image["tile"]) * (width // image["tile"])
-    views = parts + (parts > 1)
-    return VisualCount(views * _per_tile(image), 0, views)
+        views = frames
+    else:
+        if image["kind"] == "tiles":
+            down, across = res.tile_canvas(size, (image["tile"],) * 2, image["min_tiles"], image["max_tiles"])
+        else:
+            height, width = res.tile_multiple(res.longest_edge(size, image["longest"]), image["tile"])
+            down, across = height // image["tile"], width // image["tile"]
+        views = down * across + (down * across > 1)  # a thumbnail joins more than one tile
+    return VisualCount(views * (image["tile"] // image["patch"] // image["merge"]) ** 2, 0, views)
 
 
 def _fixed(image: Fields, preset: Preset, size: Size, frames: int | None) -> VisualCount:
@@ -150,7 +142,7 @@ _COUNTS: JsonObject = {
     "anyres": _anyres,
     "smart": _smart,
     "tiles": _tiles,
-    "split": _split,
+    "split": _tiles,
 }
 
 
@@ -160,17 +152,10 @@ def _all() -> dict[str, Preset]:
     for file in sorted(resources.files("tokprune.profiling").joinpath("presets").iterdir(), key=lambda f: f.name):
         if file.name.endswith(".json"):
             data = checked(json.loads(file.read_text(encoding="utf-8")), "tokprune.Preset", 1, file.name)
-            out[data["name"]] = Preset(
-                name=data["name"],
-                title=data["title"],
-                family=data["family"],
-                parameters=int(data["parameters"]),
-                image=data["image"],
-                config=data["config"],
-                sources=tuple(data["sources"]),
-                aliases=tuple(data.get("aliases", ())),
-                published=tuple(PublishedReduction.from_dict(row) for row in data.get("published", ())),
-            )
+            fields = {k: v for k, v in data.items() if k not in ("type", "version")}
+            fields["published"] = map(PublishedReduction.from_dict, data.get("published", ()))
+            lists = {k: tuple(fields.get(k, ())) for k in ("sources", "aliases", "published")}
+            out[data["name"]] = Preset(**{**fields, **lists})
     return out
 
 

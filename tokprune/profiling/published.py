@@ -107,10 +107,6 @@ class PublishedReduction:
             return (vision + a) / (vision + b), f"FLOPs to the first token, {self.text + more} text tokens"
         return a / b, f"exact FLOPs of the prefill, {self.text + more} text tokens"
 
-    def to_dict(self) -> JsonObject:
-        """Plain data."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
-
 
 Measured = Callable[[PublishedReduction], "tuple[float, str] | None"]
 
@@ -127,7 +123,7 @@ def comparison(
     for row in rows:
         ours = (measured(row) if measured is not None else None) or row.ours(shape, vision)
         beside = {"ours": None, "ours_is": ""} if ours is None else {"ours": ours[0], "ours_is": ours[1]}
-        out.append(row.to_dict() | {"kept": row.kept, "change": row.change} | beside)
+        out.append(vars(row) | {"kept": row.kept, "change": row.change} | beside)
     return out
 
 

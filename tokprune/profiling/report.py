@@ -66,15 +66,13 @@ class RunResult:
 
     def to_dict(self) -> JsonObject:
         """Plain data."""
-        data = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return data | {"times": {name: m.to_dict() for name, m in self.times.items()}}
+        return {**vars(self), "times": {name: m.to_dict() for name, m in self.times.items()}}
 
     @staticmethod
     def from_dict(data: Fields) -> RunResult:
         """The cell that `to_dict` wrote."""
-        return RunResult(
-            **{**data, "times": {name: Measurement.from_dict(name, m) for name, m in data["times"].items()}}
-        )
+        times = {name: Measurement.from_dict(name, m) for name, m in data["times"].items()}
+        return RunResult(**{**data, "times": times})
 
 
 @dataclass(frozen=True)
@@ -181,23 +179,16 @@ class ProfileReport:
 
     def to_dict(self) -> JsonObject:
         """Plain data with type and version."""
-        data = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        data |= {
-            "cells": [c.to_dict() for c in self.cells],
-            "notes": list(self.notes),
-            "published": list(self.published),
-        }
-        return {"type": TYPE, "version": VERSION, **data}
+        lists = {"cells": [c.to_dict() for c in self.cells], "notes": [*self.notes], "published": [*self.published]}
+        return {"type": TYPE, "version": VERSION, **vars(self), **lists}
 
     @staticmethod
     def from_dict(data: object) -> ProfileReport:
         """The report that `to_dict` wrote; refuses other types and newer versions."""
         data = checked(data, TYPE, VERSION, "a profile")
         rest = {k: v for k, v in data.items() if k not in ("type", "version")}
-        cells = tuple(RunResult.from_dict(c) for c in data["cells"])
-        return ProfileReport(
-            **{**rest, "cells": cells, "notes": tuple(data["notes"]), "published": tuple(data["published"])}
-        )
+        rest["cells"] = [RunResult.from_dict(c) for c in data["cells"]]
+        return ProfileReport(**{**rest, **{name: tuple(rest[name]) for name in ("cells", "notes", "published")}})
 
     def save(self, path: str | Path) -> None:
         """Write the report as JSON."""

@@ -17,7 +17,6 @@ import tokprune
 from tokprune.adapters.dialect import cache_of
 from tokprune.errors import OptionError, UnsupportedModelError
 from tokprune.profiling import flops, memory
-from tokprune.profiling.live import live_peak
 from tokprune.profiling.stages import StageModules, find_stages
 from tokprune.profiling.timing import StageClock
 from tokprune.registry import method_class
@@ -134,7 +133,7 @@ class Profiler:
             if self.device.type == "cpu":
                 existing = [*self.model.parameters(), *self.model.buffers()]
                 existing += [v for v in run.inputs.values() if isinstance(v, Tensor)]
-                _, run.peak = live_peak(lambda: self._generate(run), existing)
+                _, run.peak = memory.live_peak(lambda: self._generate(run), existing)
         run.projected = rows[0] // run.batch if rows else None
 
     def _flops(self, run: ProfileRun) -> flops.StageFlops:

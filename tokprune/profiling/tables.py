@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from tokprune.profiling.memory import readable
 from tokprune.profiling.published import KINDS
@@ -19,36 +20,42 @@ IDEAL = "ideal: the same LLM fed the reduced embeddings by hand, without the cos
 RESIZED = "resized: a smaller picture with about as many tokens, nothing pruned"
 
 
-def _times(cell: RunResult, *names: str) -> Value:
-    value = sum(cell.times[n].median for n in names)
-    spread = max(cell.times[n].spread for n in names)
-    digits = 0 if value >= 100 else 1 if value >= 1 else 2
-    return Value(f"{value:.{digits}f} ± {spread:.{digits}f}", value)
+@dataclass(frozen=True)
+class Column:
+    """A column of a table: head, unit, and what a row of numbers shows in it. brief: it fits a terminal."""
+
+    head: str
+    unit: str
+    shown: Callable[[Any], object]
+    brief: bool = True
 
 
-def _factor(value: float | None) -> Value | None:
-    return None if value is None else Value(f"{value:.2f} x", value)
+def table_of(columns: Sequence[Column], rows: Sequence[object], caption: str) -> Table:
+    """The rows as these columns show them."""
+    body = [[c.shown(row) for c in columns] for row in rows]
+    return Table([c.head for c in columns], body, caption, [c.unit for c in columns])
 
 
-def _bytes(value: int | None) -> Value | None:
-    return None if value is None else Value(readable(value), value)
+def _times(*names: str) -> Callable[[RunResult], Value]:
+    """Median and spread of the sum of some stages."""
+
+    def shown(cell: RunResult) -> Value:
+        value = sum(cell.times[n].median for n in names)
+        spread = max(cell.times[n].spread for n in names)
+        digits = 0 if value >= 100 else 1 if value >= 1 else 2
+        return Value(f"{value:.{digits}f} ± {spread:.{digits}f}", value)
+
+    return shown
 
 
-def _flops(value: float) -> Value:
-    return Value(flops_text(value).replace("FLOPs", "").strip() or "0", value)
+def _decode(cell: RunResult) -> Value:
+    rate = cell.times["decode_tokens_per_s"]
+    return Value(f"{rate.median:.3g} ± {rate.spread:.2g}", rate.median)
 
 
 def _share(cell: RunResult) -> Value:
-    text = f"{cell.visual}" + (f" ({100 * cell.visual / cell.visual_full:.3g} %)" if cell.visual_full else "")
-    return Value(text if cell.visual < cell.visual_full else f"{cell.visual}", cell.visual)
-
-
-def _columns(
-    columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[object]], caption: str, shown: Sequence[int]
-) -> Table:
-    """Some columns, each a head with its unit, of the rows."""
-    heads, units = zip(*(columns[i] for i in shown), strict=True)
-    return Table(heads, [[row[i] for i in shown] for row in rows], caption, units)
+    part = f" ({100 * cell.visual / cell.visual_full:.3g} %)" if cell.visual < cell.visual_full else ""
+    return Value(f"{cell.visual}{part}", cell.visual)
 
 
 def time_table(report: ProfileReport, brief: bool = False) -> Table:
@@ -56,41 +63,28 @@ def time_table(report: ProfileReport, brief: bool = False) -> Table:
 
     brief: the columns that fit a terminal.
     """
+
+    def faster(cell: RunResult | None, what: str = "total") -> Value | None:
+        gain = None if cell is None or cell.kind == "plain" else report.speedup(cell, what)
+        return None if gain is None else Value(f"{gain:.2f} x", gain)
+
+    def ideal(cell: RunResult) -> Value | None:
+        return faster(report.find("ideal", cell.ratio)) if cell.kind == "pruned" else None
+
     columns = [
-        ("run", ""),
-        ("visual tokens", ""),
-        ("vision", "ms"),
-        ("select", "ms"),
-        ("prefill", "ms"),
-        ("TTFT", "ms"),
-        ("decode", "tokens/s"),
-        ("other", "ms"),
-        ("total", "ms"),
-        ("TTFT", "faster"),
-        ("total", "faster"),
-        ("ideal", "faster"),
+        Column("run", "", lambda c: c.name),
+        Column("visual tokens", "", _share),
+        Column("vision", "ms", _times("vision", "projector")),
+        Column("select", "ms", _times("select")),
+        Column("prefill", "ms", _times("prefill")),
+        Column("TTFT", "ms", _times("ttft")),
+        Column("decode", "tokens/s", _decode),
+        Column("other", "ms", _times("other"), brief=False),
+        Column("total", "ms", _times("total")),
+        Column("TTFT", "faster", lambda c: faster(c, "ttft"), brief=False),
+        Column("total", "faster", faster),
+        Column("ideal", "faster", ideal, brief=False),
     ]
-    rows: list[list[object]] = []
-    for cell in report.cells:
-        ideal = report.find("ideal", cell.ratio) if cell.kind == "pruned" else None
-        decode = cell.times["decode_tokens_per_s"]
-        plain = cell.kind == "plain"
-        rows.append(
-            [
-                cell.name,
-                _share(cell),
-                _times(cell, "vision", "projector"),
-                _times(cell, "select"),
-                _times(cell, "prefill"),
-                _times(cell, "ttft"),
-                Value(f"{decode.median:.3g} ± {decode.spread:.2g}", decode.median),
-                _times(cell, "other"),
-                _times(cell, "total"),
-                None if plain else _factor(report.speedup(cell, "ttft")),
-                None if plain else _factor(report.speedup(cell)),
-                None if ideal is None else _factor(report.speedup(ideal)),
-            ]
-        )
     lines = [
         f"Medians ± half the interquartile range of {report.environment.get('repeats', '?')} runs in changing order; "
         f"{report.explained}.",
@@ -99,66 +93,65 @@ def time_table(report: ProfileReport, brief: bool = False) -> Table:
     ]
     lines += [f"{IDEAL}."] if any(c.kind == "ideal" for c in report.cells) else []
     lines += [f"{RESIZED}."] if any(c.kind == "resized" for c in report.cells) else []
-    shown = [0, 1, 2, 3, 4, 5, 6, 8, 10] if brief else list(range(len(columns)))
-    return _columns(columns, rows, "\n".join(lines), shown)
+    return table_of([c for c in columns if c.brief or not brief], report.cells, "\n".join(lines))
+
+
+def _counted(*names: str) -> Callable[[RunResult], Value | None]:
+    """FLOPs of some stages, where they were counted."""
+    return lambda cell: flops_value(sum(cell.flops[n] for n in names)) if cell.flops else None
+
+
+def flops_value(value: float) -> Value:
+    """A number of FLOPs in a column that names the unit."""
+    return Value(flops_text(value).replace("FLOPs", "").strip() or "0", value)
+
+
+def bytes_value(value: int | None) -> Value | None:
+    """A number of bytes, where it is known."""
+    return None if value is None else Value(readable(value), value)
+
+
+def _cached(cell: RunResult) -> Value | None:
+    counts = cell.tokens.get("cached") or []
+    if not counts:
+        return None
+    mean, low, high = sum(counts) / len(counts), min(counts), max(counts)
+    return Value(f"{low} to {high}, mean {mean:.0f}" if low < high else f"{mean:.0f}", mean)
 
 
 def cost_table(report: ProfileReport, brief: bool = False) -> Table:
     """What a run costs: tokens and FLOPs by stage, KV cache (measured and by arithmetic), peak memory."""
-    columns = [
-        ("run", ""),
-        ("into projector", "tokens"),
-        ("into LLM", "visual tokens"),
-        ("prompt", "tokens"),
-        ("cached per layer", "tokens"),
-        ("vision", "FLOPs"),
-        ("select", "FLOPs"),
-        ("prefill", "FLOPs"),
-        ("decode step", "FLOPs"),
-        ("all", "FLOPs"),
-        ("of plain", ""),
-        ("KV cache", ""),
-        ("by arithmetic", "KV cache"),
-        ("peak memory", ""),
-    ]
     plain = report.find("plain")
     whole = plain.flops_total(report.new_tokens) if plain else 0
-    rows = []
-    for cell in report.cells:
-        f, t = cell.flops, cell.tokens
-        total = cell.flops_total(report.new_tokens)
-        cached = t.get("cached") or []
-        mean = sum(cached) / len(cached) if cached else 0.0
-        least_to_most = (
-            f"{min(cached)} to {max(cached)}, mean {mean:.0f}" if cached and min(cached) < max(cached) else None
-        )
-        counted: list[object] = (
-            [_flops(f["vision"] + f["projector"]), *(_flops(f[k]) for k in ("select", "prefill", "decode"))]
-            if f
-            else [None] * 4
-        )
-        rows.append(
-            [
-                cell.name,
-                t.get("projector"),
-                cell.visual,
-                cell.prompt,
-                Value(least_to_most or f"{mean:.0f}", mean) if cached else None,
-                *counted,
-                _flops(total) if f else None,
-                Value(f"{100 * total / whole:.3g} %", total / whole) if f and whole else None,
-                _bytes(cell.cache_bytes),
-                _bytes(cell.cache_expected),
-                _bytes(cell.peak_bytes),
-            ]
-        )
+
+    def total(cell: RunResult) -> Value | None:
+        return flops_value(cell.flops_total(report.new_tokens)) if cell.flops else None
+
+    def of_plain(cell: RunResult) -> Value | None:
+        part = cell.flops_total(report.new_tokens) / whole if cell.flops and whole else None
+        return None if part is None else Value(f"{100 * part:.3g} %", part)
+
+    columns = [
+        Column("into projector", "tokens", lambda c: c.tokens.get("projector"), brief=False),
+        Column("into LLM", "visual tokens", lambda c: c.visual, brief=False),
+        Column("prompt", "tokens", lambda c: c.prompt),
+        Column("cached per layer", "tokens", _cached, brief=False),
+        Column("vision", "FLOPs", _counted("vision", "projector")),
+        Column("select", "FLOPs", _counted("select")),
+        Column("prefill", "FLOPs", _counted("prefill")),
+        Column("decode step", "FLOPs", _counted("decode")),
+        Column("all", "FLOPs", total),
+        Column("of plain", "", of_plain),
+        Column("KV cache", "", lambda c: bytes_value(c.cache_bytes)),
+        Column("by arithmetic", "KV cache", lambda c: bytes_value(c.cache_expected), brief=False),
+        Column("peak memory", "", lambda c: bytes_value(c.peak_bytes)),
+    ]
     caption = (
         f"FLOPs are counted by torch as they run, 2 per multiply-add; all: from pixels to {report.new_tokens} new "
         f"tokens. Peak memory, weights included: {report.environment.get('peak', 'of the device')}."
     )
-    shown = [0, 3, 5, 6, 7, 8, 9, 10, 11, 13] if brief else list(range(len(columns)))
-    shown = [i for i in shown if i == 0 or any(row[i] is not None for row in rows)]
-    return _columns(columns, rows, caption, shown)
+    used = [c for c in columns if (c.brief or not brief) and any(c.shown(cell) is not None for cell in report.cells)]
+    return table_of([Column("run", "", lambda c: c.name), *used], report.cells, caption)
 
 
 def formula_table(report: ProfileReport) -> Table:

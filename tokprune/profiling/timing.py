@@ -63,7 +63,7 @@ def synchronize(device: torch.device | str) -> None:
         torch.xpu.synchronize()
 
 
-class _Marks:
+class Marks:
     """Points in time on a device: CUDA events (no synchronisation between them), or the host clock elsewhere."""
 
     def __init__(self, device: torch.device | str) -> None:
@@ -96,7 +96,7 @@ class StageClock:
     """
 
     def __init__(self, device: torch.device | str) -> None:
-        self.marks = _Marks(device)
+        self.marks = Marks(device)
         self.steps = 0
         self._points: list[tuple[Moment, str]] = []  # (moment, part that begins there)
         self._open: list[str] = []
@@ -213,24 +213,3 @@ def interleave(
         for name in cells
         if name in alive
     }
-
-
-def measure(
-    call: Callable[[], object],
-    device: torch.device | str = "cpu",
-    repeats: int = 5,
-    warmup: int = 2,
-    name: str = "time",
-) -> Measurement:
-    """Time `call()` alone: ms per run, the device synchronised before and after."""
-
-    def once() -> dict[str, float]:
-        marks = _Marks(device)
-        synchronize(device)
-        start = marks.now()
-        call()
-        end = marks.now()
-        synchronize(device)
-        return {name: marks.milliseconds(start, end)}
-
-    return interleave({name: once}, repeats, warmup, {name: "ms"})[name][name]
