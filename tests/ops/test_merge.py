@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.golden_vectors import GoldenCase, claims
 from tests.published.bipartite import sources, unmerge
-from tokprune.ops.merge import bipartite_matching, cap, join_nearest, merge, merge_weighted
-from tokprune.tokens import weighted_sums
+from tokprune.ops.merge import (
+    bipartite_matching,
+    cap,
+    join,
+    join_nearest,
+    merge,
+    merge_dropped,
+    merge_weighted,
+    merged_selection,
+)
+from tokprune.tokens import Merge, Selection, weighted_sums
 
 UNMERGE = "with a distillation token the published inverse mixes up the rows"
 
@@ -114,3 +124,84 @@ def test_weighted_sums_by_hand() -> None:
     weighted_sums(tracked, target, scale, 4).sum().backward()
     assert tracked.grad is not None
     assert torch.equal(tracked.grad, torch.where(target >= 0, scale, 0)[..., None].expand_as(x))
+
+
+KINDS = ("indices", "target", "dense rows", "sparse rows", "half rows")
+
+
+def chosen_of(kind: str, n: int, indices: list[int], seed: int) -> Selection:
+    """A selection of n tokens that merges as `kind` says, with one per-token tensor of info; token 0 flows nowhere."""
+    g = torch.Generator().manual_seed(seed)
+    where, info = torch.tensor(indices), {"scores": torch.rand(n, generator=g)}
+    if kind == "indices":
+        return Selection(where, info=info)
+    target = torch.randint(len(indices), (n,), generator=g).scatter(0, where, torch.arange(len(indices)))
+    target[0], scale = -1, torch.rand(n, generator=g) + 0.5
+    weights = Merge(target=target, scale=scale)
+    if kind != "target":
+        rows = weights.dense(len(indices), n)
+        weights = Merge(rows={"dense": rows, "sparse": rows.to_sparse(), "half": rows.bfloat16()}[kind.split()[0]])
+    return Selection(where, weights, info=info)
+
+
+def matrix_of(chosen: Selection, n: int) -> Tensor:
+    """(K, n) weights, also of a selection that merges nothing."""
+    if chosen.weights is not None:
+        return chosen.weights.dense(len(chosen), n)
+    return torch.nn.functional.one_hot(chosen.indices, n).float()
+
+
+@pytest.mark.parametrize("first", KINDS)
+@pytest.mark.parametrize("second", KINDS)
+def test_selections_of_parts_join_to_that_of_the_stream(first: str, second: str) -> None:
+    """Interleaved parts: every weight is found again at the places in the stream."""
+    places = torch.tensor([1, 2, 5, 6, 8]), torch.tensor([0, 3, 4, 7])
+    chosen = chosen_of(first, 5, [1, 4], seed=1), chosen_of(second, 4, [2, 3], seed=2)
+    features = torch.randn(9, 3, generator=torch.Generator().manual_seed(3))
+    joined = join(list(zip(places, chosen, strict=True)), features)
+    assert joined.indices.tolist() == [2, 4, 7, 8]
+    expected = torch.zeros(4, 9)
+    expected[torch.tensor([[0], [3]]), places[0]] = matrix_of(chosen[0], 5)
+    expected[torch.tensor([[1], [2]]), places[1]] = matrix_of(chosen[1], 4)
+    torch.testing.assert_close(joined.apply(features), expected @ features)
+    assert (joined.weights is None) == (first == second == "indices")
+    if joined.weights is not None:
+        assert torch.equal(joined.weights.dense(4, 9), expected)
+        assert (joined.weights.rows is None) == ({first, second} <= {"indices", "target"})
+        made = joined.weights.scale if joined.weights.rows is None else joined.weights.rows
+        assert made is not None
+        assert made.dtype == torch.float32
+    scores = torch.empty(9)
+    for where, part in zip(places, chosen, strict=True):
+        scores[where] = part.info["scores"]
+    assert torch.equal(joined.info["scores"], scores)
+    assert join(list(zip(places[:1], chosen[:1], strict=True)), features).info == {}  # the parts do not cover it
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_flows_nowhere_is_averaged_into_the_most_similar_output(kind: str) -> None:
+    features = torch.randn(7, 3, generator=torch.Generator().manual_seed(5))
+    chosen = chosen_of(kind, 7, [2, 4, 5], seed=6)
+    found = merge_dropped(chosen, features)
+    rows = matrix_of(chosen, 7)
+    out = rows @ features
+    dropped = [i for i in range(7) if not rows[:, i].any()]
+    assert dropped == ([0, 1, 3, 6] if kind == "indices" else [0])
+    for i in dropped:
+        nearest = torch.cosine_similarity(out, features[i : i + 1]).argmax()
+        rows[nearest, i] = 1
+    for k in range(3):
+        rows[k] /= 1 + sum(rows[k, i] != 0 for i in dropped)
+    assert found.weights is not None
+    torch.testing.assert_close(found.weights.dense(3, 7), rows)
+    assert found.indices is chosen.indices
+    assert found.info is chosen.info
+
+
+def test_positions_that_flow_to_themselves_are_the_selection() -> None:
+    target, weight = torch.tensor([1, 1, -1, 4, 4]), torch.tensor([0.5, 0.5, 0.0, 0.25, 0.75])
+    found = merged_selection(target, weight, 2, scores=weight)
+    assert found.indices.tolist() == [1, 4]
+    assert found.weights is not None
+    assert found.weights.dense(2, 5).tolist() == [[0.5, 0.5, 0, 0, 0], [0, 0, 0, 0.25, 0.75]]
+    assert found.info["scores"] is weight
