@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 
 from tests.golden_vectors import GoldenCase, claims
-from tokprune.methods.encoder.ats import inverse_transform_sample, significance
-from tokprune.methods.encoder.evit import attentive
+from tokprune.methods.encoder.ats import ATS, inverse_transform_sample, significance
+from tokprune.methods.encoder.evit import EViT, attentive
+from tokprune.methods.encoder_base import BlockView
 
 close = torch.testing.assert_close
 
@@ -62,3 +64,76 @@ def test_ats_flat_scores_drop_only_the_lowest() -> None:
     patches, hit = inverse_transform_sample(torch.full((1, 8), 0.125), 9)
     assert patches[0].tolist() == [1, 2, 3, 4, 5, 6, 7]
     assert hit.all()
+
+
+@pytest.mark.parametrize("kept", [[0], [0, 1, 2]])
+def test_ats_never_takes_padding(kept: list[int]) -> None:
+    """Also where one patch is left, or scores are zero, so that the curve does not rise."""
+    scores = torch.zeros(2, 5)
+    scores[0, kept] = 1.0 / len(kept)
+    real = torch.zeros(2, 5, dtype=torch.bool)
+    real[:, kept] = True
+    patches, hit = inverse_transform_sample(scores, 6, real)
+    for row in range(2):
+        assert hit[row].any()
+        assert set(patches[row, hit[row]].tolist()) <= set(kept)
+
+
+def test_ats_takes_one_step_less_than_samples() -> None:
+    """The first step is at the least value of the curve above 0, which is the second lowest score."""
+    scores = torch.tensor([[0.4, 0.1, 0.2, 0.3]])
+    for samples, expected in ((2, [2]), (3, [2, 0]), (9, [2, 3, 0])):
+        patches, hit = inverse_transform_sample(scores, samples)
+        assert patches[0, hit[0]].tolist() == expected
+
+
+def block(patches: int, target: int | None = None, index: int = 3, prefix: int = 1, **more: object) -> BlockView:
+    """A block of 12 of a tower with [CLS] and two heads."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2, prefix + patches, 8, generator=g)
+    qkv = torch.randn(3, 2, 2, prefix + patches, 4, generator=g).unbind()
+    return BlockView(
+        x, index, 12, prefix, patches, lambda: qkv, 0.5, target, hidden_prefix=prefix, cls=True, **more  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def test_ats_samples_two_patches_and_spares_one() -> None:
+    cut = ATS().reduce(block(2))
+    assert cut is not None
+    assert cut.rep.shape == (2, 2)
+    assert ATS().reduce(block(1)) is None
+
+
+def test_ats_counts_no_padding_but_as_published() -> None:
+    size = torch.ones(2, 8, 1)
+    size[0, 5:] = 0
+    for compat, most in (("corrected", 4), ("published", 7)):
+        cut = ATS(compat=compat).reduce(block(7, size=size))
+        assert cut is not None
+        assert cut.rep[0].max() <= most
+    assert cut.rep[0].max() > 4
+
+
+@pytest.mark.parametrize(("index", "left"), [(3, 14), (6, 10), (9, 7)])
+def test_evit_joins_what_it_drops_to_one_patch_of_the_target(index: int, left: int) -> None:
+    """20 patches to 7 in three steps of one factor; one of them stands for the others."""
+    method = EViT()
+    view = block(20, target=7, index=index)
+    cut = method.reduce(view)
+    assert cut is not None
+    attention = view.cls_attention().mean(1)
+    kept, dropped = attentive(attention, left - 1)
+    assert torch.equal(cut.rep[:, 1:-1], kept.sort(-1).values + 1)
+    best = torch.stack([d[a[d].argmax()] for a, d in zip(attention, dropped, strict=True)])
+    assert torch.equal(cut.rep[:, -1], best + 1)
+    assert cut.size[:, -1, 0].tolist() == [20 - left + 1] * 2
+    assert ((cut.assign == left) == ~torch.isin(torch.arange(21), cut.rep[0, :-1])).all(1)[0]
+    unfused = EViT(fuse=False).reduce(view)
+    assert unfused is not None
+    assert torch.equal(unfused.rep[:, 1:], attentive(attention, left)[0].sort(-1).values + 1)
+
+
+def test_evit_keeps_the_best_patch_where_the_fused_one_would_be_the_last() -> None:
+    cut = EViT(blocks=(3,)).reduce(block(6, target=1))
+    assert cut is not None
+    assert cut.rep.shape == (2, 3)  # [CLS], the best patch, the others
