@@ -44,5 +44,5 @@ def test_stations_exist_and_are_few(title: str) -> None:
 
 def test_other_names_exist() -> None:
     """What the text mentions besides, as `module.Name`."""
-    for name in re.findall(r"`((?:runtime|adapters)\.[\w.]+)`", PAGE.read_text(encoding="utf-8")):
+    for name in re.findall(r"`((?:runtime|adapters|methods|schedule)\.[\w.]+)`", PAGE.read_text(encoding="utf-8")):
         find(name)
