@@ -74,6 +74,25 @@ def test_sums_read_the_thumbnail_alone() -> None:
     assert region_sums(values, layout).tolist() == [4.0] * 4
 
 
+def test_sums_of_a_thumbnail_that_the_canvas_does_not_divide() -> None:
+    """3 x 5 tokens over 2 x 2 tiles: two rows and three columns belong to the first ones."""
+    layout = Layout(
+        torch.tensor([0] * 15 + [1, 2, 3, 4]),
+        torch.cat([torch.arange(15) // 5, torch.zeros(4).long()]),
+        torch.cat([torch.arange(15) % 5, torch.zeros(4).long()]),
+        ((3, 5), *[(1, 1)] * 4),
+        "tiles",
+        canvas=(2, 2),
+        thumbnail=True,
+    )
+    values = torch.cat([torch.arange(15), torch.full((4,), 100)])
+    expected = [0 + 1 + 2 + 5 + 6 + 7, 3 + 4 + 8 + 9, 10 + 11 + 12, 13 + 14]
+    for kind, wide in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
+        found = region_sums(values.to(kind), layout)
+        assert found.dtype == wide
+        assert found.tolist() == expected
+
+
 def test_streams_without_thumbnail_or_canvas_are_refused() -> None:
     for layout in (LAYOUTS["image"], LAYOUTS["video"], Layout.grid(2, 2, 4, "tiles", canvas=(2, 2), thumbnail=True)):
         with pytest.raises(OptionError, match="canvas"):

@@ -16,6 +16,7 @@ from tokprune.errors import OptionError
 from tokprune.methods.frames.aks import AKS
 from tokprune.methods.frames.scenetilling import SceneTilling
 from tokprune.methods.frames.wfs_sb import WfsSb
+from tokprune.ops import keyframes
 from tokprune.ops.frames import depths, left_peaks, neighbour_similarity, scene_ends, scenes
 from tokprune.ops.keyframes import (
     HIGH,
@@ -66,7 +67,8 @@ def test_aks_published_loses_frames_and_ours_does_not() -> None:
 def test_aks_takes_the_peak_where_one_part_stands_out_and_covers_where_none_does() -> None:
     peak = np.zeros(64)
     peak[20:24] = 1.0
-    assert aks(peak, 4, threshold=0.8) == [20, 21, 22, 23]  # 1 - 4/64 above the mean: chosen at once
+    for rule in (aks, aks_published):
+        assert rule(peak, 4, depth=1) == [20, 21, 22, 23]  # 1 - 4/64 above the mean: chosen at once
     noise = 0.5 + 0.01 * np.sin(np.arange(64))
     chosen = aks(noise, 8)
     assert all(sum(a <= f < a + 16 for f in chosen) == 2 for a in (0, 16, 32, 48))
@@ -213,6 +215,32 @@ def test_wfs_sb_keeps_all_scenes_where_none_matters() -> None:
     bounds = [0, *range(20, 400, 20), 400]
     assert (scene_importance(scores, bounds, (0.4, 0.2, 0.3, 0.0)) < 0.05).all()
     assert len({f // 20 for f in wfs_sb(scores, 20, weights=(0.4, 0.2, 0.3, 0.0))}) > 10
+
+
+def test_wfs_sb_leaves_scenes_out_from_four_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One bad scene among n lies sqrt(n - 1) standard deviations below their mean: 1.41 of 3, 1.73 of 4."""
+    for n, left_out in ((3, False), (4, True)):
+        scores = np.full(20 * n, 0.6)
+        scores[20:40] = 0.1
+        monkeypatch.setattr(keyframes, "relevance_boundaries", lambda s: list(range(20, len(s), 20)))
+        found = wfs_sb(scores, 12)
+        assert (not any(20 <= f < 40 for f in found)) == left_out
+        assert any(20 <= f < 40 for f in wfs_sb(scores, 12, strictness=1.8))
+
+
+def test_wfs_sb_takes_no_scene_whose_importance_is_tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Below 0.05, though near the mean: with weights of the best score alone, importances are the scores."""
+    monkeypatch.setattr(keyframes, "relevance_boundaries", lambda s: list(range(20, len(s), 20)))
+    for least, left_out in ((0.049, True), (0.051, False)):
+        scores = np.repeat([0.06, least, 0.07, least], 20) / 0.3
+        found = wfs_sb(scores, 20, weights=(0, 0, 0.3, 0), strictness=9)
+        assert (not any(20 <= f < 40 or f >= 60 for f in found)) == left_out
+
+
+def test_scores_that_differ_by_rounding_are_constant() -> None:
+    for rule in (aks, wfs_sb):
+        assert rule(1 + 1e-7 * np.arange(10), 3) == [1, 5, 8]
+        assert rule(1 + 1e-5 * np.arange(10), 3) != [1, 5, 8]
 
 
 def test_variance_is_relative_to_that_of_the_video_and_1e_8() -> None:
