@@ -198,7 +198,7 @@ def still_and_moving(
     least = torch.sort(alike.masked_fill(~still, torch.inf).flatten(), stable=True).indices
     gain = ((length - 1)[:, None] * still).flatten()[least]
     held = tokens - gain.sum()
-    again = (gain > 0) & (held + gain.cumsum(0) - gain < at_least)
+    again = held + gain.cumsum(0) - gain < at_least
     still = still & ~torch.zeros_like(still).flatten().scatter(0, least, again).view_as(still)
     return Pools(place, scene, length.cumsum(0) - length, length, still, present & ~still[scene], tokens)
 

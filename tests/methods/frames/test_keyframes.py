@@ -175,6 +175,8 @@ def test_scenes_are_found_and_a_still_video_is_one() -> None:
     assert scenes(still, boundaries=3) == [30]
     assert scenes(shots[:1]) == [1]
     assert scenes(shots[:2]) == [2]
+    blinking = torch.eye(2).repeat_interleave(3, 0).repeat(20, 1)
+    assert scenes(blinking) == [3] * 15 + [75]  # 15 cuts of 39, the earlier ones
 
 
 def test_a_long_static_scene_gets_no_more_than_a_short_one() -> None:
