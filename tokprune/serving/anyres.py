@@ -28,20 +28,15 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from tokprune.adapters.families.base import StreamLayout
 from tokprune.serving.llava import Watched
 from tokprune.serving.processor import PrunedInfo, PrunedProcessor
-from tokprune.serving.signals import KINDS
 from tokprune.serving.tiles import clip, pack, tiles
 
 
 class TilesInfo(PrunedInfo, LlavaNextProcessingInfo):  # type: ignore[misc]
     """vLLM's LlavaNextProcessingInfo with pruned token counts."""
 
-    signals = KINDS
-
 
 class OneVisionInfo(PrunedInfo, LlavaOnevisionProcessingInfo):  # type: ignore[misc]
     """vLLM's LlavaOnevisionProcessingInfo with pruned token counts."""
-
-    signals = KINDS
 
 
 class Separators(PrunedProcessor):

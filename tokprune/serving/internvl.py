@@ -21,15 +21,13 @@ from tokprune.adapters.families.geometry import canvas_from_pixels, frames, plai
 from tokprune.serving.choose import Kept
 from tokprune.serving.model import Pruned
 from tokprune.serving.processor import PrunedInfo, PrunedProcessor
-from tokprune.serving.signals import KINDS, TowerSignals, check_signals
+from tokprune.serving.signals import TowerSignals
 from tokprune.serving.weave import woven
 from tokprune.tokens import Layout
 
 
 class Info(PrunedInfo, InternS1ProcessingInfo):  # type: ignore[misc]
     """vLLM's InternS1ProcessingInfo with pruned token counts."""
-
-    signals = KINDS
 
 
 class Processor(PrunedProcessor, InternS1MultiModalProcessor):  # type: ignore[misc]
@@ -42,15 +40,11 @@ class Processor(PrunedProcessor, InternS1MultiModalProcessor):  # type: ignore[m
 class PrunedInternVL(Pruned, InternS1ForConditionalGeneration):  # type: ignore[misc]
     """InternVL with fewer visual tokens."""
 
-    signals = KINDS
-
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.tokprune_words = cached_processor_from_config(vllm_config.model_config)
-        needs = self.tokprune.method.needs
-        check_signals(needs, vllm_config)
         blocks, depth = self.vision_tower.encoder.layer, self.config.vision_config.num_hidden_layers
-        self.tokprune_signals = TowerSignals(needs, blocks, depth, cls=True)
+        self.tokprune_signals = TowerSignals(self.tokprune.method.needs, blocks, depth, cls=True)
         self.tokprune_signals.watch_output(self.vision_tower)
 
     def geometry(self, modality: str, inputs: Mapping[str, Any], features: Sequence[Tensor]) -> list[StreamLayout]:

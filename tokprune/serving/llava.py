@@ -20,7 +20,7 @@ from tokprune.adapters.families.geometry import plain
 from tokprune.errors import UnsupportedModelError
 from tokprune.serving.model import Pruned
 from tokprune.serving.processor import PrunedInfo, PrunedProcessor
-from tokprune.serving.signals import KINDS, TowerSignals, check_signals
+from tokprune.serving.signals import TowerSignals
 from tokprune.tokens import Layout
 
 
@@ -38,17 +38,13 @@ def check_tower(config: Any) -> None:
 class Watched(Pruned):
     """Mixin of the LLaVA kin: signals from the CLIP or SigLIP tower."""
 
-    signals = KINDS
-
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         check_tower(vllm_config.model_config.hf_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        needs = self.tokprune.method.needs
-        check_signals(needs, vllm_config)
         tower: Any = self.vision_tower  # type: ignore[attr-defined]
         vision = self.config.vision_config
         blocks, cls = tower.vision_model.encoder.layers, vision.model_type == "clip_vision_model"
-        self.tokprune_signals = TowerSignals(needs, blocks, vision.num_hidden_layers, cls)
+        self.tokprune_signals = TowerSignals(self.tokprune.method.needs, blocks, vision.num_hidden_layers, cls)
         self.tokprune_signals.watch_output(tower)
 
     def read(self, modality: str, inputs: Mapping[str, Any]) -> dict[str, list[Tensor]]:
@@ -69,8 +65,6 @@ class Watched(Pruned):
 
 class Info(PrunedInfo, LlavaProcessingInfo):  # type: ignore[misc]
     """vLLM's LlavaProcessingInfo with pruned token counts."""
-
-    signals = KINDS
 
 
 class Processor(PrunedProcessor, LlavaMultiModalProcessor):  # type: ignore[misc]

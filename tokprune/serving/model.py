@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -11,6 +11,7 @@ from tokprune.adapters.families.base import StreamLayout
 from tokprune.errors import OptionError, TokpruneError
 from tokprune.serving.choose import Kept, Stream, choose
 from tokprune.serving.settings import KEY, ServingSettings
+from tokprune.serving.signals import KINDS, TowerSignals, check_signals
 
 PIXELS = {"pixel_values": "image", "pixel_values_videos": "video"}
 
@@ -36,24 +37,23 @@ def check_engine(vllm_config: Any) -> None:
 class Pruned:
     """Mixin before a multimodal model of vLLM."""
 
-    signals: ClassVar[Collection[str]] = ()
-    """Kinds of signals that the family's vision tower gives."""
     config: Any
-    tokprune_signals: Any = None
-    """A TowerSignals, in families that give signals."""
+    tokprune_signals: TowerSignals
+    """What the vision tower tells about each token; made by the family."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
-        self.tokprune = ServingSettings.of(self.config, self.signals)
+        self.tokprune = ServingSettings.of(self.config, KINDS)
         check_engine(vllm_config)
+        check_signals(self.tokprune.method.needs, vllm_config)
 
     def geometry(self, modality: str, inputs: Mapping[str, Any], features: Sequence[Tensor]) -> list[StreamLayout]:
         """Where the rows of each picture or clip of an encoder call lie. features: (R, W) each."""
         raise NotImplementedError
 
     def read(self, modality: str, inputs: Mapping[str, Any]) -> dict[str, list[Tensor]]:
-        """The signals of an encoder call, (R, ...) for each picture or clip; none where the family gives none."""
-        return {}
+        """The signals of an encoder call, (R, ...) for each picture or clip."""
+        raise NotImplementedError
 
     def placed(
         self, modality: str, inputs: Mapping[str, Any], features: Sequence[Tensor], kept: Sequence[Kept | None]
@@ -63,8 +63,7 @@ class Pruned:
 
     def embed_multimodal(self, **inputs: Any) -> Any:
         """What vLLM's model gives for the pictures or the clips of an engine step, pruned in one call."""
-        if self.tokprune_signals is not None:
-            self.tokprune_signals.clear()  # of a call that an exception ended
+        self.tokprune_signals.clear()  # of a call that an exception ended
         features = super().embed_multimodal(**inputs)  # type: ignore[misc]
         modalities = [modality for name, modality in PIXELS.items() if inputs.get(name) is not None]
         if features is None or len(features) == 0 or not modalities:

@@ -5,7 +5,7 @@ Written as mixins before vLLM's own processors; they call what these return and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -14,6 +14,7 @@ from vllm.multimodal.parse import EmbeddingItems
 from vllm.multimodal.processing import PromptUpdateDetails
 
 from tokprune.serving.settings import ServingSettings
+from tokprune.serving.signals import KINDS
 from tokprune.serving.versions import check_version
 
 check_version()
@@ -22,14 +23,12 @@ check_version()
 class PrunedInfo:
     """Mixin before a ProcessingInfo of vLLM."""
 
-    signals: ClassVar[Collection[str]] = ()
-    """Kinds of signals that the family's vision tower gives."""
     get_hf_config: Callable[[], Any]
 
     @property
     def tokprune(self) -> ServingSettings:
         """What the model's config says about pruning."""
-        return ServingSettings.of(self.get_hf_config(), self.signals)
+        return ServingSettings.of(self.get_hf_config(), KINDS)
 
 
 class PrunedProcessor:

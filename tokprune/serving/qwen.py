@@ -24,21 +24,19 @@ from tokprune.adapters.families.base import StreamLayout
 from tokprune.adapters.families.geometry import frames, plain
 from tokprune.serving.mrope import Positions
 from tokprune.serving.processor import PrunedInfo, PrunedProcessor
-from tokprune.serving.signals import KINDS, PackedSignals, check_signals
+from tokprune.serving.signals import PackedSignals
 from tokprune.tokens import Layout
 
 
 class Grids(Positions):
     """Mixin: geometry of pictures and clips from their grids of patches, and signals in their order."""
 
-    signals = KINDS
     visual: Any
+    tokprune_signals: PackedSignals
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        needs = self.tokprune.method.needs
-        check_signals(needs, vllm_config)
-        self.tokprune_signals = PackedSignals(needs, self.visual)
+        self.tokprune_signals = PackedSignals(self.tokprune.method.needs, self.visual)
 
     def read(self, modality: str, inputs: Mapping[str, Any]) -> dict[str, list[Tensor]]:
         grids = inputs[f"{modality}_grid_thw"].tolist()
@@ -71,8 +69,6 @@ class Grids(Positions):
 class Info25(PrunedInfo, Qwen2_5_VLProcessingInfo):  # type: ignore[misc]
     """vLLM's Qwen2_5_VLProcessingInfo with pruned token counts."""
 
-    signals = KINDS
-
 
 class Processor25(PrunedProcessor, Qwen2_5_VLMultiModalProcessor):  # type: ignore[misc]
     """vLLM's Qwen2_5_VLMultiModalProcessor with placeholders for the kept tokens alone."""
@@ -85,8 +81,6 @@ class PrunedQwen25VL(Grids, Qwen2_5_VLForConditionalGeneration):  # type: ignore
 
 class Info3(PrunedInfo, Qwen3VLProcessingInfo):  # type: ignore[misc]
     """vLLM's Qwen3VLProcessingInfo with pruned token counts."""
-
-    signals = KINDS
 
 
 class Processor3(PrunedProcessor, Qwen3VLMultiModalProcessor):  # type: ignore[misc]
