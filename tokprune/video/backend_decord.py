@@ -2,7 +2,7 @@
 
 decord counts the frames that an edit list hides and returns wrong ones from then on, without an error, and its native
 code can spin for ever while it holds the interpreter's lock. So the file is checked against the packet index first, the
-work is done by `decord_worker` in a process that can be ended, and each frame's time is checked when it arrives.
+work is done by `main` in a process that can be ended, and each frame's time is checked when it arrives.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ import numpy as np
 from tokprune.errors import missing_extra
 from tokprune.types import JsonObject
 from tokprune.video.backend_torchcodec import check_time
-from tokprune.video.errors import VideoError
 from tokprune.video.index import PacketIndex
-from tokprune.video.job import Job
+from tokprune.video.job import Job, VideoError
 from tokprune.video.picture import Frame
 
 TIME_LIMIT = 120.0  # seconds, where the caller sets none
@@ -48,7 +47,7 @@ def decode(index: PacketIndex, wanted: Sequence[int], job: Job) -> Iterator[tupl
     search = os.pathsep.join(p for p in sys.path if p)
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "tokprune.video.decord_worker", str(index.path)],
+            [sys.executable, "-c", "from tokprune.video.backend_decord import main; main()", str(index.path)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -111,3 +110,27 @@ def receive(index: PacketIndex, pipe: IO[bytes], job: Job) -> Iterator[tuple[int
                 return  # ended in the middle
             check_time("decord", index, seconds, head["index"], head["time"])
             yield head["index"], np.frombuffer(data, np.uint8).reshape(shape)  # decord has turned it upright
+
+
+def main() -> None:
+    """What runs in the process of its own: path in argv, wanted indices on stdin; answers as `receive` reads them."""
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what native code prints must not get between the answers
+    wanted = json.loads(sys.stdin.read())
+    import decord
+
+    reader = decord.VideoReader(sys.argv[1], num_threads=max(2, min(8, os.cpu_count() or 2)))
+    out.write(json.dumps({"total": len(reader)}).encode() + b"\n")
+    out.flush()
+    origin = float(reader.get_frame_timestamp(0)[0]) if len(reader) else 0.0
+    for i in wanted:
+        try:
+            frame = reader[i].asnumpy()
+            time = float(reader.get_frame_timestamp(i)[0]) - origin
+        except Exception as error:
+            text = str(error).strip().splitlines()
+            out.write(json.dumps({"failed": i, "error": text[0][:200] if text else "?"}).encode() + b"\n")
+            continue
+        out.write(json.dumps({"index": i, "time": time, "shape": frame.shape}).encode() + b"\n")
+        out.write(frame.tobytes())
+    out.flush()

@@ -11,9 +11,8 @@ import numpy as np
 
 from tokprune.errors import OptionError
 from tokprune.files import read_picture, rgb
-from tokprune.video.errors import VideoError
 from tokprune.video.index import Index
-from tokprune.video.job import Job
+from tokprune.video.job import Job, VideoError
 from tokprune.video.picture import Frame
 
 PICTURES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif"})

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from tokprune.video.errors import VideoError
 from tokprune.video.index import (
     Packet,
     PacketIndex,
@@ -20,7 +19,7 @@ from tokprune.video.index import (
     packets,
     stream_of,
 )
-from tokprune.video.job import Job
+from tokprune.video.job import Job, VideoError
 from tokprune.video.picture import Frame, Orientation
 
 if TYPE_CHECKING:

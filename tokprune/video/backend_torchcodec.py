@@ -7,9 +7,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from tokprune.errors import missing_extra
-from tokprune.video.errors import VideoError
 from tokprune.video.index import PacketIndex
-from tokprune.video.job import Job
+from tokprune.video.job import Job, VideoError
 from tokprune.video.picture import Frame
 
 BATCH = 8  # frames decoded per call: bounds what is held besides the result

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from tokprune.errors import missing_extra
 from tokprune.types import JsonObject
-from tokprune.video.errors import VideoError
+from tokprune.video.job import VideoError
 from tokprune.video.picture import UPRIGHT, Orientation
 
 if TYPE_CHECKING:

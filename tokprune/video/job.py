@@ -1,11 +1,15 @@
-"""What one reading carries along: its deadline, and what it notices."""
+"""What one reading carries along: its deadline, what it notices, and the error that ends it."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
 
-from tokprune.video.errors import VideoError
+from tokprune.errors import TokpruneError
+
+
+class VideoError(TokpruneError, RuntimeError):
+    """A file that is no video, or whose frames cannot be decoded, or a backend that would return wrong ones."""
 
 
 @dataclass

@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from tokprune.errors import OptionError, unknown
+from tokprune.errors import OptionError, nearest, unknown
 from tokprune.files import refuse_url
-from tokprune.video import sampling
-from tokprune.video.errors import VideoError
+from tokprune.video import backend_decord, backend_images, backend_pyav, backend_torchcodec, sampling
 from tokprune.video.index import Index, PacketIndex, scan_packets
-from tokprune.video.job import Job
+from tokprune.video.job import Job, VideoError
 from tokprune.video.picture import Frame, fit
 from tokprune.video.result import Video
 from tokprune.video.sampling import Indices
@@ -179,8 +178,6 @@ def scan(path: str | os.PathLike[str], *, image_fps: float = 1.0) -> Index:
 
     Raises as `read_video` does.
     """
-    from tokprune.video import backend_images
-
     source = locate(path)
     if source.is_dir():
         return backend_images.scan_folder(source, sampling.check_rate(image_fps))
@@ -200,11 +197,8 @@ def locate(path: str | os.PathLike[str]) -> Path:
     file = Path(text).expanduser()
     if not text or not file.exists():
         folder = file.parent
-        close = ""
-        if text and folder.is_dir():
-            from tokprune.errors import nearest
-
-            close = nearest(file.name, [p.name for p in folder.iterdir()][:10_000])
+        near = text and folder.is_dir()
+        close = nearest(file.name, [p.name for p in folder.iterdir()][:10_000]) if near else ""
         raise OptionError(f"there is no file {text!r}.{close}")
     if not file.is_dir() and not file.is_file():
         raise OptionError(
@@ -215,19 +209,11 @@ def locate(path: str | os.PathLike[str]) -> Path:
 
 def pick_backend(index: Index, backend: str) -> tuple[str, str, Decode]:
     """Name, reason and decode function. "auto" never picks decord, and torchcodec only by name."""
-    from tokprune.video import backend_images
-
     if isinstance(index, PacketIndex):
         if backend == "torchcodec":
-            from tokprune.video import backend_torchcodec
-
             return backend, "asked for", backend_torchcodec.decode
         if backend == "decord":
-            from tokprune.video import backend_decord
-
             return backend, "asked for; run in a process of its own with a time limit", backend_decord.decode
-        from tokprune.video import backend_pyav
-
         reason = (
             "asked for" if backend == "pyav" else "auto: exact in every container, by an index of the file's packets"
         )

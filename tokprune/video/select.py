@@ -1,8 +1,8 @@
 """Which frames to encode: the frames stage's rules, asked before the encoder has seen any.
 
-index = scan("film.mp4")                                    # thousands of frames, none kept in memory frames =
-select_frames("aks", 64, scores=clip_scores)       # clip_scores: one number per candidate frame video =
-read_video("film.mp4", frames=[candidates[i] for i in frames])
+index = scan("film.mp4")                                   # thousands of frames, none kept in memory
+frames = select_frames("aks", 64, scores=clip_scores)      # clip_scores: one number per candidate frame
+video = read_video("film.mp4", frames=[candidates[i] for i in frames])
 """
 
 from __future__ import annotations
@@ -20,12 +20,9 @@ import torch
 from tokprune.errors import OptionError, nearest, unknown
 from tokprune.ops.frames import frames_of_scenes, scenes
 from tokprune.ops.keyframes import WEIGHTS, aks, aks_published, best_first, check_count, middles, wfs_sb
-from tokprune.types import JsonObject
 from tokprune.video.sampling import at_times, rule
 
 if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
     from tokprune.methods.base import Method
 
 Numbers = npt.ArrayLike | torch.Tensor
@@ -73,7 +70,7 @@ def select_frames(
     if isinstance(method, str):
         name, settings = method, options
     elif dataclasses.is_dataclass(method) and hasattr(method, "info"):
-        name, settings = method.info.name, {**_fields(method), **options}
+        name, settings = method.info.name, {**vars(method), **options}
     else:
         raise OptionError(f"method is a name, such as 'aks', or a method of the frames stage, not {method!r}.")
     if name not in SELECTORS:
@@ -152,10 +149,6 @@ class _Data:
         if value is None:
             raise OptionError(f"frame selection by {self.name!r} needs {what}=: {meaning}.")
         return value
-
-
-def _fields(method: DataclassInstance) -> JsonObject:
-    return {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
 
 
 def _uniform(data: _Data, count: int, rule: str = "middles") -> list[int]:
