@@ -269,8 +269,7 @@ def _draw_some(
 def save_kept(
     asker: Asker, medium: Medium, answers: Sequence[Answered], path: Path, title: str, note: str
 ) -> list[Path]:
-    """Draw what each method kept: of a picture one sheet `path`.png, of a clip a strip of frames `path`-METHOD.png
-    each."""
+    """Draw what each method kept: of a picture a sheet `path`.png, of a clip a strip `path`-METHOD.png each."""
     from PIL.Image import Image
 
     from tokprune.files import save_picture

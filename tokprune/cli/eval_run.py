@@ -42,8 +42,7 @@ class Outputs:
     html: Path | None = None
 
     def check(self) -> None:
-        """Say now what would fail after hours of computing: packages that are missing, places that cannot be
-        written."""
+        """Say now what would fail after hours: missing packages, places that cannot be written."""
         from importlib.util import find_spec
 
         if find_spec("lmms_eval") is None:  # its extra brings what plots need

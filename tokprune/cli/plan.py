@@ -1,5 +1,4 @@
-"""`tokprune plan`: which ratio reaches a latency or memory target on a GPU, by roofline arithmetic or from a measured
-profile."""
+"""`tokprune plan`: which ratio reaches a latency or memory target, by roofline arithmetic or a measured profile."""
 
 from __future__ import annotations
 
@@ -38,8 +37,7 @@ class Subject:
 
 
 def find_subject(preset_name: str | None, model: str | None, gpu: str | None, measured: Path | None) -> Subject:
-    """Model and device: of a preset, a model's config or a profile, on a data sheet or on the machine that was
-    measured."""
+    """Model (of a preset, a config or a profile) and device (of a data sheet or a measured profile)."""
     from tokprune.profiling.devices import calibrate, device
     from tokprune.profiling.loaded import preset_of_folder, preset_of_report
     from tokprune.profiling.presets import preset

@@ -27,8 +27,7 @@ WIDTH = 120  # of tables that go into a file or a pipe
 
 @dataclass(frozen=True)
 class ProfileRequest:
-    """The options of `tokprune profile`. methods: names, each of one method or of several of different stages with
-    "+"."""
+    """The options of `tokprune profile`. methods: names, with "+" of several of different stages."""
 
     model: str = "demo"
     preset: str | None = None

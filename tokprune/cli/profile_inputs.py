@@ -1,5 +1,4 @@
-"""What `tokprune profile` measures: a model with its prompt, made from a picture, a clip or a wanted number of
-tokens."""
+"""What `tokprune profile` measures: a model with a prompt around a picture, a clip or a wanted number of tokens."""
 
 from __future__ import annotations
 
@@ -71,8 +70,7 @@ def _clip(path: Path, frames: int | None) -> Video:
 
 @dataclass(frozen=True)
 class Case:
-    """A preset with the picture size (height, width) or clip that it is request about. seen: its tower's FLOPs, where
-    known."""
+    """A preset with its picture size (height, width) or clip. seen: FLOPs of its tower, where known."""
 
     preset: Preset
     size: tuple[int, int]
@@ -101,8 +99,7 @@ def config_case(request: ProfileRequest) -> Case:
 
 
 def preset_case(request: ProfileRequest) -> Case:
-    """The preset and size of a request: of its picture or clip, of the wanted number of tokens, or the preset's usual
-    one."""
+    """The preset and size of a request: of its picture or clip, of the wanted tokens, or the preset's usual one."""
     from tokprune.files import read_picture
     from tokprune.profiling.presets import preset
     from tokprune.profiling.resize import preset_size

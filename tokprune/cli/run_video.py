@@ -37,8 +37,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class VideoRead:
-    """A video as read. seconds: for decoding; select_seconds: for scoring candidates. how: of the candidates, if there
-    were any."""
+    """A video as read. seconds: decoding; select_seconds: scoring candidates. how: of the candidates, if any."""
 
     video: Video
     seconds: float

@@ -1,5 +1,4 @@
-"""A model as the demo asks it: questions about pictures or clips, with or without pruning, through processor and
-generate()."""
+"""A model as the demo asks it: questions about pictures or clips, pruned or not, by processor and generate()."""
 
 from __future__ import annotations
 
@@ -123,8 +122,7 @@ class Asker:
         new_tokens: int | None = None,
         maps: bool = False,
     ) -> Answered:
-        """One answer about one picture or clip under one method, and what was kept. maps: of a picture, what was
-        joined, too."""
+        """One answer about a picture or clip under one method. maps: also what was joined inside the tower."""
         from tokprune.viz.merge_map import stream_maps
 
         with self.pruned(method.split("+"), ratio) as pruning:

@@ -39,8 +39,7 @@ class ClipQuestion:
 def ask_clip(
     objects: Sequence[SceneObject], question_type: ClipQuestionType, rng: random.Random
 ) -> ClipQuestion | None:
-    """A question of one type about a clip whose scenes show these objects in turn, or None where none is
-    unambiguous."""
+    """A question of one type about a clip of scenes with these objects, or None where none is unambiguous."""
     if question_type not in _ASKERS:
         raise ValueError(f"unknown question type {question_type!r}; choose from {', '.join(CLIP_QUESTION_TYPES)}")
     question = _ASKERS[question_type](objects, rng)

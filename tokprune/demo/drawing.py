@@ -1,5 +1,4 @@
-"""Pixels of the demo scenes: textured background, clutter, and the objects with their characters (Pillow and NumPy
-only)."""
+"""Pixels of the demo scenes: textured background, clutter, and objects with characters (Pillow and NumPy)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Looks at an installation: versions against the tested ranges, devices, optional parts. `diagnose()`; printed by
-`tokprune doctor`."""
+"""Looks at an installation for `tokprune doctor`: versions against the tested ranges, devices, optional parts."""
 
 from __future__ import annotations
 
@@ -24,8 +23,7 @@ NOT_EXTRAS = ("dev", "test", "all")  # for working on tokprune, and the sum of t
 
 @dataclass(frozen=True)
 class Package:
-    """One package that tokprune can use. range: the versions that it is tested with. ok: None where it may be missing
-    and is."""
+    """A package that tokprune can use. range: of tested versions. ok: None where it may be missing and is."""
 
     name: str
     version: str | None

@@ -135,8 +135,7 @@ def build(
 
 
 def _metadata(frames: NDArray[np.uint8]) -> JsonObject:
-    """What a video reader would tell of a clip at two frames a second; some families write timestamps into the
-    prompt."""
+    """What a video reader tells of a clip at two frames a second; some families write times into the prompt."""
     count, height, width = frames.shape[:3]
     return {
         "total_num_frames": count,
@@ -173,8 +172,7 @@ def _deepen(model: VLM, layers: int) -> None:
 
 @torch.no_grad()
 def randomise(model: nn.Module, seed: int) -> None:
-    """Redraw all matrices with unit gain; the usual standard deviation of 0.02 makes logits of tiny models near
-    constant."""
+    """Redraw all matrices with unit gain; with the usual 0.02 logits of tiny models are near constant."""
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
         if weight.ndim >= 2:

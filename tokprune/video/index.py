@@ -34,8 +34,7 @@ TEXT_AND_STILLS = ("tty", "image2", "_pipe")  # FFmpeg reads text files and sing
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """What there is to choose from. timestamps: (N,) seconds since the first frame, ascending. size: (height, width),
-    upright."""
+    """The frames to choose from. timestamps: (N,) ascending seconds from the first. size: (height, width), upright."""
 
     path: Path
     timestamps: npt.NDArray[np.float64]
@@ -174,8 +173,7 @@ def packets(container: InputContainer, stream: VideoStream, trouble: list[str] |
 
 
 def shown(packet: Packet, codec: str) -> bool:
-    """Whether a packet's frame is displayed: not cut by an edit list, and not one of VP8's invisible reference
-    frames."""
+    """Whether a packet's frame is displayed: not cut by an edit list, no invisible reference frame of VP8."""
     return not packet.is_discard and not (codec == "vp8" and packet.size > 0 and not memoryview(packet)[0] & 0x10)
 
 

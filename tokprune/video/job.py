@@ -14,8 +14,7 @@ class VideoError(TokpruneError, RuntimeError):
 
 @dataclass
 class Job:
-    """limit: seconds, None for no limit. damaged: indices of frames that were decoded with visible errors. notes:
-    warnings."""
+    """limit: seconds, or None. damaged: frames that were decoded with visible errors. notes: warnings."""
 
     limit: float | None = None
     damaged: list[int] = field(default_factory=list)

@@ -136,8 +136,7 @@ class Decoded:
     def settle(
         self, chosen: Indices, on_missing: str, source: Path, job: Job, notes: list[str]
     ) -> tuple[Indices, tuple[int, ...]]:
-        """Drop, repeat or refuse what could not be decoded. Returns the frame number at each place, and the missing
-        ones."""
+        """Drop, repeat or refuse what could not be decoded; the frame number at each place, and the missing ones."""
         missing = tuple(i for i in sorted(self.slots) if i not in self.got)
         if not missing:
             return chosen, missing

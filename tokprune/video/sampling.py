@@ -24,8 +24,7 @@ def check_counts(total: int, count: int) -> None:
 
 
 def linspace(total: int, count: int) -> Indices:
-    """`count` points from the first to the last frame, rounded down; repeats frames when count > total
-    (LLaVA-OneVision)."""
+    """From the first to the last frame, rounded down; repeats frames when count > total (LLaVA-OneVision)."""
     check_counts(total, count)
     return np.linspace(0, total - 1, count).astype(np.int64)
 
@@ -75,8 +74,7 @@ def every_second(total: int, source_fps: float, most: int | None = None) -> Indi
 
 
 def longvideobench(total: int, source_fps: float, most: int = 16) -> Indices:
-    """i·int(total/K) with K = min(most, whole seconds): never reaches the tail, empty below one second
-    (LongVideoBench)."""
+    """i·int(total/K), K = min(most, whole seconds): not to the tail, none below a second (LongVideoBench)."""
     check_counts(total, most)
     check_rate(source_fps)
     count = min(most, int(total / source_fps))
@@ -84,14 +82,12 @@ def longvideobench(total: int, source_fps: float, most: int = 16) -> Indices:
 
 
 def quota_frames(duration: float, base: int = 96, per_hour: float = 64) -> int:
-    """How many frames QuoTA samples from a video of `duration` seconds (its dynamic sampling): base + per_hour per
-    hour."""
+    """How many frames QuoTA's dynamic sampling takes of `duration` seconds: base + per_hour per hour."""
     return base + int(duration / 3600 * per_hour)
 
 
 def frames_by_length(rule: str, duration: float) -> int:
-    """How many frames of a video of so many seconds: "quota" is 96 and 64 more per hour, "quota:64:32" other numbers of
-    these."""
+    """Frames of so many seconds: "quota" is 96 and 64 more per hour, "quota:64:32" other numbers of these."""
     parts = rule.split(":")
     numbers = [int(p) if p.isdigit() else -1 for p in parts[1:]]
     if parts[0] != "quota" or len(numbers) > 2 or any(n < 0 for n in numbers) or numbers[:1] == [0]:

@@ -93,8 +93,7 @@ def whole(size: Size) -> Geometry:
 
 
 def of_layout(size: Size, layout: Layout) -> Geometry:
-    """The geometry when only the layout is known: the whole picture on one grid, or stretched onto the canvas of
-    tiles."""
+    """The geometry when only the layout is known: the whole picture on one grid, or on a canvas of tiles."""
     if layout.kind == "tiles" and layout.canvas is not None:
         down, across = layout.canvas
         tall, wide = size[0] / down, size[1] / across
@@ -141,8 +140,7 @@ def of_processor(
 
 
 def _coordinates(size: Size) -> NDArray[np.uint8]:
-    """(H, W, 3) uint8 picture: red grows from left to right, green from top to bottom, blue is full where there is a
-    picture."""
+    """(H, W, 3) uint8: red grows from left to right, green from top to bottom, blue is full where the picture is."""
     height, width = size
     out = np.full((height, width, 3), 255, np.uint8)
     out[..., 0] = np.rint((np.arange(width) + 0.5) / width * 255)
@@ -200,8 +198,7 @@ def _box(view: Tensor, size: Size) -> Box | None:
 
 
 def _span(values: Tensor, there: Tensor, length: int) -> tuple[float, float] | None:
-    """First and last source coordinate along the columns of values (h, w): a straight line through them,
-    extrapolated."""
+    """First and last source coordinate along the columns of values (h, w), by a straight line through them."""
     count = there.sum(0)
     mean = (values * there).sum(0) / count.clamp(min=1) * length  # (w,) source coordinate at each column
     # At the border of the picture interpolation repeats the last pixel: no line there.
@@ -217,8 +214,7 @@ def _span(values: Tensor, there: Tensor, length: int) -> tuple[float, float] | N
 
 
 def _covered(box: Box, pixels: tuple[int, int], patch: int | None) -> Box:
-    """The part of a view's box that whole patches cover; the rest at the right or bottom is never seen (SigLIP: 378 of
-    384)."""
+    """The part of a view's box that whole patches cover; the rest (SigLIP: 6 of 384 px) is never seen."""
     if patch is None:
         return box
     down, across = (n // patch * patch / n for n in pixels)

@@ -1,5 +1,4 @@
-"""A signal (attention, a method's scores) as colours over the picture, with a legend that says what the colours are
-worth."""
+"""A signal (attention, a method's scores) as colours over the picture, with a legend of their values."""
 
 from __future__ import annotations
 
@@ -20,8 +19,7 @@ LEGEND, LABEL = 14, 15
 
 
 def scaled(values: Tensor, clip: float = 0.01) -> tuple[NDArray[np.float64], float, float]:
-    """Values as (N,) in [0, 1] between their `clip` and 1 - `clip` quantiles, and those two; NaN and infinity count as
-    the ends."""
+    """Values as (N,) in [0, 1] between two quantiles, and those two; NaN and infinity count as the ends."""
     flat = values.detach().double().cpu()
     flat = torch.where(flat.isnan(), -torch.inf, flat)
     finite = flat[torch.isfinite(flat)]

@@ -69,8 +69,7 @@ class Table:
 
 @dataclass(frozen=True)
 class PagePicture:
-    """A PIL picture, or the bytes of a PNG, JPEG, GIF, WebP or SVG file. alt: what it shows, for those who cannot see
-    it."""
+    """A PIL picture, or the bytes of a PNG, JPEG, GIF, WebP or SVG file. alt: what it shows, in words."""
 
     image: Image.Image | bytes
     caption: str
@@ -79,8 +78,7 @@ class PagePicture:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading with text (blank lines part paragraphs, lines that begin with "- " make a list), tables and
-    pictures."""
+    """A heading with text (blank lines part paragraphs, "- " begins an item), tables and pictures."""
 
     title: str
     text: str = ""

@@ -1,5 +1,4 @@
-"""Pictures of what a pruning kept, from the records that it left: a sheet for a picture, a strip of frames for a
-clip."""
+"""Pictures of what a pruning kept, from its records: a sheet for a picture, a strip of frames for a clip."""
 
 from __future__ import annotations
 

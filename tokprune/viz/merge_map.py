@@ -1,5 +1,4 @@
-"""What a reduced vision tower joined, drawn on the picture: each group in its mean colour, with an outline of its
-own."""
+"""What a reduced vision tower joined, on the picture: each group in its mean colour, with its own outline."""
 
 from __future__ import annotations
 
@@ -109,8 +108,7 @@ def draw_merge_map(
 
 
 def paint_regions(pixels: Pixels, region: NDArray[np.int64]) -> Pixels:
-    """Every region in the mean of its pixels; those on its edge in its own colour. pixels: (H, W, 3), region: (H,
-    W)."""
+    """Every region in its mean colour, its edge in a colour of its own. pixels: (H, W, 3), region: (H, W)."""
     out, nothing = fade(pixels), region == -2
     out[nothing] = unseen(pixels)[nothing]
     used = region >= 0

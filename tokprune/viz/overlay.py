@@ -80,8 +80,7 @@ def _indices(kept: Selection | Tensor, total: int) -> Tensor:
 
 
 def merge_targets(selection: Selection, total: int) -> Tensor:
-    """(N,) the output slot that takes most of each input, -1 for inputs that flow nowhere; kept ones without a merge go
-    to themselves."""
+    """(N,) the output slot that takes most of each input, -1 for none; without a merge kept ones go to themselves."""
     out = torch.full((total,), -1, dtype=torch.long)
     indices = selection.indices.detach().cpu().long()
     if selection.weights is None:

@@ -28,8 +28,7 @@ BASELINES = {"random": "x", "uniform": "+", "pool": "1"}
 
 @dataclass(frozen=True)
 class Point:
-    """One result: a method at a ratio with its score; low and high bound the score's interval; cost is any price (ms,
-    FLOPs)."""
+    """A method at a ratio with its score, that score's interval, and a cost (ms, FLOPs)."""
 
     method: str
     ratio: float
@@ -135,8 +134,7 @@ def _ratio_axis(axes: Axes, ratios: Sequence[float]) -> None:
 def accuracy_over_ratio(
     points: Sequence[Point], full: float | None = None, *, title: str = "", score: str = "accuracy"
 ) -> Figure:
-    """One line per method over the share of tokens kept, which shrinks to the right; intervals as bars, the unpruned
-    model dashed."""
+    """One line per method over the share of tokens kept; intervals as bars, the unpruned model dashed."""
     if not points:
         raise OptionError("no results to plot.")
     figure, axes = new_axes(7.5, 4.6)
@@ -175,8 +173,7 @@ def pareto(
     title: str = "",
     score: str = "accuracy",
 ) -> Figure:
-    """Score against cost, the Pareto front drawn through the best; points on the front carry their ratio where there is
-    room."""
+    """Score against cost, with the Pareto front; its points carry their ratio where there is room."""
     priced = [p for p in points if p.cost is not None]
     if not priced:
         raise OptionError(

@@ -1,5 +1,4 @@
-"""Several pictures on one page, each with its name and a line below: methods beside each other, or steps of one
-method."""
+"""Several pictures on one page, each with its name and a caption: methods or steps beside each other."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The numbers that a heat map shows: a signal of the vision tower, or the scores by which a method chooses, for one
-picture."""
+"""The numbers of a heat map: a signal of the vision tower, or a method's scores, for one picture."""
 
 from __future__ import annotations
 
