@@ -114,7 +114,7 @@ def test_a_picture_alone(tmp_path: Path) -> None:
 
 def test_wrong_input_says_what_to_type(clip: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("tokprune.loading.load", lambda *a: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("tokprune.cli.run.load", lambda *a: pytest.fail("a model was loaded"))
     with wave.open(str(tmp_path / "talk.wav"), "wb") as sound:
         sound.setparams((1, 2, 8000, 0, "NONE", ""))
         sound.writeframes(b"\0\0" * 4000)

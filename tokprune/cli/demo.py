@@ -15,7 +15,10 @@ from rich.console import Console
 
 from tokprune.cli import options
 from tokprune.cli.output import console_for, plain_table, progress_bar, save_json, say_saved
+from tokprune.environment import command_line, machine
 from tokprune.errors import OptionError, missing_extra
+from tokprune.files import read_picture, save_picture
+from tokprune.loading import LoadOptions, check_device, demo_scorer, load, no_bars
 
 if TYPE_CHECKING:
     from tokprune.demo.asking import Answered, Asker, Medium
@@ -117,7 +120,6 @@ def demo(  # the options of the command
 
 def _check(request: DemoRequest) -> None:
     """The error for options that do not go together."""
-    from tokprune.loading import check_device
 
     if (request.image is None and request.clip is None) != (request.question is None):
         raise OptionError(
@@ -152,7 +154,6 @@ def _check(request: DemoRequest) -> None:
 def open_asker(request: DemoRequest) -> Asker:
     """The model with the scorer that its methods need."""
     from tokprune.demo.asking import Asker
-    from tokprune.loading import LoadOptions, demo_scorer, load, no_bars
 
     with no_bars(request.quiet):
         loaded = load(request.model, LoadOptions(request.device), request.video)
@@ -228,7 +229,6 @@ def _table(cells: Sequence[SettingResult]) -> object:
 
 def demo_data(model: str, cells: Sequence[SettingResult], seed: int, questions: int) -> dict[str, object]:
     """The cells with what they were measured on, versioned."""
-    from tokprune.environment import command_line, machine
 
     return {
         "type": "tokprune.demo",
@@ -272,7 +272,6 @@ def save_kept(
     """Draw what each method kept: of a picture a sheet `path`.png, of a clip a strip `path`-METHOD.png each."""
     from PIL.Image import Image
 
-    from tokprune.files import save_picture
     from tokprune.viz.kept import kept_on_clip, kept_on_image
 
     records = {a.method: a.stream for a in answers if a.stream is not None}
@@ -291,7 +290,6 @@ def save_kept(
 def _ask_own(request: DemoRequest) -> None:
     """The user's own picture or clip and question, at every method and ratio."""
     from tokprune.demo.sweep import near_tenth, plan_cells
-    from tokprune.files import read_picture
     from tokprune.video import read_video
 
     question, console = request.question or "", console_for(request.quiet)

@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
+from rich.markup import escape
 
 from tokprune.cli import options
 from tokprune.cli.output import console_for, save_json
+from tokprune.errors import OptionError
 from tokprune.files import STDOUT
+from tokprune.loading import LoadOptions, check_device, load
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from tokprune.runtime.reach import Reach, ReachAnswer
     from tokprune.testing.doctor import Diagnosis, Package
     from tokprune.testing.self_test import Check
@@ -31,7 +33,6 @@ def doctor(
     json_file: options.Json = None,
 ) -> None:
     """Check versions, devices and optional parts, and with --model prove in seconds that pruning is exact on it."""
-    from tokprune.errors import OptionError
     from tokprune.testing.doctor import diagnose
 
     if random_weights and model in (None, "demo"):
@@ -45,7 +46,6 @@ def doctor(
 
 
 def _test(name: str, random_weights: bool, device: str) -> tuple[tuple[Check, ...], Reach]:
-    from tokprune.loading import LoadOptions, check_device, load
     from tokprune.runtime.reach import reach
     from tokprune.testing.self_test import prompts, self_test
 
@@ -55,8 +55,6 @@ def _test(name: str, random_weights: bool, device: str) -> tuple[tuple[Check, ..
 
 
 def _print(diagnosis: Diagnosis) -> None:
-    from rich.console import Console
-    from rich.markup import escape
 
     console = Console(soft_wrap=True, emoji=False)  # signals are called keys:-1
     console.print(f"[bold]tokprune {diagnosis.tokprune}[/], Python {diagnosis.python}")
@@ -75,7 +73,6 @@ def _print(diagnosis: Diagnosis) -> None:
 
 
 def _print_checks(console: Console, diagnosis: Diagnosis) -> None:
-    from rich.markup import escape
 
     console.print(f"[bold]self-test of {escape(str(diagnosis.model))}[/]")
     for check in diagnosis.checks:
@@ -90,7 +87,6 @@ def _print_checks(console: Console, diagnosis: Diagnosis) -> None:
 
 def _print_answers(console: Console, title: str, answers: dict[str, ReachAnswer]) -> None:
     """One line per thing that works; those that are refused for the same reason share one."""
-    from rich.markup import escape
 
     console.print(f"[bold]{title}[/]")
     lines: dict[tuple[bool, str], list[str]] = {}
@@ -102,7 +98,6 @@ def _print_answers(console: Console, title: str, answers: dict[str, ReachAnswer]
 
 
 def _line(package: Package) -> str:
-    from rich.markup import escape
 
     if package.version is None:
         return f"[yellow]{package.name} missing[/]" if package.ok is None else f"[red]{package.name} missing[/]"

@@ -9,6 +9,7 @@ import typer
 
 from tokprune.cli import options
 from tokprune.errors import OptionError
+from tokprune.loading import check_device, check_dtype
 
 if TYPE_CHECKING:
     from tokprune.config import PruneConfig
@@ -38,15 +39,13 @@ def evaluate(  # the options of the command
     ] = None,
     config: options.Config = None,
     limit: Annotated[str | None, typer.Option(help="Questions per task; all of them by default.")] = None,
-    out: Annotated[Path, typer.Option(help="Where results go; an interrupted run goes on from there.")] = Path(
-        "out/eval"
-    ),
-    batch_size: Annotated[int, typer.Option(help="Questions at once.")] = 1,
+    out: options.Results = Path("out/eval"),
+    batch_size: options.BatchSize = 1,
     device: options.Device = "cpu",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    dtype: options.Dtype = "auto",
     seed: Annotated[int, typer.Option(help="Of everything that draws.")] = 0,
     frames: Annotated[int | None, typer.Option(help="Frames of a video.")] = None,
-    positions: Annotated[str, typer.Option(help="Position ids of kept tokens: auto, keep or compact.")] = "auto",
+    positions: options.Positions = "auto",
     prompts: Annotated[
         str | None, typer.Option(help="Whose wording of the questions: a model of lmms-eval, such as qwen3_vl.")
     ] = None,
@@ -78,7 +77,6 @@ def evaluate(  # the options of the command
     from tokprune.cli.eval_run import EvalRequest, Outputs, compare_runs, print_reference, run
     from tokprune.evaluation.cells import BASELINE, SweepSettings, config_cells, plan
     from tokprune.evaluation.lmms_options import pruning_config
-    from tokprune.loading import check_device, check_dtype
 
     outputs = Outputs(csv=csv, markdown=markdown, latex=latex, plots=plots, html=html)
     if compare is not None:

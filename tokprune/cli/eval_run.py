@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.markup import escape
 
-from tokprune.cli.output import console_for, progress_bar, say_saved
+from tokprune.cli.output import console_for, progress_bar, resumable, say_saved
 from tokprune.environment import environment
 from tokprune.errors import OptionError, missing_extra
 from tokprune.evaluation import export
@@ -28,7 +28,7 @@ from tokprune.loading import DEMO, DEMO_CLIPS, check_reachable
 if TYPE_CHECKING:
     from tokprune.evaluation.harness import Harness
 
-DONE, FAILED, INTERRUPTED = 0, 1, 130  # exit codes
+DONE, FAILED = 0, 1  # exit codes
 
 
 @dataclass(frozen=True)
@@ -112,35 +112,36 @@ class EvalRequest:
     reference: bool = False
     quiet: bool = False
 
+    def store(self) -> Store:
+        """The results folder, not opened yet; refuses what would fail later."""
+        for method in dict.fromkeys(c.method for c in self.cells):
+            build_methods(method, self.settings)
+        check_options(self.cells, self.settings)
+        self.outputs.check()
+        if self.settings.model not in (DEMO, DEMO_CLIPS):
+            check_reachable(self.settings.model, self.settings.model_args.get("revision"))
+        return Store(self.out, self.settings, environment(self.settings.device))
+
 
 def run(request: EvalRequest) -> int:
     """Run the sweep and return the exit code."""
-    cells, settings, team = request.cells, request.settings, Team.launched()
-    for method in dict.fromkeys(c.method for c in cells):
-        build_methods(method, settings)
-    check_options(cells, settings)
-    request.outputs.check()
-    if settings.model not in (DEMO, DEMO_CLIPS):
-        check_reachable(settings.model, settings.model_args.get("revision"))
+    team, store = Team.launched(), request.store()
     console = Console(file=sys.stderr, quiet=request.quiet or not team.leads)
-    store = Store(request.out, settings, environment(settings.device))
     if team.leads:
         store.open()
     try:
-        sweep = _sweep(request, store, console, team)
-        if not team.leads:
-            return DONE
-        store.write("timing.json", timing_json(sweep))
-        written = [store.write("results.json", results_json(sweep, ["tokprune", *sys.argv[1:]]))]
-    except KeyboardInterrupt:
-        console.print("interrupted; the same command goes on from here")
-        return INTERRUPTED
+        with resumable(console):
+            sweep = run_cells(request, store, console, team)
+            if not team.leads:
+                return DONE
+            store.write("timing.json", timing_json(sweep))
+            written = [store.write("results.json", results_json(sweep, ["tokprune", *sys.argv[1:]]))]
     finally:
         store.close()
     return _show(sweep, written, request)
 
 
-def _sweep(request: EvalRequest, store: Store, console: Console, team: Team) -> Sweep:
+def run_cells(request: EvalRequest, store: Store, console: Console, team: Team) -> Sweep:
     """Run the cells that are not finished, under progress bars."""
     bars = Bars(console, not request.quiet and team.leads)
     # A finished sweep shows its table at once; loading lmms-eval and the model takes a while.

@@ -10,11 +10,12 @@ import typer
 from tokprune.cli import options
 from tokprune.cli.output import console_for, say_saved
 from tokprune.errors import OptionError
+from tokprune.files import read_picture, save_picture
+from tokprune.loading import Loaded, LoadOptions, check_device, demo_scorer, load, split_methods
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from tokprune.loading import Loaded
     from tokprune.tokens import Layout
     from tokprune.types import Inputs
 
@@ -43,8 +44,6 @@ def heatmap(  # the options of the command
     """Draw for each token where the vision tower or the LLM looks, or the scores of a method: a heat map."""
     from tokprune.adapters.prompting import build_inputs
     from tokprune.budget import check_ratio
-    from tokprune.files import read_picture, save_picture
-    from tokprune.loading import LoadOptions, check_device, demo_scorer, load
     from tokprune.viz import style
     from tokprune.viz.answer_map import SIGNAL
     from tokprune.viz.geometry import of_processor
@@ -84,7 +83,6 @@ def looked_at(loaded: Loaded, inputs: Inputs, name: str, pruned_by: str, ratio: 
     import contextlib
 
     import tokprune
-    from tokprune.loading import demo_scorer, split_methods
     from tokprune.viz.answer_map import answer_map
 
     _, _, rest = name.partition(":")

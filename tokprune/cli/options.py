@@ -8,12 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tokprune.errors import OptionError
+from tokprune.loading import split_methods
 
 if TYPE_CHECKING:
     from tokprune.config import PruneConfig
 
 Model = Annotated[str, typer.Option(help="A hub id or path, or the embedded demo VLM.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:0, ...")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")]
+Positions = Annotated[str, typer.Option(help="Position ids of kept tokens: auto, keep or compact.")]
+Scorer = Annotated[str | None, typer.Option(help="For methods that need one: open_clip:<model>/<weights>.")]
+Results = Annotated[Path, typer.Option(help="Where results go; an interrupted run goes on from there.")]
+BatchSize = Annotated[int, typer.Option(help="Questions at once.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No table and no bars; files are written all the same.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write all as JSON to this file; - is standard output.")]
 Picture = Annotated[Path, typer.Option(help="The picture.")]
@@ -40,7 +46,6 @@ def methods(text: str, smaller: bool = False) -> list[str]:
 
     smaller: allow "resize", the smaller picture, too.
     """
-    from tokprune.loading import split_methods
     from tokprune.scaling import RESIZE
 
     return [name if smaller and name == RESIZE else "+".join(split_methods(name)) for name in names(text)]

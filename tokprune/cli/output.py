@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from tokprune.files import STDOUT, write_json
+
+INTERRUPTED = 130  # exit code
 
 
 def console_for(quiet: bool = False, json: Path | None = None, width: int = 0) -> Console:
@@ -49,6 +53,16 @@ def progress_bar(console: Console, enabled: bool) -> Progress:
     return Progress(
         *columns, console=console, transient=True, disable=not enabled, redirect_stdout=False, redirect_stderr=False
     )
+
+
+@contextmanager
+def resumable(console: Console) -> Iterator[None]:
+    """Let an interruption end the command with a sentence: what was finished inside is not lost."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command goes on from here")
+        raise typer.Exit(INTERRUPTED) from None
 
 
 def plain_table(heads: Sequence[str], rows: Iterable[Sequence[str]], title: str = "", left: int = 1) -> Table:

@@ -11,6 +11,7 @@ import typer
 from tokprune.cli import options
 from tokprune.cli.output import console_for, say_saved
 from tokprune.errors import OptionError
+from tokprune.files import read_json
 
 
 def plots(
@@ -19,7 +20,6 @@ def plots(
     quiet: options.Quiet = False,
 ) -> None:
     """Draw the plots of a results file: latency bars, accuracy over ratio, accuracy against cost."""
-    from tokprune.files import read_json
 
     data = read_json(results, "results")
     kind = data.get("type") if isinstance(data, dict) else None

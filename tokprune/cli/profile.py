@@ -14,7 +14,10 @@ from rich.markup import escape
 from tokprune.cli import options
 from tokprune.cli.output import console_for, save_json, say_saved
 from tokprune.cli.profile_inputs import Work, config_case, from_model, from_preset, known_attention, preset_case
+from tokprune.environment import command_line, machine
 from tokprune.errors import OptionError
+from tokprune.files import save_picture
+from tokprune.loading import check_device, check_dtype
 from tokprune.types import MethodLike
 
 if TYPE_CHECKING:
@@ -148,7 +151,6 @@ def run_profile(request: ProfileRequest) -> None:
 
 def _check(request: ProfileRequest) -> None:
     """Refuse what cannot be measured before anything is loaded."""
-    from tokprune.loading import check_device, check_dtype
 
     options.at_least_one(batch=request.batch, repeats=request.repeats, frames=request.frames, tokens=request.tokens)
     if request.image is not None and request.video is not None:
@@ -182,8 +184,6 @@ def _arithmetic(request: ProfileRequest, console: Console) -> None:
     """FLOPs and memory of a preset at several keep ratios, on the meta device."""
     import torch
 
-    from tokprune.environment import command_line, machine
-    from tokprune.loading import check_dtype
     from tokprune.profiling.arithmetic import arithmetic
 
     case = preset_case(request) if request.preset is not None else config_case(request)
@@ -215,7 +215,6 @@ def _measure(
     """The report, and what each pruned run kept of the first prompt."""
     from dataclasses import replace
 
-    from tokprune.environment import command_line
     from tokprune.profiling.profile import profile as measure
 
     kept: dict[str, list[StreamRecord]] = {}
@@ -262,7 +261,6 @@ def _write(
     console: Console,
 ) -> None:
     """The files that were asked for."""
-    from tokprune.files import save_picture
 
     save_json(console, request.json, report.to_dict())
     if request.html is None and request.plots is None:

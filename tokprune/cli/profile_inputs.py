@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from tokprune.cli import options
 from tokprune.errors import OptionError, unknown
+from tokprune.files import read_picture
+from tokprune.loading import Loaded, LoadOptions, check_device, check_dtype, demo_scorer, load, no_bars
 from tokprune.types import VLM, Fields, Inputs, JsonObject, Processor
 
 if TYPE_CHECKING:
@@ -17,7 +19,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from tokprune.cli.profile import ProfileRequest
-    from tokprune.loading import Loaded
     from tokprune.profiling.presets import Preset
     from tokprune.profiling.report import ProfileReport
     from tokprune.runtime.records import StreamRecord
@@ -82,7 +83,6 @@ class Case:
 def config_case(request: ProfileRequest) -> Case:
     """The model of a request by its config and processor alone; its weights are not read."""
     from tokprune.cli.plan import folder_of
-    from tokprune.files import read_picture
     from tokprune.profiling.loaded import preset_of_folder
 
     if request.video is not None or request.tokens is not None or request.frames is not None:
@@ -100,7 +100,6 @@ def config_case(request: ProfileRequest) -> Case:
 
 def preset_case(request: ProfileRequest) -> Case:
     """The preset and size of a request: of its picture or clip, of the wanted tokens, or the preset's usual one."""
-    from tokprune.files import read_picture
     from tokprune.profiling.presets import preset
     from tokprune.profiling.resize import preset_size
 
@@ -123,7 +122,6 @@ def from_preset(request: ProfileRequest) -> Work:
     """A preset built with random weights, and a prompt that is right in every shape."""
     import torch
 
-    from tokprune.loading import check_device, check_dtype
     from tokprune.profiling.build import build_random
     from tokprune.profiling.inputs import random_inputs
     from tokprune.profiling.memory import readable
@@ -186,8 +184,6 @@ def known_attention(name: str | None) -> None:
 
 def from_model(request: ProfileRequest) -> Work:
     """A model on disk, on the hub or the embedded one, and a prompt around the picture or clip that was given."""
-    from tokprune.files import read_picture
-    from tokprune.loading import LoadOptions, demo_scorer, load, no_bars
 
     # What cannot be read is said before a model is loaded.
     clip = _clip(request.video, request.frames) if request.video is not None else None

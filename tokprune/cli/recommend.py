@@ -13,8 +13,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from tokprune.cli import options
-from tokprune.cli.output import console_for, plain_table, save_json, say_saved
+from tokprune.cli.output import console_for, plain_table, resumable, save_json, say_saved
+from tokprune.environment import environment
 from tokprune.errors import OptionError
+from tokprune.files import write_json
+from tokprune.loading import LoadOptions, check_device, check_dtype, load, no_bars
 
 if TYPE_CHECKING:
     from tokprune.cli.eval_run import Bars
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
     from tokprune.evaluation.recommend import Advice
     from tokprune.evaluation.sweep import Sweep
 
-NOTHING_FOUND, INTERRUPTED = 1, 130  # exit codes
+NOTHING_FOUND = 1  # exit code
 WORDY = 4  # words of a mean answer from which on word for word is a harsh judge
 WIDTH = 100  # of a table that goes into a file or a pipe
 
@@ -46,14 +49,14 @@ def recommend(  # the options of the command
     ] = None,
     methods: Annotated[str | None, typer.Option("--methods", "--method", help="The short list; a+b together.")] = None,
     ratios: Annotated[str | None, typer.Option("--ratios", "--ratio", help="Keep ratios to try.")] = None,
-    scorer: Annotated[str | None, typer.Option(help="For methods that need one: open_clip:<model>/<weights>.")] = None,
+    scorer: options.Scorer = None,
     limit: Annotated[int | None, typer.Option(help="Questions at most.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer about --images.")] = 16,
     out: Annotated[
         Path, typer.Option(help="Results, and prune.json; an interrupted search goes on from there.")
     ] = Path("out/recommend"),
     device: options.Device = "cpu",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    dtype: options.Dtype = "auto",
     json_file: options.Json = None,
     quiet: options.Quiet = False,
 ) -> None:
@@ -63,8 +66,6 @@ def recommend(  # the options of the command
     """
     from tokprune.evaluation import recommend as found
     from tokprune.evaluation.cells import BASELINE, SweepSettings
-    from tokprune.files import write_json
-    from tokprune.loading import check_device, check_dtype
 
     check_device(device)
     check_dtype(dtype)
@@ -87,11 +88,8 @@ def recommend(  # the options of the command
         quiet=quiet,
     )
     console = console_for(quiet, json_file, WIDTH)
-    try:
+    with resumable(console):
         sweep, skipped = search(request, console)
-    except KeyboardInterrupt:
-        console.print("interrupted; the same command goes on from here")
-        raise typer.Exit(INTERRUPTED) from None
     advice = found.advise(sweep, skipped, loss, in_time)
     _print(advice, console)
     words = [len(s.answer.split()) for s in sweep.results[0].samples]
@@ -144,7 +142,6 @@ class Request:
 def search(request: Request, console: Console) -> tuple[Sweep, dict[str, str]]:
     """Run the short list under a progress bar; what is in the results folder already is read from there."""
     from tokprune.cli.eval_run import Bars
-    from tokprune.environment import environment
     from tokprune.evaluation import recommend as found
     from tokprune.evaluation.cells import build_methods
     from tokprune.evaluation.own_pictures import TASK
@@ -219,7 +216,6 @@ class _Runner:
 
     def _pictures(self) -> Callable[[Cell], CellResult | None]:
         from tokprune.evaluation.own_pictures import OwnPictures
-        from tokprune.loading import LoadOptions, load, no_bars
         from tokprune.runtime.scorers import load_scorer
 
         s = self.settings

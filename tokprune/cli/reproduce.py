@@ -10,13 +10,15 @@ from rich.console import Console
 from rich.markup import escape
 
 from tokprune.cli import options
-from tokprune.cli.output import console_for, plain_table, save_json
+from tokprune.cli.output import console_for, plain_table, resumable, save_json
+from tokprune.loading import check_device, check_dtype
 
 if TYPE_CHECKING:
+    from tokprune.evaluation.cells import SweepSettings
     from tokprune.evaluation.reproduce import Outcome, Recipe
     from tokprune.evaluation.sweep import Sweep
 
-DIFFERENT, INTERRUPTED = 1, 130  # exit codes
+DIFFERENT = 1  # exit code
 
 
 def reproduce(  # the options of the command
@@ -24,20 +26,18 @@ def reproduce(  # the options of the command
     model: Annotated[str | None, typer.Option(help="The checkpoint elsewhere: a hub id or a folder.")] = None,
     tasks: Annotated[str | None, typer.Option("--tasks", "--task", help="Only these of its tasks.")] = None,
     limit: Annotated[int | None, typer.Option(help="Questions per task; all of them by default.")] = None,
-    scorer: Annotated[str | None, typer.Option(help="For methods that need one: open_clip:<model>/<weights>.")] = None,
+    scorer: options.Scorer = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be run, and run nothing.")] = False,
     batch_size: Annotated[int | None, typer.Option(help="Questions at once.")] = None,
-    out: Annotated[Path, typer.Option(help="Where results go; an interrupted run goes on from there.")] = Path(
-        "out/reproduce"
-    ),
+    out: options.Results = Path("out/reproduce"),
     device: options.Device = "cpu",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    dtype: options.Dtype = "auto",
     json_file: options.Json = None,
     quiet: options.Quiet = False,
 ) -> None:
     """Run a published table and set the measured numbers beside it. Exit code 1 where one differs or was not run."""
+    from tokprune.evaluation.cells import SweepSettings
     from tokprune.evaluation.reproduce import DIFFERS, NOT_RUN, TYPE, VERSION, find, outcomes
-    from tokprune.loading import check_device, check_dtype
 
     console = console_for(quiet, json_file, 120)
     if table is None:
@@ -53,11 +53,10 @@ def reproduce(  # the options of the command
         return
     given = {"limit": limit, "batch_size": batch_size}
     fixed = {**recipe.settings, **{k: v for k, v in given.items() if v is not None}, "device": device, "dtype": dtype}
-    try:
-        sweep = _run(recipe, model or recipe.checkpoint, names, fixed, scorer, out / table.replace("/", "_"), quiet)
-    except KeyboardInterrupt:
-        console.print("interrupted; the same command goes on from here")
-        raise typer.Exit(INTERRUPTED) from None
+    args = {**recipe.options(), **({} if scorer is None else {"scorer": scorer})}
+    settings = SweepSettings(model=model or recipe.checkpoint, model_args=args, **fixed)  # type: ignore[arg-type]
+    with resumable(console):
+        sweep = _run(recipe, settings, names, out / table.replace("/", "_"), quiet)
     rows = outcomes(recipe, sweep)
     _print(rows, console)
     data = {"type": TYPE, "version": VERSION, "recipe": recipe.name, "source": recipe.source, "url": recipe.url}
@@ -67,44 +66,17 @@ def reproduce(  # the options of the command
         raise typer.Exit(DIFFERENT)
 
 
-def _run(
-    recipe: Recipe,
-    model: str,
-    tasks: list[str],
-    fixed: dict[str, object],
-    scorer: str | None,
-    out: Path,
-    quiet: bool,
-) -> Sweep:
+def _run(recipe: Recipe, settings: SweepSettings, tasks: list[str], out: Path, quiet: bool) -> Sweep:
     """The cells of a recipe through lmms-eval; finished ones are read from the results folder."""
-    from tokprune.cli.eval_run import Bars, Outputs
-    from tokprune.environment import environment
-    from tokprune.evaluation.cells import SweepSettings, build_methods
-    from tokprune.evaluation.harness import Harness
-    from tokprune.evaluation.store import Store
-    from tokprune.evaluation.sweep import run_sweep, survey
-    from tokprune.loading import DEMO, check_reachable
+    from tokprune.cli.eval_run import EvalRequest, run_cells
+    from tokprune.evaluation.team import Team
 
-    Outputs().check()
-    args = {**recipe.options(), **({} if scorer is None else {"scorer": scorer})}
-    settings = SweepSettings(model=model, model_args=args, **fixed)  # type: ignore[arg-type]
-    cells = recipe.cells(tasks)
-    for cell in cells:
-        build_methods(cell.method, settings)
-    if model != DEMO:
-        check_reachable(model)
-    bars = Bars(Console(stderr=True, quiet=quiet), not quiet)
-    store = Store(out, settings, environment(settings.device)).open()
-    harness = None
+    request = EvalRequest(recipe.cells(tasks), settings, out, retry_failed=True, quiet=quiet)
+    store = request.store().open()
     try:
-        if survey(cells, store, True).todo:
-            harness = Harness(list(dict.fromkeys(c.task for c in cells)), settings, tick=bars.tick)
-        with bars.progress:
-            return run_sweep(cells, store, harness or (lambda cell: None), watcher=bars, retry_failed=True)
+        return run_cells(request, store, Console(stderr=True, quiet=quiet), Team())
     finally:
         store.close()
-        if harness is not None:
-            harness.close()
 
 
 def _list(console: Console) -> None:

@@ -21,19 +21,21 @@ from tokprune.cli.run_video import (
     SCORED,
     Reading,
     VideoRead,
-    open_videos,
     parse_frames,
     parse_select,
     read_frames,
 )
+from tokprune.environment import command_line, machine
 from tokprune.errors import OptionError
+from tokprune.files import read_picture, save_picture
+from tokprune.loading import Loaded, LoadOptions, check_device, check_dtype, load, no_bars, split_methods
+from tokprune.registry import get_method, method_class
 from tokprune.types import VLM, JsonObject, Processor
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from tokprune.config import PruneConfig
-    from tokprune.loading import Loaded
     from tokprune.methods.base import Method
     from tokprune.report import Report
     from tokprune.runtime.encoder.report import EncoderReport
@@ -106,7 +108,7 @@ def run(  # the options of the command
     ] = None,
     backend: Annotated[str, typer.Option(help="Who decodes: auto, pyav, torchcodec, decord.")] = "auto",
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 64,
-    positions: Annotated[str, typer.Option(help="Position ids of kept tokens: auto, keep or compact.")] = "auto",
+    positions: options.Positions = "auto",
     compare: Annotated[bool, typer.Option("--compare", help="Also answer with all tokens.")] = False,
     longer_context: Annotated[
         float,
@@ -120,8 +122,7 @@ def run(  # the options of the command
 ) -> None:
     """Ask any model about videos and pictures; print the answer, what was kept, and where the time went."""
     from tokprune.config import PruneConfig
-    from tokprune.files import read_picture
-    from tokprune.loading import LoadOptions, check_device, check_dtype, load, no_bars
+    from tokprune.video import scan
 
     count = parse_frames(frames)
     _check(question, video, image, model, Reading(count, fps, start, end), select)
@@ -139,7 +140,7 @@ def run(  # the options of the command
     reading = Reading(count, fps, start, end, backend, rule, parse_select(select))
     request = RunRequest(question, model, pruning, reading, scorer, max_new_tokens, compare, longer_context)
     pictures = [read_picture(path) for path in image or ()]
-    files = open_videos(video or ())  # before the model: what is no video should not cost its loading
+    files = [scan(path) for path in video or ()]  # before the model: what is no video should not cost its loading
     with no_bars(quiet):
         loaded = load(model, LoadOptions(device, dtype), bool(video))
     judge = _scorer(request, loaded)
@@ -188,8 +189,6 @@ def _check(
 
 def build_methods(text: str, settings: Sequence[str], scorer: str | None) -> list[Method]:
     """ "a+b" as methods, with their options; a scorer that is named is used by the frames method that can."""
-    from tokprune.loading import split_methods
-    from tokprune.registry import get_method, method_class
 
     fields: dict[str, JsonObject] = {name: {} for name in split_methods(text)}
     for item in settings:
@@ -288,7 +287,6 @@ def _draw(
     question: str,
 ) -> Path:
     """The first video as a strip, or the first picture as a sheet, with the kept patches bright."""
-    from tokprune.files import save_picture
     from tokprune.viz.kept import kept_on_clip, kept_on_image
 
     stream = next((s for s in streams if (s.layout.kind == "video") == bool(reads)), None)
@@ -308,7 +306,6 @@ def _draw(
 
 def _data(request: RunRequest, answer: RunAnswer, reads: Sequence[VideoRead]) -> dict[str, object]:
     """The answer as versioned plain data, with what was read and what it was made with."""
-    from tokprune.environment import command_line, machine
 
     data: dict[str, object] = {
         "type": "tokprune.run",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tokprune.errors import OptionError, unknown
@@ -100,15 +99,8 @@ def parse_select(text: str | None) -> tuple[str, int] | None:
     return key, int(count)
 
 
-def open_videos(paths: Sequence[Path]) -> list[Index]:
-    """What each file holds, without decoding it; what is no video is refused."""
-    from tokprune.video import scan
-
-    return [scan(path) for path in paths]
-
-
 def read_frames(index: Index, reading: Reading, question: str, scorer: object, processor: Processor) -> VideoRead:
-    """The wanted frames of one file. index: of `open_videos`."""
+    """The wanted frames of one file. index: of `scan`."""
     from tokprune.video import read_video
 
     began = time.perf_counter()

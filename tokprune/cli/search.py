@@ -11,7 +11,10 @@ from rich.console import Console
 
 from tokprune.cli import options
 from tokprune.cli.output import console_for, plain_table, progress_bar, save_json, say_saved
+from tokprune.environment import command_line, environment
 from tokprune.errors import OptionError
+from tokprune.files import check_writable
+from tokprune.loading import DEMO, LoadOptions, check_device, check_dtype, load, no_bars
 from tokprune.types import VLM, JsonObject
 
 if TYPE_CHECKING:
@@ -69,18 +72,16 @@ def search(  # the options of the command
     trials: Annotated[int, typer.Option(help="Schedules that sigmoid tries.")] = 40,
     sampler: Annotated[str, typer.Option(help="Of sigmoid: optuna (Bayesian), or random.")] = "optuna",
     seed: Annotated[int, typer.Option(help="Of the sampler.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Questions at once.")] = 25,
+    batch_size: options.BatchSize = 25,
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Where the pruning config goes; its scores are kept beside it.")
     ] = Path("out/search.json"),
     json_file: options.Json = None,
     device: options.Device = "cpu",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    dtype: options.Dtype = "auto",
     quiet: options.Quiet = False,
 ) -> None:
     """Find how many visual tokens each layer of the LLM needs. Interrupted, it goes on from the scores that it has."""
-    from tokprune.files import check_writable
-    from tokprune.loading import check_device, check_dtype
     from tokprune.search.run import SearchGoal
     from tokprune.search.scores import check_decoder
     from tokprune.search.strategies import Trials
@@ -119,7 +120,6 @@ def _run(
     asked: Asked, wanted: SearchGoal, every: int, out: Path, console: Console, quiet: bool
 ) -> tuple[Searched, int]:
     """Load, score, search; the number of schedules that were scored beside what was found."""
-    from tokprune.loading import no_bars
     from tokprune.profiling.formulas import DecoderShape
     from tokprune.search.journal import Journal
     from tokprune.search.layers import droppable_layers
@@ -144,7 +144,6 @@ def _run(
 
 def _score(asked: Asked) -> tuple[ModelScore | TaskScore, VLM]:
     """The score, and the model that it asks."""
-    from tokprune.loading import DEMO, LoadOptions, load
 
     if asked.tasks or asked.model != DEMO:
         return _task_score(asked)
@@ -216,6 +215,5 @@ def _save(console: Console, asked: Asked, searched: Searched, out: Path) -> None
 
 
 def _made_with() -> JsonObject:
-    from tokprune.environment import command_line, environment
 
     return {"command": command_line(), "environment": environment()}

@@ -10,6 +10,9 @@ import typer
 from tokprune.cli import options
 from tokprune.cli.output import console_for, say_saved
 from tokprune.errors import OptionError
+from tokprune.files import read_picture, save_picture
+from tokprune.loading import LoadOptions, check_device, demo_scorer, load
+from tokprune.registry import method_class
 
 MERGED = "Inside the tower, patches of one colour and outline became one token; dropped ones fade."
 
@@ -35,9 +38,6 @@ def show(  # the options of the command
     """Draw which tokens of a picture each method keeps, or joins inside the vision tower."""
     from tokprune.budget import check_ratio
     from tokprune.demo.asking import Asker
-    from tokprune.files import read_picture, save_picture
-    from tokprune.loading import LoadOptions, check_device, demo_scorer, load
-    from tokprune.registry import method_class
     from tokprune.viz.kept import kept_on_image
 
     names = options.methods(methods)
