@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -12,8 +15,9 @@ from tokprune.errors import OptionError
 from tokprune.tokens import Layout, Merge, Selection
 from tokprune.viz import geometry as geo
 from tokprune.viz import style
+from tokprune.viz.kept import kept_on_image
 from tokprune.viz.overlay import cell_map, draw_overlay, merge_targets, outline
-from tokprune.viz.sheet import Panel, method_sheet, sheet
+from tokprune.viz.sheet import Panel, sheet
 
 GREY = Image.new("RGB", (320, 240), (200, 180, 160))
 
@@ -104,13 +108,16 @@ def test_wrong_input_is_named() -> None:
 
 
 def test_sheet_is_deterministic_and_holds_every_panel() -> None:
-    layout = Layout.grid(4, 4)
-    kept = {"divprune": torch.tensor([0, 5]), "random": torch.tensor([1, 9])}
-    pages = [method_sheet(GREY, layout, kept, title="t", subtitle="s", longest=200) for _ in range(2)]
+    def page(**kept: list[int]) -> Image.Image:
+        chosen = {name: Selection(torch.tensor(indices)) for name, indices in kept.items()}
+        records: Any = {n: SimpleNamespace(layout=Layout.grid(4, 4), selection=s) for n, s in chosen.items()}
+        untraced: Any = object()  # no processor: the layout alone says where tokens lie
+        return kept_on_image(GREY, records, untraced, title="t", subtitle="s", longest=200)
+
+    pages = [page(divprune=[0, 5], random=[1, 9]) for _ in range(2)]
     assert pages[0].tobytes() == pages[1].tobytes()
     assert pages[0].width >= 3 * 200
-    other = method_sheet(GREY, layout, {"divprune": torch.tensor([0, 6])}, longest=200)
-    assert other.tobytes() != pages[0].tobytes()
+    assert page(divprune=[0, 6], random=[1, 9]).tobytes() != pages[0].tobytes()
 
 
 def test_long_text_is_wrapped_and_cut() -> None:

@@ -15,8 +15,12 @@ from tokprune.types import ImageLike, Processor
 from tokprune.viz import style
 from tokprune.viz.geometry import of_processor
 from tokprune.viz.merge_map import draw_merge_map
-from tokprune.viz.sheet import LONGEST, MERGES, Panel, kept_text, method_panel, method_sheet, sheet
+from tokprune.viz.overlay import draw_overlay
+from tokprune.viz.sheet import Panel, sheet
 from tokprune.viz.strip import frame_strip
+
+LONGEST = 420  # pixels of a panel's longer side
+MERGES = "Patches of one colour flow into one token, whose own patch has a white frame."
 
 
 def kept_on_image(
@@ -28,6 +32,7 @@ def kept_on_image(
     subtitle: str = "",
     captions: Mapping[str, str] | None = None,
     maps: Mapping[str, Sequence[Tensor]] | None = None,
+    longest: int = LONGEST,
 ) -> Image.Image:
     """The picture beside what each run kept of it, or joined inside the vision tower.
 
@@ -35,19 +40,22 @@ def kept_on_image(
     encoder-stage method leaves fewer candidates than the others, so each is drawn on its own layout. processor: the
     model's, whose resizing and cropping the patches follow. captions: a line per run after the count. maps: by the same
     names, the groups of patches that a run joined (`merge_map.stream_maps`); runs without any show what they kept.
+    longest: length of each panel's longer side in pixels.
     """
     if not records:
         raise OptionError("there is no record to draw; run the pruned model on the picture first.")
-    original, _ = style.enlarge(style.to_rgb(image), LONGEST)
+    original, _ = style.enlarge(style.to_rgb(image), longest)
     candidates = dict.fromkeys(len(r.layout.group) for r in records.values())
     panels = [Panel(original, "input", f"{' or '.join(map(str, candidates))} tokens")]
     for name, record in records.items():
         geometry = of_processor(processor, (image.height, image.width), None, record.layout)
         if maps is not None and maps.get(name):
-            drawn = draw_merge_map(image, maps[name], geometry, longest=LONGEST)
-            panels.append(Panel(drawn, name, kept_text(record.selection, record.layout, captions, name)))
+            drawn = draw_merge_map(image, maps[name], geometry, longest=longest)
         else:
-            panels.append(method_panel(image, record.layout, record.selection, geometry, name, captions))
+            drawn = draw_overlay(image, record.layout, record.selection, geometry, longest=longest)
+        count, total, more = len(record.selection), len(record.layout.group), (captions or {}).get(name, "")
+        note = f"{count} of {total} tokens ({100 * count / total:.3g} %)"
+        panels.append(Panel(drawn, name, f"{note}, {more}" if more else note))
     if maps is None and any(r.selection.weights is not None for r in records.values()):
         subtitle = f"{subtitle}. {MERGES}" if subtitle else MERGES
     return sheet(panels, title, subtitle)
@@ -77,8 +85,7 @@ def kept_on_clip(
         panels = []
         for number, (frame, record) in enumerate(zip(frames, streams, strict=True), 1):
             picture = Image.fromarray(np.asarray(frame, dtype=np.uint8))
-            geometry = of_processor(processor, (picture.height, picture.width), None, record.layout)
-            one = method_sheet(picture, record.layout, {"": record.selection}, geometry, longest=220)
+            one = kept_on_image(picture, {"": record}, processor, longest=220)
             panels.append(Panel(one, f"frame {number}", f"{record.kept} of {record.total} tokens"))
         out.append((name, sheet(panels, heading)))
     return out

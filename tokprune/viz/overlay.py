@@ -41,20 +41,20 @@ def cell_map(boxes: Tensor, size: tuple[int, int], factor: float, members: Tenso
 
 def outline(labels: NDArray[np.int64] | Mask, width: int) -> Mask:
     """Pixels within `width` of a border between different labels, on both sides."""
-    edge = np.zeros(labels.shape, dtype=bool)
-    down, across = labels[1:] != labels[:-1], labels[:, 1:] != labels[:, :-1]
-    edge[1:] |= down
-    edge[:-1] |= down
-    edge[:, 1:] |= across
-    edge[:, :-1] |= across
+    edge = _both(labels[1:] != labels[:-1], labels[:, 1:] != labels[:, :-1])
     for _ in range(width - 1):
-        grown = edge.copy()
-        grown[1:] |= edge[:-1]
-        grown[:-1] |= edge[1:]
-        grown[:, 1:] |= edge[:, :-1]
-        grown[:, :-1] |= edge[:, 1:]
-        edge = grown
+        edge |= _both(edge[1:] | edge[:-1], edge[:, 1:] | edge[:, :-1])
     return edge
+
+
+def _both(down: Mask, across: Mask) -> Mask:
+    """(H, W) of marks (H - 1, W) and (H, W - 1) between neighbours: each marks the pixels on its both sides."""
+    out = np.zeros((across.shape[0], down.shape[1]), dtype=bool)
+    out[1:] |= down
+    out[:-1] |= down
+    out[:, 1:] |= across
+    out[:, :-1] |= across
+    return out
 
 
 def fade(pixels: Pixels) -> Pixels:
@@ -70,7 +70,8 @@ def unseen(pixels: Pixels) -> Pixels:
     return np.asarray(0.3 * grey[..., None] + 0.7 * np.array(style.PAPER, float))
 
 
-def _indices(kept: Selection | Tensor, total: int) -> Tensor:
+def indices_of(kept: Selection | Tensor, total: int) -> Tensor:
+    """(K,) the kept tokens of a stream of `total`, on the CPU."""
     indices = (kept.indices if isinstance(kept, Selection) else torch.as_tensor(kept)).detach().cpu().long()
     if indices.numel() and (int(indices.min()) < 0 or int(indices.max()) >= total):
         raise OptionError(
@@ -147,7 +148,7 @@ def draw_overlay(
     if layout.kind == "video":
         raise OptionError("this is the layout of a video; draw its frames with tokprune.viz.strip.frame_strip.")
     total = len(layout.group)
-    indices = _indices(kept, total)
+    indices = indices_of(kept, total)
     by_source = merged if merged is not None else isinstance(kept, Selection) and kept.weights is not None
     target = merge_targets(kept, total) if by_source and isinstance(kept, Selection) else None
 

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
-from torch import Tensor
 
 from tokprune.errors import OptionError
-from tokprune.tokens import Layout, Selection
-from tokprune.types import ImageLike
 from tokprune.viz import style
-from tokprune.viz.geometry import Geometry
-from tokprune.viz.overlay import draw_overlay
 
 MARGIN, GAP = 28, 22
-LONGEST = 420  # pixels of a panel's longer side
 TITLE, NAME, CAPTION = 30, 22, 17
-MERGES = "Patches of one colour flow into one token, whose own patch has a white frame."
 
 
 @dataclass(frozen=True)
@@ -84,50 +77,3 @@ def _columns(panels: Sequence[Panel]) -> int:
         return abs(math.log(columns * width / (rows * height) / 1.6)) + 0.5 * empty, columns
 
     return min(range(1, len(panels) + 1), key=cost)
-
-
-def method_sheet(
-    image: ImageLike,
-    layout: Layout,
-    selections: Mapping[str, Selection | Tensor],
-    geometry: Geometry | None = None,
-    *,  # options by name: this is a public entry point
-    title: str = "",
-    subtitle: str = "",
-    captions: Mapping[str, str] | None = None,
-    longest: int = LONGEST,
-    columns: int | None = None,
-) -> Image.Image:
-    """The picture, then what each method kept of it. captions: a line per method (an answer, a time) after the count.
-
-    selections: by the name to print, each a Selection or (K,) indices into the stream that `layout` describes.
-    """
-    original, _ = style.enlarge(style.to_rgb(image), longest)
-    count, more = f"{len(layout.group)} tokens", (captions or {}).get("input", "")
-    panels = [Panel(original, "input", f"{count}, {more}" if more else count)]
-    for name, kept in selections.items():
-        panels.append(method_panel(image, layout, kept, geometry, name, captions, longest))
-    if any(isinstance(kept, Selection) and kept.weights is not None for kept in selections.values()):
-        subtitle = f"{subtitle}. {MERGES}" if subtitle else MERGES
-    return sheet(panels, title, subtitle, columns)
-
-
-def method_panel(
-    image: ImageLike,
-    layout: Layout,
-    kept: Selection | Tensor,
-    geometry: Geometry | None,
-    name: str,
-    captions: Mapping[str, str] | None = None,
-    longest: int = LONGEST,
-) -> Panel:
-    """What one method kept, with its name and the count."""
-    picture = draw_overlay(image, layout, kept, geometry, longest=longest)
-    return Panel(picture, name, kept_text(kept, layout, captions, name))
-
-
-def kept_text(kept: Selection | Tensor, layout: Layout, captions: Mapping[str, str] | None, name: str) -> str:
-    """ "58 of 576 tokens (10.1 %)", and the caption of that name."""
-    count, total = len(kept), len(layout.group)
-    note, more = f"{count} of {total} tokens ({100 * count / total:.3g} %)", (captions or {}).get(name, "")
-    return f"{note}, {more}" if more else note

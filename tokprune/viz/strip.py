@@ -15,7 +15,7 @@ from tokprune.tokens import Layout, Selection
 from tokprune.types import ImageLike
 from tokprune.viz import style
 from tokprune.viz.geometry import Geometry, whole
-from tokprune.viz.overlay import draw_overlay
+from tokprune.viz.overlay import draw_overlay, indices_of
 
 MARGIN, GAP, BAR, LABEL = 24, 14, 20, 15
 
@@ -29,7 +29,7 @@ def frame_layout(layout: Layout, frame: int) -> tuple[Layout, Tensor]:
 
 def frame_budgets(layout: Layout, kept: Selection | Tensor) -> list[int]:
     """How many tokens of each frame stayed."""
-    indices = (kept.indices if isinstance(kept, Selection) else torch.as_tensor(kept)).cpu()
+    indices = indices_of(kept, len(layout.group))
     return torch.bincount(layout.group.cpu()[indices], minlength=layout.num_groups).tolist()
 
 
@@ -53,7 +53,7 @@ def frame_strip(
     groups = layout.num_groups
     if len(frames) == 0 or len(frames) < groups:
         raise OptionError(f"{len(frames)} frames for a layout of {groups}; give the frames that the model saw.")
-    indices = (kept.indices if isinstance(kept, Selection) else torch.as_tensor(kept)).cpu().long()
+    indices = indices_of(kept, len(layout.group))
     budgets, sizes = frame_budgets(layout, indices), layout.group_sizes
     shown = list(range(groups)) if groups <= most else np.linspace(0, groups - 1, most).round().astype(int).tolist()
     cells = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import colorsys
 import unicodedata
 from functools import lru_cache
@@ -137,13 +138,8 @@ def wrap(text: str, size: int, width: int, lines: int = 3) -> list[str]:
 def _cut(line: str, size: int, width: int) -> str:
     if text_size(line, size)[0] <= width:
         return line
-    fits, longer = 0, len(line)  # bisection: width grows with length
-    while longer - fits > 1:
-        middle = (fits + longer) // 2
-        if text_size(line[:middle] + "...", size)[0] <= width:
-            fits = middle
-        else:
-            longer = middle
+    lengths = range(1, len(line))
+    fits = bisect.bisect_right(lengths, width, key=lambda n: text_size(line[:n] + "...", size)[0])
     return line[:fits].rstrip() + "..."
 
 
