@@ -23,20 +23,11 @@ from vllm.model_executor.models.llava_onevision import (
     LlavaOnevisionMultiModalProcessor,
     LlavaOnevisionProcessingInfo,
 )
-from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from tokprune.adapters.families.base import StreamLayout
 from tokprune.serving.llava import Watched
-from tokprune.serving.processor import PrunedInfo, PrunedProcessor
+from tokprune.serving.processor import PrunedProcessor, served
 from tokprune.serving.tiles import clip, pack, tiles
-
-
-class TilesInfo(PrunedInfo, LlavaNextProcessingInfo):  # type: ignore[misc]
-    """vLLM's LlavaNextProcessingInfo with pruned token counts."""
-
-
-class OneVisionInfo(PrunedInfo, LlavaOnevisionProcessingInfo):  # type: ignore[misc]
-    """vLLM's LlavaOnevisionProcessingInfo with pruned token counts."""
 
 
 class Separators(PrunedProcessor):
@@ -47,14 +38,6 @@ class Separators(PrunedProcessor):
             return 1
         size = mm_items["image"].get_image_size(item)
         return len(tiles(self.info.get_hf_config(), (size.height, size.width)).separators)
-
-
-class TilesProcessor(Separators, LlavaNextMultiModalProcessor):  # type: ignore[misc]
-    """vLLM's LlavaNextMultiModalProcessor with placeholders for the kept tokens alone."""
-
-
-class OneVisionProcessor(Separators, LlavaOnevisionMultiModalProcessor):  # type: ignore[misc]
-    """vLLM's LlavaOnevisionMultiModalProcessor with placeholders for the kept tokens alone."""
 
 
 class PrunedTiles(Watched):
@@ -74,13 +57,11 @@ class PrunedTiles(Watched):
         return [F.pad(self.apply_pooling(part).flatten(0, 1), (0, 0, 0, 1)) for part in clips]  # type: ignore[attr-defined]
 
 
-@MULTIMODAL_REGISTRY.register_processor(TilesProcessor, info=TilesInfo, dummy_inputs=LlavaDummyInputsBuilder)
+@served(LlavaNextMultiModalProcessor, LlavaNextProcessingInfo, LlavaDummyInputsBuilder, Separators)
 class PrunedLlavaNext(PrunedTiles, LlavaNextForConditionalGeneration):  # type: ignore[misc]
     """LLaVA-NeXT with fewer visual tokens."""
 
 
-@MULTIMODAL_REGISTRY.register_processor(
-    OneVisionProcessor, info=OneVisionInfo, dummy_inputs=LlavaOnevisionDummyInputsBuilder
-)
+@served(LlavaOnevisionMultiModalProcessor, LlavaOnevisionProcessingInfo, LlavaOnevisionDummyInputsBuilder, Separators)
 class PrunedOneVision(PrunedTiles, LlavaOnevisionForConditionalGeneration):  # type: ignore[misc]
     """LLaVA-OneVision with fewer visual tokens."""

@@ -13,30 +13,19 @@ from vllm.model_executor.models.interns1 import (
     InternS1MultiModalProcessor,
     InternS1ProcessingInfo,
 )
-from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.transformers_utils.processor import cached_processor_from_config
 
 from tokprune.adapters.families.base import StreamLayout
 from tokprune.adapters.families.geometry import canvas_from_pixels, frames, plain, pool, tiled
 from tokprune.serving.choose import Kept
 from tokprune.serving.model import Pruned
-from tokprune.serving.processor import PrunedInfo, PrunedProcessor
+from tokprune.serving.processor import served
 from tokprune.serving.signals import TowerSignals
 from tokprune.serving.weave import woven
 from tokprune.tokens import Layout
 
 
-class Info(PrunedInfo, InternS1ProcessingInfo):  # type: ignore[misc]
-    """vLLM's InternS1ProcessingInfo with pruned token counts."""
-
-
-class Processor(PrunedProcessor, InternS1MultiModalProcessor):  # type: ignore[misc]
-    """vLLM's InternS1MultiModalProcessor with placeholders for the kept tokens alone."""
-
-    weaves = frozenset({"video"})
-
-
-@MULTIMODAL_REGISTRY.register_processor(Processor, info=Info, dummy_inputs=InternS1DummyInputsBuilder)
+@served(InternS1MultiModalProcessor, InternS1ProcessingInfo, InternS1DummyInputsBuilder, weaves=("video",))
 class PrunedInternVL(Pruned, InternS1ForConditionalGeneration):  # type: ignore[misc]
     """InternVL with fewer visual tokens."""
 

@@ -13,13 +13,12 @@ from vllm.model_executor.models.llava import (
     LlavaMultiModalProcessor,
     LlavaProcessingInfo,
 )
-from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from tokprune.adapters.families.base import StreamLayout
 from tokprune.adapters.families.geometry import plain
 from tokprune.errors import UnsupportedModelError
 from tokprune.serving.model import Pruned
-from tokprune.serving.processor import PrunedInfo, PrunedProcessor
+from tokprune.serving.processor import served
 from tokprune.serving.signals import TowerSignals
 from tokprune.tokens import Layout
 
@@ -63,15 +62,7 @@ class Watched(Pruned):
         return list(values)
 
 
-class Info(PrunedInfo, LlavaProcessingInfo):  # type: ignore[misc]
-    """vLLM's LlavaProcessingInfo with pruned token counts."""
-
-
-class Processor(PrunedProcessor, LlavaMultiModalProcessor):  # type: ignore[misc]
-    """vLLM's LlavaMultiModalProcessor with placeholders for the kept tokens alone."""
-
-
-@MULTIMODAL_REGISTRY.register_processor(Processor, info=Info, dummy_inputs=LlavaDummyInputsBuilder)
+@served(LlavaMultiModalProcessor, LlavaProcessingInfo, LlavaDummyInputsBuilder)
 class PrunedLlava(Watched, LlavaForConditionalGeneration):  # type: ignore[misc]
     """LLaVA-1.5 with fewer visual tokens."""
 

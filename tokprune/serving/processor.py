@@ -5,11 +5,12 @@ Written as mixins before vLLM's own processors; they call what these return and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
+from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.parse import EmbeddingItems
 from vllm.multimodal.processing import PromptUpdateDetails
 
@@ -18,6 +19,7 @@ from tokprune.serving.signals import KINDS
 from tokprune.serving.versions import check_version
 
 check_version()
+M = TypeVar("M", bound=type)
 
 
 class PrunedInfo:
@@ -64,6 +66,20 @@ class PrunedProcessor:
         hashes = super()._get_mm_hashes(inputs)  # type: ignore[misc]
         salt = self.info.tokprune.salt
         return {modality: [f"{h}-{salt}" for h in items] for modality, items in hashes.items()}
+
+
+def served(
+    processor: type, info: type, dummy: type, mixin: type = PrunedProcessor, weaves: Collection[str] = ()
+) -> Callable[[M], M]:
+    """Register a pruned model, and vLLM's processor of its family with placeholders for the kept tokens alone.
+
+    processor, info, dummy: vLLM's MultiModalProcessor, ProcessingInfo and DummyInputsBuilder. mixin: what shortens
+    prompts. weaves: of `PrunedProcessor`.
+    """
+    pruned = type(f"Pruned{processor.__name__}", (mixin, processor), {"weaves": frozenset(weaves)})
+    told = type(f"Pruned{info.__name__}", (PrunedInfo, info), {})
+    register: Callable[[M], M] = MULTIMODAL_REGISTRY.register_processor(pruned, info=told, dummy_inputs=dummy)
+    return register
 
 
 def shorten(content: Any, count: Callable[[int], int], separators: int, weave: bool) -> Any:

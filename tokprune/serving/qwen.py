@@ -18,12 +18,11 @@ from vllm.model_executor.models.qwen3_vl import (
     Qwen3VLMultiModalProcessor,
     Qwen3VLProcessingInfo,
 )
-from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from tokprune.adapters.families.base import StreamLayout
 from tokprune.adapters.families.geometry import frames, plain
 from tokprune.serving.mrope import Positions
-from tokprune.serving.processor import PrunedInfo, PrunedProcessor
+from tokprune.serving.processor import served
 from tokprune.serving.signals import PackedSignals
 from tokprune.tokens import Layout
 
@@ -66,30 +65,12 @@ class Grids(Positions):
         return [self.placeholder(modality)] * (t * h * w // self.config.vision_config.spatial_merge_size**2)
 
 
-class Info25(PrunedInfo, Qwen2_5_VLProcessingInfo):  # type: ignore[misc]
-    """vLLM's Qwen2_5_VLProcessingInfo with pruned token counts."""
-
-
-class Processor25(PrunedProcessor, Qwen2_5_VLMultiModalProcessor):  # type: ignore[misc]
-    """vLLM's Qwen2_5_VLMultiModalProcessor with placeholders for the kept tokens alone."""
-
-
-@MULTIMODAL_REGISTRY.register_processor(Processor25, info=Info25, dummy_inputs=Qwen2_5_VLDummyInputsBuilder)
+@served(Qwen2_5_VLMultiModalProcessor, Qwen2_5_VLProcessingInfo, Qwen2_5_VLDummyInputsBuilder)
 class PrunedQwen25VL(Grids, Qwen2_5_VLForConditionalGeneration):  # type: ignore[misc]
     """Qwen2.5-VL with fewer visual tokens."""
 
 
-class Info3(PrunedInfo, Qwen3VLProcessingInfo):  # type: ignore[misc]
-    """vLLM's Qwen3VLProcessingInfo with pruned token counts."""
-
-
-class Processor3(PrunedProcessor, Qwen3VLMultiModalProcessor):  # type: ignore[misc]
-    """vLLM's Qwen3VLMultiModalProcessor with placeholders for the kept tokens alone."""
-
-    weaves = frozenset({"video"})
-
-
-@MULTIMODAL_REGISTRY.register_processor(Processor3, info=Info3, dummy_inputs=Qwen3VLDummyInputsBuilder)
+@served(Qwen3VLMultiModalProcessor, Qwen3VLProcessingInfo, Qwen3VLDummyInputsBuilder, weaves=("video",))
 class PrunedQwen3VL(Grids, Qwen3VLForConditionalGeneration):  # type: ignore[misc]
     """Qwen3-VL with fewer visual tokens, in its DeepStack planes, too."""
 
