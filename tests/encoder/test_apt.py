@@ -99,12 +99,14 @@ def test_the_largest_plain_patch_wins() -> None:
 
 
 @pytest.mark.parametrize("target", [20, 33, 49, 63])
-def test_a_target_takes_the_plainest_patches_first(target: int) -> None:
-    entropy = torch.randperm(16, generator=torch.Generator().manual_seed(1)).float().view(1, 4, 4) / 2
+@pytest.mark.parametrize("apart", [0.5, 0.0])
+def test_a_target_takes_the_plainest_patches_first(target: int, apart: float) -> None:
+    """Equal ones one by one, the first ones first."""
+    entropy = torch.randperm(16, generator=torch.Generator().manual_seed(1)).float().view(1, 4, 4) * apart
     levels = shifted_levels([entropy], torch.tensor([[5.5]]), (8, 8), target)
     joined = math.ceil((64 - target) / 3)
     assert patch_count(levels).item() == 64 - 3 * joined
-    expected = entropy.flatten().argsort()[:joined].sort().values
+    expected = entropy.flatten().argsort(stable=True)[:joined].sort().values
     got = (levels[0, ::2, ::2].flatten() == 1).nonzero()[:, 0]
     assert torch.equal(got, expected)
 

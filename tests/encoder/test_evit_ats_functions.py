@@ -8,10 +8,10 @@ import math
 import pytest
 import torch
 
+from tests.encoder.blocks import block
 from tests.golden_vectors import GoldenCase, claims
 from tokprune.methods.encoder.ats import ATS, inverse_transform_sample, significance
 from tokprune.methods.encoder.evit import EViT, attentive
-from tokprune.methods.encoder_base import BlockView
 
 close = torch.testing.assert_close
 
@@ -85,16 +85,6 @@ def test_ats_takes_one_step_less_than_samples() -> None:
     for samples, expected in ((2, [2]), (3, [2, 0]), (9, [2, 3, 0])):
         patches, hit = inverse_transform_sample(scores, samples)
         assert patches[0, hit[0]].tolist() == expected
-
-
-def block(patches: int, target: int | None = None, index: int = 3, prefix: int = 1, **more: object) -> BlockView:
-    """A block of 12 of a tower with [CLS] and two heads."""
-    g = torch.Generator().manual_seed(0)
-    x = torch.randn(2, prefix + patches, 8, generator=g)
-    qkv = torch.randn(3, 2, 2, prefix + patches, 4, generator=g).unbind()
-    return BlockView(
-        x, index, 12, prefix, patches, lambda: qkv, 0.5, target, hidden_prefix=prefix, cls=True, **more  # type: ignore[arg-type]
-    )  # fmt: skip
 
 
 def test_ats_samples_two_patches_and_spares_one() -> None:

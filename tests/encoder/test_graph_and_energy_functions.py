@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from tests.encoder.blocks import block
 from tests.golden_vectors import GoldenCase, claims
-from tokprune.methods.encoder.pitome import energy, energy_matching
-from tokprune.methods.encoder.tofu import norm_merge
-from tokprune.methods.encoder.zerotprune import head_consensus, similar_half, weighted_page_rank
+from tokprune.methods.encoder.pitome import PiToMe, energy, energy_matching
+from tokprune.methods.encoder.tofu import ToFu, norm_merge
+from tokprune.methods.encoder.zerotprune import (
+    ZeroTPrune,
+    head_consensus,
+    importance,
+    similar_half,
+    weighted_page_rank,
+)
 from tokprune.ops.merge import bipartite_matching, merge, merge_weighted
 
 close = torch.testing.assert_close
@@ -21,7 +29,7 @@ def test_pitome(case: GoldenCase) -> None:
     close(energy(metric[:, prefix:], margin, alpha), case["energy"], **TOLERANCE)
     patches = metric.shape[1] - prefix
     r = int(patches - patches * ratio) if ratio < 1 else 0
-    matching = energy_matching(metric, r, margin, prefix, bool(bipartite))
+    matching = energy_matching(metric, r, margin, prefix, bool(bipartite), alpha)
     value, size = merge_weighted(matching, case["x"], case["size_in"])
     close(value, case["wavg_x"], **TOLERANCE)
     close(size, case["wavg_size"])
@@ -73,5 +81,79 @@ def test_head_filter_ignores_flat_heads_and_falls_back_to_all() -> None:
 def test_similar_tokens_of_the_unimportant_half_go() -> None:
     metric = torch.eye(6)[None].clone()
     metric[0, 4] = metric[0, 1]  # token 4 repeats token 1
-    importance = torch.tensor([[0.3, 0.9, 0.8, 0.7, 0.2, 0.1]])
-    assert similar_half(importance, metric, 1)[0].tolist() == [0, 1, 2, 3, 5]
+    worth = torch.tensor([[0.3, 0.9, 0.8, 0.7, 0.2, 0.1]])
+    assert similar_half(worth, metric, 1)[0].tolist() == [0, 1, 2, 3, 5]
+
+
+@pytest.mark.parametrize(("index", "halves"), [(0, True), (5, True), (6, False), (11, False)])
+def test_pitome_merges_by_energy_in_the_second_half_of_the_blocks(index: int, halves: bool) -> None:
+    """The margin falls from 0.75 to 0, a block leaves 0.9125 of its patches: of 64 go 5.6, cut off to 5."""
+    view = block(64, index=index)
+    expected = energy_matching(view.metric(), 5, 0.75 * (1 - index / 12), 1, halves)
+    other = energy_matching(view.metric(), 5, 0.75 * (1 - index / 12), 1, not halves)
+    assert not torch.equal(expected.rep, other.rep)
+    cut = PiToMe().reduce(view)
+    assert cut is not None
+    assert torch.equal(cut.rep, expected.rep)
+    assert torch.equal(cut.assign, expected.assign)
+    for variant, matching in (("bipartite", True), ("energy", False)):
+        cut = PiToMe(variant=variant).reduce(view)
+        assert cut is not None
+        assert torch.equal(cut.rep, (expected if halves is matching else other).rep)
+
+
+def test_pitome_ranks_by_an_energy_of_its_alpha() -> None:
+    """Without a penalty below the margin, energy counts near neighbours alone."""
+    view = block(40, index=11)
+    flat, steep = (PiToMe(alpha=alpha, keep=0.8).reduce(view) for alpha in (0.0, 3.0))
+    assert flat is not None
+    assert steep is not None
+    assert not torch.equal(flat.rep, steep.rep)
+    for cut, alpha in ((flat, 0.0), (steep, 3.0)):
+        assert torch.equal(cut.rep, energy_matching(view.metric(), 8, 0.75 / 12, 1, alpha=alpha).rep)
+
+
+def test_tofu_drops_before_its_switch_and_merges_from_it_on() -> None:
+    for index, merges in ((5, False), (6, True)):
+        view = block(16, index=index)
+        matching = bipartite_matching(view.metric(), 3, 1)
+        cut = ToFu(r=3).reduce(view)
+        assert cut is not None
+        kept = view.x.gather(1, matching.rep[..., None].expand(-1, -1, 8))
+        close(cut.x, norm_merge(matching, view.x)[0] if merges else kept)
+        assert bool((cut.assign >= 0).all()) == merges
+        assert ToFu(r=(3,) * 6 + (0,) * 6).active(index, 12) is not merges
+    assert ToFu(r=(3, 0)).reduce(block(16, index=1)) is None
+    counts = [
+        16 - (0 if cut is None else 17 - cut.rep.shape[1])
+        for cut in (ToFu().reduce(block(16, 4, i)) for i in range(12))
+    ]
+    assert counts == [15] * 12  # 12 of 16 go, one a block
+
+
+def test_zerotprune_leaves_its_share_and_asks_the_similarity_first() -> None:
+    """Of 20 patches 16 stay; 0.3 of the 4 that go are similar, rounded down."""
+    view = block(20, index=3)
+    attention = view.attention()
+    first = importance(attention, 1, 1, 0.01, 0.7)[:, 1:]
+    left = similar_half(first, view.metric()[:, 1:], 1)
+    rows = torch.cat([torch.zeros(2, 1, dtype=torch.long), left + 1], 1)
+    for rounds in ((30, 10, 1), (2,)):
+        cut = ZeroTPrune(rounds=rounds).reduce(view)
+        assert cut is not None
+        for b in range(2):
+            graph = attention[b][:, rows[b]][:, :, rows[b]]
+            graph = graph / graph.sum(-1, keepdim=True)
+            worth = importance(graph[None], rounds[0], 1, 0.01, 0.7)[0, 1:]
+            assert cut.rep[b].tolist() == [0, *(left[b][worth.topk(16).indices.sort().values] + 1).tolist()]
+    deep = ZeroTPrune().reduce(block(20, target=10, index=9))
+    assert deep is not None
+    assert deep.rep.shape == (2, 11)
+    assert ZeroTPrune().reduce(block(20, target=20, index=9)) is None
+    assert ZeroTPrune(keep=1.0).reduce(view) is None
+    plain = importance(attention, 1, 0, None, None)
+    weighted = importance(attention, 1, 1, None, None)
+    start = torch.ones(21)
+    start[0] = 21**0.5
+    close(weighted, (start / start.sum() @ attention).square().mean(1).sqrt())
+    close(plain, attention.mean(2).square().mean(1).sqrt())

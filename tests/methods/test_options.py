@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import inspect
 import json
 import math
 import pickle
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import numpy as np
 import pytest
 
+import tokprune
 from tokprune.config import PruneConfig, method_from_dict, method_to_dict
 from tokprune.errors import OptionError
 from tokprune.methods.base import ConnectorMethod, Method
@@ -238,3 +243,20 @@ def test_an_annotation_that_cannot_be_read_says_so() -> None:
 
     with pytest.raises(OptionError, match="Odd: an annotation cannot be read"):
         Odd()
+
+
+@cache
+def read_in(path: str, of: str = "") -> frozenset[str]:
+    """Attributes that a source reads; of: only those of what is called so."""
+    nodes = ast.walk(ast.parse(Path(path).read_text(encoding="utf-8")))
+    found = (n for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load))
+    return frozenset(n.attr for n in found if ast.unparse(n.value).endswith(of))
+
+
+@every_option
+def test_an_option_is_read(name: str, field: str) -> None:
+    """One that neither the method nor the runtime reads would be taken and do nothing."""
+    lines = [cls for cls in method_class(name).__mro__ if cls.__module__.startswith("tokprune.")]
+    runtime = map(str, Path(str(tokprune.__file__)).parent.joinpath("runtime").rglob("*.py"))
+    reads = [read_in(inspect.getfile(cls)) for cls in lines] + [read_in(path, of="method") for path in runtime]
+    assert any(field in names for names in reads), f"{name} has an option {field!r} that nothing reads"

@@ -80,3 +80,13 @@ def test_half_precision_is_clustered_in_float32() -> None:
     half, wide = (dpc_knn(p, torch.tensor([2, 3]), 3) for p in (points, points.float()))
     assert half[2].dtype == torch.float32
     assert all(torch.equal(a, b) for a, b in zip(half, wide, strict=True))
+
+
+def test_rows_are_clustered_block_by_block() -> None:
+    """More rows than one block holds, and than a row has points."""
+    points = torch.randn(7, 3, 2, generator=torch.Generator().manual_seed(6))
+    counts = torch.tensor([1, 2, 3, 1, 2, 3, 1])
+    for k in (2, counts):
+        once, apart = (dpc_knn(points, counts, k, block=block) for block in (16, 2))
+        assert once[0].shape == (7, 3)
+        assert all(torch.equal(a, b) for a, b in zip(once, apart, strict=True))

@@ -28,14 +28,16 @@ def energy(metric: Tensor, margin: float, alpha: float = 1.0) -> Tensor:
 
 
 @torch.no_grad()
-def energy_matching(metric: Tensor, r: int, margin: float, prefix: int = 0, bipartite: bool = False) -> Matching:
+def energy_matching(
+    metric: Tensor, r: int, margin: float, prefix: int = 0, bipartite: bool = False, alpha: float = 1.0
+) -> Matching:
     """Merge `r` tokens into alike ones, choosing by energy who may merge.
 
-    metric: (B, N, d). r: at most half of the patches. The patches are ranked by energy, highest first. Default: the
-    first 2 r merge, each of those at even ranks into the most similar one at an odd rank; the others are protected.
-    bipartite: all even ranks look for a partner among all odd ranks and the r most similar pairs merge. Output rows:
-    the prefix, the protected ones (default: by energy; bipartite: the even ranks that stay, most similar first), the
-    odd ranks. Equal values: lower index first.
+    metric: (B, N, d). r: at most half of the patches. margin, alpha: of the energy. The patches are ranked by energy,
+    highest first. Default: the first 2 r merge, each of those at even ranks into the most similar one at an odd rank;
+    the others are protected. bipartite: all even ranks look for a partner among all odd ranks and the r most similar
+    pairs merge. Output rows: the prefix, the protected ones (default: by energy; bipartite: the even ranks that stay,
+    most similar first), the odd ranks. Equal values: lower index first.
     """
     batch, n, _ = metric.shape
     device = metric.device
@@ -44,7 +46,7 @@ def energy_matching(metric: Tensor, r: int, margin: float, prefix: int = 0, bipa
         same = torch.arange(n, device=device).expand(batch, n)
         return Matching(same, same)
     rows = unit(metric[:, prefix:])
-    ranked = torch.sort(energy(metric[:, prefix:], margin), dim=-1, descending=True, stable=True).indices
+    ranked = torch.sort(energy(metric[:, prefix:], margin, alpha), dim=-1, descending=True, stable=True).indices
     even, odd = (
         (ranked[:, 0::2], ranked[:, 1::2]) if bipartite else (ranked[:, 0 : 2 * r : 2], ranked[:, 1 : 2 * r : 2])
     )
@@ -87,7 +89,8 @@ class PiToMe(EncoderMethod):
 
     keep: share of patches that each block leaves (at least 0.5); `ratio` or `budget` sets it from what is left in the
     end. margin: similarity above which a neighbour counts, in the first block; it falls linearly to 0 in the last. 0.75
-    for DeiT and MAE, 0.9 for CLIP (preset="clip"), as published. variant: "energy" merges among the 2 r of highest
+    for DeiT and MAE, 0.9 for CLIP (preset="clip"), as published. alpha: how much less similar neighbours lower the
+    energy, the slope of the ELU below the margin, 1 as published. variant: "energy" merges among the 2 r of highest
     energy; "bipartite" ranks by energy and then matches halves as ToMe does; "auto": bipartite in the first half of the
     blocks, energy in the second, as published for DeiT. proportional: attention weighted by size; the published code
     passes sizes on but never uses them there, so it is off.
@@ -95,7 +98,7 @@ class PiToMe(EncoderMethod):
 
     keep: float = option(0.9125, low=0.5, high=1, hint="A block can merge at most half of its patches.")
     margin: float = 0.75
-    alpha: float = 1.0
+    alpha: float = option(1.0, low=0)
     variant: Literal["auto", "energy", "bipartite"] = "auto"
     proportional: bool = False
 
@@ -115,5 +118,5 @@ class PiToMe(EncoderMethod):
             return None
         halves = self.variant == "bipartite" or (self.variant == "auto" and block.index < -(-block.depth // 2))
         margin = self.margin * (1 - block.index / block.depth)
-        matching = energy_matching(block.metric(), r, margin, block.prefix, halves)
+        matching = energy_matching(block.metric(), r, margin, block.prefix, halves, self.alpha)
         return None if matching.rep.shape[1] == block.x.shape[1] else Reduction.merged(block, matching)
