@@ -96,6 +96,7 @@ def test_the_largest_plain_patch_wins() -> None:
     assert heads.unique().numel() == 64 - 2 * 3 - 15
     assert heads.view(8, 8)[:4, 4:].unique().item() == 8 * 1 + 5  # left above the middle of the 4 x 4 cells
     assert heads.view(8, 8)[:2, :2].unique().item() == 0
+    assert leaders(torch.full((1, 8, 8), 3)).unique().item() == 8 * 3 + 3
 
 
 @pytest.mark.parametrize("target", [20, 33, 49, 63])

@@ -85,6 +85,7 @@ def test_repeated_columns_and_barred_ones_go_by_the_lower_index() -> None:
     barred = torch.rand(1, 70, generator=generator) < 0.5
     order = greedy_coverage(s, 70, barred=barred)[0]
     assert torch.equal(order, lazily(s, 70, barred=barred)[0][0])
+    assert torch.equal(greedy_coverage_gains(s, 70, barred=barred)[1], lazily(s, 70, barred=barred)[1])
     free = int((~barred).sum())
     assert order[:free].tolist() == [
         i for i in greedy_coverage(s.masked_fill(barred[:, None], 0), 70)[0].tolist() if not barred[0, i]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from tokprune.methods.connector.prumerge import neighbour_rows
-from tokprune.ops.similarity import cosine_distance, cosine_similarity, gram, unit
+from tokprune.ops import blocks
+from tokprune.ops.similarity import cosine_distance, cosine_similarity, gram, most_similar, unit
 
 
 def test_unit_rows_are_float32_or_wider_and_zero_rows_stay() -> None:
@@ -21,6 +23,34 @@ def test_cosines_of_pairs() -> None:
     torch.testing.assert_close(cosine_distance(a), torch.tensor([[0.0, 0.4], [0.4, 0.0]]))
     many = torch.randn(2, 300, 4, generator=torch.Generator().manual_seed(2))
     torch.testing.assert_close(gram(many), many @ many.transpose(1, 2))
+
+
+def test_gradients_pass_through_cosines_of_many_and_of_few() -> None:
+    for n in (2, 300):
+        x = torch.randn(n, 4, generator=torch.Generator().manual_seed(3))
+        plain, x = cosine_distance(x), x.requires_grad_()
+        tracked = cosine_distance(x)
+        torch.testing.assert_close(tracked, plain)
+        (slope,) = torch.autograd.grad(tracked[0, 1], x)
+        (expected,) = torch.autograd.grad(1 - torch.cosine_similarity(x[0], x[1], dim=0), x)
+        torch.testing.assert_close(slope, expected)
+
+
+@pytest.mark.parametrize("rows", [3, 512])
+def test_the_most_similar_row_is_found_block_by_block(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "WHOLE", 4 if rows < 512 else blocks.WHOLE)
+    monkeypatch.setattr(blocks, "ROWS", rows)
+    g = torch.Generator().manual_seed(4)
+    a, b = torch.randn(2, 8, 3, generator=g), torch.randn(2, 5, 3, generator=g)
+    barred = torch.tensor([False, True, False, False, True])
+    for bar in (None, barred):
+        value, place = most_similar(a, b, bar)
+        product = a @ b.mT
+        expected = product if bar is None else product[..., ~bar]
+        torch.testing.assert_close(value, expected.amax(-1))
+        torch.testing.assert_close(product.gather(-1, place[..., None])[..., 0], value)
+        assert bar is None or not torch.isin(place, torch.tensor([1, 4])).any()
+    assert most_similar(torch.ones(1, 8, 3), torch.ones(1, 5, 3))[1].tolist() == [[0] * 8]
 
 
 def test_neighbour_rows() -> None:
