@@ -27,7 +27,7 @@ def kept_on_image(
     image: Image.Image,
     records: Mapping[str, StreamRecord],
     processor: Processor,
-    *,
+    *,  # options by name: this is a public entry point
     title: str = "",
     subtitle: str = "",
     captions: Mapping[str, str] | None = None,
