@@ -75,14 +75,13 @@ def round_of(n: int, share: float) -> int:
     return math.floor(share * n * (1 + 1e-12) + 0.5)
 
 
-def share(total: int, weights: Sequence[float] | Tensor, capacities: Sequence[int], floor: int = 0) -> list[int]:
+def share(total: int, weights: Sequence[float] | Tensor, capacities: Sequence[int]) -> list[int]:
     """Split `total` into whole numbers proportional to `weights`, never above `capacities`, with an exact sum.
 
     Largest remainders decide the rounding (ties: lower index first); what a full member cannot take flows to the others
     in proportion to their weights (water-filling). Negative, NaN or all-zero weights count as equal ones.
 
-    total: tokens to hand out; more than sum(capacities) is an error. floor: each member with room gets at least
-    min(floor, capacity), as far as `total` reaches (first members first).
+    total: tokens to hand out; more than sum(capacities) is an error.
     """
     caps = [int(c) for c in capacities]
     if total < 0 or total > sum(caps):
@@ -95,8 +94,6 @@ def share(total: int, weights: Sequence[float] | Tensor, capacities: Sequence[in
     peak = max(values, default=1.0)
     values = [v / peak for v in values]  # so that sums and products of huge or tiny weights stay finite
     out = [0] * len(caps)
-    for i, cap in enumerate(caps):
-        out[i] = min(floor, cap, total - sum(out[:i]))
     while (left := total - sum(out)) > 0:
         room = [i for i, cap in enumerate(caps) if cap > out[i]]
         weight = sum(values[i] for i in room)
@@ -157,7 +154,7 @@ def equal_spaced(total: int, capacities: Sequence[int]) -> list[int]:
     What `equal` hands out, but five tokens of a hundred frames come from five frames all over the video.
     """
     caps = list(capacities)
-    out = share(total, [1.0] * len(caps), caps)
+    out = equal(total, caps)
     level = max(out, default=0)
     flexible = [i for i, cap in enumerate(caps) if cap >= level and out[i] >= level - 1]
     ups, m = sum(out[i] == level for i in flexible), len(flexible)

@@ -192,46 +192,27 @@ class PruneConfig:
         return share_between(min(room, sum(most)), sizes, least, most)
 
     def to_dict(self) -> JsonObject:
-        """Plain data with type and version."""
-        return {
-            "type": TYPE,
-            "version": VERSION,
-            "methods": [method_to_dict(m) for m in self.methods],
-            "ratio": self.ratio,
-            "budget": self.budget,
-            "positions": self.positions,
-            "query": list(self.query) if isinstance(self.query, tuple) else self.query,
-            **({} if self.prompt_budget is None else self.prompt_fields()),
-            **({} if self.packing == "padded" else {"packing": self.packing}),
-        }
-
-    def prompt_fields(self) -> JsonObject:
-        """What is written where a prompt budget is given alone, so that older versions read all other files."""
-        rule = self.prompt_rule
-        return {
-            "prompt_budget": self.prompt_budget,
-            "prompt_rule": method_to_dict(rule) if isinstance(rule, Method) else rule,
-        }
+        """Plain data with type and version; what older versions do not know stands there only where it was given."""
+        data = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        if self.prompt_budget is None:
+            del data["prompt_budget"], data["prompt_rule"]
+        if self.packing == "padded":
+            del data["packing"]
+        return {"type": TYPE, "version": VERSION, **data}
 
     @staticmethod
     def from_dict(data: object) -> PruneConfig:
         """The config that `to_dict` wrote; refuses other types, newer versions and unknown fields."""
         data = checked(data, TYPE, VERSION, "a pruning config")
-        known = {f.name for f in dataclasses.fields(PruneConfig)} | {"type", "version"}
+        names = {f.name for f in dataclasses.fields(PruneConfig)}
         for key in data:
-            if key not in known:
-                raise unknown("config field", key, known)
-        query, rule = data.get("query"), data.get("prompt_rule")
-        return PruneConfig(
-            tuple(method_from_dict(m) for m in data.get("methods", [])),
-            data.get("ratio"),
-            data.get("budget"),
-            data.get("positions", "auto"),
-            tuple(query) if isinstance(query, list) else query,
-            data.get("prompt_budget"),
-            method_from_dict(rule) if isinstance(rule, dict) else rule,
-            data.get("packing", "padded"),
-        )
+            if key not in names | {"type", "version"}:
+                raise unknown("config field", key, names | {"type", "version"})
+        fields: JsonObject = {key: _built(value) for key, value in data.items() if key in names - {"methods"}}
+        fields["methods"] = tuple(method_from_dict(m) for m in data.get("methods", []))
+        if isinstance(rule := data.get("prompt_rule"), dict):
+            fields["prompt_rule"] = method_from_dict(rule)
+        return PruneConfig(**fields)
 
     def save(self, path: str | Path) -> None:
         """Write the config as JSON."""

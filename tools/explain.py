@@ -17,6 +17,7 @@ import random
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ from tokprune.demo.asking import Asker
 from tokprune.demo.scenes import Example, make_scene, questions
 from tokprune.environment import environment
 from tokprune.methods.connector.explain import RelevanceNet
-from tokprune.ops.relevance import attention_relevance
+from tokprune.ops.numeric import wide
 from tokprune.types import VLM
 
 FIRST_SCENE = 10_000_000
@@ -47,6 +48,22 @@ def examples(count: int) -> list[Example]:
             q = random.Random(seed).choice(asked)
             out.append(Example(scene.image, q.text, q.answer, q.type, scene))
     return out
+
+
+def attention_relevance(maps: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+    """Relevance of every token for every other, by gradient-weighted attention roll-out.
+
+    Layer by layer, from the first: the positive part of attention times gradient, mean over heads, is what flows
+    between tokens beside the residual path; these flows are multiplied through (Chefer et al., ICCV 2021, arXiv
+    2103.15679, equations 5 and 6). maps: (B, H, N, N) attention of each layer, rows attend to columns. gradients:
+    of one output's score with respect to them. Returns (B, N, N): row i says what mattered for token i.
+    """
+    batch, _, n, _ = maps[0].shape
+    relevance = torch.eye(n, dtype=wide(maps[0]).dtype, device=maps[0].device).expand(batch, n, n)
+    for attention, gradient in zip(maps, gradients, strict=True):
+        flow = (wide(attention) * wide(gradient)).clamp(min=0).mean(1)  # (B, N, N)
+        relevance = relevance + flow @ relevance
+    return relevance
 
 
 def explained(model: VLM, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -106,7 +106,7 @@ def test_internvl_puts_the_thumbnail_first() -> None:
 
 def test_internvl_needs_only_lengths_of_runs() -> None:
     encoded = encode(tiny("internvl"), prompts([picture(60, 40), picture(40, 40)], "image"))
-    streams = encoded.layouts(runs=[run.length for run in encoded.runs])
+    streams = encoded.layouts(runs=[PlaceholderRun(run.length) for run in encoded.runs])
     assert [s.layout.num_groups for s in streams] == [5, 1]
     assert family_of(encoded.base).reads_runs
     assert not family_of(tiny("llava").model.base_model).reads_runs

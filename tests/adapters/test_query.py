@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tokprune
-from tokprune.adapters.query import question_in_prompt
+from tokprune.adapters.query import find_question
 from tokprune.errors import MissingQueryError
 from tokprune.methods.base import ConnectorMethod, top
 from tokprune.registry import register_method
@@ -29,13 +29,13 @@ def test_cut_out_of_the_chat_template(family, system):
     prompt = tiny.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     batch = tiny.processor(text=[prompt], images=[[picture(40, 40, 1)]], return_tensors="pt")
     visual = [tiny.model.config.image_token_id]
-    assert question_in_prompt(tiny.processor, batch["input_ids"][0], visual) == QUESTION
+    assert find_question(tiny.processor, batch["input_ids"][0], visual)[0] == QUESTION
 
 
 def test_without_a_template_special_tokens_are_left_out():
     tiny = build("paligemma")
     batch = tiny.inputs([[("image", picture(40, 40, 1)), QUESTION]])
-    assert QUESTION in question_in_prompt(tiny.processor, batch["input_ids"][0], [tiny.model.config.image_token_id])
+    assert QUESTION in find_question(tiny.processor, batch["input_ids"][0], [tiny.model.config.image_token_id])[0]
 
 
 @pytest.fixture(scope="module")
@@ -102,4 +102,4 @@ def test_labels_of_video_frames_are_no_part_of_the_question(family: str, before:
     ids = tiny.chat([[before, ("video", clip(4, seed=1)), asked]])["input_ids"][0]
     config = tiny.model.config
     visual = [getattr(config, name, None) for name in ("image_token_id", "video_token_id")]
-    assert question_in_prompt(tiny.processor, ids, [i for i in visual if i is not None]) == f"{before}{asked}"
+    assert find_question(tiny.processor, ids, [i for i in visual if i is not None])[0] == f"{before}{asked}"

@@ -73,12 +73,9 @@ def test_share_is_exact_and_fits(data: st.DataObject) -> None:
     caps = data.draw(capacities)
     total = data.draw(st.integers(0, sum(caps)))
     weights = data.draw(st.lists(weight, min_size=len(caps), max_size=len(caps)))
-    floor = data.draw(st.integers(0, 3))
-    out = share(total, weights, caps, floor)
+    out = share(total, weights, caps)
     assert sum(out) == total
     assert all(0 <= got <= cap for got, cap in zip(out, caps, strict=True))
-    if total >= floor * len(caps):
-        assert all(got >= min(floor, cap) for got, cap in zip(out, caps, strict=True))
 
 
 @given(st.data())

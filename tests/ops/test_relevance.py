@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tokprune.ops.relevance import attention_relevance
+from tools.explain import attention_relevance
 
 
 def test_two_layers_of_two_heads_by_hand() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tokprune.adapters.hooks import Ref
-from tokprune.adapters.patch_sizes import embedder
+from tokprune.adapters.patch_sizes import Embedder
 from tokprune.adapters.tower_parts import (
     AttentionReader,
     BlockParts,
@@ -87,12 +87,6 @@ def _prefix(embeddings: Any) -> int:
     return alone + sum(t.shape[1] for t in tokens if t is not None) + (0 if both is None else both.shape[0])
 
 
-def _rows_behind(table: Any, skipped: int) -> Tensor:
-    """Position embeddings of the patches, (n, C). table: a module or a parameter (1, skipped + n, C)."""
-    rows: Any = table.weight if isinstance(table, nn.Module) else table[0]
-    return rows[skipped:]  # type: ignore[no-any-return]
-
-
 def _convolution(embeddings: nn.Module) -> nn.Conv2d | None:
     """What embeds the patches, where one convolution of pixels does."""
     for name in PATCHES:
@@ -147,13 +141,13 @@ class PlainViT(TowerKind):
             relative=kind == "BeitLayer",
             patch=_convolution(embeddings),
         )
-        table = getattr(embeddings, "position_embedding", getattr(embeddings, "position_embeddings", None))
-        if kind not in ONE_TABLE or side > 1 or tower.patch is None or table is None:
+        table = "position_embedding" if hasattr(embeddings, "position_embedding") else "position_embeddings"
+        if kind not in ONE_TABLE or side > 1 or tower.patch is None or getattr(embeddings, table, None) is None:
             return tower
         registers = getattr(embeddings, "register_tokens", None)  # they have no positions
         skipped = prefix - (0 if registers is None else registers.shape[1])
         after = child(root, "pre_layrnorm") or nn.Identity()
-        return replace(tower, embed=embedder(tower.patch, functools.partial(_rows_behind, table, skipped), after))
+        return replace(tower, embed=Embedder(tower.patch, tower.root_ref, f"embeddings.{table}", skipped, after))
 
 
 def _scale(block: Any, name: str) -> Tensor | None:

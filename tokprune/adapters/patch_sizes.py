@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
 
 from torch import Tensor, nn
 
-Embed = Callable[[Tensor, tuple[int, int], int], Tensor]
+from tokprune.adapters.hooks import Ref
 
 
 def positions(table: Tensor, grid: tuple[int, int], step: int) -> Tensor:
@@ -32,23 +34,26 @@ def _resample(table: Tensor, old: tuple[int, int], new: tuple[int, int], antiali
     return x.permute(0, 2, 3, 1).flatten(0, 2).to(table.dtype)
 
 
-def embedder(
-    patch: nn.Module, table: Callable[[], Tensor | None], after: Callable[[Tensor], Tensor] | None = None
-) -> Embed:
-    """patch: the convolution. table: position embeddings of the patches, (n, C). after: norm before the first block."""
-    return functools.partial(_embed, patch, table, after)
+@dataclass(frozen=True)
+class Embedder:
+    """Patches `step` times as large, from a picture made `step` times smaller: (pixels (B, 3, H, W), grid of the full
+    picture, step) -> (B, n, C), what would enter the first block."""
 
+    patch: nn.Conv2d
+    """The convolution that embeds patches."""
+    tower: Ref
+    path: str
+    """Where in the tower the position embeddings are: an embedding, or a parameter, (n, C) or (1, n, C), or None."""
+    skipped: int
+    """How many of them belong to tokens that are no patches."""
+    after: Callable[[Tensor], Tensor] | None = None
+    """Norm before the first block."""
 
-def _embed(
-    patch: nn.Module,
-    table: Callable[[], Tensor | None],
-    after: Callable[[Tensor], Tensor] | None,
-    pixels: Tensor,
-    grid: tuple[int, int],
-    step: int,
-) -> Tensor:
-    weight = next(patch.parameters())
-    x = patch(pixels.to(weight.dtype)).flatten(2).transpose(1, 2)
-    place = table()
-    x = x if place is None else x + positions(place, grid, step).to(x.dtype)
-    return x if after is None else after(x)
+    def __call__(self, pixels: Tensor, grid: tuple[int, int], step: int) -> Tensor:
+        x: Tensor = self.patch(pixels.to(self.patch.weight.dtype)).flatten(2).transpose(1, 2)
+        table: Any = attrgetter(self.path)(self.tower())
+        table = table.weight if isinstance(table, nn.Module) else table
+        if table is not None:
+            place = (table[0] if table.dim() == 3 else table)[self.skipped :]
+            x = x + positions(place, grid, step).to(x.dtype)
+        return x if self.after is None else self.after(x)

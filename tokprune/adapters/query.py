@@ -6,7 +6,7 @@ import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Any
 
 import torch
@@ -95,26 +95,12 @@ def _template_parts(processor: Any) -> tuple[str, str] | None:
         except Exception:  # a template is a program of its own and raises what it likes
             continue
         if all(word in text for word in (FIRST, ANSWER, SECOND)):
-            opening, middle, closing = (
-                text.split(FIRST)[0],
-                text.split(ANSWER)[1].split(SECOND)[0],
-                text.split(SECOND)[1],
-            )
-            header = ""
-            while (
-                len(header) < min(len(opening), len(middle)) and opening[-len(header) - 1] == middle[-len(header) - 1]
-            ):
-                header = opening[-len(header) - 1] + header
-            return _one_line(header), _one_line(closing)
+            opening, middle = text.split(FIRST)[0], text.split(ANSWER)[1].split(SECOND)[0]
+            # Both end in what opens a user's turn.
+            ends = takewhile(lambda pair: pair[0] == pair[1], zip(reversed(opening), reversed(middle), strict=False))
+            header = "".join(letter for letter, _ in ends)[::-1]
+            return _one_line(header), _one_line(text.split(SECOND)[1])
     return None
-
-
-def question_in_prompt(processor: Any, ids: Tensor, visual_ids: Sequence[int]) -> str:
-    """The words of the last user turn of a prompt, without template, system prompt and visual placeholders.
-
-    ids: (L,) token ids of one prompt, padding removed. visual_ids: ids of placeholder tokens.
-    """
-    return find_question(processor, ids, visual_ids)[0]
 
 
 LABEL = r"(?:Frame ?-?\d+|Frame from [\d:]+|Time \d+(?:\.\d+)?s):|<\d+(?:\.\d+)? seconds>"
@@ -132,8 +118,7 @@ def _without_labels(tokenizer: Any, ids: Tensor, visual: Tensor) -> str:
     ids: (L,). visual: (L,) bool placeholders. Labels end a stretch of text before placeholders, or begin the one behind
     them; special tokens may stand between.
     """
-    names = {*getattr(tokenizer, "all_special_tokens", ()), *getattr(tokenizer, "added_tokens_encoder", ())}
-    mark = "|".join(re.escape(str(n)) for n in sorted(names, key=lambda n: -len(str(n)))) or "(?!)"
+    mark = "|".join(map(re.escape, _marks(tokenizer))) or "(?!)"
     edges = [0, *((visual[1:] != visual[:-1]).nonzero().flatten() + 1).tolist(), len(ids)]
     parts = [ids[a:b].tolist() for a, b in pairwise(edges) if b > a and not visual[a]]
     texts = [tokenizer.decode(part, skip_special_tokens=False) for part in parts]
@@ -152,7 +137,11 @@ def _without_labels(tokenizer: Any, ids: Tensor, visual: Tensor) -> str:
 
 
 def find_question(processor: Any, ids: Tensor, visual_ids: Sequence[int]) -> tuple[str, str]:
-    """The same, and how it was found. Words of an answer that follows the question do not count as the question."""
+    """The words of the last user turn of a prompt, without template, system prompt and visual placeholders, and how
+    they were found. Words of an answer that follows the question do not count as the question.
+
+    ids: (L,) token ids of one prompt, padding removed. visual_ids: ids of placeholder tokens.
+    """
     tokenizer = tokenizer_of(processor)
     skip = torch.isin(ids, torch.tensor(list(visual_ids), device=ids.device))
     text = _one_line(_without_labels(tokenizer, ids, skip) if len(ids) else "")
@@ -182,11 +171,15 @@ def words_between(processor: Any, ids: Tensor) -> str:
     return _without_special(tokenizer, text)
 
 
+def _marks(tokenizer: Any) -> list[str]:
+    """The special tokens, the longest first."""
+    names = {*getattr(tokenizer, "all_special_tokens", ()), *getattr(tokenizer, "added_tokens_encoder", ())}
+    return sorted(map(str, names), key=len, reverse=True)
+
+
 def _without_special(tokenizer: Any, text: str) -> str:
-    special = {str(t) for t in getattr(tokenizer, "all_special_tokens", ())}
-    special |= {str(t) for t in getattr(tokenizer, "added_tokens_encoder", ())}
-    for word in sorted(special, key=len, reverse=True):
-        text = text.replace(word, " ")
+    for mark in _marks(tokenizer):
+        text = text.replace(mark, " ")
     return _one_line(text)
 
 

@@ -5,7 +5,6 @@ A new kind is a class here and its place in KINDS; signals, encoder stage and pr
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,10 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from tokprune.adapters.attention_readers import attention_reader
 from tokprune.adapters.hf_tower_kinds import PlainViT, QwenLike
 from tokprune.adapters.hooks import Ref
-from tokprune.adapters.patch_sizes import embedder
+from tokprune.adapters.patch_sizes import Embedder
 from tokprune.adapters.tower_parts import (
     NORMS,
     AttentionReader,
@@ -30,7 +28,7 @@ from tokprune.adapters.tower_parts import (
     child,
 )
 from tokprune.adapters.types import ModelCall
-from tokprune.errors import UnsupportedModelError
+from tokprune.errors import MissingSignalError, UnsupportedModelError
 
 
 def is_a(module: object, package: str, name: str) -> bool:
@@ -63,14 +61,6 @@ class TimmReader(HeadsFirstReader):
 
         prefix, half = getattr(self.attention, "num_prefix_tokens", 0), getattr(self.attention, "rotate_half", False)
         return torch.cat([x[:, :, :prefix], apply_rot_embed_cat(x[:, :, prefix:], positions.to(x), half=half)], 2)
-
-
-def _positions(model_ref: Ref) -> Tensor | None:
-    model = model_ref()
-    table = model.pos_embed
-    if table is None:
-        return None
-    return table[0] if model.no_embed_class else table[0, model.num_prefix_tokens :]  # type: ignore[no-any-return]
 
 
 class TimmViT(TowerKind):
@@ -122,16 +112,17 @@ class TimmViT(TowerKind):
     def with_positions(self, tower: Tower) -> Tower:
         """With what embeds patches, where one convolution of pixels does and their positions come next."""
         model = tower.root
-        embed = model.patch_embed
-        patch = embed.proj if type(embed).__name__ == "PatchEmbed" else None  # hybrids: sees a network's features
+        first = model.patch_embed
+        patch = first.proj if type(first).__name__ == "PatchEmbed" else None  # hybrids: sees a network's features
         if not isinstance(patch, nn.Conv2d) or patch.kernel_size != patch.stride:
             return tower
-        if not isinstance(embed.norm, nn.Identity):  # it stands before the positions are added
+        if not isinstance(first.norm, nn.Identity):  # it stands before the positions are added
             return tower
         config = getattr(model, "pretrained_cfg", None) or {}
         normal = (tuple(config["mean"]), tuple(config["std"])) if "mean" in config and "std" in config else None
-        grown = embedder(patch, functools.partial(_positions, tower.root_ref), model.norm_pre)
-        return replace(tower, patch=patch, embed=grown, normal=normal)
+        skipped = 0 if model.no_embed_class else model.num_prefix_tokens
+        embed = Embedder(patch, tower.root_ref, "pos_embed", skipped, model.norm_pre)
+        return replace(tower, patch=patch, embed=embed, normal=normal)
 
 
 @dataclass(frozen=True)
@@ -203,10 +194,6 @@ class PackedProjectionReader(AttentionReader):
         return q, k, v
 
 
-def _patch_positions(root_ref: Ref) -> Tensor:
-    return root_ref().positional_embedding[1:]  # type: ignore[no-any-return]
-
-
 class OpenClip(TowerKind):
     """open_clip's own vision transformers."""
 
@@ -237,16 +224,12 @@ class OpenClip(TowerKind):
             padding=True,
             pools=root.attn_pool is not None or root.pool_type in ("avg", "none"),
             patch=root.conv1,
-            embed=embedder(root.conv1, functools.partial(_patch_positions, Ref(root)), root.ln_pre),
+            embed=Embedder(root.conv1, Ref(root), "positional_embedding", 1, root.ln_pre),
             normal=None if mean is None or std is None else (tuple(mean), tuple(std)),
         )
 
 
 # -- torchvision ----------------------------------------------------------------------------------------------
-
-
-def _encoder_positions(root_ref: Ref) -> Tensor:
-    return root_ref().encoder.pos_embedding[0, 1:]  # type: ignore[no-any-return]
 
 
 class TorchvisionViT(TowerKind):
@@ -270,11 +253,54 @@ class TorchvisionViT(TowerKind):
         )
         if not isinstance(root.conv_proj, nn.Conv2d):  # a stem of several convolutions
             return tower
-        return replace(
-            tower,
-            patch=root.conv_proj,
-            embed=embedder(root.conv_proj, functools.partial(_encoder_positions, Ref(root))),
-        )
+        embed = Embedder(root.conv_proj, Ref(root), "encoder.pos_embedding", 1)
+        return replace(tower, patch=root.conv_proj, embed=embed)
+
+
+# -- attention that projects, norms or turns in a way of its own, in blocks of no kind -------------------------
+
+
+class Gemma4Reader(AttentionReader):
+    """Gemma 4: values are normed, too, and each half of a head is turned by its own coordinate."""
+
+    def watched(self) -> dict[str, nn.Module]:
+        return {**super().watched(), "v_norm": self.attention.get_submodule("v_norm")}
+
+    def read(self, seen: Mapping[str, Tensor]) -> Heads:
+        q, k, _ = super().read(seen)
+        return q, k, seen["v_norm"].transpose(1, 2)
+
+    def turn(self, x: Tensor, positions: Any) -> Tensor:
+        parts = zip(x.chunk(2, -1), *(p.chunk(2, -1) for p in positions), strict=True)
+        return torch.cat([super(Gemma4Reader, self).turn(half, table) for half, *table in parts], -1)
+
+
+class Llama4Reader(AttentionReader):
+    """Llama 4: [CLS] stands behind the patches and is read as the first token; pairs of channels turn as complex
+    numbers."""
+
+    def read(self, seen: Mapping[str, Tensor]) -> Heads:
+        q, k, v = (x.roll(1, 2) for x in super().read(seen))
+        return q, k, v
+
+    def positions(self, call: ModelCall) -> object:
+        return call.get("freqs_ci")
+
+    def check_positions(self, positions: object) -> None:
+        if not isinstance(positions, Tensor):
+            raise MissingSignalError(f"{type(self.attention).__name__} was called without its rotary table.")
+
+    def turn(self, x: Tensor, positions: Any) -> Tensor:
+        angles = positions.flatten(0, -2).roll(1, 0).to(x.device)  # (N, d / 2)
+        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
+        return torch.view_as_real(pairs * angles).flatten(-2).to(x.dtype)  # real angles where the model was cast
+
+
+READERS: dict[str, type[AttentionReader]] = {
+    "Gemma4VisionAttention": Gemma4Reader,
+    "Llama4VisionAttention": Llama4Reader,
+}
+"""By the class of the attention."""
 
 
 KINDS: tuple[TowerKind, ...] = (TimmEva(), TimmViT(), OpenClip(), TorchvisionViT(), PlainViT(), QwenLike())
@@ -296,4 +322,6 @@ def reader_of(block: nn.Module) -> AttentionReader | None:
         if reader is not None:
             return reader
     attention = attention_of(block)
-    return None if attention is None else attention_reader(attention)
+    if attention is None or hasattr(attention, "rel_pos_h") or hasattr(attention, "relative_position_bias_table"):
+        return None  # its logits are more than queries times keys: positions per query
+    return READERS.get(type(attention).__name__, AttentionReader)(attention)

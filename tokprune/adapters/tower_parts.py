@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tokprune.adapters.hooks import Ref
-from tokprune.adapters.patch_sizes import Embed
+from tokprune.adapters.patch_sizes import Embedder
 from tokprune.adapters.types import ModelCall
 from tokprune.errors import MissingSignalError
 
@@ -202,9 +202,7 @@ class Tower:
     """Packed towers that reorder units: raster numbers of the sequence's units, from grid and keywords."""
     patch: nn.Conv2d | None = None
     """The convolution that embeds patches, where patches may be made larger."""
-    embed: Embed | None = None
-    """What would enter the first block if patches were `step` times as large, from the picture made `step` times
-    smaller: (pixels (B, 3, H, W), grid of the full picture, step) -> (B, n, C)."""
+    embed: Embedder | None = None
     normal: Moments | None = None
     """Of the pixels, where the model knows it."""
     rope: str = ""

@@ -202,7 +202,7 @@ def config_cells(
     configs = {**settings.configs, name: [method_to_dict(m) for m in config.methods]}
     budgets = dict(settings.prompt_budgets)
     if config.prompt_budget is not None:
-        budgets[name] = config.prompt_fields()
+        budgets[name] = {key: value for key, value in config.to_dict().items() if key.startswith("prompt_")}
     ratio = 1.0 if config.ratio is None else config.ratio
     joined = [Cell(task, name, ratio) for task in dict.fromkeys(cell.task for cell in cells)]
     return joined, dataclasses.replace(settings, configs=configs, prompt_budgets=budgets)

@@ -86,25 +86,18 @@ def stream_layouts(
     modality: str,
     kwargs: Mapping[str, Any],
     output: Any,
-    runs: Sequence[PlaceholderRun | int] | None = None,
+    runs: Sequence[PlaceholderRun] | None = None,
     decode: Callable[[list[int]], str] | None = None,
 ) -> list[StreamLayout]:
     """One layout per stream (an image with all its tiles, or a video), in the order of the flattened encoder rows.
 
     base: the multimodal base model. modality: "image" or "video". kwargs: keyword arguments of the get_image_features
     or get_video_features call. output: its result. runs: the prompt's placeholder runs of that modality
-    (`placeholder_runs`); plain lengths serve where tiles of a picture are contiguous (InternVL), the other tiled
-    families also read the tags between the runs. decode: token ids to text, to tell InternVL's video frames from
-    pictures.
+    (`placeholder_runs`). decode: token ids to text, to tell InternVL's video frames from pictures.
 
     Where the geometry cannot be known each item is one line, and `note` says why.
     """
-    read = (
-        None
-        if runs is None
-        else tuple(run if isinstance(run, PlaceholderRun) else PlaceholderRun(int(run)) for run in runs)
-    )
-    call = EncoderCall(base, modality, kwargs, output, read, decode)
+    call = EncoderCall(base, modality, kwargs, output, None if runs is None else tuple(runs), decode)
     name = call.config.model_type
     try:
         layouts = family_of(base, kwargs).streams(call)
@@ -114,7 +107,7 @@ def stream_layouts(
         return layouts
     except UnknownGeometryError as error:
         note = f"geometry of {name} unknown, one line per item: {error}"
-        by_run = [run.length for run in read or ()]
+        by_run = [run.length for run in runs or ()]
         pieces = sum(by_run) == call.total and len(by_run) < len(call.lengths)  # items are pieces of pictures
         return [plain(Layout.line(n), note) for n in (by_run if pieces else call.lengths)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,9 +34,8 @@ def tiled(
     if thumbnail is not None:
         order.insert(0, order.pop(thumbnail))
     layout = Layout.grid(*grid, count, "tiles", canvas=canvas, thumbnail=thumbnail is not None)
-    stream = plain(layout, note)
     rows = (torch.tensor(order)[:, None] * n + torch.arange(n)).flatten()
-    return StreamLayout(rows, count * n, layout, stream.separators, stream.separator_line, stream.line, note)
+    return replace(plain(layout, note), rows=rows)
 
 
 def mixed_tiles(grids: list[tuple[int, int]], canvas: tuple[int, int]) -> Layout:
@@ -92,11 +92,9 @@ def canvas_from_pixels(tiles: Tensor, thumbnail: Tensor) -> tuple[tuple[int, int
         return shapes[0], True
     small, whole = shrunk(tiles), shrunk(thumbnail)  # (k, 3, s, s), (3, s, s)
     errors = []
-    for down, across in shapes:
-        put = (
-            small.unflatten(0, (down, across)).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
-        )  # (3, down*s, across*s)
-        errors.append((F.avg_pool2d(put, (down, across)) - whole).square().mean())
+    for shape in shapes:
+        put = small.unflatten(0, shape).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)  # (3, down*s, across*s)
+        errors.append((F.avg_pool2d(put, shape) - whole).square().mean())
     totals = torch.stack(errors).tolist()
     best = min(range(len(totals)), key=lambda i: (totals[i], i))
     others = min(error for i, error in enumerate(totals) if i != best)

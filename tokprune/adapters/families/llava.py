@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ class Llava(Units):
             return streams
         # [CLS] is no candidate: like a newline it stays as long as a token of its line, here the image, does.
         lone = torch.zeros(1, dtype=torch.long)
-        return [StreamLayout(s.rows + 1, s.total + 1, s.layout, lone, lone, s.line, s.note) for s in streams]
+        return [replace(s, rows=s.rows + 1, total=s.total + 1, separators=lone, separator_line=lone) for s in streams]
 
     def arrange(self, call: EncoderCall, values: Tensor, fill: float = 0.0) -> Tensor:
         if call.kwargs.get("image_sizes") is not None:

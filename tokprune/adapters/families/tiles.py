@@ -47,10 +47,9 @@ class Tiles(Units):
         if count == 1:
             return [plain(Layout.grid(*grid))]
         n = grid[0] * grid[1]
-        if call.runs is None or sum(run.length for run in call.runs) != count * n:
-            return [plain(Layout.grid(*grid), APART)] * count
-        runs = list(call.runs)
-        if self.reads_tags and not any(run.before for run in runs):
+        runs = list(call.runs or ())
+        told = not self.reads_tags or any(run.before for run in runs)
+        if not told or sum(run.length for run in runs) != count * n:
             return [plain(Layout.grid(*grid), APART)] * count
         if any(run.length % n for run in runs):
             raise UnknownGeometryError(f"placeholder runs are no multiples of the {n} tokens of a tile")
