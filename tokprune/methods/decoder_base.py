@@ -208,6 +208,6 @@ class DecoderScores(DecoderMethod):
     def select(self, tokens: LayerTokens, keep: int) -> Selection:
         """The `keep` best candidates."""
         if not keep:
-            return Selection(torch.empty(0, dtype=torch.long, device=tokens.visual.device))
+            return Selection(tokens.visual[:0])
         scores = check_finite(self.scores(tokens), f"the scores of {self.info.name}")
         return Selection(top(scores, keep), info={"scores": scores})

@@ -164,6 +164,27 @@ class Reduction:
         x = x * real[..., None].to(x.dtype)
         return Reduction(x, torch.where(real, rows, -1), assign, size * real[..., None])
 
+    @staticmethod
+    def kept_patches(block: BlockView, patches: Tensor, real: Tensor | None = None) -> Reduction:
+        """The prefix and some patches. patches: (B, K), counted behind the prefix. real: (B, K) False for padding."""
+        head = torch.arange(block.prefix, device=patches.device).expand(len(patches), -1)
+        there = None if real is None else torch.cat([torch.ones_like(head, dtype=torch.bool), real], 1)
+        return Reduction.kept(block, torch.cat([head, patches + block.prefix], 1), there)
+
+    def with_rest(self, block: BlockView, row: Tensor, rest: Tensor, scores: Tensor) -> Reduction:
+        """One more row behind the others, (B, 1, C), into which all patches go that were dropped.
+
+        rest: (B, m) these patches, counted behind the prefix. scores: (B, n) of the patches; the row sits at the best.
+        """
+        seat = rest.gather(1, scores.gather(1, rest).argmax(1, keepdim=True)) + block.prefix
+        size = block.sizes()[:, block.prefix :].gather(1, rest[..., None]).sum(1, keepdim=True)
+        return Reduction(
+            torch.cat([self.x, row], 1),
+            torch.cat([self.rep, seat], 1),
+            torch.where(self.assign < 0, self.x.shape[1], self.assign),
+            torch.cat([self.size, size], 1),
+        )
+
 
 @dataclass(frozen=True)
 class Cut:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import groupby, islice
 from typing import NamedTuple
 
 import torch
@@ -94,6 +94,12 @@ def segment_numbers(lengths: Sequence[int], device: torch.device | str = "cpu") 
     return torch.repeat_interleave(
         torch.arange(len(lengths), device=device), torch.tensor(list(lengths), device=device), output_size=sum(lengths)
     )
+
+
+def by_segment(values: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
+    """A number of each frame, segment by segment. lengths: frames of each segment."""
+    frames = iter(values)
+    return [list(islice(frames, length)) for length in lengths]
 
 
 def run_lengths(labels: Sequence[int]) -> list[int]:

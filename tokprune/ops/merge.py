@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tokprune.errors import OptionError
+from tokprune.ops.numeric import wide
 from tokprune.ops.similarity import most_similar, unit
 from tokprune.ops.topk import true_indices
 from tokprune.tokens import Merge, Selection, weighted_sums
@@ -146,6 +147,17 @@ def merged_selection(target: Tensor, weight: Tensor, keep: int, **info: Tensor) 
     return Selection(indices, Merge(target=row, scale=weight), info=info)
 
 
+def means(seats: Tensor, cell: Tensor, **info: Tensor) -> Selection:
+    """The selection whose outputs are plain means. seats: (K,) position at which each output sits, in any order. cell:
+    (N,) output into which each token flows, -1 for none.
+    """
+    indices, order = seats.sort()
+    slot = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=order.device))
+    inside, cell = cell >= 0, cell.clamp(min=0)
+    size = torch.zeros(len(seats), dtype=torch.float32, device=cell.device).index_add(0, cell, inside.float())
+    return Selection(indices, Merge(target=torch.where(inside, slot[cell], -1), scale=inside / size[cell]), info=info)
+
+
 @dataclass(frozen=True)
 class Matching:
     """A plan that turns N tokens into K.
@@ -200,6 +212,27 @@ def bipartite_matching(metric: Tensor, r: int, prefix: int = 0, ordered: bool = 
     assign = torch.empty(batch, n, dtype=torch.long, device=device).scatter(-1, rep, row)
     assign = assign.scatter(-1, source, assign.gather(-1, target))
     return Matching(rep, assign)
+
+
+@torch.no_grad()
+def merged_to(
+    features: Tensor, keep: int, step: Callable[[int], int] | None = None, size: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Repeat bipartite soft matching until `keep` tokens are left, which stay in raster order.
+
+    features: (B, N, C). step: of n tokens that are left, how many the next round merges; at most half of them can, and
+    None merges as many as that. size: (B, N, 1) originals in each, None for ones. Returns the means that are left and
+    their sizes, (B, keep, C) and (B, keep, 1) in float32 at least, the positions at which they sit, (B, keep)
+    ascending, and (B, N) which of them each input has gone to.
+    """
+    x = wide(features)
+    size = x.new_ones(*x.shape[:2], 1) if size is None else size
+    rep = assign = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
+    while (n := x.shape[1]) > keep:
+        matching = bipartite_matching(x, n - keep if step is None else step(n), ordered=True)
+        x, size = merge_weighted(matching, x, size)
+        rep, assign = rep.gather(-1, matching.rep), matching.assign.gather(-1, assign)
+    return x, size, rep, assign
 
 
 def merge(matching: Matching, x: Tensor, mode: Literal["mean", "sum", "amax"] = "mean") -> Tensor:

@@ -11,8 +11,7 @@ from tokprune.budget import equal_spaced
 from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
 from tokprune.methods.options import option
 from tokprune.ops.grid import stacks
-from tokprune.ops.merge import bipartite_matching, cap, merge_weighted, merged_selection
-from tokprune.ops.numeric import wide
+from tokprune.ops.merge import merged_selection, merged_to
 from tokprune.registry import Checked, register_method
 from tokprune.tokens import Selection, VisualTokens
 
@@ -27,16 +26,8 @@ def auroracap_frames(features: Tensor, keep: int, rounds: int = 24) -> tuple[Ten
     frame (T, keep), ascending, and to which of them each original went (T, n). Rounds are added where matching, which
     can merge at most half of the tokens at once, would fall short.
     """
-    x, size = wide(features), None
-    frames, n, _ = x.shape
-    rep = torch.arange(n, device=x.device).expand(frames, n)
-    assign, left = rep, rounds
-    while n > keep:
-        matching = bipartite_matching(x, min(-((keep - n) // max(left, 1)), cap(n)), ordered=True)
-        x, size = merge_weighted(matching, x, size)
-        rep, assign = rep.gather(-1, matching.rep), matching.assign.gather(-1, assign)
-        n, left = rep.shape[-1], left - 1
-    return rep, assign
+    left = iter(range(rounds, 0, -1))
+    return merged_to(features, keep, lambda n: -((keep - n) // next(left, 1)))[2:]
 
 
 @register_method(

@@ -17,7 +17,7 @@ from tokprune.methods.attended import attended, scene_lengths
 from tokprune.methods.base import ConnectorMethod
 from tokprune.methods.options import Compat, option
 from tokprune.ops.cluster import Distances, centre_scores
-from tokprune.ops.frames import frame_means, raster
+from tokprune.ops.frames import by_segment, frame_means, raster
 from tokprune.ops.similarity import most_similar, unit
 from tokprune.ops.topk import rank_in_group, ranks, true_indices
 from tokprune.registry import Checked, register_method
@@ -277,8 +277,7 @@ class FastVID(ConnectorMethod):
         """Salient and context tokens of each frame, `keep` together."""
         salient: list[int] = []
         context: list[int] = []
-        frames = iter(sizes)
-        own = [[next(frames) for _ in range(length)] for length in lengths]
+        own = by_segment(sizes, lengths)
         shares = in_proportion(keep, torch.tensor([sum(scene) for scene in own])).tolist()
         for scene, at, budget in zip(own, changing, shares, strict=True):
             if budget > sum(scene[t] for t in at):

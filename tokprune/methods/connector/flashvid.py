@@ -16,7 +16,7 @@ from tokprune.methods.attended import attended, scene_lengths
 from tokprune.methods.base import ConnectorMethod
 from tokprune.methods.options import Compat, option
 from tokprune.ops.cluster import dpc_knn
-from tokprune.ops.frames import frame_means, raster, segment_numbers
+from tokprune.ops.frames import by_segment, frame_means, raster, segment_numbers
 from tokprune.ops.grid import stacks
 from tokprune.ops.merge import merged_selection
 from tokprune.ops.select import greedy_farthest
@@ -165,8 +165,7 @@ def flashvid_published_parts(per_frame: int, n: int, lengths: Sequence[int], alp
 
 def flashvid_parts(sizes: Sequence[int], lengths: Sequence[int], keep: int, alpha: float) -> Parts:
     """The same with an exact sum, for frames of any sizes: scenes share `keep` in proportion to their tokens."""
-    frames = iter(sizes)
-    own = [[next(frames) for _ in range(length)] for length in lengths]
+    own = by_segment(sizes, lengths)
     shares = in_proportion(keep, torch.tensor([sum(scene) for scene in own])).tolist()
     stay = [ceil_of(budget, alpha) for budget in shares]
     diverse = [k for scene, count in zip(own, stay, strict=True) for k in equal_spaced(count, scene)]

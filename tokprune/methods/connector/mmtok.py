@@ -22,57 +22,11 @@ from tokprune.registry import Checked, register_method
 from tokprune.tokens import Query, Selection, VisualTokens
 
 # The published settings: words that say nothing about a picture, and what evaluation prompts add to a question.
-STOP_WORDS = frozenset(
-    [
-        "a",
-        "an",
-        "the",
-        "is",
-        "are",
-        "was",
-        "were",
-        "be",
-        "been",
-        "being",
-        "have",
-        "has",
-        "had",
-        "do",
-        "does",
-        "did",
-        "it",
-        "they",
-        "he",
-        "she",
-        "we",
-        "you",
-        "i",
-        "what",
-        "where",
-        "when",
-        "why",
-        "how",
-        "who",
-        "which",
-        "and",
-        "or",
-        "but",
-        "so",
-        "if",
-        "then",
-        "question",
-        "answer",
-        "to",
-        "for",
-        "with",
-        "by",
-        "from",
-        "at",
-        "into",
-        "onto",
-        "upon",
-    ]
-)
+_EMPTY = """
+    a an the is are was were be been being have has had do does did it they he she we you i what where when why how
+    who which and or but so if then question answer to for with by from at into onto upon
+"""
+STOP_WORDS = frozenset(_EMPTY.split())
 ADDED = (
     "answer the question using a single word or phrase",
     "answer with the option s letter from the given choices directly",

@@ -13,8 +13,9 @@ from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
 from tokprune.methods.options import option
 from tokprune.ops.frames import raster
 from tokprune.ops.grid import centres, even_cells
+from tokprune.ops.merge import means
 from tokprune.registry import Checked, register_method
-from tokprune.tokens import Layout, Merge, Selection, VisualTokens
+from tokprune.tokens import Layout, Selection, VisualTokens
 
 
 @register_method(
@@ -52,8 +53,7 @@ class Storm(ConnectorMethod):
         """Sample or pool the stream to `keep` tokens."""
         check_keep(keep, len(tokens))
         check_finite(tokens.features, "the visual features")
-        device = tokens.features.device
-        layout = tokens.layout.to(device)
+        layout = tokens.layout.to(tokens.features.device)
         frames, sizes = layout.num_groups, layout.group_sizes
         stride = self.stride if layout.kind == "video" else 1
         while sum(sizes[::stride]) < keep:
@@ -64,11 +64,7 @@ class Storm(ConnectorMethod):
         middle = centres(cell, keep, layout)
         if self.mode == "pool" and stride > 1:
             cell = _follow(cell, layout, stride)
-        inside, slot_of = cell >= 0, cell.clamp(min=0)
-        indices, order = middle.sort()
-        slot = torch.empty_like(order).scatter(0, order, torch.arange(keep, device=device))
-        size = torch.zeros(keep, dtype=torch.float32, device=device).index_add(0, slot_of, inside.float())
-        return Selection(indices, Merge(target=torch.where(inside, slot[slot_of], -1), scale=inside / size[slot_of]))
+        return means(middle, cell)
 
 
 def _follow(cell: Tensor, layout: Layout, stride: int) -> Tensor:

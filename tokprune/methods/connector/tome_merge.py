@@ -10,10 +10,9 @@ from torch import Tensor
 from tokprune.budget import floor_of
 from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
 from tokprune.methods.options import option
-from tokprune.ops.merge import bipartite_matching, cap, merge_weighted
-from tokprune.ops.numeric import wide
+from tokprune.ops.merge import means, merged_to
 from tokprune.registry import Checked, register_method
-from tokprune.tokens import Merge, Selection, VisualTokens
+from tokprune.tokens import Selection, VisualTokens
 
 
 @torch.no_grad()
@@ -24,17 +23,7 @@ def tome_merge(features: Tensor, keep: int, share: float = 0.25) -> tuple[Tensor
     than half), weighted by how many originals each stands for; the survivors stay in raster order. Returns the
     positions (B, keep) at which they sit, ascending, and (B, N) which of them each original has gone to.
     """
-    x, size = wide(features), None
-    batch, n, _ = x.shape
-    rep = torch.arange(n, device=x.device).expand(batch, n)
-    assign = rep
-    while n > keep:
-        matching = bipartite_matching(x, min(n - keep, max(1, floor_of(n, share)), cap(n)), ordered=True)
-        x, size = merge_weighted(matching, x, size)
-        rep = rep.gather(-1, matching.rep)
-        assign = matching.assign.gather(-1, assign)
-        n = rep.shape[-1]
-    return rep, assign
+    return merged_to(features, keep, lambda n: min(n - keep, max(1, floor_of(n, share))))[2:]
 
 
 @register_method(
@@ -69,7 +58,5 @@ class ToMeMerge(ConnectorMethod):
         check_keep(keep, len(tokens))
         features = check_finite(tokens.features, "the visual features")
         rep, assign = (x[0] for x in tome_merge(features[None], keep, self.share))
-        size = torch.zeros(keep, dtype=torch.float32, device=assign.device).index_add(
-            0, assign, torch.ones_like(assign, dtype=torch.float32)
-        )
-        return Selection(rep, Merge(target=assign, scale=1 / size[assign]), info={"sizes": size})
+        sizes = torch.zeros_like(rep).scatter_add(0, assign, torch.ones_like(assign))
+        return means(rep, assign, sizes=sizes.float())

@@ -72,7 +72,7 @@ class CATPLLM(DecoderMethod):
         states = wide(check_finite(tokens.hidden, "the hidden states"))
         number, sizes = tokens.pictures
         if not sizes or not keep:
-            return Selection(torch.empty(0, dtype=torch.long, device=tokens.visual.device))
+            return Selection(tokens.visual[:0])
         place = torch.arange(len(number), device=number.device)
         if "last" in tokens.notes:
             return self._question(tokens, states, keep)

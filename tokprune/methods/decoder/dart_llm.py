@@ -75,7 +75,7 @@ class DartLLM(DecoderMethod):
     def select(self, tokens: LayerTokens, keep: int) -> Selection:
         """`keep` tokens, pivots among them."""
         if not keep:
-            return Selection(torch.empty(0, dtype=torch.long, device=tokens.visual.device))
+            return Selection(tokens.visual[:0])
         normed = check_finite(tokens.read("normed"), "the hidden states")
         keys = tokens.below.keys if self.compat == "published" else tokens.below.plain_keys
         keys = check_finite(keys, "the keys of the layer below")

@@ -11,9 +11,10 @@ from tokprune.methods.base import check_finite
 from tokprune.methods.decoder_base import DecoderMethod, LayerTokens
 from tokprune.methods.options import option
 from tokprune.ops.grid import even_runs, middles
+from tokprune.ops.merge import means
 from tokprune.registry import Checked, register_method
 from tokprune.schedule import Schedule
-from tokprune.tokens import Layout, Merge, Selection
+from tokprune.tokens import Layout, Selection
 
 
 @register_method(
@@ -50,15 +51,11 @@ class LLaVolta(DecoderMethod):
 
     def select(self, tokens: LayerTokens, keep: int) -> Selection:
         """`keep` windows."""
-        device = tokens.visual.device
         if not keep:
-            return Selection(torch.empty(0, dtype=torch.long, device=device))
+            return Selection(tokens.visual[:0])
         check_finite(tokens.hidden[tokens.visual], "the hidden states")
         number, sizes = tokens.pictures
         row = torch.zeros_like(number)
         layout = Layout(number, row, row, tuple((1, size) for size in sizes))
         cell = even_runs(layout, share_of(keep, sizes, sizes))  # (V,)
-        indices = middles(cell, keep)
-        inside = cell >= 0
-        size = torch.zeros(keep, dtype=torch.float32, device=device).index_add(0, cell.clamp(min=0), inside.float())
-        return Selection(indices, Merge(target=cell, scale=inside / size[cell.clamp(min=0)]))
+        return means(middles(cell, keep), cell)

@@ -115,7 +115,7 @@ class TopV(DecoderMethod):
         """The best, and dropped ones at even distances."""
         n = len(tokens.visual)
         if not keep:
-            return Selection(torch.empty(0, dtype=torch.long, device=tokens.visual.device))
+            return Selection(tokens.visual[:0])
         scores = self.scores(tokens)
         again = min(round_of(keep, self.recovered), n - keep)
         best = top(scores, keep - again)

@@ -95,10 +95,6 @@ class ATS(EncoderMethod):
         samples = self.samples or block.start + 1
         if block.target is not None:
             samples = block.target + 1
-        prefix, size = block.prefix, block.sizes()
         scores = significance(block.cls_attention(), block.value_norm())
-        real = None if self.compat == "published" else size[:, prefix:, 0] > 0
-        patches, hit = inverse_transform_sample(scores, samples, real)
-        head = torch.arange(prefix, device=patches.device).expand(len(patches), -1)
-        rows = torch.cat([head, patches + prefix], 1)
-        return Reduction.kept(block, rows, torch.cat([torch.ones_like(head, dtype=torch.bool), hit], 1))
+        real = None if self.compat == "published" else block.sizes()[:, block.prefix :, 0] > 0
+        return Reduction.kept_patches(block, *inverse_transform_sample(scores, samples, real))

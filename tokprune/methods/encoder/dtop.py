@@ -103,9 +103,7 @@ class DToP(EncoderMethod):
         if fewest == block.patches:
             return None
         rows = order[:, : max(most, 1)]
-        head = torch.arange(prefix, device=rows.device).expand(len(rows), -1)
-        there = torch.cat([torch.ones_like(head, dtype=torch.bool), going.gather(1, rows)], 1)
-        out = Reduction.kept(block, torch.cat([head, rows + prefix], 1), there)
+        out = Reduction.kept_patches(block, rows, going.gather(1, rows))
         if block.cut is not None:  # those that stop here keep this state
             notes, rep = block.cut.notes, block.cut.notes.get("rep", block.cut.reduction.rep)
             notes["full"] = block.cut.put_back(rep, block.x, notes.get("full"))

@@ -167,7 +167,4 @@ class DynamicViT(EncoderMethod):
             raise OptionError(f"the predictors are for {width} channels, this tower has {x.shape[2]} here.")
         if next(predictor.parameters()).device != x.device:  # cached on the CPU, moved where it is used
             predictor = predictor.to(x.device)
-        scores = predictor(x.float())[..., 0]
-        rows = top(scores, keep) + prefix
-        head = torch.arange(prefix, device=rows.device).expand(len(rows), -1)
-        return Reduction.kept(block, torch.cat([head, rows], 1))
+        return Reduction.kept_patches(block, top(predictor(x.float())[..., 0], keep))

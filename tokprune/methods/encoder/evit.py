@@ -83,18 +83,8 @@ class EViT(EncoderMethod):
         kept, dropped = attentive(attention, keep)
         if self.compat != "published":
             kept = kept.sort(-1).values
-        batch, device, prefix = len(kept), kept.device, block.prefix
-        rows = torch.cat([torch.arange(prefix, device=device).expand(batch, -1), kept + prefix], 1)
-        out = Reduction.kept(block, rows)
+        out = Reduction.kept_patches(block, kept)
         if not self.fuse:
             return out
-        fused = inattentive_token(block.x[:, prefix:], attention, dropped)
-        best = dropped.gather(1, attention.gather(1, dropped).argmax(1, keepdim=True)) + prefix
-        size = block.sizes()[:, prefix:].gather(1, dropped[..., None]).sum(1, keepdim=True)
-        last = rows.shape[1]
-        return Reduction(
-            torch.cat([out.x, fused], 1),
-            torch.cat([out.rep, best], 1),
-            torch.where(out.assign < 0, last, out.assign),
-            torch.cat([out.size, size], 1),
-        )
+        fused = inattentive_token(block.x[:, block.prefix :], attention, dropped)
+        return out.with_rest(block, fused, dropped, attention)

@@ -142,9 +142,8 @@ class IPCV(EncoderMethod):
             keep = max(1, round_of(n, self.keep))
         if keep >= n or block.entering is None:
             return None
-        kept = top(movement(block.x[:, prefix:], block.entering[:, prefix:]), keep) + prefix
-        head = torch.arange(prefix, device=kept.device).expand(len(kept), -1)
-        return Reduction.kept(block, torch.cat([head, kept], 1))
+        moved = movement(block.x[:, prefix:], block.entering[:, prefix:])
+        return Reduction.kept_patches(block, top(moved, keep))
 
     def rebuild(self, cut: Cut, now: Tensor) -> Tensor:
         rep = cut.reduction.rep

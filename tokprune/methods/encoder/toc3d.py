@@ -76,17 +76,8 @@ class ToC3D(EncoderMethod):
         scores = block.cls_attention().mean(1)  # (B, n)
         kept = top(scores, keep)
         others = top(scores.scatter(1, kept, -1.0), n - keep)
-        head = torch.arange(prefix, device=kept.device).expand(len(kept), -1)
-        out = Reduction.kept(block, torch.cat([head, kept + prefix], 1))
         joined = representative(block.x[:, prefix:], scores, others)
-        size = block.sizes()[:, prefix:].gather(1, others[..., None]).sum(1, keepdim=True)
-        best = others.gather(1, scores.gather(1, others).argmax(1, keepdim=True)) + prefix
-        return Reduction(
-            torch.cat([out.x, joined], 1),
-            torch.cat([out.rep, best], 1),
-            torch.where(out.assign < 0, out.x.shape[1], out.assign),
-            torch.cat([out.size, size], 1),
-        )
+        return Reduction.kept_patches(block, kept).with_rest(block, joined, others, scores)
 
     def rebuild(self, cut: Cut, now: Tensor) -> Tensor:
         went = cut.reduction.x[:, -1:]

@@ -138,4 +138,4 @@ class ZeroTPrune(EncoderMethod):
         graph = graph / graph.sum(-1, keepdim=True)
         rounds = self.rounds[min(stage, len(self.rounds) - 1)]
         chosen = top(importance(graph, rounds, cls, low, high)[:, prefix:], keep)
-        return Reduction.kept(block, torch.cat([head, left.gather(1, chosen) + prefix], 1))
+        return Reduction.kept_patches(block, left.gather(1, chosen))

@@ -15,7 +15,7 @@ from tokprune.errors import OptionError
 from tokprune.methods.base import ConnectorMethod, check_finite, check_keep
 from tokprune.methods.connector.tome_merge import tome_merge
 from tokprune.ops.grid import centres, even_cells
-from tokprune.ops.merge import bipartite_matching, cap, merge, merge_weighted
+from tokprune.ops.merge import bipartite_matching, cap, means, merge, merged_to
 from tokprune.ops.numeric import wide
 from tokprune.registry import MethodInfo
 from tokprune.tokens import Layout, Merge, Selection, VisualTokens
@@ -123,24 +123,6 @@ def as_rows(found: Resize, inputs: int, device: torch.device) -> Tensor:
     return torch.sparse_coo_tensor(places, found.value.to(device), size, is_coalesced=True, check_invariants=False)
 
 
-@torch.no_grad()
-def merge_line(features: Tensor, keep: int, size: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Bipartite soft matching, at most half of the tokens a round, until `keep` are left.
-
-    features: (B, N, C). size: (B, N, 1) originals in each. Returns means and sizes of what is left, (B, keep, C) and
-    (B, keep, 1), the positions (B, keep) at which it sits, ascending, and (B, N) what each input went to.
-    """
-    x = wide(features)
-    size = x.new_ones(*x.shape[:2], 1) if size is None else size
-    rep = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
-    assign = rep
-    while x.shape[1] > keep:
-        matching = bipartite_matching(x, min(x.shape[1] - keep, max(1, cap(x.shape[1]))), ordered=True)
-        x, size = merge_weighted(matching, x, size)
-        rep, assign = rep.gather(-1, matching.rep), matching.assign.gather(-1, assign)
-    return x, size, rep, assign
-
-
 def column_heights(grid: tuple[int, int], lengths: list[int]) -> list[int]:
     """Heights of the columns that hold as many tokens as rows of these lengths do; they differ by at most one."""
     count, columns = sum(lengths), min(max(lengths), grid[1])
@@ -155,20 +137,15 @@ def merge_separable(features: Tensor, grid: tuple[int, int], heights: list[int])
     into which each cell flows; an output is the mean of its cells.
     """
     batch, (height, width), columns = features.shape[0], grid, len(heights)
-    x, size, rep, to_column = merge_line(features.reshape(batch * height, width, -1), columns)
+    x, size, rep, to_column = merged_to(features.reshape(batch * height, width, -1), columns)
     # (B * columns, H, C): what was row by row becomes column by column.
     x = x.unflatten(0, (batch, height)).transpose(1, 2)
     size = size.unflatten(0, (batch, height)).transpose(1, 2)
-    rep, to_column = (
-        rep.unflatten(0, (batch, height)),
-        to_column.unflatten(0, (batch, height)),
-    )  # (B, H, columns), (B, H, W)
+    rep, to_column = (y.unflatten(0, (batch, height)) for y in (rep, to_column))  # (B, H, columns), (B, H, W)
     cells, start = [], 0
-    row_slot = torch.empty(
-        batch, columns, height, dtype=torch.long, device=x.device
-    )  # output of each row's token, by column
+    row_slot = rep.new_empty(batch, columns, height)  # output of each row's token, by column
     for j, tall in enumerate(heights):
-        _, _, rows, assign = merge_line(x[:, j], tall, size[:, j])  # (B, tall), (B, H)
+        _, _, rows, assign = merged_to(x[:, j], tall, size=size[:, j])  # (B, tall), (B, H)
         cells.append(rows * width + rep[:, :, j].gather(1, rows))
         row_slot[:, j] = assign + start
         start += tall
@@ -181,7 +158,7 @@ def merge_separable(features: Tensor, grid: tuple[int, int], heights: list[int])
 
 @torch.no_grad()
 def merge_line_published(features: Tensor, keep: int, held: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`merge_line` as QuoTA's code has it: every round takes plain means, however many originals the merged ones hold.
+    """`merged_to` as QuoTA's code has it: every round takes plain means, however many originals the merged ones hold.
 
     features: (B, N, C). held: (B, N, M) shares of M originals in each, or None for the inputs themselves. Returns what
     is left, (B, keep, C) in ToMe's order, and the shares (B, keep, M).
@@ -212,7 +189,6 @@ def merge_separable_published(features: Tensor, grid: tuple[int, int], shape: tu
 
 
 Mode = Literal["bilinear", "avgpool", "linspace", "tome", "tome_separable"]
-MODES = ("bilinear", "avgpool", "linspace", "tome", "tome_separable")
 RECTANGULAR = ("bilinear", "avgpool", "tome_separable")
 
 
@@ -289,21 +265,13 @@ class FrameReducer(ConnectorMethod):
             slots, assign = merge_separable(features, grid, column_heights(grid, lengths))
         else:
             slots, assign = tome_merge(features, keep, share=0.5)
-        return [_by_target(*pair) for pair in zip(slots, assign, strict=True)]
+        return [means(*pair) for pair in zip(slots, assign, strict=True)]
 
 
 def _full(layout: Layout) -> bool:
     """Whether a frame has a token in each cell of its grid."""
     height, width = layout.grids[0]
     return layout.group_sizes[0] == height * width
-
-
-def _by_target(slots: Tensor, assign: Tensor) -> Selection:
-    """Outputs that are the means of what flows into them."""
-    size = torch.zeros(len(slots), dtype=torch.float32, device=assign.device).index_add(
-        0, assign, torch.ones_like(assign, dtype=torch.float32)
-    )
-    return Selection(slots, Merge(target=assign, scale=1 / size[assign]))
 
 
 def _by_shares(held: Tensor) -> Selection:
@@ -315,9 +283,6 @@ def _by_shares(held: Tensor) -> Selection:
 
 def _cells(tokens: VisualTokens, keep: int) -> Selection:
     """Means of near-square cells of a frame with holes."""
-    device = tokens.features.device
-    layout = tokens.layout.to(device)
+    layout = tokens.layout.to(tokens.features.device)
     cell = even_cells(layout, [keep])
-    slots, order = centres(cell, keep, layout).sort()
-    place = torch.empty_like(order).scatter(0, order, torch.arange(keep, device=device))
-    return _by_target(slots, place[cell])
+    return means(centres(cell, keep, layout), cell)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 from typing import Literal
 
 from tokprune.budget import equal_spaced, whole_frames
 from tokprune.methods.base import check_finite
 from tokprune.methods.frames_base import FramesMethod
 from tokprune.methods.options import option
-from tokprune.ops.frames import frame_means, frames_of_scenes, scenes
+from tokprune.ops.frames import by_segment, frame_means, frames_of_scenes, scenes
 from tokprune.ops.numeric import wide
 from tokprune.registry import Checked, register_method
 from tokprune.tokens import VisualTokens
@@ -58,6 +57,6 @@ class SceneTilling(FramesMethod):
         sizes = tokens.layout.group_sizes
         if self.spread == "frames":
             return whole_frames(keep, lambda count: frames_of_scenes(lengths, count), sizes)
-        parts = [sizes[begin:end] for begin, end in pairwise([0, *accumulate(lengths)])]
+        parts = by_segment(sizes, lengths)
         shares = equal_spaced(keep, [sum(part) for part in parts])
         return [k for share, part in zip(shares, parts, strict=True) for k in equal_spaced(share, part)]

@@ -13,19 +13,11 @@ from tokprune.methods.base import ConnectorMethod, ScoreMethod, Wrapper, check_f
 from tokprune.methods.connector.divprune import DivPrune
 from tokprune.methods.connector.wrappers.base import wrapped
 from tokprune.methods.options import option
-from tokprune.methods.question import word_embeddings
+from tokprune.methods.question import CLIP_SIGNALS, text_relevance, word_embeddings
 from tokprune.ops.numeric import wide
 from tokprune.ops.select import greedy_farthest
-from tokprune.ops.similarity import cosine_similarity
 from tokprune.registry import register_method
 from tokprune.tokens import Selection, VisualTokens
-
-
-def relevance(features: Tensor, query: Tensor) -> Tensor:
-    """Mean cosine similarity of each token with the rows of a query. features: (N, D), query: (T, D) or (D,)
-    -> (N,).
-    """
-    return cosine_similarity(features.detach(), query.detach().reshape(-1, query.shape[-1])).mean(-1)
 
 
 def spread(values: Tensor) -> Tensor:
@@ -79,7 +71,7 @@ class Relevance(Wrapper):
     @property
     def needs(self) -> tuple[str, ...]:
         """What the method needs, and for source="clip" the scorer's embeddings."""
-        own = ("clip_image", "clip_text") if self.source == "clip" else ()
+        own = CLIP_SIGNALS if self.source == "clip" else ()
         return tuple(dict.fromkeys([*self.method.needs, *own]))
 
     @property
@@ -102,7 +94,7 @@ class Relevance(Wrapper):
                 f"tokens are {image.shape[-1]} wide and the question's {self.source} {words.shape[-1]}: not one space."
             )
         check_finite(image, "the visual features")
-        return spread(self.sign * relevance(image, words.to(image.device)))
+        return spread(self.sign * text_relevance(image.detach(), words.detach()))
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
         """Choose `keep` tokens of the stream."""
