@@ -21,7 +21,7 @@ import tokprune
 from tokprune.adapters.dialect import cache_of
 from tokprune.budget import kept
 from tokprune.methods.base import Method
-from tokprune.methods.cache_compact import CompactMethod
+from tokprune.methods.cache_base import CompactMethod
 from tokprune.profiling.memory import cached_tokens, kv_cache_bytes, live_peak
 from tokprune.registry import get_method
 

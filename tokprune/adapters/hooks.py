@@ -121,9 +121,8 @@ class StandIn:
         if self.before is not None:
             return self.before
         method = getattr(type(target), self.name, None)
-        return (
-            (lambda: target) if method is None else method.__get__(target)
-        )  # a hook that torch asks for, returning the object
+        # What no class has is a hook that torch asks for, and returns the object.
+        return (lambda: target) if method is None else method.__get__(target)
 
     @property
     def __func__(self) -> object:

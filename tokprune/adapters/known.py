@@ -9,19 +9,14 @@ class Refusal(NamedTuple):
     """why: it cannot be pruned between encoder and LLM. instead: what to do."""
 
     why: str
-    instead: str
+    instead: str = "take a VLM whose picture tokens stand in the prompt (LLaVA, Qwen-VL, InternVL, Gemma and their kin)"
 
 
-_PATCHES = "take a VLM whose picture tokens stand in the prompt (LLaVA, Qwen-VL, InternVL, Gemma and their kin)"
-_QUERIES = Refusal("its Q-Former has reduced every picture to a few query tokens already", _PATCHES)
-_CROSS = Refusal("its visual tokens reach the LLM through cross-attention, not as placeholders in the prompt", _PATCHES)
-_ENCODER = Refusal("it is an encoder-decoder: its visual tokens go into the text encoder", _PATCHES)
-_CAPTION = Refusal(
-    "its text decoder reads the whole picture beside the text, without placeholders in a prompt", _PATCHES
-)
-_CODES = Refusal(
-    "its pictures are discrete codes of the vocabulary, of which the model may have to write more", _PATCHES
-)
+_QUERIES = Refusal("its Q-Former has reduced every picture to a few query tokens already")
+_CROSS = Refusal("its visual tokens reach the LLM through cross-attention, not as placeholders in the prompt")
+_ENCODER = Refusal("it is an encoder-decoder: its visual tokens go into the text encoder")
+_CAPTION = Refusal("its text decoder reads the whole picture beside the text, without placeholders in a prompt")
+_CODES = Refusal("its pictures are discrete codes of the vocabulary, of which the model may have to write more")
 _PAGES = Refusal(
     "it returns a vector for every token of a page, with the mask of the whole prompt, so an index would hold the "
     "vectors of tokens that are not there",
@@ -34,8 +29,7 @@ _PARTS = Refusal(
 )
 _NO_DOOR = Refusal(
     "its forward encodes pictures by itself and takes no encoder outputs (mm_encoder_outputs), so that nothing can be "
-    "dropped on the way",
-    _PATCHES,
+    "dropped on the way"
 )
 
 REFUSED: dict[str, Refusal] = {
@@ -45,7 +39,7 @@ REFUSED: dict[str, Refusal] = {
     **dict.fromkeys(("blip", "git", "vision-encoder-decoder", "pp_formulanet"), _CAPTION),
     **dict.fromkeys(
         ("kosmos-2", "kosmos-2.5"),
-        Refusal("a perceiver has reduced every picture to a fixed number of latent tokens already", _PATCHES),
+        Refusal("a perceiver has reduced every picture to a fixed number of latent tokens already"),
     ),
     **dict.fromkeys(("chameleon", "emu3", "glm_image", "apertus1p5"), _CODES),
     **dict.fromkeys(("colpali", "colqwen2", "colmodernvbert"), _PAGES),
@@ -60,15 +54,13 @@ REFUSED: dict[str, Refusal] = {
     ),
     "llama4": Refusal(
         "its forward fails in transformers 5.24 with or without tokprune (it asks its LLM for image_outputs), and its "
-        "features are handed over before the projector",
-        _PATCHES,
+        "features are handed over before the projector"
     ),
     "granite4_vision": Refusal(
         "its picture tokens are planes that are added in several layers of the LLM (deepstack_features), without "
-        "features at the placeholders to choose from",
-        _PATCHES,
+        "features at the placeholders to choose from"
     ),
-    "diffusion_gemma": Refusal("it writes whole blocks by diffusion and has no prefill of placeholders", _PATCHES),
+    "diffusion_gemma": Refusal("it writes whole blocks by diffusion and has no prefill of placeholders"),
 }
 """Model types with pictures that cannot be pruned between encoder and LLM."""
 

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from tokprune.errors import OptionError
-from tokprune.methods.base import ConnectorMethod, Method, Wrapper, check_keep
+from tokprune.methods.base import ConnectorMethod, Method, Wrapper, check_keep, select_in_parts
 from tokprune.methods.connector.uniform import Uniform
 from tokprune.methods.options import option
-from tokprune.methods.parts import select_in_parts
 from tokprune.registry import MethodInfo
 from tokprune.tokens import Selection, VisualTokens
 

@@ -25,8 +25,7 @@ from tokprune.budget import kept
 from tokprune.config import PruneConfig
 from tokprune.errors import OptionError, TokpruneError, UnsupportedModelError
 from tokprune.methods.base import ConnectorMethod, Method
-from tokprune.methods.cache_base import CacheMethod
-from tokprune.methods.cache_compact import CompactMethod
+from tokprune.methods.cache_base import CacheMethod, CompactMethod
 from tokprune.methods.encoder_base import EncoderMethod
 from tokprune.methods.frames_base import PerFrame
 from tokprune.methods.pixels_base import PixelMethod

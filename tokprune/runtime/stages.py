@@ -8,8 +8,7 @@ from typing import Any
 from tokprune.config import PruneConfig
 from tokprune.errors import OptionError
 from tokprune.methods.base import ConnectorMethod, Method
-from tokprune.methods.cache_base import CacheMethod
-from tokprune.methods.cache_compact import CompactMethod
+from tokprune.methods.cache_base import CacheMethod, CompactMethod
 from tokprune.methods.decoder_base import DecoderMethod
 from tokprune.methods.encoder_base import EncoderMethod
 from tokprune.methods.frames_base import FramesMethod, PerFrame

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tokprune.errors import OptionError
-from tokprune.methods.cache_compact import CompactMethod, KeptKeys, LayerCache
+from tokprune.methods.cache_base import CompactMethod, KeptKeys, LayerCache
 from tokprune.methods.decoder_base import DecoderMethod, DecoderScores, LayerAttention, LayerTokens, at_layers
 from tokprune.methods.options import option
 from tokprune.ops.topk import top
@@ -80,7 +80,6 @@ class FastKV(CompactMethod):
 
     @property
     def share(self) -> float:
-        """Share of the visual tokens whose keys stay."""
         return self.retention
 
     def propagation(self, depth: int) -> DecoderMethod | None:

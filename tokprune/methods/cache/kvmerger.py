@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokprune.methods.cache_compact import CompactMethod, KeptKeys, LayerCache
+from tokprune.methods.cache_base import CompactMethod, KeptKeys, LayerCache
 from tokprune.methods.options import option
 from tokprune.registry import Checked, register_method
 
@@ -73,7 +73,6 @@ class KVMerger(CompactMethod):
 
     @property
     def share(self) -> float:
-        """Share of the visual tokens whose keys stay."""
         return self.retention
 
     def compact(self, cache: LayerCache, keep: int) -> KeptKeys:

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokprune.methods.cache_compact import CompactMethod
+from tokprune.methods.cache_base import CompactMethod
 from tokprune.registry import Checked, register_method
 
 

@@ -61,7 +61,6 @@ class AuroraCapFrames(ConnectorMethod):
     rounds: int = option(24, low=1)
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
-        """Merge the stream to `keep` tokens."""
         check_keep(keep, len(tokens))
         features = check_finite(tokens.features.detach(), "the visual features")
         sizes = tokens.layout.group_sizes

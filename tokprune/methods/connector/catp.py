@@ -82,7 +82,6 @@ class CATP(ConnectorMethod):
         return pooled_budgets(gains, sum(keeps))
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
-        """Choose `keep` tokens of one image."""
         check_keep(keep, len(tokens))
         return Selection(self._choose(tokens, keep)[0].sort().values)
 

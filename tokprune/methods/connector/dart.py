@@ -71,7 +71,6 @@ class Dart(ConnectorMethod):
     pivots: int = option(4, low=1)
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
-        """Choose `keep` tokens of the stream."""
         check_keep(keep, len(tokens))
         features = wide(check_finite(tokens.features, "the visual features"))
         pivots = strongest(features.abs().sum(-1), min(self.pivots, keep))

@@ -89,7 +89,6 @@ class DyCoke(ConnectorMethod):
     compat: Compat = "corrected"
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
-        """Choose `keep` tokens of the stream."""
         check_keep(keep, len(tokens))
         features = check_finite(tokens.features.detach(), "the visual features")
         layout = tokens.layout.to(features.device)

@@ -252,7 +252,6 @@ class FastVID(ConnectorMethod):
             )
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
-        """Choose and merge `keep` tokens of the stream."""
         features, attention, layout = attended(tokens, keep)
         sizes, published = layout.group_sizes, self.compat == "published"
         lengths = scene_lengths(features, layout, self.c, self.tau)

@@ -230,7 +230,6 @@ class FlashVID(ConnectorMethod):
     compat: Compat = "corrected"
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
-        """Choose and merge `keep` tokens of the stream."""
         features, attention, layout = attended(tokens, keep)
         sizes, published = layout.group_sizes, self.compat == "published"
         lengths = scene_lengths(features, layout, self.segments, self.cut)

@@ -88,7 +88,6 @@ class FlowCut(ConnectorMethod):
         return tuple(f"{kind}:{block}" for kind in kinds for block in self.blocks)
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
-        """Choose `keep` tokens of the stream."""
         check_keep(keep, len(tokens))
         signals = torch.stack([wide(tokens.signal(name)) for name in self.needs])  # (3 L, N)
         attention, likeness, norm = check_finite(signals, "the signals of the vision tower").chunk(3)

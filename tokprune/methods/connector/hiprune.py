@@ -110,7 +110,6 @@ class HiPrune(ConnectorMethod):
         return (f"received_attention:{self.object_layer}", f"received_attention:{self.deep_layer}")
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
-        """Choose `keep` tokens of the stream."""
         check_keep(keep, len(tokens))
         objects, deep = (check_finite(wide(tokens.signal(s)), "the attention values of the tower") for s in self.needs)
         layout = tokens.layout

@@ -144,7 +144,6 @@ class HoliTom(ConnectorMethod):
     compat: Compat = "corrected"
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
-        """Merge the stream to `keep` tokens."""
         features, attention, layout = attended(tokens, keep)
         place = raster(layout)
         similarity = similarity_to(features, earlier(layout), NEVER)[place.clamp(min=0)].masked_fill(place < 0, NEVER)

@@ -144,7 +144,6 @@ class PruneVid(ConnectorMethod):
     compat: Compat = "corrected"
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
-        """Merge the stream to `keep` tokens."""
         check_keep(keep, len(tokens))
         features = check_finite(wide(tokens.features), "the visual features")
         layout = tokens.layout.to(features.device)

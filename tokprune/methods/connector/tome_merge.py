@@ -54,7 +54,6 @@ class ToMeMerge(ConnectorMethod):
     share: float = option(0.25, above=0, high=0.5, hint="One round can merge at most half of the tokens.")
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
-        """Merge the stream down to `keep` tokens."""
         check_keep(keep, len(tokens))
         features = check_finite(tokens.features, "the visual features")
         rep, assign = (x[0] for x in tome_merge(features[None], keep, self.share))

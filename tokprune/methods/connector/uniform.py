@@ -29,7 +29,6 @@ class Uniform(ConnectorMethod):
     """
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
-        """Choose `keep` tokens of the stream."""
         check_keep(keep, len(tokens))
         sizes = tokens.layout.group_sizes
         return Selection(uniform(tokens.layout, share(keep, sizes, sizes)).to(tokens.features.device))

@@ -105,7 +105,6 @@ class VidCom2(ConnectorMethod):
     compat: Compat = "corrected"
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
-        """Choose `keep` tokens of the stream."""
         check_keep(keep, len(tokens))
         features = check_finite(wide(tokens.features), "the visual features")
         layout = tokens.layout

@@ -51,7 +51,6 @@ class FastV(DecoderScores):
         return tokens.below.weights(tokens.last)[0, tokens.visual]
 
     def select(self, tokens: LayerTokens, keep: int) -> Selection:
-        """The `keep` best candidates."""
         if self.compat == "published" and not tokens.bound:
             keep = min(len(tokens.visual), round(tokens.total * self.share))
         return super().select(tokens, keep)

@@ -71,7 +71,6 @@ class PyramidDrop(DecoderScores):
         return tokens.own.weights(tokens.last)[0, tokens.visual]
 
     def select(self, tokens: LayerTokens, keep: int) -> Selection:
-        """The `keep` best candidates."""
         if self.compat == "published" and not tokens.bound:
             stage = len(tokens.notes)
             tokens.notes[f"stage {stage}"] = tokens.last

@@ -25,7 +25,6 @@ class FpsFrames(FramesMethod):
     fps: float = option(1.0, above=0, hint="It is in frames per second.")
 
     def allocate(self, tokens: VisualTokens, keep: int) -> list[int]:
-        """Tokens that each frame may keep."""
         sizes = tokens.layout.group_sizes
         times = tokens.layout.timestamps or tuple(float(i) for i in range(len(sizes)))
         on = set(frames_by_time(times, self.fps))

@@ -29,7 +29,6 @@ class UniformFrames(FramesMethod):
     rule: str = option("middles", choices=("middles", *RULES))
 
     def allocate(self, tokens: VisualTokens, keep: int) -> list[int]:
-        """Tokens that each frame may keep."""
         sizes = tokens.layout.group_sizes
         if self.spread == "tokens":
             return equal_spaced(keep, sizes)

@@ -12,7 +12,7 @@ from tokprune.adapters.foreign import KEYS, VALUES
 from tokprune.budget import kept
 from tokprune.errors import TokpruneError, UnsupportedModelError
 from tokprune.methods.cache.mustdrop_cache import survivors
-from tokprune.methods.cache_compact import CompactMethod, KeptKeys, LayerCache
+from tokprune.methods.cache_base import CompactMethod, KeptKeys, LayerCache
 from tokprune.runtime.decoder.attention import LayerInputs, RowAttention
 from tokprune.runtime.decoder.candidates import Candidates
 from tokprune.runtime.decoder.columns import LayerKeys

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tokprune.budget import equal, share
-from tokprune.methods.base import ConnectorMethod, Wrapper, check_finite, check_keep
+from tokprune.methods.base import ConnectorMethod, Wrapper, check_finite, check_keep, select_in_parts
 from tokprune.methods.connector.globalcom2 import crop_scales
 from tokprune.methods.connector.hired import hired_budgets
 from tokprune.methods.connector.wrappers.base import wrapped
 from tokprune.methods.options import option
-from tokprune.methods.parts import select_in_parts
 from tokprune.ops.grid import check_canvas
 from tokprune.ops.numeric import wide
 from tokprune.registry import register_method

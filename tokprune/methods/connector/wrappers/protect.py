@@ -56,7 +56,6 @@ class Protect(Wrapper):
         return edge
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
-        """Choose `keep` tokens of the stream."""
         n = len(tokens)
         check_keep(keep, n)
         must = self.protected(tokens)

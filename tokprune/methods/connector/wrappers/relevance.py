@@ -97,7 +97,6 @@ class Relevance(Wrapper):
         return spread(self.sign * text_relevance(image.detach(), words.detach()))
 
     def select(self, tokens: VisualTokens, keep: int) -> Selection:
-        """Choose `keep` tokens of the stream."""
         check_keep(keep, len(tokens))
         worth = self.relevance(tokens)
         if isinstance(self.method, ScoreMethod):
