@@ -242,14 +242,14 @@ class Scorer:
 @pytest.mark.parametrize("family", ["llava", "llava_next", "llava_next_video", "internvl"])
 def test_a_scorers_patch_embeddings_follow_the_tiles(family: str) -> None:
     """Every token's embedding is the mean colour of its own patches, in whatever tile they are."""
-    from tokprune.adapters.families import EncoderCall, family_of, stream_layouts
+    from tokprune.adapters.families import EncoderCall, PlaceholderRun, family_of, stream_layouts
 
     base, kwargs = call(family)
     output = run(base, kwargs)
     result = compute_signals(base, "image", kwargs, output, None, ["clip_image"], scorer=Scorer())
     assert result.sources["clip_image"] == "patch embeddings of Scorer"
     units = family_of(base, kwargs).units(EncoderCall(base, "image", kwargs, output))
-    runs = None if family != "internvl" else [len(units) * 16]
+    runs = None if family != "internvl" else [PlaceholderRun(len(units) * 16)]
     unit, row = 0, 0
     for stream in stream_layouts(base, "image", kwargs, output, runs=runs):
         lay = stream.layout

@@ -83,6 +83,13 @@ class BlockView:
         """Mean over the tokens of each unit. values: tokens without the prefix along `dim`."""
         return values if self.fold == 1 else values.unflatten(dim, (-1, self.fold)).mean(dim + 1)
 
+    def _attention(self, rows: slice) -> Tensor:
+        q, k = self._head(0), self._head(1)
+        if self.rotate is not None:
+            q, k = self.rotate(q, k)
+        logits = q[:, :, rows] @ k.transpose(-1, -2) * self.scale
+        return (logits if self.bias is None else logits + self.bias.to(logits.dtype)).softmax(-1)
+
     def metric(self) -> Tensor:
         """Keys, mean over heads: what token merging compares. (B, N, hd) in float32, the prefix included."""
         keys = self._head(1).mean(1)
@@ -95,13 +102,7 @@ class BlockView:
         """
         if not self.cls:
             return self._folded(self.attention_map().mean(-2)[..., self.hidden_prefix :], 2)
-        q, k = self._head(0), self._head(1)
-        if self.rotate is not None:
-            q, k = self.rotate(q, k)
-        logits = q[:, :, :1] @ k.transpose(-1, -2) * self.scale
-        if self.bias is not None:
-            logits = logits + self.bias.to(logits.dtype)
-        return self._folded(logits.softmax(-1)[:, :, 0, self.hidden_prefix :], 2)
+        return self._folded(self._attention(slice(1))[:, :, 0, self.hidden_prefix :], 2)
 
     def value_norm(self) -> Tensor:
         """Length of each patch row's value, heads side by side. (B, patches) in float32."""
@@ -110,11 +111,7 @@ class BlockView:
 
     def attention_map(self) -> Tensor:
         """The whole attention of the block, token by token. (B, H, S, S) in float32; rows are queries."""
-        q, k = self._head(0), self._head(1)
-        if self.rotate is not None:
-            q, k = self.rotate(q, k)
-        logits = q @ k.transpose(-1, -2) * self.scale
-        return (logits if self.bias is None else logits + self.bias.to(logits.dtype)).softmax(-1)
+        return self._attention(slice(None))
 
     def attention(self) -> Tensor:
         """Attention between the rows of `x`, (B, H, N, N); of units: summed over keys, mean over queries, rows sum

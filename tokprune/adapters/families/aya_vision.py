@@ -6,25 +6,19 @@ from collections.abc import Iterator
 from typing import Any
 
 from tokprune.adapters.families.base import EncoderCall, PlaceholderRun, register_family
-from tokprune.adapters.families.tiles import TILED, TiledPicture, Tiles
+from tokprune.adapters.families.tiles import TILED, TiledPicture, Tiles, last_tag_ends
 from tokprune.adapters.families.tiny import TinyParts, language, siglip_tower, tiny_parts, tokenizer
 
 
 @register_family("aya_vision")
 class Aya(Tiles):
-    """Aya Vision: the tag before the thumbnail, which comes last, is the one before the last run of a sample."""
+    """Aya Vision: a tag before each tile, thumbnail last."""
 
     by_pixels = True
     tiny_types: tuple[str, ...] = ("aya_vision",)
 
     def pictures(self, call: EncoderCall, runs: list[PlaceholderRun], n: int) -> Iterator[TiledPicture]:
-        last = {run.sample: run.before[-1:] for run in runs}
-        count = 0
-        for run in runs:
-            count += 1
-            if run.before[-1:] == last[run.sample]:
-                yield TiledPicture(count)
-                count = 0
+        return (TiledPicture(len(picture)) for picture in last_tag_ends(runs))
 
     def joined_side(self, base: Any, config: Any) -> int:
         return int(config.downsample_factor)

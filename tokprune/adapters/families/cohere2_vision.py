@@ -7,7 +7,7 @@ from typing import Any
 
 from tokprune.adapters.families.aya_vision import cohere_language
 from tokprune.adapters.families.base import EncoderCall, PlaceholderRun, register_family
-from tokprune.adapters.families.tiles import TiledPicture, Tiles
+from tokprune.adapters.families.tiles import TiledPicture, Tiles, by_picture
 from tokprune.adapters.families.tiny import TinyParts, siglip_tower, square, tiny_parts, tokenizer
 
 
@@ -19,14 +19,7 @@ class Cohere2(Tiles):
     tiny_types: tuple[str, ...] = ("cohere2_vision",)
 
     def pictures(self, call: EncoderCall, runs: list[PlaceholderRun], n: int) -> Iterator[TiledPicture]:
-        count = 0
-        for i, run in enumerate(runs):
-            if count and (len(run.before) != 1 or run.sample != runs[i - 1].sample):
-                yield TiledPicture(count)
-                count = 0
-            count += 1
-        if count:
-            yield TiledPicture(count)
+        return (TiledPicture(len(picture)) for picture in by_picture(runs, lambda _, run: len(run.before) != 1))
 
     def joined_side(self, base: Any, config: Any) -> int:
         return int(config.downsample_factor)

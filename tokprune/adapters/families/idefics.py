@@ -9,29 +9,21 @@ from typing import Any
 from torch import Tensor
 
 from tokprune.adapters.families.base import EncoderCall, PlaceholderRun, register_family
-from tokprune.adapters.families.tiles import TiledPicture, Tiles
+from tokprune.adapters.families.tiles import TiledPicture, Tiles, last_tag_ends
 from tokprune.adapters.families.tiny import TinyParts, language, tiny_parts, tokenizer, tower
 
 
 @register_family("idefics3")
 class Idefics(Tiles):
-    """Idefics3 and SmolVLM: <row_r_col_c> before each tile, <global-img> before the thumbnail, which comes last.
-
-    The tag that stands before the last run of a sample is the thumbnail's, whatever the tokenizer calls it.
-    """
+    """Idefics3 and SmolVLM: <row_r_col_c> before each tile, <global-img> before the thumbnail, which comes last."""
 
     tiny_types: tuple[str, ...] = ("idefics3",)
 
     def pictures(self, call: EncoderCall, runs: list[PlaceholderRun], n: int) -> Iterator[TiledPicture]:
-        last = {run.sample: run.before[-1:] for run in runs}
-        count, across = 0, 0
-        for run in runs:
-            if count and not across and len(run.before) > 2:  # a line break before the tag: the first line is complete
-                across = count
-            count += 1
-            if run.before[-1:] == last[run.sample]:
-                yield TiledPicture(count, across)
-                count, across = 0, 0
+        for picture in last_tag_ends(runs):
+            # A line break before a tag: the line of tiles is complete.
+            across = next((i for i, run in enumerate(picture) if i and len(run.before) > 2), 0)
+            yield TiledPicture(len(picture), across)
 
     def tokens_per_unit(self, call: EncoderCall) -> int:
         # An item of the encoder output holds all tiles of a sample.

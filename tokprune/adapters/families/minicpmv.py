@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from tokprune.adapters.families.base import (
     register_family,
 )
 from tokprune.adapters.families.geometry import canvas_from_shape, frames, mixed_tiles, plain, pool
-from tokprune.adapters.families.tiles import APART
+from tokprune.adapters.families.tiles import APART, by_picture
 from tokprune.adapters.families.tiny import TinyParts, hybrid_language, tiny_parts, tokenizer, tower
 from tokprune.adapters.families.units import SizedImages
 from tokprune.tokens import Layout
@@ -59,29 +58,16 @@ class MiniCPM(SizedImages):
         runs = call.runs
         if runs is None or [run.length for run in runs] != [h * w for h, w in grids] or not any(r.before for r in runs):
             return [plain(Layout.grid(*grid), APART) for grid in grids]
-        out, start = [], 0
-        for count in self.groups(list(runs), call.modality == "video"):
-            out.append(self.picture(call, grids[start : start + count], call.modality == "video"))
-            start += count
-        return out
+        video, first = call.modality == "video", {run.sample: run.before[-1:] for run in reversed(runs)}
 
-    def groups(self, runs: list[PlaceholderRun], video: bool) -> Iterator[int]:
-        """How many consecutive runs make one picture or video."""
-        first: dict[int, tuple[int, ...]] = {}
-        for run in runs:
-            first.setdefault(run.sample, run.before[-1:])
-        count = 0
-        for i, run in enumerate(runs):
+        def begins(_: PlaceholderRun, run: PlaceholderRun) -> bool:
             # Frames of one video follow each other with nothing but an end and a start tag between them.
-            starts = len(run.before) != 2 if video else run.before[-1:] == first[run.sample]
-            if count and (starts or run.sample != runs[i - 1].sample):
-                yield count
-                count = 0
-            count += 1
-        if count:
-            yield count
+            return len(run.before) != 2 if video else run.before[-1:] == first[run.sample]
 
-    def picture(self, call: EncoderCall, grids: list[tuple[int, int]], video: bool) -> StreamLayout:
+        units = iter(grids)
+        return [self.picture([next(units) for _ in part], video) for part in by_picture(runs, begins)]
+
+    def picture(self, grids: list[tuple[int, int]], video: bool) -> StreamLayout:
         """One picture of these units, the thumbnail first, or one video of these frames."""
         count, tile = len(grids), grids[-1]
         if count == 1:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tokprune.adapters.families.base import EncoderCall, PlaceholderRun, register_family
-from tokprune.adapters.families.tiles import TiledPicture, Tiles
+from tokprune.adapters.families.tiles import TiledPicture, Tiles, by_picture
 from tokprune.adapters.families.tiny import VOCAB, WIDTH, TinyParts, language, square, tiny_parts, tokenizer, tower
 
 
@@ -23,16 +23,10 @@ class Ovis2(Tiles):
 
     def pictures(self, call: EncoderCall, runs: list[PlaceholderRun], n: int) -> Iterator[TiledPicture]:
         opening, _, _, line, _ = call.config.visual_indicator_token_ids
-        count, across = 0, 0
-        for run in runs:
-            if count and opening in run.before:
-                yield TiledPicture(count, across or count - 1)
-                count, across = 0, 0
-            if count > 1 and line in run.before and not across:
-                across = count - 1
-            count += 1
-        if count:
-            yield TiledPicture(count, across or count - 1)
+        for picture in by_picture(runs, lambda _, run: opening in run.before):
+            tiles = len(picture) - 1
+            across = next((i for i, run in enumerate(picture[1:]) if i and line in run.before), tiles)
+            yield TiledPicture(len(picture), across)
 
     def joined_side(self, base: Any, config: Any) -> int:
         return int(config.vision_config.hidden_stride)

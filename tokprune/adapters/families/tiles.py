@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,26 @@ class TiledPicture:
     across: int = 0
     video: bool = False
     seconds: tuple[float, ...] | None = None
+
+
+def by_picture(
+    runs: Sequence[PlaceholderRun], begins: Callable[[PlaceholderRun, PlaceholderRun], bool]
+) -> Iterator[list[PlaceholderRun]]:
+    """The runs of each picture: a new one begins with a sample, and where `begins` says so of a run and the next."""
+    picture: list[PlaceholderRun] = []
+    for run in runs:
+        if picture and (run.sample != picture[-1].sample or begins(picture[-1], run)):
+            yield picture
+            picture = []
+        picture.append(run)
+    if picture:
+        yield picture
+
+
+def last_tag_ends(runs: Sequence[PlaceholderRun]) -> Iterator[list[PlaceholderRun]]:
+    """The same where each picture ends in a thumbnail, whose tag is the one before the last run of a sample."""
+    last = {run.sample: run.before[-1:] for run in runs}
+    return by_picture(runs, lambda run, _: run.before[-1:] == last[run.sample])
 
 
 class Tiles(Units):
