@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,10 +13,10 @@ from hypothesis import strategies as st
 from tests.methods.connector.clips import uneven
 from tests.methods.frames.clips import video
 from tokprune.errors import BudgetError, OptionError
-from tokprune.methods.frames.reduce import MODES, FrameReducer, as_rows, line_lengths, rectangles, resize
+from tokprune.methods.frames.reduce import FrameReducer, Mode, as_rows, line_lengths, rectangles, resize
 from tokprune.tokens import VisualTokens
 
-every_mode = pytest.mark.parametrize("mode", MODES)
+every_mode = pytest.mark.parametrize("mode", get_args(Mode))
 
 
 def frame(grid: tuple[int, int], seed: int = 0) -> VisualTokens:
