@@ -51,6 +51,13 @@ class Prediction:
     distance: Tensor
     source: Tensor
 
+    @staticmethod
+    def by_frame(distance: Tensor, source: Tensor, frames: int) -> Prediction:
+        """Of frames that were looked at one by one. distance, source: (B * frames, units), source within its frame."""
+        first = torch.arange(frames, device=source.device)[:, None] * source.shape[1]
+        far, found = (x.unflatten(0, (-1, frames)) for x in (distance, source))  # (B, frames, units)
+        return Prediction(far.flatten(1), (found + first).flatten(1))
+
 
 @dataclass(frozen=True)
 class Choice:

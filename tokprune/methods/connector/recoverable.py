@@ -12,7 +12,7 @@ from tokprune.methods.options import Compat, option
 from tokprune.methods.question import CLIP_SIGNALS, Relevance, question_relevance
 from tokprune.ops.numeric import wide
 from tokprune.ops.similarity import unit
-from tokprune.ops.topk import rank_in_group, top_by_tier
+from tokprune.ops.topk import ranks, top_by_tier
 from tokprune.registry import Checked, register_method
 from tokprune.tokens import Merge, Selection, VisualTokens
 
@@ -56,11 +56,6 @@ def outliers(values: Tensor, neighbours: int = 20, threshold: float = 1.5) -> Te
     return local_outlier_factor(values, neighbours) > threshold
 
 
-def _places(scores: Tensor) -> Tensor:
-    """Place of each score in descending order, 0 for the best, ties to the lower index. (N,) -> (N,)."""
-    return rank_in_group(scores, torch.zeros_like(scores, dtype=torch.long))
-
-
 def _share(scores: Tensor, of: Tensor, neighbours: int, high_only: bool) -> Tensor:
     """floor(of * share of outliers among the scores), a 0-d tensor. high_only: outliers below the median do
     not count.
@@ -84,10 +79,10 @@ def recoverable(
     """
     n = torch.tensor(len(attention), device=attention.device)
     visual_count = _share(attention, n, neighbours, high_only)
-    visual = _places(attention) < visual_count
+    visual = ranks(attention) < visual_count
     left = torch.where(visual, relevance.amin(), relevance)
     text_count = _share(left, n - visual_count, neighbours, high_only)
-    text = _places(left.masked_fill(visual, -torch.inf)) < text_count
+    text = ranks(left.masked_fill(visual, -torch.inf)) < text_count
     return visual, text
 
 
@@ -150,8 +145,8 @@ class Recoverable(ConnectorMethod):
         # More outliers than slots: the same share of both kinds. Tensors throughout, so that the host need not wait.
         own, both = visual.sum(), (visual.sum() + text.sum()).clamp_min(keep)
         first = torch.div(2 * own * keep + both, 2 * both, rounding_mode="floor")
-        visual &= _places(attention.masked_fill(~visual, -torch.inf)) < first
-        text &= _places(score.masked_fill(~text, -torch.inf)) < keep - first
+        visual &= ranks(attention.masked_fill(~visual, -torch.inf)) < first
+        text &= ranks(score.masked_fill(~text, -torch.inf)) < keep - first
         main = visual | text
         indices = top_by_tier(main.long(), attention, keep)
         rows = self._rows(tokens, indices, main, attention, score)

@@ -14,6 +14,7 @@ from tokprune.methods.encoder_base import BlockView, EncoderMethod, Place, Reduc
 from tokprune.methods.options import option
 from tokprune.ops.numeric import wide
 from tokprune.ops.similarity import unit
+from tokprune.ops.topk import ranks
 from tokprune.registry import Checked, register_method
 
 
@@ -39,8 +40,7 @@ def merged_order(similarity: Tensor, count: Tensor, cells: Tensor, patches: int)
     """
     batch, groups = similarity.shape
     device = similarity.device
-    order = torch.sort(similarity, dim=-1, descending=True, stable=True).indices
-    rank = torch.empty_like(order).scatter(1, order, torch.arange(groups, device=device).expand_as(order))
+    rank = ranks(similarity)
     merges = rank < count[:, None]  # (B, G)
     group = torch.full((patches,), -1, device=device)
     group[cells.flatten()] = torch.arange(groups, device=device).repeat_interleave(cells.shape[1])

@@ -68,9 +68,7 @@ class Blank(PixelMethod):
             size = torch.zeros_like(label).scatter_add_(1, label, torch.ones_like(label))
             far = torch.where(size > 1, BEFORE_ALL + size.float(), deviation.flatten(1))
             far = torch.where(leads, far, REPEAT)
-        first = torch.arange(t, device=label.device)[:, None] * h * w  # of each frame
-        source = label.unflatten(0, (-1, t)) + first  # (B, t, h * w)
-        return Prediction(far.unflatten(0, (-1, t)).flatten(1), source.flatten(1))
+        return Prediction.by_frame(far, label, t)
 
 
 BEFORE_ALL = 16.0

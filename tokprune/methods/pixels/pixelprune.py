@@ -99,6 +99,4 @@ class PixelPrune(PixelMethod):
         else:
             rule = by_neighbours if ranked or not self.anchored or self.threshold == 0 else by_reconstructions
             far, source = rule(x.unflatten(1, (h, w)), self.threshold, self.metric)
-        first = torch.arange(t, device=x.device)[:, None] * h * w  # of each frame
-        source = source.flatten(1).unflatten(0, (-1, t)) + first  # (B, t, h * w)
-        return Prediction(far.flatten(1).unflatten(0, (-1, t)).flatten(1), source.flatten(1))
+        return Prediction.by_frame(far.flatten(1), source.flatten(1), t)
