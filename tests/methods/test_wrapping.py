@@ -92,8 +92,8 @@ OVERRIDDEN = {
     (Relevance, "select"): "it mixes into the scores and leaves `choose` to the method",
     (Relevance, "select_batch"): "as select",
 }
-HOOKS = {name for name in vars(ConnectorMethod) if not name.startswith("_")} - {"stage", "narrows"} | {"needs"}
 FLAGS = {"query_aware", "reads_examples", "exact", "drops_at_full_budget"}
+HOOKS = {name for name in vars(ConnectorMethod) if not name.startswith("_")} - {"stage", "narrows"} | {"needs", *FLAGS}
 
 
 def wrappers(base: type = Wrapper) -> set[type]:

@@ -46,6 +46,16 @@ class Method:
         check_options(self)
 
     @property
+    def query_aware(self) -> bool:
+        """Whether the method reads the question (a wrapper answers for what it wraps)."""
+        return self.info.query_aware
+
+    @property
+    def exact(self) -> bool:
+        """Whether it leaves exactly what it is asked to; published code that under-fills its budget may not."""
+        return getattr(self, "compat", "corrected") == "corrected" and not self.info.adaptive
+
+    @property
     def label(self) -> str:
         """The method's name with those of the methods that it runs inside: "merge(divprune)"."""
         values = [getattr(self, f.name) for f in fields(self)]
@@ -63,19 +73,9 @@ class ConnectorMethod(Method):
     stage: ClassVar[str] = "connector"
 
     @property
-    def query_aware(self) -> bool:
-        """Whether `select` reads the question (a wrapper answers for what it wraps)."""
-        return self.info.query_aware
-
-    @property
     def reads_examples(self) -> bool:
         """Whether each picture of a prompt comes with the words written behind it, instead of the prompt's question."""
         return False
-
-    @property
-    def exact(self) -> bool:
-        """Whether `select` keeps exactly what it is asked to; published code that under-fills its budget may not."""
-        return getattr(self, "compat", "corrected") == "corrected" and not self.info.adaptive
 
     @property
     def drops_at_full_budget(self) -> bool:

@@ -101,7 +101,7 @@ class KeptKeys:
 class CompactMethod(Method):
     """Base of cache methods that free memory: behind a layer's prefill its visual keys and values are cut to a budget.
 
-    Subclasses have a property `share` and implement `compact`. Text is never dropped.
+    Subclasses have an option `retention` or a property `share`, and implement `compact`. Text is never dropped.
     """
 
     stage: ClassVar[str] = "cache"
@@ -110,8 +110,10 @@ class CompactMethod(Method):
 
     @property
     def share(self) -> float:
-        """Share of the visual tokens whose keys stay in each layer, when `apply` gives no ratio to this stage."""
-        return 1.0
+        """Share of the visual tokens whose keys stay in each layer, when `apply` gives no ratio to this stage: the
+        option `retention`, where a method has it.
+        """
+        return float(getattr(self, "retention", 1.0))
 
     def propagation(self, depth: int) -> DecoderMethod | None:
         """The method's own drop of tokens inside the LLM, where no decoder method stands beside it."""

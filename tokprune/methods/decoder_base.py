@@ -178,11 +178,6 @@ class DecoderMethod(Method):
         """Whether the question must be known as text; what the LLM itself makes of it needs no such thing."""
         return False
 
-    @property
-    def exact(self) -> bool:
-        """Whether the last drop leaves exactly what was asked."""
-        return getattr(self, "compat", "corrected") == "corrected" and not self.info.adaptive
-
     def plan(self, depth: int, share: float | None) -> Schedule:
         """Where tokens are dropped, and how many, in an LLM of `depth` layers.
 

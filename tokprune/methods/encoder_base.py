@@ -218,8 +218,10 @@ class EncoderMethod(Method):
 
     @property
     def size_bias(self) -> bool:
-        """Whether attention counts a merged row as often as it has members (proportional attention)."""
-        return False
+        """Whether attention counts a merged row as often as it has members (proportional attention): the option
+        `proportional`, where a method has it.
+        """
+        return bool(getattr(self, "proportional", False))
 
     @property
     def scheduled(self) -> bool:

@@ -50,11 +50,6 @@ class FramesMethod(Method):
     stage: ClassVar[str] = "frames"
 
     @property
-    def query_aware(self) -> bool:
-        """Whether `allocate` reads the question, itself or through the signal `frame_scores`."""
-        return self.info.query_aware
-
-    @property
     def exact(self) -> bool:
         """Whether the shares add up to what was asked; published code that under-fills its budget may not."""
         return getattr(self, "compat", "corrected") == "corrected"

@@ -78,10 +78,6 @@ class FastKV(CompactMethod):
         if self.kernel % 2 == 0:
             raise OptionError(f"kernel={self.kernel} of 'fastkv' has no middle; write an odd number, such as kernel=7.")
 
-    @property
-    def share(self) -> float:
-        return self.retention
-
     def propagation(self, depth: int) -> DecoderMethod | None:
         """The drop behind the layer of propagation."""
         (layer,) = at_layers(self.layer, (16,), depth)

@@ -71,10 +71,6 @@ class KVMerger(CompactMethod):
 
     retention: float = option(0.5, above=0, high=1)
 
-    @property
-    def share(self) -> float:
-        return self.retention
-
     def compact(self, cache: LayerCache, keep: int) -> KeptKeys:
         """Merge each head's keys to `keep`."""
         received = cache.attention.sums(torch.arange(cache.n, device=cache.visual.device), "each")[:, cache.visual]

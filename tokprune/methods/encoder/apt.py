@@ -134,10 +134,6 @@ class APT(EncoderMethod):
         if (self.mean is None) != (self.std is None):
             raise OptionError("mean and std go together: mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5).")
 
-    @property
-    def size_bias(self) -> bool:
-        return self.proportional
-
     def reduce(self, block: BlockView) -> Reduction | None:
         entrance, n, prefix = block.entrance, block.patches, block.prefix
         if entrance is None or entrance.grid[0] * entrance.grid[1] != n:

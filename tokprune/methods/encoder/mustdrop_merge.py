@@ -88,10 +88,6 @@ class MustDropMerge(EncoderMethod):
     proportional: bool = False
     place: ClassVar[Place] = "end"
 
-    @property
-    def size_bias(self) -> bool:
-        return self.proportional
-
     def active(self, index: int, depth: int) -> bool:
         return index == self.block
 

@@ -102,10 +102,6 @@ class PiToMe(EncoderMethod):
     variant: Literal["auto", "energy", "bipartite"] = "auto"
     proportional: bool = False
 
-    @property
-    def size_bias(self) -> bool:
-        return self.proportional
-
     def left(self, block: BlockView) -> int:
         """Patches that this block leaves."""
         if block.target is None:

@@ -65,10 +65,6 @@ class ToFu(EncoderMethod):
     proportional: bool = True
 
     @property
-    def size_bias(self) -> bool:
-        return self.proportional
-
-    @property
     def scheduled(self) -> bool:
         return self.r is not None
 

@@ -140,10 +140,6 @@ class ToMe(EncoderMethod):
     compat: Compat = "corrected"
 
     @property
-    def size_bias(self) -> bool:
-        return self.proportional
-
-    @property
     def scheduled(self) -> bool:
         return self.r is not None or self.matching == "kth"
 
