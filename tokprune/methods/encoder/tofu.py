@@ -13,7 +13,6 @@ from tokprune.methods.encoder.tome import merge_schedule
 from tokprune.methods.encoder_base import BlockView, EncoderMethod, Reduction
 from tokprune.methods.options import Block, option
 from tokprune.ops.merge import Matching, bipartite_matching, merge, merge_weighted
-from tokprune.ops.numeric import wide
 from tokprune.registry import Checked, register_method
 
 
@@ -27,10 +26,13 @@ def norm_merge(
     PiToMe's repository does.
     """
     mean, total = merge_weighted(matching, x, size)
-    norm = wide(x).norm(dim=-1, keepdim=True)
+    wide = x if x.dtype == torch.float64 else x.float()
+    norm = wide.norm(dim=-1, keepdim=True)
     longest = merge(matching, norm, "amax")
-    length = norm.gather(1, matching.rep[..., None]) if by_destination else wide(mean).norm(dim=-1, keepdim=True)
-    length = length.clamp_min(torch.finfo(norm.dtype).tiny)
+    length = (
+        norm.gather(1, matching.rep[..., None]) if by_destination else mean.to(wide.dtype).norm(dim=-1, keepdim=True)
+    )
+    length = length.clamp_min(torch.finfo(wide.dtype).tiny)
     company = merge(matching, torch.ones_like(norm), "sum") > 1
     return torch.where(company, (mean * (longest / length)).to(x.dtype), mean), total
 
