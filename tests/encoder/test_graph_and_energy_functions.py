@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 
 from tests.encoder.blocks import block
 from tests.golden_vectors import GoldenCase, claims
@@ -16,8 +19,9 @@ from tokprune.methods.encoder.zerotprune import (
     similar_half,
     weighted_page_rank,
 )
-from tokprune.ops.merge import bipartite_matching, merge, merge_weighted
+from tokprune.ops.merge import Matching, bipartite_matching, merge, merge_weighted
 
+Merged = Callable[[Matching, Tensor], tuple[Tensor, Tensor]]
 close = torch.testing.assert_close
 TOLERANCE = {"atol": 1e-6, "rtol": 1e-5}
 
@@ -69,6 +73,13 @@ def test_norm_merge_keeps_the_longest_norm() -> None:
         members = x[0, matching.assign[0] == row]
         close(out[0, row].norm(), members.norm(dim=-1).max())
         assert size[0, row] == len(members)
+
+
+@pytest.mark.parametrize("merged", [merge_weighted, norm_merge])
+def test_merged_rows_carry_the_gradient_of_all_that_went_into_them(merged: Merged) -> None:
+    x = torch.randn(1, 6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    matching = bipartite_matching(x, 2)
+    assert torch.autograd.gradcheck(lambda y: merged(matching, y)[0], x)
 
 
 def test_head_filter_ignores_flat_heads_and_falls_back_to_all() -> None:
