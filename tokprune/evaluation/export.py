@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Column:
+class ResultColumn:
     """A column of the table for people."""
 
     head: str
@@ -31,23 +31,25 @@ class Column:
 
 
 COLUMNS = (
-    Column("task", lambda r: r.task),
-    Column("method", lambda r: r.method),
-    Column("keep", lambda r: f"{100 * r.ratio:.4g} %", lambda r: r.ratio),
-    Column("tokens", tokens_text, lambda r: r.kept),
-    Column("score", score_text, lambda r: r.score),
-    Column("difference [95 % CI]", difference_text, lambda r: r.paired.difference if r.paired else None),
-    Column("p", lambda r: p_text(r.paired.p if r.paired else None), lambda r: r.paired.p if r.paired else None),
-    Column("p (Holm)", lambda r: p_text(r.p_holm), lambda r: r.p_holm),
-    Column("FLOPs", lambda r: "" if r.flops is None else flops_text(r.flops).removesuffix("FLOPs"), lambda r: r.flops),
-    Column("TTFT", lambda r: "" if r.ttft_ms is None else f"{r.ttft_ms:.3g} ms", lambda r: r.ttft_ms),
+    ResultColumn("task", lambda r: r.task),
+    ResultColumn("method", lambda r: r.method),
+    ResultColumn("keep", lambda r: f"{100 * r.ratio:.4g} %", lambda r: r.ratio),
+    ResultColumn("tokens", tokens_text, lambda r: r.kept),
+    ResultColumn("score", score_text, lambda r: r.score),
+    ResultColumn("difference [95 % CI]", difference_text, lambda r: r.paired.difference if r.paired else None),
+    ResultColumn("p", lambda r: p_text(r.paired.p if r.paired else None), lambda r: r.paired.p if r.paired else None),
+    ResultColumn("p (Holm)", lambda r: p_text(r.p_holm), lambda r: r.p_holm),
+    ResultColumn(
+        "FLOPs", lambda r: "" if r.flops is None else flops_text(r.flops).removesuffix("FLOPs"), lambda r: r.flops
+    ),
+    ResultColumn("TTFT", lambda r: "" if r.ttft_ms is None else f"{r.ttft_ms:.3g} ms", lambda r: r.ttft_ms),
 )
 LEFT = ("task", "method")
 BESIDE = 2  # characters that a column takes beside its text
 NARROW = ("task", "p")  # not in the terminal: the task stands above, and one p is enough there
 
 
-def used_columns(rows: Sequence[Row], without: Sequence[str] = ()) -> list[Column]:
+def used_columns(rows: Sequence[Row], without: Sequence[str] = ()) -> list[ResultColumn]:
     """The columns with any entry."""
     return [c for c in COLUMNS if c.head not in without and any(c.text(row) for row in rows)]
 

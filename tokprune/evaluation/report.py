@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from tokprune.environment import command_line
 from tokprune.evaluation.cells import BASELINE
-from tokprune.evaluation.export import Column, caption, details, used_columns
+from tokprune.evaluation.export import ResultColumn, caption, details, used_columns
 from tokprune.evaluation.sweep import Sweep
 from tokprune.evaluation.table import Row, scale
 from tokprune.viz.plots import Point, accuracy_over_ratio, pareto, png, save
@@ -116,7 +116,7 @@ def page(sweep: Sweep, rows: Sequence[Row], plots: Sequence[Plot], reference: bo
     return Page(f"What pruning loses: {sweep.settings.model}", command_line(), environment, sections)
 
 
-def _sortable(column: Column, row: Row) -> object:
+def _sortable(column: ResultColumn, row: Row) -> object:
     """The text of a cell with the number to sort it by."""
     from tokprune.viz.html import Value
 

@@ -26,7 +26,9 @@ def _term(x, scale, place, n, width, column):
 
 
 @triton.jit
-def _sums(x, target, scale, out, n, keep, width, COLUMNS: tl.constexpr, CHUNK: tl.constexpr):
+def _sums(  # pointers, sizes and switches: a kernel takes no records
+    x, target, scale, out, n, keep, width, COLUMNS: tl.constexpr, CHUNK: tl.constexpr
+):  # fmt: skip
     row, item = tl.program_id(0), tl.program_id(2).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     x += item * n * width
