@@ -45,7 +45,9 @@ class Outputs:
         """Say now what would fail after hours: missing packages, places that cannot be written."""
         from importlib.util import find_spec
 
-        if find_spec("lmms_eval") is None:  # its extra brings what plots need
+        from tokprune.evaluation.harness import installed
+
+        if not installed():  # its extra brings what plots need
             raise missing_extra("lmms-eval", "eval", "tokprune eval")
         if (self.plots or self.html) and find_spec("matplotlib") is None:
             raise missing_extra("matplotlib", "plot", "drawing plots")

@@ -23,8 +23,7 @@ OPTION = "option."
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a sweep. method: a name, or names of several stages joined by "+". ratio: share of visual tokens
-    kept."""
+    """One run of a sweep. method: a name, or names of several stages joined by "+". ratio: keep ratio."""
 
     task: str
     method: str
@@ -88,8 +87,7 @@ class SweepSettings:
             raise unknown("positions", self.positions, POSITIONS)
 
     def to_dict(self) -> JsonObject:
-        """Plain data; without configs and prompt budgets where there are none, so that older results keep their
-        keys."""
+        """Plain data; configs and prompt budgets only where there are any, so that older results keep their keys."""
         later = ("configs", "prompt_budgets")
         return {name: value for name, value in dataclasses.asdict(self).items() if value or name not in later}
 

@@ -15,8 +15,7 @@ from tokprune.types import JsonObject
 
 @dataclass(frozen=True)
 class Comparison:
-    """Rows of the second run with the first as their base, the rows of the first beside them, and what found no
-    partner."""
+    """Rows of the second run with the first as their base, the rows of the first, and what found no partner."""
 
     rows: list[Row]
     first: list[Row]
@@ -53,13 +52,10 @@ def compare_sweeps(first: Sweep, second: Sweep) -> Comparison:
         raise OptionError(
             f"the two runs have no cell in common. First: {_names(first.results)}. Second: {_names(second.results)}."
         )
-    rows = []
-    for a, b in pairs:
-        paired, note = pair(a, b)
-        rows.append(row_of(b, paired, note))
     met = {id(r) for both in pairs for r in both}
     alone = [str(r.cell) for r in [*first.results, *second.results] if id(r) not in met]
-    return Comparison(corrected(rows), [row_of(a) for a, _ in pairs], changes(first, second), alone)
+    rows = corrected([row_of(b, *pair(a, b)) for a, b in pairs])
+    return Comparison(rows, [row_of(a) for a, _ in pairs], changes(first, second), alone)
 
 
 def _partners(first: Sequence[CellResult], second: Sequence[CellResult]) -> list[tuple[CellResult, CellResult]]:
@@ -69,8 +65,7 @@ def _partners(first: Sequence[CellResult], second: Sequence[CellResult]) -> list
         return exact
     out = []
     for b in second:
-        theirs = [r for r in first if r.cell.task == b.cell.task]
-        ours = [r for r in second if r.cell.task == b.cell.task]
+        theirs, ours = ([r for r in run if r.cell.task == b.cell.task] for run in (first, second))
         if len(theirs) == len(ours) == 1:
             out.append((theirs[0], b))
     return out

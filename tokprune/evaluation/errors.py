@@ -13,8 +13,7 @@ if TYPE_CHECKING:
 
 
 class EvaluationError(TokpruneError, RuntimeError):
-    """A benchmark row that could not be asked or answered. task and doc_id name the row; doc_id is None for a whole
-    task."""
+    """A benchmark row that could not be asked or answered: task and doc_id, which is None for a whole task."""
 
     def __init__(self, message: str, task: str = "", doc_id: int | None = None) -> None:
         super().__init__(message)

@@ -62,8 +62,7 @@ def texts(rows: Sequence[Row], without: Sequence[str] = ()) -> tuple[list[str], 
 
 @dataclass(frozen=True)
 class Framed:
-    """A table for the terminal that never breaks a number: where that is too narrow, it goes on below, the words
-    repeated."""
+    """A table for the terminal that never breaks a number: where there is no room it goes on below, words repeated."""
 
     title: str
     heads: Sequence[str]

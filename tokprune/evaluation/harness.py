@@ -16,6 +16,8 @@ from tokprune.evaluation.team import Team
 from tokprune.types import Fields, JsonObject
 
 Tick = Callable[[int, int], None]
+SETTINGS = ("batch_size", "dtype", "seed", "frames")  # model_args that are settings of a sweep under the same name
+TAKEN = {"pretrained", "method", "ratio", "budget", "positions", "device", *SETTINGS}
 
 
 class CellLog(io.TextIOBase):
@@ -97,44 +99,24 @@ class Harness:
         """The settings as arguments of TokpruneChat."""
         s = self.settings
         more = {k: v for k, v in s.model_args.items() if not k.startswith(OPTION)}
-        taken = {
-            "pretrained",
-            "method",
-            "ratio",
-            "budget",
-            "positions",
-            "batch_size",
-            "device",
-            "dtype",
-            "seed",
-            "frames",
-        }
-        if twice := sorted(taken & more.keys()):
+        if twice := sorted(TAKEN & more.keys()):
             raise OptionError(f"--model-args {twice[0]}=... is an option of tokprune eval itself; use that one.")
         device = None if Team.launched().size > 1 and s.device in ("cuda", "auto") else s.device
-        return {
-            "pretrained": s.model,
-            "batch_size": s.batch_size,
-            "device": device,
-            "dtype": s.dtype,
-            "seed": s.seed,
-            "frames": s.frames,
-            **more,
-        }
+        return {"pretrained": s.model, "device": device, **{name: getattr(s, name) for name in SETTINGS}, **more}
 
     def __call__(self, cell: Cell, config: PruneConfig | None = None) -> CellResult | None:
         """Run a cell; None on ranks other than 0. config: how to prune, in place of the cell's method and ratio."""
+        import torch
+
         from tokprune.evaluation.harness_results import cell_result
 
-        if self.log_of is None or not self.team.leads:
-            logged = self.log.quiet()
-        else:
-            logged = self.log.to(self.log_of(cell))
+        logged = self.log.to(self.log_of(cell)) if self.log_of is not None and self.team.leads else self.log.quiet()
         with logged:
             try:
                 output = self._evaluate(cell, config)
             finally:
-                self._tidy()
+                if torch.cuda.is_available():  # a failed cell may hold memory that the next one needs
+                    torch.cuda.empty_cache()
         return None if output is None else cell_result(cell, output, self.model.records)
 
     def _evaluate(self, cell: Cell, config: PruneConfig | None) -> Fields | None:
@@ -160,13 +142,6 @@ class Harness:
             torch_random_seed=s.seed,
             fewshot_random_seed=s.seed,
         )
-
-    def _tidy(self) -> None:
-        """Give memory back that a failed cell may hold, so that the next one has it."""
-        import torch
-
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
     def close(self) -> None:
         """Free the model."""

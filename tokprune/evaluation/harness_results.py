@@ -72,8 +72,7 @@ def main_metric(config: Fields, metrics: Mapping[str, float]) -> str:
 def samples_of(
     samples: Mapping[str, Sequence[Fields]], metrics: Sequence[str], records: Sequence[SampleRecord]
 ) -> tuple[Sample, ...]:
-    """The questions of a cell in the order of tasks and rows; with several answer filters, as the first one reads
-    them."""
+    """The questions of a cell in the order of tasks and rows; of several answer filters the first one counts."""
     costs = {(r.task, r.doc_id): r.to_dict() for r in records}
     out: dict[tuple[str, int], Sample] = {}
     for task in sorted(samples):

@@ -181,8 +181,7 @@ class Engine:
 
     @torch.no_grad()
     def count_flops(self, prompt: Prompt, record: SampleRecord) -> SampleRecord:
-        """The record with the FLOPs of its answer, by asking once more; unchanged where torch cannot count this
-        model."""
+        """The record with the FLOPs of its answer, by asking once more; as it is where torch cannot count."""
         if self._stages is None or not self._countable:
             return record
         inputs, _ = self._inputs([prompt])
@@ -197,8 +196,7 @@ class Engine:
 
     @torch.no_grad()
     def score(self, prompt: Prompt) -> tuple[float, bool, SampleRecord]:
-        """Mean negative log-likelihood of the target after the prompt, whether greedy decoding would give it, the
-        cost."""
+        """Mean negative log-likelihood of the target after the prompt, whether it is the greedy answer, the cost."""
         inputs, whole = self._inputs([prompt])
         tail = self._target_ids(inputs["input_ids"][0], prompt.target or "")
         if not len(tail):
@@ -219,8 +217,7 @@ class Engine:
         return float(loss), greedy, record
 
     def _target_ids(self, prompt_ids: Tensor, target: str) -> Tensor:
-        """The target as the tokenizer would write it right after the prompt, with a space where the prompt ends in a
-        word."""
+        """The target as the tokenizer would write it right after the prompt, with a space behind a word."""
         tokenizer = tokenizer_of(self.processor)
         before = tokenizer.decode(prompt_ids[-8:])
         joined = target if not before or before[-1].isspace() or target[:1].isspace() else f" {target}"

@@ -60,8 +60,7 @@ def stages_of(model: VLM) -> StageModules | None:
 
 
 def token_counts(model: VLM, inputs: Inputs, keep: Tensor | None) -> list[tuple[int, int, int]]:
-    """Visual tokens in the prompt, visual tokens kept, and tokens that reach the LLM, for each row. keep: (B, L) or
-    None."""
+    """For each row visual tokens in the prompt, visual tokens kept, tokens that reach the LLM. keep: (B, L) or None."""
     visual = placeholders(model, inputs["input_ids"])
     mask = inputs.get("attention_mask")
     real = torch.ones_like(visual) if mask is None else mask.bool()
@@ -106,8 +105,7 @@ def means(records: Sequence[SampleRecord]) -> dict[str, float]:
 
 @dataclass
 class WorkerOutcome:
-    """What a process did in one call. fatal: what ended it. seconds: spent in the model. counted: answers per task
-    whose FLOPs were counted."""
+    """What a process did in one call. fatal: what ended it. seconds: in the model. counted: FLOP counts per task."""
 
     records: list[SampleRecord] = field(default_factory=list)
     failures: list[EvaluationError] = field(default_factory=list)

@@ -74,8 +74,7 @@ class TokpruneChat(lmms):
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: JsonObject | None = None) -> TokpruneChat:
-        """The model of a --model_args string. What stands in it goes before --batch_size and --device, which always
-        have a value."""
+        """The model of a --model_args string, which goes before --batch_size and --device (always given)."""
         try:
             arguments = simple_parse_args_string(arg_string)
         except ValueError as error:
@@ -117,10 +116,8 @@ class TokpruneChat(lmms):
         """The model that answers prompts with media of a kind, "image", "video" or "text"; loaded at first use."""
         name = "clips" if self.args.pretrained == DEMO and kind == "video" else "main"
         if name not in self.engines:
-            loaded = load_for(self.args, kind, self._device)
-            engine = Engine(loaded)
-            self._prune(engine)
-            self.engines[name] = engine
+            self.engines[name] = Engine(load_for(self.args, kind, self._device))
+            self._prune(self.engines[name])
         return self.engines[name]
 
     def _rules(self, kind: str) -> MediaRules:
@@ -236,9 +233,8 @@ class TokpruneChat(lmms):
             if len(prompts) == 1:
                 self._failed_row(prompts[0].row, error, outcome)
                 return [None]
-            engine.note(
-                f"a batch of {len(prompts)} rows failed and was asked row by row: {type(error).__name__}: {error}"
-            )
+            why = f"{type(error).__name__}: {error}"
+            engine.note(f"a batch of {len(prompts)} rows failed and was asked row by row: {why}")
         finally:
             outcome.seconds += time.perf_counter() - started
         return [answer for prompt in prompts for answer in self._answers([prompt], outcome)]

@@ -1,5 +1,4 @@
-"""The model_args of the lmms-eval model `tokprune`: which there are, what they may be, and the pruning they
-describe."""
+"""The model_args of the lmms-eval model `tokprune`: what they may be, and the pruning they describe."""
 
 from __future__ import annotations
 
@@ -102,13 +101,13 @@ class ModelArgs:
                 raise OptionError(
                     f"tokprune has no model_arg {name!r}.{nearest(name, names)} Allowed: {', '.join(sorted(known))}."
                 )
-        if isinstance(values.get("batch_size"), str):
-            text = values["batch_size"]
-            if not text.isdigit():
+        size = values.get("batch_size")
+        if isinstance(size, str):
+            if not size.isdigit():
                 raise OptionError(
-                    f"batch_size={text!r}: tokprune does not choose one by itself; write such as batch_size=8."
+                    f"batch_size={size!r}: tokprune does not choose one by itself; write such as batch_size=8."
                 )
-            values["batch_size"] = int(text)
+            values["batch_size"] = int(size)
         return ModelArgs(**values, options=options, processor=processor)
 
 

@@ -1,5 +1,4 @@
-"""What lmms-eval finds under the entry point `lmms_eval.models`. It is imported with every lmms-eval run, so it stays
-light."""
+"""What lmms-eval finds under the entry point `lmms_eval.models` and imports with every run: it stays light."""
 
 from __future__ import annotations
 

@@ -29,8 +29,7 @@ Messages = Callable[[Fields], Sequence[Fields]]
 
 @dataclass(frozen=True)
 class TaskRow:
-    """Which row of a task a request belongs to. padding: it only evens out the processes and its answer is thrown
-    away."""
+    """Which row of a task a request belongs to. padding: it only evens out the processes; nobody reads its answer."""
 
     task: str
     split: str
@@ -65,33 +64,23 @@ class MediaRules:
     backend: str = "auto"
 
 
+@dataclass
 class RequestReader:
-    """Turns requests of one run into prompts.
+    """Turns requests of one run into prompts."""
 
-    docs: (task, split, doc_id) -> the dataset's row. count: (task, split) -> how many rows. bare: ask the question
-    alone.
-    """
+    docs: Callable[[str, str, int], Fields]
+    """(task, split, doc_id) -> the row of the data set."""
+    count: Callable[[str, str], int]
+    """(task, split) -> how many rows."""
+    rules: Callable[[str], MediaRules]
+    system_prompt: str = ""
+    control: str = ""
+    bare: bool = False
+    """Ask the question alone."""
+    _videos: dict[tuple[object, ...], Video] = field(default_factory=dict, init=False)
+    """The last two: neighbouring rows often share one."""
 
-    def __init__(
-        self,
-        docs: Callable[[str, str, int], Fields],
-        count: Callable[[str, str], int],
-        rules: Callable[[str], MediaRules],
-        system_prompt: str = "",
-        control: str = "",
-        bare: bool = False,
-    ) -> None:
-        self.docs, self.count, self.rules = docs, count, rules
-        self.system_prompt, self.control, self.bare = system_prompt, control, bare
-        self._videos: dict[tuple[object, ...], Video] = {}  # the last two: neighbouring rows often share one
-
-    def read(
-        self,
-        row: TaskRow,
-        messages_of: Messages,
-        generation: Fields,
-        target: object = None,
-    ) -> Prompt:
+    def read(self, row: TaskRow, messages_of: Messages, generation: Fields, target: object = None) -> Prompt:
         """The prompt of one row. messages_of: the task's doc -> messages. target: a text, or a function of the doc."""
         doc = self.docs(row.task, row.split, row.doc_id)
         messages = self._messages(row, doc, messages_of)
@@ -105,7 +94,8 @@ class RequestReader:
         if self.bare:
             _ask_only(chat, query)
         if self.system_prompt:
-            chat = [_turn("system", self.system_prompt), *(m for m in chat if m["role"] != "system")]
+            system = {"role": "system", "content": [{"type": "text", "text": self.system_prompt}]}
+            chat = [system, *(m for m in chat if m["role"] != "system")]
         if target is not None and not isinstance(target, str):
             target = str(target(doc) if callable(target) else target)
         return Prompt(row, chat, query, kind, generation, target)
@@ -229,10 +219,6 @@ def _parts(content: str | Iterable[Fields]) -> list[JsonObject]:
         if kind != "text" and part.get("url") is None:
             raise OptionError(f"the row has no {kind}: the task gives None.")
     return parts
-
-
-def _turn(role: str, text: str) -> JsonObject:
-    return {"role": role, "content": [{"type": "text", "text": text}]}
 
 
 def _media(messages: Sequence[Fields]) -> list[JsonObject]:

@@ -1,5 +1,4 @@
-"""Which method, which ratio? Tries a short list on the user's own questions, names the fastest setting within a
-loss."""
+"""Which method, which ratio? Tries a short list on one's own questions, names the fastest setting within a loss."""
 
 from __future__ import annotations
 
@@ -9,7 +8,6 @@ from dataclasses import asdict, dataclass, replace
 from tokprune.config import PruneConfig
 from tokprune.errors import OptionError
 from tokprune.evaluation.cells import BASELINE, Cell, CellResult, SweepSettings, build_methods
-from tokprune.evaluation.errors import Failure
 from tokprune.evaluation.own_pictures import KL
 from tokprune.evaluation.significance import compare, paired_shares
 from tokprune.evaluation.sweep import Sweep
@@ -113,9 +111,8 @@ def search(
         for result in part.results:
             found = tried(base, result, LEVEL)
             if found.low > max_loss:
-                lost[result.cell.method] = (
-                    f"at {ratio:g} it already loses {percent(found.loss)}, surely more than the limit"
-                )
+                why = f"at {ratio:g} it already loses {percent(found.loss)}, surely more than the limit"
+                lost[result.cell.method] = why
         for method, why in lost.items():
             open_methods.remove(method)
             skipped |= {f"{method} {r:g}": why for r in ratios if r < ratio}
@@ -131,28 +128,16 @@ def tried(base: CellResult, result: CellResult, level: float) -> Tried:
     sign = 1.0 if base.higher_is_better else -1.0
     share = is_percent(a.values(), base.metrics[base.main])
     by = sign if share or not paired.base else sign / abs(paired.base)
-    edges = sorted((-by * paired.low, -by * paired.high))
+    low, high = sorted((-by * paired.low, -by * paired.high))
     worse, better = (paired.worse, paired.better) if sign > 0 else (paired.better, paired.worse)
-    low, high = edges
     if paired.test == "mcnemar":
         low, high = paired_shares(worse, better, paired.n, level)
     elif share:  # a bootstrap of questions that all scored alike has no width
         high = max(high, paired_shares(0, 0, paired.n, level)[1])
     kl = [s.scores[KL] for s in result.samples if KL in s.scores]
-    return Tried(
-        result.cell.method,
-        result.cell.ratio,
-        -by * paired.difference,
-        low,
-        high,
-        paired.n,
-        worse,
-        better,
-        result.timing.get(TTFT),
-        result.costs.get(KEPT),
-        result.costs.get(TOTAL),
-        sum(kl) / len(kl) if kl else None,
-    )
+    cell, costs = result.cell, (result.timing.get(TTFT), result.costs.get(KEPT), result.costs.get(TOTAL))
+    loss, mean_kl = -by * paired.difference, sum(kl) / len(kl) if kl else None
+    return Tried(cell.method, cell.ratio, loss, low, high, paired.n, worse, better, *costs, mean_kl)
 
 
 def advise(sweep: Sweep, skipped: dict[str, str], max_loss: float, latency_ms: float | None = None) -> Advice:
@@ -162,17 +147,9 @@ def advise(sweep: Sweep, skipped: dict[str, str], max_loss: float, latency_ms: f
     others = [r for r in sweep.results if not r.cell.baseline]
     level = simultaneous(len(others))
     rows = tuple(tried(base, r, level) for r in others)
-    reasons: list[Failure] = sweep.failures
-    made = Advice(
-        max_loss,
-        latency_ms,
-        base.timing.get(TTFT),
-        base.metrics[base.main],
-        base.main,
-        rows,
-        skipped,
-        {str(f.cell): f.reason for f in reasons},
-    )
+    failed = {str(f.cell): f.reason for f in sweep.failures}
+    score, ttft_ms = base.metrics[base.main], base.timing.get(TTFT)
+    made = Advice(max_loss, latency_ms, ttft_ms, score, base.main, rows, skipped, failed)
     in_time = [t for t in rows if latency_ms is None or (t.ttft_ms is not None and t.ttft_ms <= latency_ms)]
     for proven in (True, False):
         good = [t for t in in_time if (t.proven(max_loss) if proven else t.within(max_loss))]
@@ -180,8 +157,7 @@ def advise(sweep: Sweep, skipped: dict[str, str], max_loss: float, latency_ms: f
             if latency_ms is None:  # times that differ by no more than TIE are alike
                 least = min(t.ttft_ms or 0.0 for t in good)
                 good = [t for t in good if (t.ttft_ms or 0.0) <= (1 + TIE) * least]
-            best = min(good, key=lambda t: (t.loss, t.ratio))
-            return replace(made, best=best, proven=proven)
+            return replace(made, best=min(good, key=lambda t: (t.loss, t.ratio)), proven=proven)
     return made
 
 

@@ -40,8 +40,7 @@ class Plot:
 
 
 def figures(rows: Sequence[Row]) -> list[Plot]:
-    """Score over keep ratio, and score against tokens, FLOPs and time to first token, for each task with pruned
-    cells."""
+    """Score over keep ratio, and against tokens, FLOPs and time to first token, for each task with pruned cells."""
     out = []
     rows = [row for row in rows if math.isfinite(row.score)]  # a metric may have failed
     for task in dict.fromkeys(r.task for r in rows):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,8 +69,7 @@ def paired_bootstrap(
 
 
 def mcnemar(better: int, worse: int) -> float:
-    """Two-sided exact McNemar test: p of a split at least as uneven, when each changed answer is a fair coin (a sign
-    test)."""
+    """Two-sided exact McNemar (sign) test: p of a split at least as uneven, when each changed answer is a fair coin."""
     n, k = better + worse, min(better, worse)
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
 
@@ -112,11 +112,8 @@ def compare(
     other: Mapping[Hashable, float],
     *,
     level: float = 0.95,
-    rounds: int = ROUNDS,
-    seed: int = SEED,
 ) -> Paired:
-    """Compare two runs that map each question to its score; questions that only one run has are counted and left
-    out."""
+    """Compare two runs that map each question to its score; questions of one run alone are counted and left out."""
     both = [q for q in base if q in other]
     if not both:
         raise OptionError(
@@ -128,26 +125,14 @@ def compare(
     a, b = _floats([base[q] for q in both]), _floats([other[q] for q in both])
     d = b - a
     better, worse = int((d > 0).sum()), int((d < 0).sum())
-    low, high = paired_bootstrap(d.tolist(), level, rounds, seed)
+    low, high = paired_bootstrap(d.tolist(), level)
     if np.isin(np.concatenate([a, b]), (0.0, 1.0)).all():
         p, test = mcnemar(better, worse), "mcnemar"
     else:
-        p, exact = permutation_test(d.tolist(), rounds, seed)
+        p, exact = permutation_test(d.tolist())
         test = "sign flips" if exact else "permutation"
-    unpaired = len(base) + len(other) - 2 * len(both)
-    return Paired(
-        n=len(both),
-        unpaired=unpaired,
-        base=float(a.mean()),
-        mean=float(b.mean()),
-        low=low,
-        high=high,
-        p=p,
-        better=better,
-        worse=worse,
-        test=test,
-        level=level,
-    )
+    n, unpaired = len(both), len(base) + len(other) - 2 * len(both)
+    return Paired(n, unpaired, float(a.mean()), float(b.mean()), low, high, p, better, worse, test, level)
 
 
 def _floats(values: Sequence[float]) -> NDArray[np.float64]:
@@ -166,8 +151,6 @@ def paired_shares(worse: int, better: int, n: int, level: float = 0.95) -> tuple
     Statistics in Medicine 17, 1998, 891-908). It is as wide as few questions make it even where none changed, which a
     bootstrap is not.
     """
-    from statistics import NormalDist
-
     if not 0 <= worse + better <= n or n < 1:
         raise OptionError(f"worse={worse}, better={better} of n={n} questions cannot be.")
     z = NormalDist().inv_cdf((1 + level) / 2)

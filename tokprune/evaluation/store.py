@@ -47,8 +47,7 @@ class Store:
         return self.folder / "cells" / key(cell, self.settings)
 
     def open(self) -> Store:
-        """Make the folder, see that it can be written, and keep a second sweep out until `close` or the end of the
-        process."""
+        """Make the folder, see that it can be written, and keep a second sweep out until `close`."""
         try:
             (self.folder / "cells").mkdir(parents=True, exist_ok=True)
             self._lock = (self.folder / ".lock").open("a")

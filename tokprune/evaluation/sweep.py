@@ -1,5 +1,4 @@
-"""Runs the cells of a sweep one after another: resumes, lets the others go on when one fails, and writes what was
-found."""
+"""Runs the cells of a sweep one after another: resumes, goes on when one fails, and writes what was found."""
 
 from __future__ import annotations
 

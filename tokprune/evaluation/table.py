@@ -45,8 +45,7 @@ def rows_of(sweep: Sweep) -> list[Row]:
     rows = []
     for result in sweep.results:
         base = sweep.baseline(result.cell.task)
-        paired, note = (None, "") if base is None or result is base else pair(base, result)
-        row = row_of(result, paired, note)
+        row = row_of(result) if base is None or result is base else row_of(result, *pair(base, result))
         if result.cell.method in sweep.settings.prompt_budgets and row.kept and row.total:
             row = replace(row, ratio=row.kept / row.total)  # what the budget came to
         rows.append(row)
@@ -67,19 +66,20 @@ def row_of(result: CellResult, paired: Paired | None = None, note: str = "") -> 
     blind = sum(s.costs.get(TOTAL) == 0 for s in result.samples)
     if blind:  # text-only rows belong to some benchmarks; in others they are a fault of the data
         note = "; ".join(part for part in (note, f"{blind} questions came without a picture") if part)
+    cell, costs, timing = result.cell, result.costs, result.timing
     return Row(
-        task=result.cell.task,
-        method=result.cell.method,
-        ratio=result.cell.ratio,
+        cell.task,
+        cell.method,
+        cell.ratio,
         metric=result.main,
         score=100 * value if percent else value,
         percent=percent,
         questions=len({s.id for s in result.samples}),
-        kept=result.costs.get(KEPT),
-        total=result.costs.get(TOTAL),
-        flops=result.costs.get(FLOPS),
-        ttft_ms=result.timing.get(TTFT),
-        seconds=result.timing.get("seconds"),
+        kept=costs.get(KEPT),
+        total=costs.get(TOTAL),
+        flops=costs.get(FLOPS),
+        ttft_ms=timing.get(TTFT),
+        seconds=timing.get("seconds"),
         paired=paired,
         note=note,
     )

@@ -1,5 +1,4 @@
-"""A preset's cost at several ratios without weights: tokens, FLOPs by stage, the papers' formulas, cache and weight
-bytes."""
+"""A preset's cost at several ratios without weights: tokens, FLOPs by stage, the papers' formulas, bytes."""
 
 from __future__ import annotations
 
@@ -49,8 +48,7 @@ class ArithmeticRow:
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """Rows of one preset and picture size. published: what others report, with ours beside it
-    (`published.comparison`)."""
+    """Rows of one preset and picture size. published: what others report, as `published.comparison` makes it."""
 
     preset: str
     title: str

@@ -1,5 +1,4 @@
-"""Models from presets: on the meta device for arithmetic in seconds, or with random weights for real latency and
-memory."""
+"""Models from presets: on the meta device for arithmetic, or with random weights for real latency and memory."""
 
 from __future__ import annotations
 
@@ -43,8 +42,7 @@ def _from_config(preset: Preset, dtype: torch.dtype, attn: str) -> VLM:
 
 
 def build_meta(preset: Preset, dtype: torch.dtype = torch.bfloat16) -> VLM:
-    """The model without weights (meta device): shapes, parameter counts and FLOPs, also of 78 billion parameters, in
-    seconds."""
+    """The model without weights (meta device): shapes, parameters and FLOPs, of 78 billion parameters in seconds."""
     with torch.device("meta"):
         return _from_config(preset, dtype, "sdpa")
 
@@ -75,8 +73,7 @@ def build_random(
 
 
 class _ToMeta(TorchDispatchMode):
-    """Moves host tensors (grids, positions) to the meta device where they meet meta tensors; alone they keep their
-    values."""
+    """Moves host tensors (grids, positions) to the meta device where they meet meta tensors; else values stay."""
 
     def __torch_dispatch__(
         self,

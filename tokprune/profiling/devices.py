@@ -11,8 +11,7 @@ from tokprune.profiling.report import ProfileReport
 
 @dataclass(frozen=True)
 class Device:
-    """Peak dense FLOP/s in 16 bit, bandwidth in bytes/s, memory in bytes, and the shares of the peaks that real runs
-    attain."""
+    """Peak dense FLOP/s in 16 bit, bandwidth in bytes/s, memory in bytes, shares of the peaks that real runs attain."""
 
     name: str
     flops: float

@@ -16,8 +16,7 @@ from tokprune.types import ModelConfig
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """What the cost of a decoder depends on. ffn_matrices: 3 for a gated MLP (LLaMA, Qwen, Gemma), 2 for a plain
-    one."""
+    """What the cost of a decoder depends on. ffn_matrices: 3 for a gated MLP (LLaMA, Qwen, Gemma), else 2."""
 
     layers: int
     width: int

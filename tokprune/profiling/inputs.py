@@ -1,5 +1,4 @@
-"""Made-up inputs for a preset: right in every shape, random in content, so that no processor and no tokenizer is
-needed."""
+"""Made-up inputs for a preset: right in every shape, random in content; no processor or tokenizer is needed."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Models that are no preset, as presets: from a profile's JSON, or from a model's config and processor without its
-weights."""
+"""Models that are no preset, as presets: from a profile's JSON, or from config and processor without weights."""
 
 from __future__ import annotations
 

@@ -43,8 +43,7 @@ def kv_cache_bytes(cache: Iterable[object] | None) -> int:
 
 
 def cached_tokens(cache: object) -> list[int]:
-    """Tokens that each layer of a transformers cache holds keys of; layers without keys (linear attention) are left
-    out."""
+    """Tokens that each layer of a transformers cache holds keys of; layers of linear attention are left out."""
     out = []
     for layer in getattr(cache, "layers", None) or (cache if isinstance(cache, tuple | list) else ()):
         keys = layer[0] if isinstance(layer, tuple | list) else getattr(layer, "keys", None)

@@ -171,8 +171,7 @@ def larger(known: Preset) -> list[Preset]:
 
 @dataclass(frozen=True)
 class Alternative:
-    """A larger model at equal cost: `visual` tokens (of visual_full) with which it costs no more than the small one
-    complete."""
+    """A larger model and how many `visual` tokens (of visual_full) cost no more in it than all in the small one."""
 
     preset: str
     visual: int | None
@@ -182,8 +181,7 @@ class Alternative:
 
 @dataclass(frozen=True)
 class RatioPlan:
-    """The answer: estimates at several ratios, the largest ratio per stage that meets the target, and advice in
-    words."""
+    """The answer: estimates at several ratios, the most tokens per stage that meet the target, and advice in words."""
 
     preset: str
     device: str

@@ -24,8 +24,7 @@ from tokprune.types import Fields, JsonObject
 
 @dataclass(frozen=True)
 class VisualCount:
-    """What a picture or clip becomes: candidate tokens, separators (newline embeddings) and passes through the
-    tower."""
+    """What a picture or clip becomes: candidate tokens, separators (newline embeddings), passes through the tower."""
 
     tokens: int
     separators: int
@@ -103,8 +102,7 @@ def anyres_tiles(preset: Preset, size: Size) -> tuple[int, int]:
 
 
 def smart_grid(preset: Preset, size: Size, frames: int | None = None) -> tuple[int, int, int]:
-    """(groups, rows, columns) of patches before the 2 x 2 merge (Qwen-VL); a group is one picture or a pair of
-    frames."""
+    """(groups, rows, columns) of patches before the 2 x 2 merge (Qwen-VL); a group is a picture or a pair of frames."""
     image = preset.image
     most = image["frame_max_pixels"] if frames is not None else image["max_pixels"]
     height, width = res.smart_resize(size, image["patch"] * image["merge"], image["min_pixels"], most)

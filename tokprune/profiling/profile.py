@@ -110,8 +110,7 @@ def profile(
 
 
 class _Bench:
-    """The runs of one prompt that are compared, and what could not be run. full: visual tokens of the unpruned
-    prompt."""
+    """The runs of one prompt that are compared, and what could not be run. full: its visual tokens, unpruned."""
 
     def __init__(self, profiler: Profiler, inputs: Inputs, progress: Callable[[str], None]) -> None:
         self.profiler, self.inputs, self.progress = profiler, inputs, progress
@@ -122,8 +121,7 @@ class _Bench:
         self.notes: list[str] = []
 
     def add_pruned(self, methods: Sequence[MethodLike], ratios: Sequence[float], options: Options) -> None:
-        """Every method at every ratio; those that would print alike, such as one method with two sets of options, are
-        numbered."""
+        """Every method at every ratio; what would print alike, as one method with two sets of options, is numbered."""
         seen: dict[str, int] = {}
         for ratio in ratios:
             for method in methods:

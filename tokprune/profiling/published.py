@@ -128,8 +128,7 @@ def comparison(
 
 
 def measured_in(report: ProfileReport) -> Measured:
-    """Our measured share for the rows of which a profile has a cell: nearly the same share of tokens, the same method
-    first."""
+    """Our measured share for rows of which a profile has a cell of nearly the same keep ratio, same method first."""
 
     def find(row: PublishedReduction) -> tuple[float, str] | None:
         plain = report.find("plain")

@@ -1,5 +1,4 @@
-"""Pictures of another size: the honest rival of pruning (a smaller picture), and prompts of a wanted number of visual
-tokens."""
+"""Pictures of another size: smaller ones, the honest rival of pruning, and prompts of a wanted number of tokens."""
 
 from __future__ import annotations
 

@@ -13,8 +13,7 @@ Size = tuple[int, int]  # (height, width)
 
 
 def best_resolution(size: Size, pinpoints: Sequence[Sequence[int]]) -> Size:
-    """The candidate (height, width) that keeps most of the picture's pixels and then wastes least (LLaVA-NeXT's
-    anyres)."""
+    """The candidate (height, width) that keeps most of the picture's pixels, then wastes least (LLaVA-NeXT)."""
     height, width = size
     best: tuple[int, int, int, int] | None = None
     for h, w in pinpoints:
@@ -42,8 +41,7 @@ def smart_resize(size: Size, factor: int, min_pixels: int, max_pixels: int) -> S
 
 
 def tile_canvas(size: Size, tile: Size, least: int, most: int) -> tuple[int, int]:
-    """How many tiles down and across: the nearest aspect ratio, with more tiles for larger pictures on ties
-    (InternVL)."""
+    """Tiles down and across: the nearest aspect ratio, with more tiles for larger pictures on ties (InternVL)."""
     height, width = size
     # Sorted by number of tiles, then by columns: the order decides ties.
     grids = [(w, h) for w in range(1, most + 1) for h in range(1, most + 1) if least <= w * h <= most]
@@ -57,8 +55,7 @@ def tile_canvas(size: Size, tile: Size, least: int, most: int) -> tuple[int, int
 
 
 def longest_edge(size: Size, edge: int, limit: int = 4096) -> Size:
-    """Size after scaling the longer side to `edge`, the shorter one rounded down and then up to even (Idefics3,
-    SmolVLM)."""
+    """Size with the longer side scaled to `edge`, the shorter rounded down and then up to even (Idefics3, SmolVLM)."""
     height, width = size
     aspect = width / height
     if width >= height:
@@ -92,8 +89,7 @@ def tile_multiple(size: Size, tile: int) -> Size:
 
 
 def unpadded_grid(grid: Size, size: Size) -> Size:
-    """Rows and columns left of a feature grid when the rows or columns of padding around a picture of `size` are cut
-    (LLaVA-NeXT, OneVision)."""
+    """Rows and columns of a feature grid without the padding around a picture of `size` (LLaVA-NeXT, OneVision)."""
     rows, cols = grid
     height, width = size
     if width / height > cols / rows:

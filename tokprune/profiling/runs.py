@@ -1,5 +1,4 @@
-"""The ways of running one prompt that a profile compares, and the machine that sets one up, runs it once and looks
-inside."""
+"""The ways of running one prompt that a profile compares, and what sets one up, runs it once and looks inside."""
 
 from __future__ import annotations
 
@@ -54,8 +53,7 @@ class ProfileRun:
 
     @property
     def before_llm(self) -> bool:
-        """Whether all that this run prunes is gone before the LLM, so that each layer sees and caches as many
-        tokens."""
+        """Whether all that this run prunes is gone before the LLM: each layer sees and caches as many tokens."""
         return self.method is None or not {"decoder", "cache"} & stages_of(self.method)
 
 

@@ -1,5 +1,4 @@
-"""Timed runs that can be believed: warm-up, repeats in interleaved order, device synchronised, medians with their
-spread."""
+"""Timed runs that can be believed: warm-up, interleaved repeats, device synchronised, medians with their spread."""
 
 from __future__ import annotations
 
@@ -147,8 +146,7 @@ class StageClock:
         self._wall = (start, time.perf_counter())
 
     def times(self) -> dict[str, float]:
-        """ms per stage, plus `ttft` (first token), `total` (wall clock) and `decode_tokens_per_s` (0 without decode
-        steps)."""
+        """ms per stage, plus `ttft` (first token), `total` (wall clock) and `decode_tokens_per_s` (0 without steps)."""
         out = dict.fromkeys(STAGES, 0.0)
         for (start, part), (end, _) in zip(self._points, self._points[1:], strict=False):
             out[part] += self.marks.milliseconds(start, end)

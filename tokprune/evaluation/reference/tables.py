@@ -18,8 +18,7 @@ FOLDER = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of a published table. method: our name where we have the method. tokens: visual tokens kept; ratio: their
-    share."""
+    """A row of a published table. method: our name where we have it. tokens: visual tokens kept; ratio: their share."""
 
     label: str
     method: str
@@ -38,8 +37,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A column: the lmms-eval task and metrics (their sum) that measure it, and what turns them into the published
-    unit."""
+    """A column: the lmms-eval task and metrics (their sum) that measure it; scale: into the published unit."""
 
     name: str
     task: str | None = None
@@ -73,8 +71,7 @@ class PublishedTable:
 
 @dataclass(frozen=True)
 class Model:
-    """A model with its published tables. checkpoints: where it lies on the hub. claims: sentences with numbers that are
-    no rows."""
+    """A model with its published tables. checkpoints: where it lies on the hub. claims: numbers that are no rows."""
 
     name: str
     title: str
