@@ -70,6 +70,7 @@ class Marks:
         self.events = self.device.type == "cuda"
 
     def now(self) -> Moment:
+        """This moment."""
         if self.events:
             event = torch.cuda.Event(enable_timing=True)
             event.record(torch.cuda.current_stream(self.device))
