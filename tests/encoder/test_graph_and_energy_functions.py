@@ -19,6 +19,7 @@ from tokprune.methods.encoder.zerotprune import (
     similar_half,
     weighted_page_rank,
 )
+from tokprune.ops import blocks
 from tokprune.ops.merge import Matching, bipartite_matching, merge, merge_weighted
 
 Merged = Callable[[Matching, Tensor], tuple[Tensor, Tensor]]
@@ -168,3 +169,27 @@ def test_zerotprune_leaves_its_share_and_asks_the_similarity_first() -> None:
     start[0] = 21**0.5
     close(weighted, (start / start.sum() @ attention).square().mean(1).sqrt())
     close(plain, attention.mean(2).square().mean(1).sqrt())
+
+
+def test_energy_is_the_same_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    metric = torch.randn(2, 11, 4, generator=torch.Generator().manual_seed(7))
+    once = energy(metric, 0.3, 0.5)
+    cosine = torch.cosine_similarity(metric[:, :, None], metric[:, None], dim=-1)
+    close(once, torch.where(cosine > 0.3, cosine - 0.3, 0.5 * (cosine - 0.3).expm1()).mean(-1))
+    monkeypatch.setattr(blocks, "WHOLE", 4)
+    monkeypatch.setattr(blocks, "ROWS", 3)
+    close(energy(metric, 0.3, 0.5), once)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_norms_are_as_exact_as_the_tokens(dtype: torch.dtype) -> None:
+    """Of halves in float32, of float64 as they are."""
+    x = torch.randn(1, 12, 64, generator=torch.Generator().manual_seed(8)).to(dtype)
+    matching = bipartite_matching(x, 5)
+    out, _ = norm_merge(matching, x)
+    assert out.dtype == dtype
+    for row in range(7):
+        members = x[0, matching.assign[0] == row].double()
+        mean = members.mean(0).to(dtype).double()
+        expected = mean if len(members) == 1 else mean * (members.norm(dim=-1).max() / mean.norm())
+        close(out[0, row], expected.to(dtype), atol=0, rtol=0.004 if dtype == torch.bfloat16 else 1e-14)

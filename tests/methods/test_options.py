@@ -247,10 +247,18 @@ def test_an_annotation_that_cannot_be_read_says_so() -> None:
 
 @cache
 def read_in(path: str, of: str = "") -> frozenset[str]:
-    """Attributes that a source reads; of: only those of what is called so."""
-    nodes = ast.walk(ast.parse(Path(path).read_text(encoding="utf-8")))
-    found = (n for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load))
-    return frozenset(n.attr for n in found if ast.unparse(n.value).endswith(of))
+    """Attributes that a source reads, also by getattr; of: only those of what is called so."""
+    found = set()
+    for node in ast.walk(ast.parse(Path(path).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and ast.unparse(node.value).endswith(of):
+            found.add(node.attr)
+        elif (
+            isinstance(node, ast.Call)
+            and ast.unparse(node.func) == "getattr"
+            and isinstance(node.args[1], ast.Constant)
+        ):
+            found.add(node.args[1].value)
+    return frozenset(found)
 
 
 @every_option
@@ -260,3 +268,26 @@ def test_an_option_is_read(name: str, field: str) -> None:
     runtime = map(str, Path(str(tokprune.__file__)).parent.joinpath("runtime").rglob("*.py"))
     reads = [read_in(inspect.getfile(cls)) for cls in lines] + [read_in(path, of="method") for path in runtime]
     assert any(field in names for names in reads), f"{name} has an option {field!r} that nothing reads"
+
+
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "apt": {"thresholds": (5.5,)},
+    "ats": {"first": 0.25},
+    "auroracap": {"keep": 0.4},
+    "dynamicvit": {"keep": 0.7, "blocks": (0.25, 0.5, 0.75)},
+    "evit": {"keep": 0.7, "blocks": (0.25, 0.5, 0.75), "fuse": True},
+    "ipcv": {"keep": 0.35, "neighbours": 10},
+    "mustdrop_merge": {"window": 3, "threshold": 0.8},
+    "pitome": {"keep": 0.9125, "margin": 0.75, "alpha": 1.0, "variant": "auto", "proportional": False},
+    "pixelprune": {"threshold": 0.0, "anchored": True},
+    "rlt": {"threshold": 0.1},
+    "tofu": {"switch": 0.5},
+    "tome": {"inflection": 0.0, "proportional": True, "matching": "bipartite"},
+    "zerotprune": {"similar": 0.3, "rounds": (30, 10, 1), "variance": (0.01, 0.7)},
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_defaults_are_those_that_the_docstring_gives_a_source_for(name: str) -> None:
+    fields = {f.name: f.default for f in dataclasses.fields(method_class(name))}
+    assert {key: fields[key] for key in PUBLISHED[name]} == PUBLISHED[name]

@@ -46,11 +46,9 @@ def kth_matching(metric: Tensor, k: int, prefix: int = 0) -> Matching:
     if k <= 1 or n - prefix < k:
         return Matching(place.expand(batch, n), place.expand(batch, n))
     patch = place[prefix:]
-    destination = ((patch - prefix) % k == k - 1)[: (n - prefix) // k * k]
-    target = patch[: destination.shape[0]].unflatten(0, (-1, k))[:, -1]
-    source = torch.cat(
-        [patch[: destination.shape[0]].unflatten(0, (-1, k))[:, :-1].flatten(), patch[destination.shape[0] :]]
-    )
+    whole = (n - prefix) // k * k  # patches in whole groups
+    groups = patch[:whole].unflatten(0, (-1, k))
+    target, source = groups[:, -1], torch.cat([groups[:, :-1].flatten(), patch[whole:]])
     return _with_prefix(metric, source.expand(batch, -1), target.expand(batch, -1), prefix)
 
 
