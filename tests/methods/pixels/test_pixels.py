@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.methods.pixels.loops import best, flood, loco, run_lengths
 from tokprune.errors import OptionError
-from tokprune.methods.pixels.blank import Blank
+from tokprune.methods.pixels.blank import Blank, regions
 from tokprune.methods.pixels.pixelprune import PixelPrune
 from tokprune.methods.pixels.rlt import RLT
 from tokprune.methods.pixels_base import PixelMethod, PixelUnits
@@ -84,6 +84,7 @@ def test_a_batch_is_its_pictures_one_by_one_and_a_clip_its_frames() -> None:
 
 
 def test_raster_compares_with_the_unit_before() -> None:
+    assert PixelPrune(scan="raster").anchored  # at threshold 0 the one before is the one that stands for it
     x = grid(5, 6, seed=1)
     flat = x.flatten(0, 1)
     same = torch.cat([torch.tensor([False]), (flat[1:] - flat[:-1]).abs().amax(-1) <= 0.1])
@@ -143,6 +144,12 @@ def test_blank_is_a_flood_fill() -> None:
         Blank().choose(units(spiral[None, ..., None])).source.view(9, 9),
         flood(torch.ones(9, 9, dtype=torch.bool), spiral[..., None], 0.0),
     )
+
+
+def test_a_busy_unit_parts_plain_ones_of_its_mean_colour() -> None:
+    plain = torch.tensor([[[True, False, True], [False, False, True], [True, True, True]]])
+    label = regions(plain, torch.full((1, 3, 3, 2), 0.5), 0.1)
+    assert label.view(3, 3).tolist() == [[0, 1, 2], [3, 4, 2], [2, 2, 2]]
 
 
 def test_blank_keeps_regions_first_then_what_is_least_plain() -> None:
