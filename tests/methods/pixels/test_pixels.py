@@ -120,6 +120,16 @@ def test_rlt_sources_are_the_last_kept_unit_of_the_place() -> None:
     assert choice.source.view(4, 2).tolist() == [[0, 1], [0, 1], [0, 5], [0, 5]]
     few = RLT().choose(units(x), [1])
     assert few.kept.flatten().nonzero().flatten().tolist() == [1], "the place that changes comes first"
+    few = RLT().choose(units(x[1:3]), [1])  # in a clip of two patches, too
+    assert few.kept.flatten().nonzero().flatten().tolist() == [1]
+    assert RLT().choose(units(x[:1]), [2]).kept.all()
+
+
+def test_rlt_at_its_threshold_is_a_repeat_and_no_anchor() -> None:
+    x = torch.tensor([0.0, 0.25, 0.5, 0.5]).view(4, 1, 1, 1).expand(4, 1, 1, 3)
+    choice = RLT(threshold=0.25).choose(units(x))
+    assert choice.kept.flatten().tolist() == [True, False, True, False]
+    assert choice.source.flatten().tolist() == [0, 0, 2, 2]
 
 
 def test_blank_is_a_flood_fill() -> None:
