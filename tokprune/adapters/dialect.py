@@ -51,6 +51,10 @@ def cache_name(function: Callable[..., Any]) -> str | None:
     return next((name for name in CACHE if name in named), None)
 
 
+_cache_name = functools.lru_cache(512)(cache_name)
+"""The same of a class's forward, which holds no model."""
+
+
 @functools.lru_cache(None)
 def library_cache_name() -> str:
     """What generate() of the installed transformers calls the KV cache."""
@@ -87,10 +91,12 @@ def cache_of(output: Any) -> Any:
 def bind(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call of `module` by name, the KV cache under the name that its forward uses."""
     forward = type(module).forward
-    call = dict(_signature(forward).bind_partial(module, *args, **kwargs).arguments)
-    call.pop("self", None)
-    call.update(call.pop("kwargs", {}))
-    name = cache_name(forward)
+    call = dict(kwargs)
+    if args:
+        call = dict(_signature(forward).bind_partial(module, *args, **kwargs).arguments)
+        call.pop("self", None)
+        call.update(call.pop("kwargs", {}))
+    name = _cache_name(forward)
     if name is not None and name not in call:
         for old in CACHE:
             if old in call:

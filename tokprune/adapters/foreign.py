@@ -17,7 +17,8 @@ ENCODER_RECORD = "tokprune_record"
 GENERATE_STEP = "tokprune_step"
 PREPARE, PREFILL, CANDIDATES = "prepare_inputs_for_generation", "_prefill", "_get_candidate_generator"
 ENCODERS = ("get_image_features", "get_video_features")
-OWNER_CALLS = ("forward", "forward_intermediates", *ENCODERS, "encode_image")
+FORWARD = "forward"
+OWNER_CALLS = (FORWARD, "forward_intermediates", *ENCODERS, "encode_image")
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ FOREIGN: tuple[Foreign, ...] = (
     _removed("hook", "", "base model", "shortens the call before, widens the output behind"),
     _removed("hook", "", "language model", "checks that what it is given fits its cache"),
     _removed("hook", "", "rotary embedding", "rotates by kept positions where attention gets contiguous ones"),
-    _removed("hook", "", "language model and its layers", "decoder stage: drops tokens in front of layers"),
+    _removed("hook", "", "language model", "decoder stage: knows where a forward begins and ends"),
+    _removed("method", FORWARD, "decoder layers and their MLPs", "decoder stage: drops tokens in front of layers"),
     _removed("hook", "", "attention of the LLM", "cache stage: chooses keys, and hides the others"),
     _removed("hook", "", "vision tower and its parts", "reads signals; encoder stage: shortens the sequence"),
     *(_removed("method", name, "owner of the tower", "encoder stage: knows its own calls") for name in OWNER_CALLS),

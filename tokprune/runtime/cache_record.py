@@ -66,10 +66,20 @@ class PruneState:
     """Whether `moves` of the next token may be anything but 0; a step that knows better subtracts nothing."""
     _places: tuple[Tensor, Tensor] | None = field(init=False, default=None, repr=False)
     """Of `kept`, made in the first step: its columns as they can be gathered, and which are filler."""
+    _deepest: tuple[dict[int, LayerKeys], dict[int, LayerKeys]] | None = field(init=False, default=None, repr=False)
+    """`layers`, and `deepest` of them."""
 
     def __deepcopy__(self, memo: dict[int, object]) -> PruneState:
         """A copied cache is read by the same pruning; a copied model has one of its own."""
         return self.index(torch.clone)
+
+    @property
+    def deepest(self) -> dict[int, LayerKeys]:
+        """Of all `layers` that share a record, the deepest: enough for a step to look at."""
+        if self._deepest is None or self._deepest[0] is not self.layers:
+            last = {id(keys): i for i, keys in sorted(self.layers.items())}
+            self._deepest = self.layers, {i: self.layers[i] for i in last.values()}
+        return self._deepest[1]
 
     @property
     def shift(self) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -193,7 +194,8 @@ class Prefill(Attached):
         check_callers_mask(mask, logical_length(cache) + x.shape[1], cache)
         positions = self.adapter.positions(call, x)
         keys = physical_length(cache) + x.shape[1]
-        call["attention_mask"] = state.key_mask(mask, keys, x.shape[1], self.adapter.model.dtype)
+        dtype = self.adapter.model.dtype if isinstance(mask, Mapping) else torch.float32  # asking takes its time
+        call["attention_mask"] = state.key_mask(mask, keys, x.shape[1], dtype)
         call["position_ids"] = state.shifted(positions)
         for name in TYPE_IDS:
             call.pop(name, None)

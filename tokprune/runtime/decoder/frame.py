@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokprune.adapters.base import Adapter
 from tokprune.adapters.types import KVCache, ModelCall
 from tokprune.runtime.attention_row import check_tensor_mask
 from tokprune.runtime.cache_record import PruneState
@@ -110,6 +111,7 @@ class Drop:
 class Frame:
     """One forward in flight."""
 
+    adapter: Adapter
     past: int
     """Slots of layer 0 before this call."""
     width: int
@@ -117,8 +119,6 @@ class Frame:
     cache: KVCache
     state: PruneState | None
     """The record that came with the cache."""
-    kernel: str
-    dtype: torch.dtype
     plain: bool
     """Nothing is padded as far as the call's 2-D mask tells: there is none."""
     prompt: VisualCall | None = None
@@ -139,8 +139,13 @@ class Frame:
     """A decode step, or a turn of words, on keys without filler: a layer without a mask is left alone."""
 
     def __post_init__(self) -> None:
-        layers = {} if self.state is None else self.state.layers
-        self.idle = self.prompt is None and not any(keys.has_fill for keys in layers.values())
+        records = () if self.state is None else self.state.deepest.values()
+        self.idle = self.prompt is None and not any(keys.has_fill for keys in records)
+
+    @property
+    def kernel(self) -> str:
+        """The attention kernel of the language model."""
+        return str(self.adapter.config.get_text_config()._attn_implementation)
 
     # -- the keys of a layer
 
@@ -236,7 +241,7 @@ class Frame:
         if mask is None:
             if "flash" in self.kernel:
                 return (columns >= 0).long()
-            return causal_mask(columns, width, self.dtype)
+            return causal_mask(columns, width, self.adapter.model.dtype)
         # A mask is about the last keys where layers have a sliding window.
         columns = columns - (total - mask.shape[-1])
         cut = gather_mask(

@@ -11,7 +11,8 @@ tokens behind the prompt keep their positions in every layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,9 +21,9 @@ from torch import Tensor
 
 from tokprune.adapters.base import Adapter
 from tokprune.adapters.dialect import cache_in, swap_cache
-from tokprune.adapters.foreign import CANDIDATES
+from tokprune.adapters.foreign import CANDIDATES, FORWARD
 from tokprune.adapters.hooks import Attached, Attachments, PerThread
-from tokprune.adapters.types import Model, ModelCall, ModelOutput, Positional, Replaced
+from tokprune.adapters.types import Model, ModelCall, ModelOutput, Positional
 from tokprune.errors import UnsupportedModelError
 from tokprune.methods.decoder_base import DecoderMethod
 from tokprune.registry import MethodInfo
@@ -49,6 +50,15 @@ class _Now:
         self.frame: Frame | None = None
         self.prompt: VisualCall | None = None
         self.open = False
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[Frame | None]:
+        """The forward in flight, while a method may ask a layer for what it computes: that is not of this forward."""
+        frame, self.frame = self.frame, None
+        try:
+            yield frame
+        finally:
+            self.frame = frame
 
 
 @dataclass(frozen=True)
@@ -99,12 +109,11 @@ class DecoderStage(Attached):
         model, text = self.adapter.model, self.adapter.text_model
         self.on.before(text, "_begin", with_kwargs=True)
         self.on.after(text, "_end", with_kwargs=True, always_call=True)
+        # Stand-ins, not hooks: a decode step passes every layer, and a hook costs it ten times as much.
         for i, layer in enumerate(text.layers):
-            self.on.before(layer, "_before_layer", i, with_kwargs=True)
-            if self.compaction is not None:
-                self.on.after(layer, "_after_layer", i, with_kwargs=True)
+            self.on.instead(layer, FORWARD, "_layer", i)
             if "middle" in self.method.reads:
-                self.on.before(layer.mlp, "_before_mlp", i)
+                self.on.instead(layer.mlp, FORWARD, "_mlp", i)
         if self.compact:
             for module in text.modules():
                 if type(module).__name__.endswith("RotaryEmbedding"):
@@ -196,14 +205,12 @@ class DecoderStage(Attached):
         if prompt is None and (state is None or not state.layers):
             return
         width, past = width_of(args, kwargs) or 0, physical_length(cache)
-        kernel = str(self.adapter.config.get_text_config()._attn_implementation)
-        check_call(
-            self.adapter, self.method, cache, kwargs, None if prompt is None else min(prompt.steps, default=None)
-        )
+        first = None if prompt is None else min(prompt.steps, default=None)
+        check_call(self.adapter, self.method, cache, kwargs, first)
         if state is not None:
-            check_layer_lengths(cache, state.layers, past)
+            check_layer_lengths(cache, state.deepest, past)
         plain = now.open or kwargs.get("attention_mask") is None
-        now.frame = Frame(past, width, cache, state, kernel, self.adapter.model.dtype, plain, prompt)
+        now.frame = Frame(self.adapter, past, width, cache, state, plain, prompt)
 
     @torch.compiler.disable
     def _end(self, module: Model, args: Positional, kwargs: ModelCall, output: ModelOutput) -> None:
@@ -228,24 +235,37 @@ class DecoderStage(Attached):
                 output.hidden_states = tuple(output.last_hidden_state if h is last else h for h in states)
         frame.prompt.forward.state.layers = frame.layers
 
-    def _before_layer(self, i: int, module: Model, args: Positional, kwargs: ModelCall) -> Replaced:
-        if not torch.compiler.is_compiling():  # a step of every layer comes here: nothing to do takes no time
+    def _layer(self, i: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The forward of layer i: on what is left in front of it."""
+        if not torch.compiler.is_compiling():  # nothing to do takes no time
             frame: Frame | None = self.threads.now.frame
             if frame is None or (frame.idle and kwargs.get("attention_mask") is None):
-                return None
-        return self._narrow(i, module, args, kwargs)
+                return forward(*args, **kwargs)
+        args, kwargs = self._narrow(i, args, kwargs)
+        output = forward(*args, **kwargs)
+        if self.compaction is not None:
+            self._compact_behind(i)
+        return output
 
     @torch.compiler.disable
-    def _narrow(self, i: int, module: Model, args: Positional, kwargs: ModelCall) -> Replaced:
-        frame: Frame | None = self.threads.now.frame
-        if frame is None:
-            return None
-        prompt = frame.prompt
-        if prompt is None:  # a decode step, or a later turn of words
-            keys = frame.keys(i)
-            if keys is None or (kwargs.get("attention_mask") is None and not keys.has_fill):
-                return None
-            return args, frame.rewritten(i, kwargs, None)
+    def _narrow(self, i: int, args: Positional, kwargs: ModelCall) -> tuple[Positional, ModelCall]:
+        """The arguments of layer i for the tokens that are left."""
+        now: _Now = self.threads.now
+        with now.aside() as frame:
+            if frame is None:
+                return args, kwargs
+            if frame.prompt is None:  # a decode step, or a later turn of words
+                keys = frame.keys(i)
+                if keys is None or (kwargs.get("attention_mask") is None and not keys.has_fill):
+                    return args, kwargs
+                return args, frame.rewritten(i, kwargs, None)
+            return self._drop(i, frame, frame.prompt, args, kwargs)
+
+    def _drop(
+        self, i: int, frame: Frame, prompt: VisualCall, args: Positional, kwargs: ModelCall
+    ) -> tuple[Positional, ModelCall]:
+        """The arguments of layer i in a prefill, where it is its turn after dropping some."""
+        module = self.adapter.layers[i]
         hidden = args[0] if args else kwargs["hidden_states"]
         if frame.cache is None:
             frame.cache = cache_in(kwargs)  # the language model makes one where it is given none
@@ -283,25 +303,21 @@ class DecoderStage(Attached):
 
         return swap_cache(kwargs, View(cache, note))
 
-    def _after_layer(self, i: int, module: Model, args: Positional, kwargs: ModelCall, output: ModelOutput) -> None:
-        if not torch.compiler.is_compiling():
-            frame: Frame | None = self.threads.now.frame
-            if frame is None or frame.idle:
-                return
-        self._compact_behind(i)
-
     @torch.compiler.disable
     def _compact_behind(self, i: int) -> None:
-        frame: Frame | None = self.threads.now.frame
-        if frame is not None and frame.prompt is not None and self.compaction is not None and "below" in frame.saved:
+        now: _Now = self.threads.now
+        with now.aside() as frame:
+            if frame is None or frame.prompt is None or self.compaction is None or "below" not in frame.saved:
+                return
             self.compaction.behind_layer(frame, frame.prompt, i, frame.saved["below"])
             if i + 1 not in frame.prompt.steps:
                 del frame.saved["below"]
 
-    def _before_mlp(self, i: int, module: Model, args: Positional) -> None:
+    def _mlp(self, i: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         frame: Frame | None = self.threads.now.frame
         if frame is not None and frame.prompt is not None and i + 1 in frame.prompt.steps:
             frame.saved["middle"] = args[0]
+        return forward(*args, **kwargs)
 
     @torch.compiler.disable
     def _after_rotary(self, module: Model, args: Positional, kwargs: ModelCall, output: Any) -> None:
