@@ -107,6 +107,7 @@ class StandIn:
         self.owner, self.method, self.first = Ref(owner), method, first
         self.target, self.name = Ref(target), name
         self.before = vars(target).get(name)
+        self.function = getattr(type(target), name, None)
         self.active = True
         self.__name__ = name
 
@@ -117,12 +118,11 @@ class StandIn:
     @property
     def original(self) -> Any:
         """The method that this one stands in for, bound."""
-        target = self.target()
         if self.before is not None:
             return self.before
-        method = getattr(type(target), self.name, None)
-        # What no class has is a hook that torch asks for, and returns the object.
-        return (lambda: target) if method is None else method.__get__(target)
+        target, function = self.target(), self.function
+        # A hook that torch asks for, where there is no method, returns the object.
+        return (lambda: target) if function is None else function.__get__(target)
 
     @property
     def __func__(self) -> object:
@@ -152,6 +152,17 @@ class StandIn:
             del target.__dict__[self.name]
         else:
             target.__dict__[self.name] = self.before
+
+
+class PassingStandIn(StandIn):
+    """One that most calls pass by: `idle(kwargs)` of the pruning says so, in as little time as Python can do it in."""
+
+    def __call__(self, *args: object, **kwargs: object) -> Any:
+        owner = self.owner._target()
+        if owner is None or not self.active or owner.idle(kwargs):
+            before = self.before
+            return self.function(self.target._target(), *args, **kwargs) if before is None else before(*args, **kwargs)
+        return getattr(owner, self.method)(*self.first, self.original, *args, **kwargs)
 
 
 class _Reached(Exception):
@@ -201,9 +212,11 @@ class Attachments:
         self._handles.append(module.register_forward_hook(hook, **how))
         return self._handles[-1]
 
-    def instead(self, target: object, name: str, method: str, *first: object) -> None:
+    def instead(
+        self, target: object, name: str, method: str, *first: object, kind: type[StandIn] = StandIn
+    ) -> None:
         """Let the owner's `method` answer calls of `target.name`; it gets the original before the call's arguments."""
-        stand_in = StandIn(self._owner(), method, first, target, name)
+        stand_in = kind(self._owner(), method, first, target, name)
         target.__dict__[name] = stand_in
         self._stand_ins.append(stand_in)
 

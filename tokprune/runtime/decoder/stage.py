@@ -22,7 +22,7 @@ from torch import Tensor
 from tokprune.adapters.base import Adapter
 from tokprune.adapters.dialect import cache_in, swap_cache
 from tokprune.adapters.foreign import CANDIDATES, FORWARD
-from tokprune.adapters.hooks import Attached, Attachments, PerThread
+from tokprune.adapters.hooks import Attached, Attachments, PassingStandIn, PerThread
 from tokprune.adapters.types import Model, ModelCall, ModelOutput, Positional
 from tokprune.errors import UnsupportedModelError
 from tokprune.methods.decoder_base import DecoderMethod
@@ -111,9 +111,9 @@ class DecoderStage(Attached):
         self.on.after(text, "_end", with_kwargs=True, always_call=True)
         # Stand-ins, not hooks: a decode step passes every layer, and a hook costs it ten times as much.
         for i, layer in enumerate(text.layers):
-            self.on.instead(layer, FORWARD, "_layer", i)
+            self.on.instead(layer, FORWARD, "_layer", i, kind=PassingStandIn)
             if "middle" in self.method.reads:
-                self.on.instead(layer.mlp, FORWARD, "_mlp", i)
+                self.on.instead(layer.mlp, FORWARD, "_mlp", i, kind=PassingStandIn)
         if self.compact:
             for module in text.modules():
                 if type(module).__name__.endswith("RotaryEmbedding"):
@@ -235,12 +235,15 @@ class DecoderStage(Attached):
                 output.hidden_states = tuple(output.last_hidden_state if h is last else h for h in states)
         frame.prompt.forward.state.layers = frame.layers
 
+    def idle(self, kwargs: ModelCall) -> bool:
+        """Whether a call of a layer or its MLP is none of this stage's business: every layer asks in every step."""
+        if torch.compiler.is_compiling():  # the answer must not become a part of compiled code
+            return False
+        frame: Frame | None = self.threads.now.frame
+        return frame is None or (frame.idle and kwargs.get("attention_mask") is None)
+
     def _layer(self, i: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The forward of layer i: on what is left in front of it."""
-        if not torch.compiler.is_compiling():  # nothing to do takes no time
-            frame: Frame | None = self.threads.now.frame
-            if frame is None or (frame.idle and kwargs.get("attention_mask") is None):
-                return forward(*args, **kwargs)
         args, kwargs = self._narrow(i, args, kwargs)
         output = forward(*args, **kwargs)
         if self.compaction is not None:
