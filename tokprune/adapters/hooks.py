@@ -8,6 +8,7 @@ references.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import threading
 import weakref
@@ -107,7 +108,7 @@ class StandIn:
         self.owner, self.method, self.first = Ref(owner), method, first
         self.target, self.name = Ref(target), name
         self.before = vars(target).get(name)
-        self.function = getattr(type(target), name, None)
+        self.function: Any = getattr(type(target), name, None)
         self.active = True
         self.__name__ = name
 
@@ -117,17 +118,21 @@ class StandIn:
 
     @property
     def original(self) -> Any:
-        """The method that this one stands in for, bound."""
+        """The method that this one stands in for, bound.
+
+        Not as a bound method: torch.compile would write that down by its name, under which this object stands.
+        """
         if self.before is not None:
             return self.before
         target, function = self.target(), self.function
         # A hook that torch asks for, where there is no method, returns the object.
-        return (lambda: target) if function is None else function.__get__(target)
+        return (lambda: target) if function is None else functools.partial(function, target)
 
     @property
     def __func__(self) -> object:
         """The original's plain function: what caches of signatures may keep."""
-        return getattr(self.original, "__func__", self.original)
+        given = self.function if self.before is None else self.before
+        return getattr(given, "__func__", given)
 
     def __call__(self, *args: object, **kwargs: object) -> Any:
         owner = self.owner() if self.active else None
@@ -158,7 +163,7 @@ class PassingStandIn(StandIn):
     """One that most calls pass by: `idle(kwargs)` of the pruning says so, in as little time as Python can do it in."""
 
     def __call__(self, *args: object, **kwargs: object) -> Any:
-        owner = self.owner._target()
+        owner: Any = self.owner._target()
         if owner is None or not self.active or owner.idle(kwargs):
             before = self.before
             return self.function(self.target._target(), *args, **kwargs) if before is None else before(*args, **kwargs)
@@ -212,9 +217,7 @@ class Attachments:
         self._handles.append(module.register_forward_hook(hook, **how))
         return self._handles[-1]
 
-    def instead(
-        self, target: object, name: str, method: str, *first: object, kind: type[StandIn] = StandIn
-    ) -> None:
+    def instead(self, target: object, name: str, method: str, *first: object, kind: type[StandIn] = StandIn) -> None:
         """Let the owner's `method` answer calls of `target.name`; it gets the original before the call's arguments."""
         stand_in = kind(self._owner(), method, first, target, name)
         target.__dict__[name] = stand_in
