@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,18 @@ def test_python_runs(page: str) -> None:
     }
     for number, block in enumerate(python(page)):
         exec(compile(on_cpu(block.code), f"{page}, block {number}", "exec"), names)
+
+
+def test_what_any_page_imports_is_there() -> None:
+    """On all pages, those whose code is not run, too; by the source, since some modules import lmms-eval."""
+    for page in sorted((ROOT / "docs").rglob("*.md")):
+        for module, names in re.findall(r"^from (tokprune[\w.]*) import (.+)", page.read_text("utf-8"), re.MULTILINE):
+            found = find_spec(module)
+            assert found is not None, f"{page.name}: there is no {module}"
+            source = Path(str(found.origin)).read_text("utf-8")
+            for name in re.findall(r"(\w+)(?: as \w+)?", names.partition("#")[0]):
+                known = re.search(rf"\b{name}\b", source)
+                assert known or find_spec(f"{module}.{name}"), f"{page.name}: there is no {module}.{name}"
 
 
 def lines() -> list[object]:

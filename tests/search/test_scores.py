@@ -20,9 +20,8 @@ from tokprune.errors import OptionError
 from tokprune.evaluation.cells import Cell, CellResult, Sample
 from tokprune.profiling.formulas import DecoderShape, layer_tokens, prefill_share
 from tokprune.schedule import Schedule
-from tokprune.search.layers import droppable_layers
 from tokprune.search.run import SearchGoal, search
-from tokprune.search.scores import ModelScore, scheduled
+from tokprune.search.scores import ModelScore, droppable_layers, scheduled
 from tokprune.search.strategies import Trials
 from tokprune.search.tasks import TaskScore
 from tokprune.testing import build

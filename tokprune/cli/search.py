@@ -122,8 +122,8 @@ def _run(
     """Load, score, search; the number of schedules that were scored beside what was found."""
     from tokprune.profiling.formulas import DecoderShape
     from tokprune.search.journal import Journal
-    from tokprune.search.layers import droppable_layers
     from tokprune.search.run import search as run_search
+    from tokprune.search.scores import droppable_layers
 
     journal = Journal(out.with_suffix(".scores.jsonl"), asked.key())
     if journal.remembered:

@@ -23,7 +23,13 @@ ANSWER_PAIRS = (
     ("pred", "ground_truth"),
 )
 #: What the model measures of each answer, and the names it gets here; times go to timing.
-COSTS = {"kept_tokens": KEPT, "total_tokens": TOTAL, "prompt_tokens": "prompt_tokens", "new_tokens": "new_tokens"}
+COSTS = {
+    "kept_tokens": KEPT,
+    "total_tokens": TOTAL,
+    "prompt_tokens": "prompt_tokens",
+    "new_tokens": "new_tokens",
+    "flops": FLOPS,
+}
 TIMES = {
     "ttft_ms": TTFT,
     "prefill_ms": "prefill_ms",
@@ -83,8 +89,6 @@ def samples_of(
             scores = {m: s for m in metrics if (s := score_of(row.get(m))) is not None}
             measured = costs.get(at, {})
             paid = {new: float(measured[old]) for old, new in COSTS.items() if old in measured}
-            if "flops" in measured:
-                paid[FLOPS] = float(measured["flops"])
             out[at] = Sample(*at, _text(row.get("filtered_resps")), _text(row.get("target")), scores, paid)
     return tuple(out.values())
 
@@ -120,7 +124,7 @@ def cell_result(cell: Cell, output: Fields, records: Sequence[SampleRecord]) -> 
         main=main,
         samples=samples,
         higher_is_better=better is not False,
-        costs=averages(records, {**COSTS, "flops": FLOPS}),
+        costs=averages(records, COSTS),
         timing=averages(records, TIMES),
         versions={task: output["versions"].get(task) for task in leaves},
     )

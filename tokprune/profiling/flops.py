@@ -7,6 +7,7 @@ out other things, are in `formulas`.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -101,26 +102,35 @@ class _Booking:
 
     def __init__(self, counter: FlopCounterMode) -> None:
         self.counter = counter
-        self.open: list[str] = []
+        self.open = ["outside"]
         self.seen = 0
         self.prefills = 0  # language model calls so far: the first is the prefill, the second a decode step
-        self.booked: dict[str, int] = {}
+        self.booked: Counter[str] = Counter()
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         now = self.counter.get_total_flops()
-        part = self.open[-1] if self.open else "outside"
-        self.booked[part] = self.booked.get(part, 0) + now - self.seen
+        self.booked[self.open[-1]] += now - self.seen
         self.seen = now
 
     def enter(self, part: str) -> None:
-        self._settle()
+        self.settle()
         if part == "language":
             self.prefills += 1
         self.open.append(("prefill" if self.prefills <= 1 else "decode") if part in ("language", "head") else part)
 
     def leave(self, part: str) -> None:
-        self._settle()
+        self.settle()
         self.open.pop()
+
+
+def _booked(stages: StageModules, call: Callable[[], object]) -> tuple[Counter[str], dict[str, int]]:
+    """FLOPs of `call()` by stage, 0 for those that did not run, and by torch operator."""
+    with torch.no_grad(), new_counter() as counter:
+        booking = _Booking(counter)
+        with watch(stages, booking.enter, booking.leave):
+            call()
+        booking.settle()
+    return booking.booked, _operators(counter)
 
 
 def stage_flops(model: nn.Module, inputs: Inputs, stages: StageModules | None = None) -> StageFlops:
@@ -129,22 +139,10 @@ def stage_flops(model: nn.Module, inputs: Inputs, stages: StageModules | None = 
     The call is really made (greedy, two new tokens) with whatever pruning is applied to the model, so the count is of
     what runs: a selection's own products appear under `select`. Not for meta models: see `vision_flops`.
     """
-    stages = stages or find_stages(model)
-    with torch.no_grad(), new_counter() as counter:
-        booking = _Booking(counter)
-        with watch(stages, booking.enter, booking.leave):
-            generate: Callable[..., object] = model.generate  # type: ignore[assignment]
-            generate(**inputs, max_new_tokens=2, min_new_tokens=2, do_sample=False, num_beams=1)
-        booking._settle()
-    b = booking.booked
-    return StageFlops(
-        b.get("vision", 0),
-        b.get("projector", 0),
-        b.get("outside", 0),
-        b.get("prefill", 0),
-        b.get("decode", 0),
-        _operators(counter),
-    )
+    generate: Callable[..., object] = model.generate  # type: ignore[assignment]
+    greedy = {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False, "num_beams": 1}
+    b, operators = _booked(stages or find_stages(model), lambda: generate(**inputs, **greedy))
+    return StageFlops(b["vision"], b["projector"], b["outside"], b["prefill"], b["decode"], operators)
 
 
 def vision_flops(encode: Callable[[], object], stages: StageModules) -> tuple[int, int]:
@@ -152,10 +150,5 @@ def vision_flops(encode: Callable[[], object], stages: StageModules) -> tuple[in
 
     Work outside both modules (pooling, pixel shuffle: no products) is booked under the projector.
     """
-    with torch.no_grad(), new_counter() as counter:
-        booking = _Booking(counter)
-        with watch(stages, booking.enter, booking.leave):
-            encode()
-        booking._settle()
-    b = booking.booked
-    return b.get("vision", 0), b.get("projector", 0) + b.get("outside", 0)
+    b, _ = _booked(stages, encode)
+    return b["vision"], b["projector"] + b["outside"]

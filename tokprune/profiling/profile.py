@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
 from collections.abc import Callable, Sequence
@@ -187,15 +188,12 @@ class _Bench:
 
     def time(self, repeats: int, warmup: int) -> dict[str, dict[str, Measurement]]:
         """The times of every run that has not failed, interleaved."""
-        calls = {run.name: self._timed(run) for run in self.runs if run.name not in self.failed}
+        calls = {run.name: functools.partial(self._timed, run) for run in self.runs if run.name not in self.failed}
         return interleave(calls, repeats, warmup, on_error=self.excuse)
 
-    def _timed(self, run: ProfileRun) -> Callable[[], dict[str, float]]:
-        def call() -> dict[str, float]:
-            self.progress(f"timing: {run.name}")
-            return self.profiler.once(run)
-
-        return call
+    def _timed(self, run: ProfileRun) -> dict[str, float]:
+        self.progress(f"timing: {run.name}")
+        return self.profiler.once(run)
 
 
 def _without_paths(config: object) -> Any:

@@ -54,7 +54,7 @@ def tile_canvas(size: Size, tile: Size, least: int, most: int) -> tuple[int, int
     return best[1], best[0]
 
 
-def longest_edge(size: Size, edge: int, limit: int = 4096) -> Size:
+def longest_edge(size: Size, edge: int) -> Size:
     """Size with the longer side scaled to `edge`, the shorter rounded down and then up to even (Idefics3, SmolVLM)."""
     height, width = size
     aspect = width / height
@@ -64,12 +64,6 @@ def longest_edge(size: Size, edge: int, limit: int = 4096) -> Size:
     else:
         height, width = edge, int(edge * aspect)
         width += width % 2
-    height, width = max(height, 1), max(width, 1)
-    aspect = width / height
-    if width >= height and width > limit:
-        height, width = int(limit / aspect), limit
-    elif height > width and height > limit:
-        height, width = limit, int(limit * aspect)
     return max(height, 1), max(width, 1)
 
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 import tokprune
+from tokprune.adapters.base import get_adapter
 from tokprune.adapters.prompting import answer
 from tokprune.config import PruneConfig
-from tokprune.errors import OptionError, unknown
+from tokprune.errors import OptionError, UnsupportedModelError, unknown
 from tokprune.methods.decoder_base import DecoderMethod
 from tokprune.profiling.runs import placeholders
 from tokprune.registry import get_method, list_methods, method_class
@@ -33,6 +34,19 @@ def scheduled(method: str, schedule: Schedule | None, **options: object) -> Prun
     if schedule is None:
         return None
     return PruneConfig((get_method(method, **options, schedule=schedule.steps),))
+
+
+def droppable_layers(model: object) -> list[int]:
+    """Layers from the first in front of which tokens can go: behind layer 0, and behind the DeepStack features."""
+    adapter = get_adapter(model)
+    depth = len(getattr(adapter.text_model, "layers", ()))
+    planes = getattr(getattr(adapter.config, "vision_config", None), "deepstack_visual_indexes", None) or ()
+    layers = list(range(max(1, len(planes)), depth))
+    if not layers:
+        raise UnsupportedModelError(
+            f"the LLM of {type(model).__name__} has {depth} layers: there is none to drop behind."
+        )
+    return layers
 
 
 def check_decoder(method: str) -> None:
