@@ -50,8 +50,8 @@ SETTINGS: dict[str, Sequence[Method]] = {
 }
 
 
-def llava() -> Any:
-    """The model, in eval mode."""
+def llava(**text: int) -> Any:
+    """The model, in eval mode. text: what its LLM has otherwise."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     vision = CLIPVisionConfig(
@@ -62,13 +62,12 @@ def llava() -> Any:
         image_size=14 * SIDE,
         patch_size=14,
     )
-    text = LlamaConfig(
-        hidden_size=WIDTH, intermediate_size=688, num_hidden_layers=LAYERS, num_attention_heads=HEADS, vocab_size=100
+    size = {"hidden_size": WIDTH, "intermediate_size": 688, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
+    config = LlavaConfig(
+        vision_config=vision, text_config=LlamaConfig(**{**size, **text}, vocab_size=100), image_token_index=99
     )
     torch.manual_seed(0)
-    return LlavaForConditionalGeneration(
-        LlavaConfig(vision_config=vision, text_config=text, image_token_index=99)
-    ).eval()
+    return LlavaForConditionalGeneration(config).eval()
 
 
 def prompt() -> dict[str, Tensor]:

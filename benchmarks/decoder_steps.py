@@ -1,11 +1,12 @@
 """What a decode step costs behind a drop inside the LLM, beside the plain model on a cache of the same keys.
 
-python benchmarks/decoder_steps.py --json benchmarks/results/decoder_steps.json     a minute of one quiet CPU thread
+python benchmarks/decoder_steps.py --json benchmarks/results/decoder_steps.json     five minutes of one quiet CPU thread
 
-Two copies of one model (`decoder_memory.llava`: 32 layers, random weights) write the same tokens in turns: the pruned
+Two models on the same weights (`decoder_memory.llava`, random) write the same tokens in turns: the pruned
 one on the cache that its prefill left, the other on a plain cache of the same keys. What differs is what the pruning
 does in a step. Times are the thread's CPU time, in pairs, the first of a pair taking turns; the same is done with two
-plain copies, which shows what chance does.
+plain ones, which shows what chance does. One LLM is so narrow that its steps are mostly Python, the other is the
+smallest that people use.
 """
 
 from __future__ import annotations
@@ -27,7 +28,14 @@ from tokprune.adapters.dialect import CACHE, cache_of, parameters
 from tokprune.profiling.memory import cached_tokens
 from tokprune.registry import get_method
 
-STEPS, WARM_UP = 300, 20
+STEPS, WARM_UP = 200, 20
+SIZES: dict[str, dict[str, int]] = {
+    "32 layers of width 256": {},
+    "24 layers of width 896 (0.5B)": {
+        "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+    },
+}  # fmt: skip
 SETTINGS = {
     "fastv": get_method("fastv"),
     "pyramiddrop": get_method("pyramiddrop"),
@@ -50,6 +58,11 @@ class Writer:
         seconds = time.thread_time() - start
         self.at += 1
         return seconds, out.logits[0, -1]
+
+
+def twin(model: Any) -> Any:
+    """Another model on the same weights: copied ones would lie elsewhere in memory, which alone is a few percent."""
+    return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
 
 
 def plain_cache(cache: Any) -> DynamicCache:
@@ -85,27 +98,28 @@ def summary(found: list[float]) -> dict[str, float]:
 
 @torch.no_grad()
 def measure(steps: int = STEPS) -> list[dict[str, Any]]:
-    """One row for each setting, and one for two plain copies."""
-    model = llava()
-    other = copy.deepcopy(model)
+    """For each size, one row for each setting, and one for two plain copies."""
     rows = []
-    inputs = prompt()
-    n = inputs["input_ids"].shape[1]
-    for name, method in {"none": None, **SETTINGS}.items():
-        if method is None:
-            cache = cache_of(model(**inputs, use_cache=True))
-        else:
-            positions = "keep" if "kept positions" in name else "auto"
-            pruning = tokprune.apply(model, method, positions=positions)
-            cache = cache_of(model(**inputs, use_cache=True))
-        tokens, drops = cached_tokens(cache), 0 if method is None else len(pruning.last.drops)
-        found, mine, plain, far = ratios(Writer(model, cache, n), Writer(other, plain_cache(cache), n), steps)
-        if method is not None:
-            pruning.remove()
-        row = {"setting": name, "drops": drops, "keys": tokens, "apart": far, **summary(found)}
-        row |= {"ms": 1e3 * statistics.median(mine), "plain_ms": 1e3 * statistics.median(plain)}
-        rows.append(row)
-        print({k: v for k, v in row.items() if k != "keys"}, flush=True)
+    for size, text in SIZES.items():
+        model = llava(**text)
+        other = twin(model)
+        inputs = prompt()
+        n = inputs["input_ids"].shape[1]
+        for name, method in {"none": None, **SETTINGS}.items():
+            if method is None:
+                cache = cache_of(model(**inputs, use_cache=True))
+            else:
+                positions = "keep" if "kept positions" in name else "auto"
+                pruning = tokprune.apply(model, method, positions=positions)
+                cache = cache_of(model(**inputs, use_cache=True))
+            tokens, drops = cached_tokens(cache), 0 if method is None else len(pruning.last.drops)
+            found, mine, plain, far = ratios(Writer(model, cache, n), Writer(other, plain_cache(cache), n), steps)
+            if method is not None:
+                pruning.remove()
+            row = {"size": size, "setting": name, "drops": drops, "keys": tokens, "apart": far, **summary(found)}
+            row |= {"ms": 1e3 * statistics.median(mine), "plain_ms": 1e3 * statistics.median(plain)}
+            rows.append(row)
+            print({k: v for k, v in row.items() if k != "keys"}, flush=True)
     return rows
 
 

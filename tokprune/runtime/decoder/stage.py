@@ -1,4 +1,4 @@
-"""The decoder stage: hooks on the LLM's layers, in front of some of which a method drops visual tokens of the prompt.
+"""The decoder stage: in front of some layers of the LLM a method drops visual tokens of the prompt.
 
 Layer 0 gets the whole prompt as the connector stage left it; lengths, masks and positions that transformers makes are
 about it. A deeper layer gets the tokens that are left: hidden states, mask, rotation and position ids are cut on its
