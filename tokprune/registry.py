@@ -39,8 +39,9 @@ class Checked:
 class MethodInfo:
     """What a user wants to know of a method before choosing it; the generated tables are made of this.
 
-    complexity is the order of time for N tokens of width D with K kept. memory: the order of what the choice holds
-    beside its input, for one picture of more than `tokprune.ops.blocks.WHOLE` tokens; "" where it was not counted.
+    complexity is the order of time for N tokens of width D with K kept. memory: the order of what one decision holds
+    beside its input, for one picture of more than `tokprune.ops.blocks.WHOLE` tokens; an encoder method's in a block, a
+    decoder or cache method's in a layer. "" where it was not counted.
     adaptive: the image, not the user, chooses the count unless an exact budget is asked for. wrapper: it runs another
     method. video: it is made for frames; a single picture is one frame to it.
     checked: the published code it was run against; None for baselines and parts of our own. presets: settings of the

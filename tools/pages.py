@@ -40,10 +40,12 @@ def methods_page() -> str:
         "# Methods",
         "",
         "Made by `make docs` from the registry and the docstrings; do not edit. `tokprune methods NAME` explains one "
-        "in the",
-        "terminal. N tokens of width D, K kept. Memory: what a connector method holds beside its input, for one "
-        f"picture of more than {WHOLE:,}",
-        "tokens; up to that number methods that compare all pairs hold them, N² float32. A test counts the bytes.",
+        "in the terminal.",
+        "",
+        "N tokens of width D, K kept; in a tower C channels, H heads, L blocks; in an LLM n tokens of the prompt,",
+        "V of them visual, T words (of a video, T frames). Memory: what one decision holds beside its input, in one",
+        f"block or layer, for a picture of more than {WHOLE:,} tokens; up to that number methods that compare all",
+        "pairs hold them, N² float32. A test counts the bytes.",
         "",
     ]
     for stage in STAGES:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tokprune.errors import OptionError
 from tokprune.methods.base import Method
+from tokprune.ops.blocks import row_blocks
 from tokprune.ops.merge import Matching, merge_weighted
 from tokprune.ops.numeric import wide
 
@@ -88,7 +89,9 @@ class BlockView:
         if self.rotate is not None:
             q, k = self.rotate(q, k)
         logits = q[:, :, rows] @ k.transpose(-1, -2) * self.scale
-        return (logits if self.bias is None else logits + self.bias.to(logits.dtype)).softmax(-1)
+        if self.bias is not None:
+            logits = logits + (self.bias if self.bias.shape[2] == 1 else self.bias[:, :, rows]).to(logits.dtype)
+        return logits.softmax(-1)
 
     def metric(self) -> Tensor:
         """Keys, mean over heads: what token merging compares. (B, N, hd) in float32, the prefix included."""
@@ -101,13 +104,21 @@ class BlockView:
         A tower without [CLS] answers with the mean attention that each row receives.
         """
         if not self.cls:
-            return self._folded(self.attention_map().mean(-2)[..., self.hidden_prefix :], 2)
+            return self._folded(self.received_attention()[..., self.hidden_prefix :], 2)
         return self._folded(self._attention(slice(1))[:, :, 0, self.hidden_prefix :], 2)
 
     def value_norm(self) -> Tensor:
         """Length of each patch row's value, heads side by side. (B, patches) in float32."""
         norm = self._head(2).square().sum((1, 3)).sqrt()
         return self._folded(norm[:, self.hidden_prefix :], 1)
+
+    def received_attention(self) -> Tensor:
+        """Attention that each token gets, mean over the queries, block by block. (B, H, S) in float32."""
+        heads, n = self._head(1).shape[1:3]
+        total: Tensor | int = 0
+        for part in row_blocks(n, heads * n):
+            total = total + self._attention(part).sum(-2)
+        return total / n  # type: ignore[return-value]
 
     def attention_map(self) -> Tensor:
         """The whole attention of the block, token by token. (B, H, S, S) in float32; rows are queries."""

@@ -26,6 +26,7 @@ def attention_moved(attention: Tensor, before: Tensor, similarity: float) -> Ten
     video=True,
     url="https://arxiv.org/abs/2411.15024",
     complexity="O(VD + V log V) per new token for V visual keys",
+    memory="O(V)",
     checked=Checked(
         "KD-TAO/DyCoke",
         agrees="the keys read in each step with compat='published', 300 random answers of eight tokens",

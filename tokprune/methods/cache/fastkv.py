@@ -53,6 +53,7 @@ class Propagation(DecoderScores):
     year=2025,
     url="https://arxiv.org/abs/2502.01068",
     complexity="O(WND) per layer for the last W tokens",
+    memory="O(HWn)",
     checked=Checked("", differs="written after the paper, for visual tokens alone; the published code was not run"),
 )
 @dataclass(frozen=True)

@@ -55,6 +55,7 @@ def merged(keys: Tensor, values: Tensor, sets: Tensor, worth: Tensor, keep: int)
     year=2024,
     url="https://arxiv.org/abs/2407.08454",
     complexity="O(VD) per layer",
+    memory="O(Hn + Vd)",
     merges=True,
     checked=Checked("", differs="written after the paper, for visual keys and an exact count; no code was found"),
 )

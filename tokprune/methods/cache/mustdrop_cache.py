@@ -25,6 +25,7 @@ def survivors(held: Tensor, last: Tensor) -> Tensor:
     year=2024,
     url="https://arxiv.org/abs/2411.10803",
     complexity="O(V), once behind the prefill",
+    memory="none",
     checked=Checked("liuting20/MustDrop", agrees="which keys stay, read from the code", differs="not run beside it"),
 )
 @dataclass(frozen=True)

@@ -145,6 +145,7 @@ def atp_loss(masks: Sequence[Tensor], target: float, early: float = 0.01, count:
     year=2025,
     url="https://arxiv.org/abs/2412.00447",
     complexity="O(V²D)",
+    memory="O(V)",
     adaptive=True,
     checked=Checked("", differs="written after the abstract and an account of a re-implementation; no weights exist"),
 )

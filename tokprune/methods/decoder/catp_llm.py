@@ -36,6 +36,7 @@ def context_scores(now: Tensor, before: Tensor, states: Tensor, question: Tensor
     year=2026,
     url="https://arxiv.org/abs/2508.07871",
     complexity="O(nD)",
+    memory="O(nD)",
     adaptive=True,
     checked=Checked("", differs="written after the paper; what happens without examples"),
 )

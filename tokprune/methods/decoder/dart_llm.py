@@ -44,6 +44,7 @@ def dart_llm(
     year=2025,
     url="https://arxiv.org/abs/2502.11494",
     complexity="O(PnD)",
+    memory="O(nD)",
     checked=Checked(
         "ZichenWen1/DART",
         agrees="pivots, and what is kept for its counts and order of visit",

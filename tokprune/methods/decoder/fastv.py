@@ -19,6 +19,7 @@ from tokprune.tokens import Selection
     year=2024,
     url="https://arxiv.org/abs/2403.06764",
     complexity="O(ND) once, for one row of attention",
+    memory="O(n)",
     checked=Checked(
         "pkunlp-icler/FastV",
         agrees="the golden vectors of its ranking, at three rates",

@@ -86,6 +86,7 @@ def fit(
     year=2025,
     url="https://arxiv.org/abs/2409.10197",
     complexity="O(V²D) a layer",
+    memory="O(n)",
     checked=Checked(
         "ywh187/FitPrune",
         agrees="sums and the tokens that go; the table for 60 % less FLOPs",

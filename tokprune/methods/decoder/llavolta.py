@@ -23,6 +23,7 @@ from tokprune.tokens import Layout, Selection
     year=2024,
     url="https://arxiv.org/abs/2406.20092",
     complexity="O(VD)",
+    memory="O(V)",
     merges=True,
     checked=Checked(
         "Beckschen/LLaVolta",

@@ -39,6 +39,7 @@ def dual_filter(attention: Tensor, overall: float, single: float) -> Tensor:
     year=2024,
     url="https://arxiv.org/abs/2411.10803",
     complexity="O(TV)",
+    memory="O(Tn)",
     adaptive=True,
     checked=Checked(
         "liuting20/MustDrop",

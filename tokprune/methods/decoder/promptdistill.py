@@ -35,6 +35,7 @@ def smoothed(values: Tensor, width: int, compat: Compat = "corrected") -> Tensor
     year=2025,
     url="https://arxiv.org/abs/2503.23274",
     complexity="O(nD)",
+    memory="O(n)",
     checked=Checked(
         "declare-lab/PromptDistill",
         agrees='scores and choice in a text prompt, where all tokens are candidates, with compat="published"',

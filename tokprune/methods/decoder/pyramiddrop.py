@@ -22,6 +22,7 @@ from tokprune.tokens import Selection
     year=2025,
     url="https://arxiv.org/abs/2410.17247",
     complexity="O(ND) per stage, for one row of attention and the keys of one layer",
+    memory="O(n)",
     checked=Checked(
         "Cooperx521/PyramidDrop",
         agrees="the golden vectors of its ranking and dropping, three stages in a row",

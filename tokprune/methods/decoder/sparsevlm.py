@@ -134,6 +134,7 @@ class Rated(DecoderMethod):
     year=2025,
     url="https://arxiv.org/abs/2410.04417",
     complexity="O(TVD + M²D)",
+    memory="O(Tn + VD)",
     merges=True,
     checked=Checked(
         "Gumpest/SparseVLMs",

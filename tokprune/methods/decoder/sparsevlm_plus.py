@@ -39,6 +39,7 @@ def without_gravity(attention: Tensor, gravity: Tensor) -> Tensor:
     year=2025,
     url="https://arxiv.org/abs/2410.04417",
     complexity="O(TVD)",
+    memory="O(HTn)",
     checked=Checked(
         "Gumpest/SparseVLMs",
         agrees="raters, the choice of heads, choice and positions of a stage from attention that is given",

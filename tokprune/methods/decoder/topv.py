@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,52 +13,74 @@ from tokprune.budget import round_of
 from tokprune.methods.base import check_finite
 from tokprune.methods.decoder_base import DecoderMethod, LayerTokens, at_layers
 from tokprune.methods.options import option
+from tokprune.ops.blocks import row_blocks
 from tokprune.ops.numeric import wide
 from tokprune.ops.topk import top, true_indices
 from tokprune.registry import Checked, register_method
 from tokprune.schedule import Schedule
 from tokprune.tokens import Selection
 
-
-def scaled(cost: Tensor) -> Tensor:
-    """`cost` stretched to 0 ... 1; 0 where it is the same everywhere."""
-    low, high = cost.amin(), cost.amax()
-    return (cost - low) / torch.where(high > low, high - low, 1.0)
+CostRows = Callable[[slice], Tensor]
+"""Some rows of a (V, V) matrix of costs: numbers of sources -> (m, V)."""
 
 
 def transport_cost(
     source: Tensor, target: Tensor, places: Tensor, picture: Tensor, weights: tuple[float, float, float], sigma: float
-) -> Tensor:
+) -> CostRows:
     """Cost of moving each source to each target: of features, of places, and of the way to the picture's middle.
 
     source, target: (V, D). places: (V, 2) row and column, in cells. picture: (V,) numbers from 0 on; tokens of two
-    pictures are as far apart as can be. Each of the three terms is stretched to 0 ... 1 before it is weighed. (V, V)
+    pictures are as far apart as can be. Each of the three terms is stretched to 0 ... 1 before it is weighed (0 where
+    it is the same everywhere). Rows of many tokens are made when they are asked for.
     """
-    features = torch.cdist(source, target).square()
-    near = torch.exp(-torch.cdist(places, places).square() / (2 * sigma**2))
-    apart = 1 - near * (picture[:, None] == picture)
     count = int(picture[-1]) + 1
     high = places.new_zeros(count, 2).scatter_reduce(0, picture[:, None].expand(-1, 2), places, "amax")
     low = places.new_full((count, 2), torch.inf).scatter_reduce(0, picture[:, None].expand(-1, 2), places, "amin")
     middle = ((high + low) / 2)[picture]
-    away = (places - middle).norm(dim=-1, keepdim=True).expand_as(apart)
-    return sum((w * scaled(c) for w, c in zip(weights, (features, apart, away), strict=True)), torch.zeros_like(apart))
+    away = (places - middle).norm(dim=-1, keepdim=True)  # (V, 1)
+
+    def terms(part: slice) -> tuple[Tensor, Tensor, Tensor]:
+        features = torch.cdist(source[part], target).square()
+        near = torch.exp(-torch.cdist(places[part], places).square() / (2 * sigma**2))
+        return features, 1 - near * (picture[part, None] == picture), away[part].expand_as(features)
+
+    parts = list(row_blocks(len(source)))
+    held = terms(parts[0]) if len(parts) == 1 else None
+    ends = torch.stack([torch.stack([torch.stack(t.aminmax()) for t in held or terms(part)]) for part in parts])
+    least, most = ends[..., 0].amin(0), ends[..., 1].amax(0)  # (3,)
+    span = torch.where(most > least, most - least, 1.0)
+
+    def rows(part: slice) -> Tensor:
+        found = terms(part) if held is None else [t[part] for t in held]
+        a, b, c = (
+            weight * ((t - least[i]) / span[i]) for i, (weight, t) in enumerate(zip(weights, found, strict=True))
+        )
+        return a + b + c
+
+    return rows
 
 
-def transported(cost: Tensor, epsilon: float, rounds: int) -> Tensor:
-    """Mass that leaves each source in a transport plan after a few Sinkhorn rounds. cost: (V, V) -> (V,).
+def transported(cost: CostRows, n: int, epsilon: float, rounds: int) -> Tensor:
+    """Mass that leaves each of n sources in a transport plan after a few Sinkhorn rounds. -> (n,).
 
     Uniform marginals. A round scales the rows, then the columns: were the rows last, every source would send exactly
     its share, and there would be nothing to rank.
     """
-    n = len(cost)
-    plan = torch.exp(-cost / epsilon)
-    columns = torch.full_like(cost[0], 1 / n)
+    parts = list(row_blocks(n))
+    held = [torch.exp(-cost(part) / epsilon) for part in parts] if len(parts) == 1 else None
+
+    def plan() -> Iterable[Tensor]:
+        return held or (torch.exp(-cost(part) / epsilon) for part in parts)
+
+    columns = torch.full_like(cost(slice(0, 1))[0], 1 / n)
     rows = torch.ones_like(columns)
     for _ in range(rounds):
-        rows = 1 / (n * (plan @ columns))
-        columns = 1 / (n * (rows @ plan))
-    return rows * (plan @ columns)
+        rows = 1 / (n * torch.cat([block @ columns for block in plan()]))
+        total = torch.zeros_like(columns)
+        for part, block in zip(parts, plan(), strict=True):
+            total += rows[part] @ block
+        columns = 1 / (n * total)
+    return rows * torch.cat([block @ columns for block in plan()])
 
 
 def evenly(total: int, count: int, device: torch.device) -> Tensor:
@@ -72,6 +95,7 @@ def evenly(total: int, count: int, device: torch.device) -> Tensor:
     year=2025,
     url="https://arxiv.org/abs/2503.18278",
     complexity="O(V²D)",
+    memory="O(VD)",
     checked=Checked("", differs="written after the paper's abstract and second-hand values; no official code was seen"),
 )
 @dataclass(frozen=True)
@@ -109,7 +133,7 @@ class TopV(DecoderMethod):
         )
         places = torch.stack([tokens.row, tokens.col], -1).to(source.dtype)
         cost = transport_cost(source, target, places, tokens.pictures[0], self.weights, self.sigma)
-        return transported(cost, self.epsilon, self.rounds)
+        return transported(cost, len(source), self.epsilon, self.rounds)
 
     def select(self, tokens: LayerTokens, keep: int) -> Selection:
         """The best, and dropped ones at even distances."""

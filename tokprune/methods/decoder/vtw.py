@@ -20,6 +20,7 @@ from tokprune.tokens import Selection
     year=2025,
     url="https://arxiv.org/abs/2405.05803",
     complexity="none",
+    memory="O(K)",
     checked=Checked(
         "lzhxmu/VTW", agrees="what is withdrawn and where, read from the code", differs="not run beside it"
     ),

@@ -95,6 +95,7 @@ def leaders(levels: Tensor) -> Tensor:
     year=2026,
     url="https://arxiv.org/abs/2510.18091",
     complexity="O(pixels)",
+    memory="O(pixels)",
     merges=True,
     adaptive=True,
     checked=Checked(

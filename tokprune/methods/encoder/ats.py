@@ -10,6 +10,7 @@ from torch import Tensor
 from tokprune.errors import OptionError
 from tokprune.methods.encoder_base import BlockView, EncoderMethod, Reduction, at_depths
 from tokprune.methods.options import Block, Compat, option
+from tokprune.ops.blocks import row_blocks
 from tokprune.registry import Checked, register_method
 
 
@@ -46,7 +47,8 @@ def inverse_transform_sample(scores: Tensor, samples: int, real: Tensor | None =
     low = torch.where(curve > 0, curve, 2.0).amin(-1, keepdim=True).clamp(max=1.0)
     step = torch.arange(max(samples - 1, 1), device=scores.device, dtype=scores.dtype) / max(samples - 2, 1)
     heights = low + step * (1 - low)  # (B, samples - 1)
-    picks = (heights[..., None] - curve[:, None]).abs().argmin(-1)
+    parts = row_blocks(heights.shape[1], n)
+    picks = torch.cat([(heights[:, part, None] - curve[:, None]).abs().argmin(-1) for part in parts], 1)
     hit = torch.zeros_like(scores, dtype=torch.bool).scatter(1, picks, True)
     width = int(hit.sum(-1).max())
     place = torch.sort(hit.to(torch.int8), dim=-1, descending=True, stable=True).indices[:, :width]
@@ -59,6 +61,7 @@ def inverse_transform_sample(scores: Tensor, samples: int, real: Tensor | None =
     year=2022,
     url="https://arxiv.org/abs/2111.15667",
     complexity="O(NK)",
+    memory="O(NC)",
     adaptive=True,
     checked=Checked(
         "adaptivetokensampling/ATS",

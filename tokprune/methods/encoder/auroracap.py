@@ -18,6 +18,7 @@ from tokprune.registry import Checked, register_method
     year=2025,
     url="https://arxiv.org/abs/2410.03051",
     complexity="O(LN²d)",
+    memory="O(NC)",
     merges=True,
     checked=Checked(
         "rese1f/aurora",

@@ -14,6 +14,7 @@ from torch import Tensor
 from tokprune.errors import OptionError
 from tokprune.methods.encoder_base import BlockView, Cut, EncoderMethod, Place, Reduction
 from tokprune.methods.options import option
+from tokprune.ops.topk import rank_in_group
 from tokprune.registry import Checked, register_method
 
 
@@ -32,13 +33,7 @@ def undecided(probabilities: Tensor, threshold: float = 0.9, context: int = 5, r
     confidence, label = probabilities.max(-1)  # (B, N)
     sure = confidence > threshold
     sure = sure if real is None else sure & real
-    same = label[:, :, None] == label[:, None, :]
-    ahead = (confidence[:, None, :] > confidence[:, :, None]) | (
-        (confidence[:, None, :] == confidence[:, :, None])
-        & torch.ones_like(same[0]).tril(-1)[None]  # the token of lower index is ahead
-    )
-    rank = (same & ahead & sure[:, None, :]).sum(-1)
-    going = ~sure | (rank < context)
+    going = ~sure | (rank_in_group(confidence.masked_fill(~sure, -1), label) < context)
     return going if real is None else going & real
 
 
@@ -47,7 +42,8 @@ def undecided(probabilities: Tensor, threshold: float = 0.9, context: int = 5, r
     paper="Dynamic Token Pruning in Plain Vision Transformers for Semantic Segmentation",
     year=2023,
     url="https://arxiv.org/abs/2308.01045",
-    complexity="O(N²)",
+    complexity="O(N log N)",
+    memory="O(NC)",
     adaptive=True,
     checked=Checked(
         "zbwxp/Dynamic-Token-Pruning",

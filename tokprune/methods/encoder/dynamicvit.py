@@ -113,6 +113,7 @@ def load_predictors(path: str) -> tuple[Predictor, ...]:
     year=2021,
     url="https://arxiv.org/abs/2106.02034",
     complexity="O(NC²)",
+    memory="O(NC)",
     checked=Checked(
         "raoyongming/DynamicViT",
         differs="the predictors' form and the kept counts follow it; its weights were not at hand",

@@ -40,6 +40,7 @@ def inattentive_token(x: Tensor, cls_attention: Tensor, dropped: Tensor) -> Tens
     year=2022,
     url="https://arxiv.org/abs/2202.07800",
     complexity="O(NC)",
+    memory="O(NC)",
     merges=True,
     checked=Checked(
         "youweiliang/evit",

@@ -15,6 +15,7 @@ from tokprune.errors import OptionError
 from tokprune.methods.base import top
 from tokprune.methods.encoder_base import BlockView, Cut, EncoderMethod, Place, Reduction, at_depths
 from tokprune.methods.options import Block, Compat, option
+from tokprune.ops.blocks import row_blocks
 from tokprune.ops.numeric import wide
 from tokprune.registry import Checked, register_method
 
@@ -43,9 +44,11 @@ def neighbours(x: Tensor, kept: Tensor, count: int, across: bool = False) -> tup
     there = take(kept)
     if across:
         there = there.reshape(1, -1, width).expand(batch, -1, -1)
-    distance = torch.cdist(take(gone), there)  # (B, M, K or B K)
-    nearest = torch.sort(distance, dim=-1, stable=True).indices[..., : min(count, there.shape[1])]
-    return gone, nearest
+    old, most, found = take(gone), min(count, there.shape[1]), []
+    for part in row_blocks(gone.shape[1], there.shape[1]):
+        distance = torch.cdist(old[:, part], there)  # (B, m, K or B K)
+        found.append(torch.sort(distance, dim=-1, stable=True).indices[..., :most].contiguous())
+    return gone, torch.cat(found, 1)
 
 
 def rebuilt(old: Tensor, then: Tensor, now: Tensor, nearest: Tensor, across: bool = False) -> Tensor:
@@ -68,6 +71,7 @@ def rebuilt(old: Tensor, then: Tensor, now: Tensor, nearest: Tensor, across: boo
     year=2025,
     url="https://arxiv.org/abs/2512.18747",
     complexity="O(N²C)",
+    memory="O(NC)",
     checked=Checked(
         "Perkzi/IPCV",
         agrees="InternVL2's tower on one picture, and on several with compat='published'; Qwen2-VL's on one with "

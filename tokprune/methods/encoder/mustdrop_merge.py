@@ -61,6 +61,7 @@ def merged_order(similarity: Tensor, count: Tensor, cells: Tensor, patches: int)
     year=2024,
     url="https://arxiv.org/abs/2411.10803",
     complexity="O(NC)",
+    memory="O(NC)",
     merges=True,
     adaptive=True,
     checked=Checked(

@@ -75,6 +75,7 @@ def energy_matching(
     year=2024,
     url="https://arxiv.org/abs/2405.16148",
     complexity="O(LN²d)",
+    memory="O(NC)",
     merges=True,
     checked=Checked(
         "hchautran/PiToMe",

@@ -30,6 +30,7 @@ def representative(x: Tensor, scores: Tensor, others: Tensor) -> Tensor:
     year=2024,
     url="https://arxiv.org/abs/2409.00633",
     complexity="O(NC)",
+    memory="O(NC)",
     checked=Checked(
         "DYZhang09/ToC3D",
         differs="scores by object queries, windows and its three stages; the router follows the paper",

@@ -43,6 +43,7 @@ def norm_merge(
     year=2024,
     url="https://arxiv.org/abs/2312.01026",
     complexity="O(LN²d)",
+    memory="O(NC)",
     merges=True,
     checked=Checked(
         "",

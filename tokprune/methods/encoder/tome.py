@@ -102,6 +102,7 @@ def merge_schedule(r: int | Sequence[int], depth: int, inflection: float = 0.0, 
     year=2023,
     url="https://arxiv.org/abs/2210.09461",
     complexity="O(LN²d)",
+    memory="O(NC)",
     merges=True,
     checked=Checked(
         "facebookresearch/ToMe",

@@ -85,6 +85,7 @@ def importance(attention: Tensor, rounds: int, cls_rows: int, low: float | None,
     year=2024,
     url="https://arxiv.org/abs/2305.17328",
     complexity="O(TN² + N²d)",
+    memory="O(HN²)",
     checked=Checked(
         "",
         differs="no official code of the method; importance agrees with that of the authors' earlier "

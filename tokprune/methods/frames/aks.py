@@ -23,6 +23,7 @@ from tokprune.tokens import VisualTokens
     year=2025,
     url="https://arxiv.org/abs/2502.21271",
     complexity="O(ND + T log T)",
+    memory="O(ND)",
     query_aware=True,
     video=True,
     checked=Checked(

@@ -12,7 +12,7 @@ from tokprune.tokens import VisualTokens
 from tokprune.video.select import frames_by_time
 
 
-@register_method("fps_frames", paper="baseline: frames at a rate in time", complexity="O(T)", video=True)
+@register_method("fps_frames", paper="baseline: frames at a rate in time", complexity="O(T)", memory="O(T)", video=True)
 @dataclass(frozen=True)
 class FpsFrames(FramesMethod):
     """Frames at `fps` a second, by their timestamps; they share the budget equally, as far as they can hold it.

@@ -145,6 +145,7 @@ def fit_rectangles(
     year=2026,
     url="https://arxiv.org/abs/2503.08689",
     complexity="O(ND), and a forward per frame for score='self'",
+    memory="O(ND)",
     query_aware=True,
     merges=True,
     video=True,

@@ -21,6 +21,7 @@ from tokprune.tokens import VisualTokens
     year=2025,
     url="https://arxiv.org/abs/2409.01071",
     complexity="O(ND)",
+    memory="O(ND)",
     video=True,
     checked=Checked(
         "bigai-nlco/VideoLLaMB",

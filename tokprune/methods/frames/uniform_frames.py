@@ -14,7 +14,7 @@ from tokprune.video.sampling import RULES
 from tokprune.video.select import even_frames
 
 
-@register_method("uniform_frames", paper="baseline: evenly spaced frames", complexity="O(T)", video=True)
+@register_method("uniform_frames", paper="baseline: evenly spaced frames", complexity="O(T)", memory="O(T)", video=True)
 @dataclass(frozen=True)
 class UniformFrames(FramesMethod):
     """Evenly spaced frames. Every study of frame selection compares with it, and on many questions it is hard to beat.

@@ -23,6 +23,7 @@ from tokprune.tokens import VisualTokens
     year=2026,
     url="https://arxiv.org/abs/2603.00512",
     complexity="O(ND + TMD)",
+    memory="O(ND)",
     query_aware=True,
     video=True,
     checked=Checked(

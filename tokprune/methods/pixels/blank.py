@@ -42,6 +42,7 @@ def regions(plain: Tensor, colour: Tensor, threshold: float) -> Tensor:
     year=2025,
     url="https://arxiv.org/abs/2501.19339",
     complexity="O(NP)",
+    memory="O(NP)",
     adaptive=True,
     checked=Checked(
         differs="the idea of the paper alone: blank patches carry nothing; regions, colours and exact counts are ours",

@@ -61,6 +61,7 @@ def by_reconstructions(x: Tensor, threshold: float, metric: Metric) -> tuple[Ten
     year=2026,
     url="https://arxiv.org/abs/2604.00886",
     complexity="O(NP)",
+    memory="O(NP)",
     adaptive=True,
     checked=Checked(
         "OPPO-Mente-Lab/PixelPrune",

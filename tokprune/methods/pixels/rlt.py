@@ -36,6 +36,7 @@ def runs(first: Tensor, last: Tensor, threshold: float, anchored: bool) -> tuple
     year=2024,
     url="https://arxiv.org/abs/2411.05222",
     complexity="O(NP)",
+    memory="O(NP)",
     adaptive=True,
     video=True,
     checked=Checked(
