@@ -15,8 +15,7 @@ from torch import Tensor
 from tests.methods.decoder.layers import Dense, layer_tokens
 from tests.methods.frames.clips import video
 from tokprune.errors import OptionError
-from tokprune.methods.cache_base import CacheMethod
-from tokprune.methods.cache_compact import CompactMethod, LayerCache
+from tokprune.methods.cache_base import CacheMethod, CompactMethod, LayerCache
 from tokprune.methods.decoder_base import DecoderMethod, Heads
 from tokprune.methods.encoder.dynamicvit import Predictor, save_predictors
 from tokprune.methods.encoder_base import BlockView, Cut, EncoderMethod, Entrance
