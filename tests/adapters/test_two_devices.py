@@ -15,9 +15,15 @@ from tokprune.testing.device import NAME
 pytestmark = pytest.mark.skipif(not device.AVAILABLE, reason="the stand-in device needs a newer torch")
 hooks = pytest.importorskip("accelerate.hooks")
 
-OPTIONS: dict[str, dict[str, Any]] = {"gemfilter": {"layer": 1}, "mustdrop": {"layers": (1,)}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "gemfilter": {"layer": 1}, "mustdrop": {"layers": (1,)}, "sparsevlm": {"layers": (1,)},
+    "dycoke_cache": {"layer": 1}, "fastkv": {"layer": 1},
+}  # fmt: skip
 """Layers that the tiny model has."""
-METHODS = ("divprune", "hired", "gemfilter", "mustdrop", "fitprune", "tome")
+METHODS = (
+    *("divprune", "hired", "visionzip", "gemfilter", "mustdrop", "sparsevlm", "fitprune", "tome"),
+    *("dycoke_cache", "fastkv", "kvmerger"),
+)
 
 
 class Placed(hooks.AlignDevicesHook):
