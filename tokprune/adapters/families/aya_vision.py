@@ -15,7 +15,6 @@ class Aya(Tiles):
     """Aya Vision: a tag before each tile, thumbnail last."""
 
     by_pixels = True
-    tiny_types: tuple[str, ...] = ("aya_vision",)
 
     def pictures(self, call: EncoderCall, runs: list[PlaceholderRun], n: int) -> Iterator[TiledPicture]:
         return (TiledPicture(len(picture)) for picture in last_tag_ends(runs))

@@ -248,8 +248,8 @@ class Family:
     # -- tests ---------------------------------------------------------------------------------------------------------
 
     tiny_types: tuple[str, ...] = ()
-    """Model types of which `tiny` builds a model; the test matrix proves each of them equal to a brute-force
-    reference."""
+    """Model types of which `tiny` builds a model, the first of the family unless it says so; the test matrix proves
+    each of them equal to a brute-force reference."""
 
     def tiny(self, model_type: str) -> TinyParts:
         """A small random-weight model of `model_type` with its real processor, built offline."""
@@ -263,6 +263,8 @@ def register_family(*model_types: str) -> Callable[[type[F]], type[F]]:
     """Class decorator: models whose config has one of these `model_type`s belong to the family."""
 
     def register(cls: type[F]) -> type[F]:
+        if "tiny" in vars(cls) and "tiny_types" not in vars(cls):
+            cls.tiny_types = model_types[:1]
         instance = cls()
         for name in model_types:
             if name in _FAMILIES:

@@ -16,7 +16,6 @@ class Cohere2(Tiles):
     """Command A Vision: one break token between the tiles of a picture, thumbnail last."""
 
     by_pixels = True
-    tiny_types: tuple[str, ...] = ("cohere2_vision",)
 
     def pictures(self, call: EncoderCall, runs: list[PlaceholderRun], n: int) -> Iterator[TiledPicture]:
         return (TiledPicture(len(picture)) for picture in by_picture(runs, lambda _, run: len(run.before) != 1))

@@ -15,7 +15,6 @@ class FastVLM(Fallback):
     """FastVLM: a convolutional tower that gives one grid per picture and no patches."""
 
     tower_of_timm = True
-    tiny_types: tuple[str, ...] = ("fast_vlm",)
 
     def patches(self, call: EncoderCall) -> int | None:
         return None

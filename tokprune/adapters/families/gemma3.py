@@ -13,8 +13,6 @@ from tokprune.adapters.families.units import Units
 class Gemma3(Units):
     """One grid per picture (or crop), the mean of square blocks of SigLIP patches."""
 
-    tiny_types: tuple[str, ...] = ("gemma3",)
-
     def joined_side(self, base: Any, config: Any) -> int:
         projector = getattr(base, "multi_modal_projector", None)
         return 1 if projector is None else int(projector.kernel_size)

@@ -17,7 +17,6 @@ class Glm4v(Packed):
     """One placeholder id for pictures and clips; the type ids tell them apart, or the marks around clips."""
 
     mixes_modalities = False
-    tiny_types: tuple[str, ...] = ("glm4v",)
 
     def placeholders(self, config: Any, call: Mapping[str, Any], columns: dict[str, Tensor]) -> dict[str, Tensor]:
         types, ids = call.get("mm_token_type_ids"), call.get("input_ids")  # (B, L) each

@@ -17,8 +17,6 @@ from tokprune.adapters.families.tiny import TinyParts, language, tiny_parts, tok
 class Idefics(Tiles):
     """Idefics3 and SmolVLM: <row_r_col_c> before each tile, <global-img> before the thumbnail, which comes last."""
 
-    tiny_types: tuple[str, ...] = ("idefics3",)
-
     def pictures(self, call: EncoderCall, runs: list[PlaceholderRun], n: int) -> Iterator[TiledPicture]:
         for picture in last_tag_ends(runs):
             # A line break before a tag: the line of tiles is complete.
@@ -50,7 +48,6 @@ class SmolVLM(Idefics):
     clips_in_one_tensor = True
     mixes_modalities = False
     times_frames = True
-    tiny_types: tuple[str, ...] = ("smolvlm",)
 
     frames_by_words = True
 

@@ -18,7 +18,6 @@ class InternVL(Tiles):
 
     by_pixels = True
     clips_in_one_tensor = True
-    tiny_types: tuple[str, ...] = ("internvl",)
 
     reads_tags = False
     frames_by_words = True

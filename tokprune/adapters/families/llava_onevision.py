@@ -19,8 +19,6 @@ from tokprune.adapters.families.tiny import TinyParts, language, siglip_tower, s
 class OneVision(AnyRes):
     """LLaVA-OneVision: images as LLaVA-NeXT, shrunk bilinearly above a limit; videos pooled, one newline at the end."""
 
-    tiny_types: tuple[str, ...] = ("llava_onevision",)
-
     def video_streams(self, call: EncoderCall) -> list[StreamLayout]:
         count, length = self.video_shape(call)
         side = (self.side(call) + 1) // 2

@@ -27,7 +27,6 @@ class MiniCPM(SizedImages):
     slices: the first run of every sample is a thumbnail (or a frame)."""
 
     mixes_modalities = False
-    tiny_types: tuple[str, ...] = ("minicpmv4_6",)
 
     reads_runs = True
 

@@ -11,8 +11,6 @@ from tokprune.adapters.families.units import SizedImages
 class Mistral3(SizedImages):
     """Pictures of any size, packed; blocks of patches merge to tokens."""
 
-    tiny_types: tuple[str, ...] = ("mistral3",)
-
     def tiny(self, model_type: str) -> TinyParts:
         import transformers as hf
 

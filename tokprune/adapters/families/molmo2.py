@@ -20,7 +20,6 @@ class Molmo2(Family):
 
     mixes_modalities = False
     adds_to_placeholder = True
-    tiny_types: tuple[str, ...] = ("molmo2",)
 
     def grids(self, call: EncoderCall) -> list[list[int]]:
         """(low height, low width, height, width) of each image, (frames, height, width) of each video."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from tokprune.adapters.families.base import EncoderCall, StreamLayout, register_family
 from tokprune.adapters.families.geometry import frames, plain
 from tokprune.adapters.families.units import SizedImages
-from tokprune.tokens import Layout
 
 
 @register_family("nemotron_h_omni")
@@ -25,7 +24,7 @@ class NemotronOmni(SizedImages):
 
     def streams(self, call: EncoderCall) -> list[StreamLayout]:
         if call.modality != "video" or call.pixels is None:
-            return [plain(Layout.grid(*grid)) for grid in self.token_grids(call)]
+            return super().streams(call)
         tubelets, (height, width) = call.pixels.shape[1], call.pixels.shape[-2:]
         side = 2 * int(call.vision_config.patch_size)
         return [plain(frames(tubelets, (height // side, width // side))) for _ in range(call.pixels.shape[0])]

@@ -17,8 +17,6 @@ from tokprune.adapters.families.tiny import VOCAB, WIDTH, TinyParts, language, s
 class Ovis2(Tiles):
     """Ovis2: thumbnail first; indicator tokens open a picture and end its columns and lines."""
 
-    tiny_types: tuple[str, ...] = ("ovis2",)
-
     thumbnail_last = False
 
     def pictures(self, call: EncoderCall, runs: list[PlaceholderRun], n: int) -> Iterator[TiledPicture]:

@@ -14,7 +14,6 @@ class PaliGemma(Units):
     """One grid per picture; positions start at 1."""
 
     first_position = 1
-    tiny_types: tuple[str, ...] = ("paligemma",)
 
     def tiny(self, model_type: str) -> TinyParts:
         import transformers as hf

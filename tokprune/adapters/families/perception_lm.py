@@ -18,7 +18,6 @@ class PerceptionLM(Tiles):
     clips_in_one_tensor = True
     mixes_modalities = False
     tower_of_timm = True
-    tiny_types: tuple[str, ...] = ("perception_lm",)
 
     reads_runs = False
     thumbnail_last = False

@@ -19,8 +19,6 @@ from tokprune.errors import UnsupportedModelError
 class VideoLlama3(Packed):
     """VideoLLaMA 3: every image or video has a merge size of its own; the tower pools its last output by itself."""
 
-    tiny_types: tuple[str, ...] = ("video_llama_3",)
-
     def merges(self, call: EncoderCall) -> list[int]:
         sizes = call.kwargs.get(f"{call.modality}_merge_sizes")
         if sizes is None:
