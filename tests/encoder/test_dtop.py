@@ -103,8 +103,8 @@ def test_a_packed_tower_takes_one_head() -> None:
 def test_dtop_refuses_what_is_no_trained_head() -> None:
     with pytest.raises(OptionError, match="trained head"):
         apply_encoder(timm_vit(), "dtop")
-    with pytest.raises(OptionError, match=r"block from 0 to 3.*blocks given: \[9\]"):
-        apply_encoder(timm_vit(), DToP(heads={9: torch.nn.Identity()}))
+    with pytest.raises(OptionError, match=r"block from 0 to 3.*blocks given: \[1, 9\]"):
+        apply_encoder(timm_vit(), DToP(heads={1: torch.nn.Identity(), 9: torch.nn.Identity()}))
     with pytest.raises(OptionError, match="maps a block's number to a function"):
         DToP(heads={5: "head.pt"})  # type: ignore[dict-item]
     with pytest.raises(OptionError, match="ratio and budget out"):
