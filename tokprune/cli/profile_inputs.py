@@ -5,27 +5,72 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
+from numpy import uint8
+from numpy.typing import NDArray
+from PIL import Image
+
+from tokprune.adapters.prompting import build_inputs
 from tokprune.cli import options
-from tokprune.errors import OptionError, unknown
+from tokprune.cli.plan import folder_of
+from tokprune.config import PruneConfig
+from tokprune.demo.scenes import held_out
+from tokprune.errors import OptionError
 from tokprune.files import read_picture
 from tokprune.loading import Loaded, LoadOptions, check_device, check_dtype, demo_scorer, load, no_bars
-from tokprune.types import VLM, Fields, Inputs, JsonObject, Processor
-
-if TYPE_CHECKING:
-    from numpy import uint8
-    from numpy.typing import NDArray
-    from PIL import Image
-
-    from tokprune.cli.profile import ProfileRequest
-    from tokprune.profiling.presets import Preset
-    from tokprune.profiling.report import ProfileReport
-    from tokprune.runtime.records import StreamRecord
-    from tokprune.video import Video
+from tokprune.profiling.build import build_random
+from tokprune.profiling.inputs import random_inputs
+from tokprune.profiling.loaded import preset_of_folder
+from tokprune.profiling.memory import readable
+from tokprune.profiling.presets import Preset, preset
+from tokprune.profiling.published import comparison, measured_in
+from tokprune.profiling.report import ProfileReport
+from tokprune.profiling.resize import at_count, preset_size, scaled_frames, scaled_picture, shrinking
+from tokprune.profiling.runs import is_out_of_memory, visual_columns
+from tokprune.runtime.records import StreamRecord
+from tokprune.types import VLM, Fields, Inputs, JsonObject, MethodLike, Processor
+from tokprune.video import Video, read_video
+from tokprune.viz.kept import kept_on_clip, kept_on_image
 
 PICTURE = 768  # side of the drawn picture that a real model is shown when none is given
 FRAMES = 8
+
+
+@dataclass(frozen=True)
+class ProfileRequest:
+    """The options of `tokprune profile`. methods: names, with "+" of several of different stages."""
+
+    model: str = "demo"
+    preset: str | None = None
+    flops_only: bool = False
+    random_weights: bool = False
+    methods: Sequence[str] = ("divprune",)
+    ratios: Sequence[float] = (0.5, 0.1)
+    image: Path | None = None
+    video: Path | None = None
+    frames: int | None = None
+    tokens: int | None = None
+    question: str = ""
+    text: int = 64
+    batch: int = 1
+    new_tokens: int = 16
+    repeats: int = 5
+    device: str = "cpu"
+    dtype: str | None = None
+    attn: str | None = None
+    json: Path | None = None
+    html: Path | None = None
+    plots: Path | None = None
+    quiet: bool = False
+    config: PruneConfig | None = None
+
+    @property
+    def staged_methods(self) -> list[MethodLike]:
+        """The methods as `profile` takes them: a name, or a list of names or methods that work together."""
+        if self.config is not None:
+            return [self.config.methods]
+        return [name.split("+") if "+" in name else name for name in self.methods]
 
 
 @dataclass
@@ -48,8 +93,6 @@ class Work:
         self, records: Mapping[str, Sequence[StreamRecord]], ratio: float
     ) -> list[tuple[str, str, Image.Image]]:
         """File name, caption and picture of what each run kept; none for made-up pixels."""
-        from tokprune.viz.kept import kept_on_clip, kept_on_image
-
         records = {name: streams for name, streams in records.items() if streams}
         if not records or self.processor is None:
             return []
@@ -61,12 +104,6 @@ class Work:
             return []
         first = {name: streams[0] for name, streams in records.items()}
         return [("kept", caption.capitalize() + ".", kept_on_image(self.image, first, self.processor, title=caption))]
-
-
-def _clip(path: Path, frames: int | None) -> Video:
-    from tokprune.video import read_video
-
-    return read_video(path, frames=frames or FRAMES)
 
 
 @dataclass(frozen=True)
@@ -82,9 +119,6 @@ class Case:
 
 def config_case(request: ProfileRequest) -> Case:
     """The model of a request by its config and processor alone; its weights are not read."""
-    from tokprune.cli.plan import folder_of
-    from tokprune.profiling.loaded import preset_of_folder
-
     if request.video is not None or request.tokens is not None or request.frames is not None:
         raise OptionError(
             "--flops-only with --model counts one picture: give --image, not --video, --frames or --tokens."
@@ -100,16 +134,13 @@ def config_case(request: ProfileRequest) -> Case:
 
 def preset_case(request: ProfileRequest) -> Case:
     """The preset and size of a request: of its picture or clip, of the wanted tokens, or the preset's usual one."""
-    from tokprune.profiling.presets import preset
-    from tokprune.profiling.resize import preset_size
-
     known = preset(str(request.preset))
     size, frames, notes = known.default_size, request.frames, []
     if request.image is not None:
         picture = read_picture(request.image)
         size = (picture.height, picture.width)
     elif request.video is not None:
-        clip = _clip(request.video, request.frames)
+        clip = read_video(request.video, frames=request.frames or FRAMES)
         size, frames = clip.frames.shape[1:3], len(clip)
     if request.tokens is not None:
         size, got = preset_size(known, request.tokens, frames)
@@ -120,14 +151,6 @@ def preset_case(request: ProfileRequest) -> Case:
 
 def from_preset(request: ProfileRequest) -> Work:
     """A preset built with random weights, and a prompt that is right in every shape."""
-    import torch
-
-    from tokprune.profiling.build import build_random
-    from tokprune.profiling.inputs import random_inputs
-    from tokprune.profiling.memory import readable
-    from tokprune.profiling.resize import preset_size
-    from tokprune.profiling.runs import is_out_of_memory
-
     case = preset_case(request)
     known, place = case.preset, check_device(request.device)
     dtype = check_dtype(request.dtype) or torch.bfloat16
@@ -166,8 +189,6 @@ def from_preset(request: ProfileRequest) -> Work:
 
 
 def _beside(known: Preset, report: ProfileReport) -> list[JsonObject]:
-    from tokprune.profiling.published import comparison, measured_in
-
     plain = report.find("plain")
     vision = 0
     if plain is not None and plain.flops:
@@ -175,18 +196,10 @@ def _beside(known: Preset, report: ProfileReport) -> list[JsonObject]:
     return comparison(known.published, known.decoder, vision, measured_in(report))
 
 
-def known_attention(name: str | None) -> None:
-    """Refuse an attention implementation that transformers has not."""
-    allowed = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
-    if name is not None and name not in allowed:
-        raise unknown("--attn", name, allowed)
-
-
 def from_model(request: ProfileRequest) -> Work:
     """A model on disk, on the hub or the embedded one, and a prompt around the picture or clip that was given."""
-
     # What cannot be read is said before a model is loaded.
-    clip = _clip(request.video, request.frames) if request.video is not None else None
+    clip = read_video(request.video, frames=request.frames or FRAMES) if request.video is not None else None
     picture = read_picture(request.image) if request.image is not None else None
     with no_bars(request.quiet):
         loaded = load(request.model, LoadOptions(request.device, request.dtype, request.attn), clip is not None)
@@ -199,15 +212,8 @@ def from_model(request: ProfileRequest) -> Work:
 
 
 def _image_work(request: ProfileRequest, loaded: Loaded, picture: Image.Image | None) -> Work:
-    from PIL import Image
-
-    from tokprune.adapters.prompting import build_inputs
-    from tokprune.profiling.resize import scaled_picture
-
     question = request.question
     if picture is None:
-        from tokprune.demo.scenes import held_out
-
         example = held_out(1)[0]
         picture, question = example.image, question or example.question
         if not loaded.embedded:
@@ -226,9 +232,6 @@ def _image_work(request: ProfileRequest, loaded: Loaded, picture: Image.Image | 
 
 
 def _clip_work(request: ProfileRequest, loaded: Loaded, clip: Video) -> Work:
-    from tokprune.adapters.prompting import build_inputs
-    from tokprune.profiling.resize import scaled_frames
-
     words = [request.question or "what happens in this video ?"] * request.batch
 
     def at_scale(factor: float) -> Fields:
@@ -246,8 +249,6 @@ def _clip_work(request: ProfileRequest, loaded: Loaded, clip: Video) -> Work:
 
 def _scaled_work(request: ProfileRequest, loaded: Loaded, at_scale: Callable[[float], Fields], what: str) -> Work:
     """The prompt at its own size or at the wanted number of tokens, and its smaller rivals."""
-    from tokprune.profiling.resize import at_count, shrinking
-    from tokprune.profiling.runs import visual_columns
 
     def count(inputs: Inputs) -> int:
         return visual_columns(loaded.model, inputs)
