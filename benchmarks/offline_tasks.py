@@ -23,9 +23,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokprune.demo.clips import SHORT_FRAMES, make_clip
+from tokprune.demo.clips import SHORT_FRAMES, make_clip, write_clip
 from tokprune.demo.clips_questions import CLIP_SHAPES, ask_clip
-from tokprune.demo.clips_video import write_clip
 from tokprune.demo.scenes import CHARACTERS, COLOR_NAMES, HELD_OUT_SEED, SHAPES, ask, make_scene
 from tokprune.evaluation import task_folder
 

@@ -20,10 +20,9 @@ from tokprune.registry import STAGES
 from tokprune.serving import ARCHITECTURES, overrides
 from tokprune.serving.choose import Kept, Stream, choose
 from tokprune.serving.model import check_engine
-from tokprune.serving.plugin import check_command
+from tokprune.serving.plugin import check_command, check_version
 from tokprune.serving.settings import ELSEWHERE, ServingSettings
 from tokprune.serving.tiles import clip, pack, tiles
-from tokprune.serving.versions import check_version
 from tokprune.serving.weave import staying, woven
 from tokprune.testing import build, picture
 from tokprune.tokens import Layout

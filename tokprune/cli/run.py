@@ -30,7 +30,7 @@ from tokprune.errors import OptionError
 from tokprune.files import read_picture, save_picture
 from tokprune.loading import Loaded, LoadOptions, check_device, check_dtype, load, no_bars, split_methods
 from tokprune.registry import get_method, method_class
-from tokprune.types import VLM, JsonObject, Processor
+from tokprune.types import JsonObject, Processor
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -44,8 +44,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunRequest:
-    """What is asked, of what, and how. config: the pruning. scorer: the name of a text-image scorer.
-    longer_context: factor of `longer_context`."""
+    """What is asked, of what, and how. config: the pruning. scorer: the name of a text-image scorer."""
 
     question: str
     model: str
@@ -54,7 +53,6 @@ class RunRequest:
     scorer: str | None
     max_new_tokens: int
     compare: bool
-    longer_context: float = 1.0
 
 
 @dataclass
@@ -121,6 +119,7 @@ def run(  # the options of the command
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the answer alone.")] = False,
 ) -> None:
     """Ask any model about videos and pictures; print the answer, what was kept, and where the time went."""
+    from tokprune.adapters.rope_scaling import longer_context as stretched
     from tokprune.config import PruneConfig
     from tokprune.video import scan
 
@@ -138,29 +137,20 @@ def run(  # the options of the command
         methods = build_methods(method or "divprune", option or (), scorer)
         pruning = PruneConfig.build(methods, ratio, budget, positions, question, prompt_budget)
     reading = Reading(count, fps, start, end, backend, rule, parse_select(select))
-    request = RunRequest(question, model, pruning, reading, scorer, max_new_tokens, compare, longer_context)
+    request = RunRequest(question, model, pruning, reading, scorer, max_new_tokens, compare)
     pictures = [read_picture(path) for path in image or ()]
     files = [scan(path) for path in video or ()]  # before the model: what is no video should not cost its loading
     with no_bars(quiet):
         loaded = load(model, LoadOptions(device, dtype), bool(video))
     judge = _scorer(request, loaded)
     reads = [read_frames(index, reading, question, judge, loaded.processor) for index in files]
-    with _stretched(loaded.model, longer_context):
+    with contextlib.nullcontext() if longer_context == 1 else stretched(loaded.model, longer_context):
         answer = ask(request, loaded, reads, pictures, judge)
     console = console_for(json=json_file)
     _print(answer, reads, console, quiet)
     if strip is not None:
         say_saved(console, [_draw(strip, reads, pictures, answer.streams, loaded.processor, question)])
     save_json(console, json_file, _data(request, answer, reads))
-
-
-def _stretched(model: VLM, factor: float) -> contextlib.AbstractContextManager[None]:
-    """The positions of the LLM scaled, if by more than 1."""
-    if factor == 1:
-        return contextlib.nullcontext()
-    from tokprune.adapters.rope_scaling import longer_context
-
-    return longer_context(model, factor)
 
 
 def _check(

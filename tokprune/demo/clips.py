@@ -12,19 +12,25 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
+
+from tokprune.errors import missing_extra
 
 from .clips_questions import CLIP_QUESTION_TYPES, CLIP_SHAPES, NEEDLE_TYPES, ClipQuestion, ClipQuestionType, ask_clip
 from .drawing import render_frames
 from .scenes import CHARACTERS, COLOR_NAMES, HELD_OUT_SEED, SIZE, SceneObject, balanced
 
 FPS = 8
+_OPTIONS = {"preset": "veryfast", "crf": "20", "threads": "1"}  # one thread: the same machine writes the same bytes
 STEP = 8  # frames between two of the evenly spread ones: a second
 SHORT_FRAMES, LONG_FRAMES = 8, 32  # how many evenly spread frames show every scene
 SHORT_SCENES, LONG_SCENES = (3, 8), (16, 32)
@@ -179,8 +185,6 @@ def held_out_clips(
         raise ValueError(f"need at least one question, got {questions}")
     if not 0 <= seed < 1000:
         raise ValueError(f"seed must be in 0..999, got {seed}")
-    from .clips_video import write_clip
-
     examples: list[ClipExample] = []
     media = _asked(HELD_OUT_SEED + seed * _HELD_OUT_SPAN, long)
     for clip, clip_questions in balanced(questions, types, _LEAST_ANSWERS, _QUESTIONS_PER_CLIP, media):
@@ -198,3 +202,31 @@ def _asked(first: int, long: bool) -> Iterator[tuple[DemoClip, Callable[[ClipQue
     for seed in itertools.count(first):
         clip, rng = make_clip(seed, long), random.Random(f"held out clip {seed}")
         yield clip, functools.partial(ask_clip, clip.objects, rng=rng)
+
+
+def encode(frames: Iterable[NDArray[np.uint8]], file: str | IO[bytes], fps: int) -> None:
+    """Write (H, W, 3) frames as H.264, yuv420p, in an mp4; file: a path or a binary file that can seek."""
+    try:
+        import av
+    except ImportError as error:
+        raise missing_extra("av", "video", "writing clips") from error
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=fps, options=_OPTIONS)
+        stream.width = stream.height = SIZE
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.time_base = Fraction(1, fps)
+        for number, frame in enumerate(frames):
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            picture.pts = number
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+
+
+def write_clip(clip: DemoClip, path: Path) -> Path:
+    """The clip as an mp4 at `path`, unless it is already there; a kill leaves no half file."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        encode(clip.frames(), str(partial), FPS)
+        os.replace(partial, path)
+    return path

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 
-from tokprune.errors import OptionError, unknown
+from tokprune.errors import OptionError, UnsupportedModelError, install_line, unknown
 from tokprune.types import JsonObject
 
 PREFIX = "Tokprune"
@@ -19,6 +20,9 @@ ARCHITECTURES = {
     "InternVLForConditionalGeneration": "tokprune.serving.internvl:PrunedInternVL",
 }
 """Architecture of a checkpoint's config.json -> the class that serves it pruned, under the name with PREFIX."""
+
+TESTED = (0, 32), (0, 33)
+"""Minor versions of vLLM: `make serve-test` runs the first; the second has the same files, as far as we use them."""
 
 SPELLING = (
     'Write --hf-overrides \'{"architectures": ["TokpruneLlavaForConditionalGeneration"], "tokprune": {"method": '
@@ -79,3 +83,19 @@ def overrides(architecture: str, method: str = "divprune", **settings: object) -
     if architecture not in ARCHITECTURES:
         raise unknown("architecture to serve pruned", architecture, ARCHITECTURES)
     return {"architectures": [PREFIX + architecture], "tokprune": {"method": method, **settings}}
+
+
+def check_version(installed: str | None = None) -> None:
+    """Refuse a vLLM whose models and processors may have other methods than those that we override."""
+    if installed is None:
+        import vllm
+
+        installed = str(vllm.__version__)
+    found = re.match(r"(\d+)\.(\d+)", installed)
+    minor = tuple(int(part) for part in found.groups()) if found else None
+    if minor is None or not TESTED[0] <= minor <= TESTED[-1]:
+        span = " to ".join(".".join(map(str, version)) for version in (TESTED[0], TESTED[-1]))
+        raise UnsupportedModelError(
+            f"vLLM {installed} is installed; tokprune's models for vLLM are written for {span}, and each minor version "
+            f"so far has moved something. Run: {install_line('vllm')}"
+        )

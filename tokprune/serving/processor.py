@@ -14,9 +14,9 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.parse import EmbeddingItems
 from vllm.multimodal.processing import PromptUpdateDetails
 
+from tokprune.serving.plugin import check_version
 from tokprune.serving.settings import ServingSettings
 from tokprune.serving.signals import KINDS
-from tokprune.serving.versions import check_version
 
 check_version()
 M = TypeVar("M", bound=type)

@@ -109,11 +109,7 @@ def _requirements() -> tuple[list[Package], list[Extra], list[str]]:
     try:
         lines = importlib.metadata.requires("tokprune") or []
     except importlib.metadata.PackageNotFoundError:
-        return (
-            [],
-            [],
-            [f"tokprune is not installed here, so its tested ranges are unknown: {install_line()}"],
-        )
+        return [], [], [f"tokprune is not installed here, so its tested ranges are unknown: {install_line()}"]
     core: list[Package] = []
     extras: dict[str, list[Package]] = {}
     for requirement in map(Requirement, lines):
@@ -127,11 +123,7 @@ def _requirements() -> tuple[list[Package], list[Extra], list[str]]:
             if name not in NOT_EXTRAS:
                 package = _package(requirement.name, requirement.specifier, optional=bool(name))
                 (extras.setdefault(name, []) if name else core).append(package)
-    return (
-        core,
-        [Extra(name, tuple(package), install_line(name)) for name, package in extras.items()],
-        [],
-    )
+    return core, [Extra(name, tuple(packages), install_line(name)) for name, packages in extras.items()], []
 
 
 def _package(name: str, specifier: SpecifierSet, optional: bool) -> Package:

@@ -106,32 +106,26 @@ class _Data:
         if self._features is not None and self._features.dim() != 2:
             raise OptionError(f"features have shape {tuple(self._features.shape)}; write (T, C), one vector per frame.")
         self._timestamps = timestamps
-        lengths = {
-            what: len(value)
-            for what, value in (("scores", self._scores), ("features", self._features), ("timestamps", timestamps))
-            if value is not None
-        }
+        known = {"scores": self._scores, "features": self._features, "timestamps": timestamps}
+        lengths = {what: len(value) for what, value in known.items() if value is not None}  # type: ignore[arg-type]
         if total is not None:
             lengths["total"] = total
+        if not lengths:
+            raise OptionError("give scores=, features=, timestamps= or total=, so that the number of frames is known.")
         if len(set(lengths.values())) != 1:
             counts = ", ".join(f"{n} by {what}" for what, n in lengths.items())
-            raise OptionError(
-                f"the number of frames is not clear ({counts})."
-                if lengths
-                else "give scores=, features=, timestamps= or total=, so that the number of frames is known."
-            )
+            raise OptionError(f"the number of frames is not clear ({counts}).")
         self.total = next(iter(lengths.values()))
 
     def scores(self) -> list[float]:
         """The scores, finite."""
         values = self._need("scores", self._scores, "one number per frame").tolist()
-        known = [v for v in values if math.isfinite(v)]
-        worst = min(known, default=0.0)
+        worst = min(filter(math.isfinite, values), default=0.0)
         return [v if math.isfinite(v) else worst for v in values]
 
     def features(self) -> torch.Tensor:
         """The features, (T, C)."""
-        vectors: torch.Tensor = self._need("features", self._features, "one vector per frame")
+        vectors = self._need("features", self._features, "one vector per frame")
         if not torch.isfinite(vectors).all():
             raise OptionError("features hold NaN or infinity.")
         return vectors
@@ -142,8 +136,7 @@ class _Data:
 
     def timestamps(self) -> Sequence[float]:
         """Seconds of each frame."""
-        seconds: Sequence[float] = self._need("timestamps", self._timestamps, "seconds of each frame")
-        return seconds
+        return self._need("timestamps", self._timestamps, "seconds of each frame")
 
     def _need(self, what: str, value: T | None, meaning: str) -> T:
         if value is None:

@@ -58,7 +58,8 @@ def frame_strip(
     shown = list(range(groups)) if groups <= most else np.linspace(0, groups - 1, most).round().astype(int).tolist()
     cells = []
     for group in shown:
-        picture = style.to_rgb(frames[_shown_frame(group, groups, len(frames))])
+        middle = int((group + 0.5) * (len(frames) / groups))
+        picture = style.to_rgb(frames[min(middle, len(frames) - 1)])
         local, where = frame_layout(layout, group)
         mine = torch.nonzero(torch.isin(where, indices)).flatten()
         frame_geometry = geometry or whole((picture.height, picture.width))
@@ -67,12 +68,6 @@ def frame_strip(
         longest = round(frame_width * max(1.0, picture.height / picture.width))
         cells.append((group, draw_overlay(picture, local, mine, frame_geometry, longest=longest)))
     return _page(cells, budgets, sizes, layout.timestamps, title, frame_width, columns)
-
-
-def _shown_frame(group: int, groups: int, frames: int) -> int:
-    """The middle source frame of a group."""
-    per = frames / groups
-    return min(frames - 1, int((group + 0.5) * per))
 
 
 def _page(

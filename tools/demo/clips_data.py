@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokprune import demo
-from tokprune.demo.clips import FPS, Take, frames_per_scene, make_take, plan_objects
-from tokprune.demo.clips_video import encode
+from tokprune.demo.clips import FPS, Take, encode, frames_per_scene, make_take, plan_objects
 from tokprune.demo.scenes import COLOR_NAMES, SHAPES, SIZE, VALIDATION_SEED, SceneObject
 
 from .clips_recipe import ClipRecipe
