@@ -144,11 +144,7 @@ def _measure(
 
 
 def _write(
-    request: ProfileRequest,
-    report: ProfileReport,
-    kept: dict[str, list[StreamRecord]],
-    work: Work,
-    console: Console,
+    request: ProfileRequest, report: ProfileReport, kept: dict[str, list[StreamRecord]], work: Work, console: Console
 ) -> None:
     """The files that were asked for."""
     save_json(console, request.json, report.to_dict())

@@ -16,15 +16,7 @@ from rich.console import Console
 
 from tokprune.cli import options
 from tokprune.cli.output import console_for, save_json, say_saved
-from tokprune.cli.run_video import (
-    FEATURED,
-    SCORED,
-    Reading,
-    VideoRead,
-    parse_frames,
-    parse_select,
-    read_frames,
-)
+from tokprune.cli.run_video import FEATURED, SCORED, Reading, VideoRead, parse_frames, parse_select, read_frames
 from tokprune.environment import command_line, machine
 from tokprune.errors import OptionError
 from tokprune.files import read_picture, save_picture
@@ -87,8 +79,7 @@ def run(  # the options of the command
     ] = None,
     config: options.Config = None,
     scorer: Annotated[
-        str | None,
-        typer.Option(help="demo, open_clip:<model>/<weights>, or vlm:<hub id> (asked about frames)."),
+        str | None, typer.Option(help="demo, open_clip:<model>/<weights>, or vlm:<hub id> (asked about frames).")
     ] = None,
     frames: Annotated[
         str | None,

@@ -116,9 +116,7 @@ def make_scene(seed: int) -> Scene:
 
 
 def questions(
-    scene: Scene,
-    rng: random.Random | None = None,
-    types: Sequence[QuestionType] = QUESTION_TYPES,
+    scene: Scene, rng: random.Random | None = None, types: Sequence[QuestionType] = QUESTION_TYPES
 ) -> list[SceneQuestion]:
     """One question of each type that the scene supports without ambiguity.
 

@@ -54,16 +54,8 @@ class Point:
                 raise OptionError(
                     f'a result needs "method", "ratio" and "score" (or "accuracy"); this one has {sorted(record)}.'
                 )
-            out.append(
-                Point(
-                    str(record["method"]),
-                    float(record["ratio"]),
-                    float(score),
-                    record.get("low"),
-                    record.get("high"),
-                    record.get(cost),
-                )
-            )
+            low, high, price = (record.get(name) for name in ("low", "high", cost))
+            out.append(Point(str(record["method"]), float(record["ratio"]), float(score), low, high, price))
         return out
 
 
@@ -182,33 +174,20 @@ def pareto(
     figure, axes = new_axes(7.5, 4.8)
     for method, (colour, marker) in looks(list(dict.fromkeys(p.method for p in priced))).items():
         mine = [p for p in priced if p.method == method]
-        axes.scatter(
-            [float(p.cost or 0.0) for p in mine],
-            [p.score for p in mine],
-            s=46,
-            color=colour,
-            marker=marker,
-            label=method,
-            zorder=3,
-        )
+        x, y = [float(p.cost or 0.0) for p in mine], [p.score for p in mine]
+        axes.scatter(x, y, s=46, color=colour, marker=marker, label=method, zorder=3)
     everything = priced + ([full] if full is not None and full.cost is not None else [])
     best = [(float(p.cost or 0.0), p) for p in front(everything)]
-    axes.step(
-        [x for x, _ in best],
-        [p.score for _, p in best],
-        where="post",
-        color=hex_of(style.MUTED),
-        linewidth=1.2,
-        zorder=2,
-    )
+    steps, scores = [at for at, _ in best], [p.score for _, p in best]
+    axes.step(steps, scores, where="post", color=hex_of(style.MUTED), linewidth=1.2, zorder=2)
     wide = max(float(p.cost or 0.0) for p in everything)
     tall = max(p.score for p in everything) - min(p.score for p in everything) or 1.0
     named: list[tuple[float, float]] = []
-    for x, p in reversed(best):  # the space above and left of the front is free
-        if p is not full and all(abs(x - a) > 0.09 * wide or abs(p.score - b) > 0.045 * tall for a, b in named):
+    for at, p in reversed(best):  # the space above and left of the front is free
+        if p is not full and all(abs(at - a) > 0.09 * wide or abs(p.score - b) > 0.045 * tall for a, b in named):
             label = f"{100 * p.ratio:.3g} %"
-            axes.annotate(label, (x, p.score), xytext=(-8, 4), textcoords="offset points", ha="right", fontsize=9)
-            named.append((x, p.score))
+            axes.annotate(label, (at, p.score), xytext=(-8, 4), textcoords="offset points", ha="right", fontsize=9)
+            named.append((at, p.score))
     if full is not None and full.cost is not None:
         axes.scatter(
             [full.cost], [full.score], s=120, marker="*", color=hex_of(style.INK), label="all tokens", zorder=3
