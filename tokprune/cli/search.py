@@ -83,7 +83,7 @@ def search(  # the options of the command
 ) -> None:
     """Find how many visual tokens each layer of the LLM needs. Interrupted, it goes on from the scores that it has."""
     from tokprune.search.run import SearchGoal
-    from tokprune.search.scores import check_decoder
+    from tokprune.search.scores import check_decoder, scheduled
     from tokprune.search.strategies import Trials
 
     options.at_least_one(questions=questions, every=every, trials=trials, batch_size=batch_size)
@@ -93,11 +93,15 @@ def search(  # the options of the command
     check_decoder(method)
     asked = Asked(model, method, tuple(options.names(tasks)), score, questions, batch_size, device, dtype)
     check_writable(out)
-    found, evaluations = _run(asked, wanted, every, out, console_for(quiet, json_file), quiet)
     console = console_for(quiet, json_file)
+    found, evaluations = _run(asked, wanted, every, out, console, quiet)
     _print(console, found)
-    _save(console, asked, found, out)
-    save_json(console, json_file, found.to_dict() | {"asked": asked.key(), "evaluations": evaluations} | _made_with())
+    config = scheduled(method, found.found.schedule)
+    if config is not None:
+        config.save(out)
+        say_saved(console, [out])
+    made_with = {"command": command_line(), "environment": environment()}
+    save_json(console, json_file, found.to_dict() | {"asked": asked.key(), "evaluations": evaluations} | made_with)
     if not found.fits:
         console.print(f"[red]the score is below what was asked for[/]: {found.found.score:.4g}")
         raise typer.Exit(FAILED)
@@ -202,18 +206,3 @@ def _print(console: Console, searched: Searched) -> None:
         f"score {searched.found.score:.4g} (whole model {searched.whole:.4g}); {100 * searched.flops:.3g} % of the "
         f"LLM's prefill FLOPs, {data['visual_tokens_on_average']:.4g} visual tokens per layer on average"
     )
-
-
-def _save(console: Console, asked: Asked, searched: Searched, out: Path) -> None:
-    """The config that `apply` takes."""
-    from tokprune.search.scores import scheduled
-
-    config = scheduled(asked.method, searched.found.schedule)
-    if config is not None:
-        config.save(out)
-        say_saved(console, [out])
-
-
-def _made_with() -> JsonObject:
-
-    return {"command": command_line(), "environment": environment()}
