@@ -120,7 +120,6 @@ def demo(  # the options of the command
 
 def _check(request: DemoRequest) -> None:
     """The error for options that do not go together."""
-
     if (request.image is None and request.clip is None) != (request.question is None):
         raise OptionError(
             "--image (or --clip) and --question go together: tokprune demo --image my.jpg --question "
@@ -229,7 +228,6 @@ def _table(cells: Sequence[SettingResult]) -> object:
 
 def demo_data(model: str, cells: Sequence[SettingResult], seed: int, questions: int) -> dict[str, object]:
     """The cells with what they were measured on, versioned."""
-
     return {
         "type": "tokprune.demo",
         "version": 1,

@@ -55,7 +55,6 @@ def _test(name: str, random_weights: bool, device: str) -> tuple[tuple[Check, ..
 
 
 def _print(diagnosis: Diagnosis) -> None:
-
     console = Console(soft_wrap=True, emoji=False)  # signals are called keys:-1
     console.print(f"[bold]tokprune {diagnosis.tokprune}[/], Python {diagnosis.python}")
     for package in diagnosis.packages:
@@ -73,7 +72,6 @@ def _print(diagnosis: Diagnosis) -> None:
 
 
 def _print_checks(console: Console, diagnosis: Diagnosis) -> None:
-
     console.print(f"[bold]self-test of {escape(str(diagnosis.model))}[/]")
     for check in diagnosis.checks:
         figures = "" if check.apart is None else f"  (apart {check.apart:.2g}, allowed {check.allowed:.2g})"
@@ -87,7 +85,6 @@ def _print_checks(console: Console, diagnosis: Diagnosis) -> None:
 
 def _print_answers(console: Console, title: str, answers: dict[str, ReachAnswer]) -> None:
     """One line per thing that works; those that are refused for the same reason share one."""
-
     console.print(f"[bold]{title}[/]")
     lines: dict[tuple[bool, str], list[str]] = {}
     for name, answer in answers.items():
@@ -98,7 +95,6 @@ def _print_answers(console: Console, title: str, answers: dict[str, ReachAnswer]
 
 
 def _line(package: Package) -> str:
-
     if package.version is None:
         return f"[yellow]{package.name} missing[/]" if package.ok is None else f"[red]{package.name} missing[/]"
     name = f"{package.name} {escape(package.version)}"

@@ -20,7 +20,6 @@ def plots(
     quiet: options.Quiet = False,
 ) -> None:
     """Draw the plots of a results file: latency bars, accuracy over ratio, accuracy against cost."""
-
     data = read_json(results, "results")
     kind = data.get("type") if isinstance(data, dict) else None
     if kind not in DRAWN:

@@ -170,7 +170,6 @@ def _check(
 
 def build_methods(text: str, settings: Sequence[str], scorer: str | None) -> list[Method]:
     """ "a+b" as methods, with their options; a scorer that is named is used by the frames method that can."""
-
     fields: dict[str, JsonObject] = {name: {} for name in split_methods(text)}
     for item in settings:
         key, sign, value = item.partition("=")
@@ -287,7 +286,6 @@ def _draw(
 
 def _data(request: RunRequest, answer: RunAnswer, reads: Sequence[VideoRead]) -> dict[str, object]:
     """The answer as versioned plain data, with what was read and what it was made with."""
-
     data: dict[str, object] = {
         "type": "tokprune.run",
         "version": 1,

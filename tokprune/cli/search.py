@@ -148,7 +148,6 @@ def _run(
 
 def _score(asked: Asked) -> tuple[ModelScore | TaskScore, VLM]:
     """The score, and the model that it asks."""
-
     if asked.tasks or asked.model != DEMO:
         return _task_score(asked)
     from tokprune.demo import held_out
