@@ -101,7 +101,7 @@ def test_weights_that_do_not_fit_are_refused_with_their_size(monkeypatch: pytest
     def full(*args: Any, **kwargs: Any) -> None:
         raise OOM
 
-    monkeypatch.setattr("tokprune.profiling.build.build_random", full)
+    monkeypatch.setattr("tokprune.cli.profile_inputs.build_random", full)
     result = run(app, ["profile", "--preset", "smolvlm-256m", "--random-weights"])
     assert "smolvlm-256m needs" in str(result.exception)
     assert "MiB" in str(result.exception)
@@ -320,7 +320,7 @@ def small_qwen() -> Preset:
 
 
 def test_random_weights_of_a_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokprune.profiling.presets.preset", lambda name: small_qwen())
+    monkeypatch.setattr("tokprune.cli.profile_inputs.preset", lambda name: small_qwen())
     out = tmp_path / "r.json"
     asked = ["--preset", "qwen2.5-vl-3b", "--random-weights", "--dtype", "float32", "--tokens", "100", "--text", "8"]
     few = ["--methods", "random", "--ratios", "0.25", "--repeats", "1", "--new-tokens", "2", "--batch", "2"]
