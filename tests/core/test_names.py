@@ -7,9 +7,6 @@ from collections import defaultdict
 
 from tests.core.layers import FILES, ROOT
 
-# vLLM registers a model with the pair of a processor and its info: each serving module has one of either.
-PAIRED = {"Info", "Processor"}
-
 
 def test_class_names_are_unique() -> None:
     places: dict[str, list[str]] = defaultdict(list)
@@ -17,4 +14,4 @@ def test_class_names_are_unique() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ClassDef):
                 places[node.name].append(str(path.relative_to(ROOT)))
-    assert {name: where for name, where in places.items() if len(where) > 1 and name not in PAIRED} == {}
+    assert {name: where for name, where in places.items() if len(where) > 1} == {}
