@@ -88,7 +88,9 @@ def of_the_host(made: list[list[Any]]) -> Counter[str]:
     return Counter(op[0] for op in made[-1] if "of the host" in str(op) or op[0].endswith(wait))
 
 
-@pytest.mark.parametrize("family", ["llava"])
+@pytest.mark.parametrize(
+    "family", ["llava", *(pytest.param(f, marks=pytest.mark.slow) for f in ("qwen2_5_vl", "internvl"))]
+)
 def test_the_forward_of_a_step_is_the_same_each_time(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = build(family)
     with torch.no_grad(), StandInDevice() as stand_in:

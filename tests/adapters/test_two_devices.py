@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import tokprune
-from tokprune.testing import StandInDevice, build, device, picture
+from tokprune.errors import TokpruneError
+from tokprune.testing import FAMILIES, StandInDevice, build, device, picture
 from tokprune.testing.device import NAME
 
 pytestmark = pytest.mark.skipif(not device.AVAILABLE, reason="the stand-in device needs a newer torch")
@@ -20,6 +21,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "dycoke_cache": {"layer": 1}, "fastkv": {"layer": 1},
 }  # fmt: skip
 """Layers that the tiny model has."""
+CLOSE = 1e-3
+"""Recurrent layers round otherwise in a split model by up to 2e-4, unpruned as well."""
 METHODS = (
     *("divprune", "hired", "visionzip", "gemfilter", "mustdrop", "sparsevlm", "fitprune", "tome"),
     *("dycoke_cache", "fastkv", "kvmerger"),
@@ -48,20 +51,25 @@ def split(model: Any, stand_in: StandInDevice) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", ["llava", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "family", ["llava", *(pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES if f != "llava")]
+)
 def test_a_split_model_prunes_as_a_whole_one(family: str, method: str) -> None:
     tiny = build(family)
     first, second = ("image", picture(56, 56)), ("image", picture(40, 56))
     inputs = dict(tiny.inputs([["a", first, "what is it?"], ["Colour?", second]]))
     chosen = tokprune.get_method(method, **OPTIONS.get(method, {}))
     with torch.no_grad():
-        with tokprune.apply(tiny.model, chosen, ratio=0.5, processor=tiny.processor):
-            logits, words = tiny.model(**inputs).logits, tiny.model.generate(**inputs, max_new_tokens=3)
+        try:
+            with tokprune.apply(tiny.model, chosen, ratio=0.5, processor=tiny.processor):
+                logits, words = tiny.model(**inputs).logits, tiny.model.generate(**inputs, max_new_tokens=3)
+        except TokpruneError as refusal:  # in words, on one device as well
+            pytest.skip(str(refusal))
         with StandInDevice() as stand_in:
             split(tiny.model, stand_in)
             placed = stand_in.put(inputs)
             with tokprune.apply(tiny.model, chosen, ratio=0.5, processor=tiny.processor):
-                assert torch.allclose(tiny.model(**placed).logits.cpu(), logits, atol=1e-4)
+                assert torch.allclose(tiny.model(**placed).logits.cpu(), logits, atol=CLOSE)
                 assert torch.equal(tiny.model.generate(**placed, max_new_tokens=3).cpu(), words)
 
 
