@@ -66,8 +66,9 @@ def globalcom2_published(
         mask[t, ranked[t, : int(present * scale)]] = True
     # The code lays a crop's tokens out as if its unpadded tokens began at its first place.
     order = torch.sort(visible.to(torch.int8), dim=-1, descending=True, stable=True).indices
-    features = features.gather(1, order[..., None].expand(-1, -1, features.shape[-1]))
-    canvas, stays = lay(features), lay(mask.gather(1, order))[..., 0]
-    canvas = torch.cat([canvas, newline.expand(down * side, 1, -1)], dim=1)
-    stays = F.pad(stays, (0, 1), value=True)
-    return scales.to(thumbnail.dtype), kept, canvas[stays].half().to(features.dtype)
+    stays = F.pad(lay(mask.gather(1, order))[..., 0], (0, 1), value=True)
+    source = order + n * torch.arange(count, device=order.device)[:, None]
+    source = F.pad(lay(source)[..., 0], (0, 1), value=-1)[stays]  # of the kept ones, -1 for a newline
+    out = features.flatten(0, 1)[source.clamp(min=0)]
+    out = torch.where(source[:, None] < 0, newline.to(out), out)
+    return scales.to(thumbnail.dtype), kept, out.half().to(features.dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from tokprune.methods.connector.visionzip import visionzip_plan
 from tokprune.ops.numeric import wide
@@ -18,15 +19,24 @@ def visionzip(
     dominant counts [CLS]. Returns tokens (B, dominant + contextual, C) and the kept indices (B, dominant) with [CLS] =
     0, best first.
     """
-    patches = hidden[:, 1:]
-    best, targets, into, weight = visionzip_plan(
+    best, targets, into, _ = visionzip_plan(
         wide(attention).sum(1), wide(metric[:, 1:]), dominant - 1, contextual, "published"
     )
     cls = best.new_zeros(best.shape[0], 1)
     lead = torch.cat([cls, best.sort(-1).values + 1], dim=1)  # (B, dominant)
-    rows = torch.where(into[:, None, :] == targets[:, :, None], weight[:, None, :], 0.0)  # (B, contextual, N)
-    context = (rows @ patches.to(rows)).to(hidden)
-    out = torch.cat([hidden.gather(1, lead[..., None].expand(-1, -1, hidden.shape[-1])), context], dim=1)
+    # Each state is read once: into the sum of its context token, or into one row more that nobody looks at.
+    numbers = torch.full((len(cls), into.shape[1] + 1), contextual, device=cls.device)
+    numbers.scatter_(1, targets, torch.arange(contextual, device=cls.device).expand_as(targets))
+    slot = numbers.gather(1, torch.where(into < 0, into.shape[1], into))  # (B, N)
+    slot = slot.scatter(1, targets, contextual)
+    slot = F.pad(slot, (1, 0), value=contextual) + (contextual + 1) * torch.arange(len(cls), device=cls.device)[:, None]
+    states = wide(hidden).flatten(0, 1)
+    sums = states.new_zeros(len(cls) * (contextual + 1), hidden.shape[-1]).index_add_(0, slot.flatten(), states)
+    sums = sums.view(len(cls), contextual + 1, -1)[:, :-1]
+    count = torch.bincount(slot.flatten(), minlength=len(cls) * (contextual + 1)).view(len(cls), -1)[:, :-1, None]
+    chosen = torch.cat([lead, targets + 1], dim=1)
+    out = hidden.gather(1, chosen[..., None].expand(-1, -1, hidden.shape[-1]))
+    out[:, dominant:] += (sums / count.clamp_min(1)).to(hidden)
     return out, torch.cat([cls, best + 1], dim=1)
 
 

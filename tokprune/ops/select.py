@@ -16,7 +16,7 @@ from tokprune.ops import blocks
 from tokprune.ops.blocks import Rows, row_blocks, whole
 from tokprune.ops.similarity import cosine_distance, unit
 
-LAZY = 2**20
+LAZY = 2**16
 """Entries of a matrix above which looking for columns to make anew takes less time than making all anew, on a CPU."""
 RowOf = Callable[[Tensor, Tensor], Tensor]
 """The row of each item's pick: pick (B,) and the worth of all tokens (B, N) -> (B, N)."""
@@ -95,12 +95,14 @@ def greedy_map(kernel: Tensor, keep: int, fallback: Tensor) -> Tensor:
     Returns (B, keep) in the order of choice. O(K² N) time, O(K N) memory, no host synchronisation.
     """
     which = torch.arange(len(kernel), device=kernel.device)
-    return map_by_rows(lambda pick, _: kernel[which, pick], kernel.diagonal(dim1=-2, dim2=-1), keep, fallback)
+    return map_by_rows(lambda pick, _: kernel[which, pick], kernel.diagonal(dim1=-2, dim2=-1), keep, fallback)[0]
 
 
 @torch.no_grad()
-def map_by_rows(row_of: RowOf, own: Tensor, keep: int, fallback: Tensor) -> Tensor:
-    """`greedy_map` for a kernel that is not held. row_of: its rows. own: (B, N), its diagonal."""
+def map_by_rows(row_of: RowOf, own: Tensor, keep: int, fallback: Tensor) -> tuple[Tensor, Tensor]:
+    """`greedy_map` for a kernel that is not held, and the volume that each pick added, -inf by `fallback`, both (B,
+    keep). row_of: rows of the kernel. own: (B, N), its diagonal.
+    """
     (batch, n), device, dtype = own.shape, own.device, own.dtype
     which = torch.arange(batch, device=device)
     noise = 100 * torch.finfo(dtype).eps * own
@@ -111,19 +113,21 @@ def map_by_rows(row_of: RowOf, own: Tensor, keep: int, fallback: Tensor) -> Tens
     )  # (B, N): below every volume, best nearest to it
 
     order = torch.empty(batch, keep, dtype=torch.long, device=device)
+    added = torch.full((batch, keep), -torch.inf, dtype=dtype, device=device)
     factor = torch.zeros(batch, keep, n, dtype=dtype, device=device)
     volume = own.clone()
     for step in range(keep):
         live = volume > noise
         pick = torch.where(live, volume, behind).masked_fill(torch.isneginf(volume), -torch.inf).argmax(-1)  # (B,)
         order[:, step] = pick
+        added[:, step] = torch.where(live, volume, -torch.inf)[which, pick]
         known = (factor[which, :step, pick][:, None] @ factor[:, :step])[:, 0]  # (B, N) = sum over k of c_k[pick] c_k
         scale = live[which, pick] / volume[which, pick].clamp_min(torch.finfo(dtype).tiny).sqrt()
         row = (row_of(pick, volume) - known) * scale[:, None]
         factor[:, step] = row
         volume = volume - row * row
         volume[which, pick] = -torch.inf  # stays: only finite values are taken away from it
-    return order
+    return order, added
 
 
 @with_kernel("greedy")
@@ -150,15 +154,10 @@ def greedy_coverage_gains(
     batch, rows, n = similarity.shape
     large = similarity.device.type == "cpu" and rows * n > LAZY
     if large and (weights is None or bool((weights >= 0).all())):
-        numbers = torch.arange(n)
+        held, item = similarity.mT.contiguous(), torch.arange(batch)[:, None]
         optional = [None if x is None else x.detach().expand(batch, -1) for x in (weights, start, bonus, barred)]
-        each = [
-            lazy_coverage(
-                similarity[i].T.contiguous().__getitem__, numbers, keep, *(x if x is None else x[i] for x in optional)
-            )
-            for i in range(batch)
-        ]
-        return torch.stack([order for order, _ in each]), torch.stack([gains for _, gains in each])
+        numbers = torch.arange(n).expand(batch, n)
+        return _lazily(lambda which: held[item, which], numbers, keep, *optional)
     device, dtype = similarity.device, similarity.dtype
     which = torch.arange(batch, device=device)
     best = (
@@ -185,7 +184,6 @@ def greedy_coverage_gains(
     return order, gains
 
 
-@torch.no_grad()
 def lazy_coverage(
     columns: Callable[[Tensor], Tensor],
     numbers: Tensor,
@@ -195,41 +193,62 @@ def lazy_coverage(
     bonus: Tensor | None = None,
     barred: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`greedy_coverage_gains` of one item, of which columns are looked at that may be the next. The host waits.
+    """`greedy_coverage_gains` of one item, of which columns are made that may be the next. The host waits.
 
-    columns: (m,) numbers -> (m, R). numbers: (N,) of all columns, 0, 1, ... The rest as there, without the batch. A
-    gain only falls while the cover grows, so that an old one is a bound: the best bound that is still the best when it
-    is made anew is the largest gain (Minoux's lazy greedy). Returns the order of choice and the gains, both (keep,).
+    columns: (m,) numbers -> (m, R). numbers: (N,) of all columns, 0, 1, ... The rest as there, without the batch.
+    Returns the order of choice and the gains, both (keep,).
     """
-    n, where = len(numbers), numbers.device
-    best = torch.zeros_like(columns(numbers[:1])[0]) if start is None else start
+    optional = [None if x is None else x[None] for x in (weights, start, bonus, barred)]
+    order, gains = _lazily(lambda which: columns(which[0])[None], numbers[None], keep, *optional)
+    return order[0], gains[0]
 
-    def gains_of(which: Tensor) -> Tensor:
-        gain = (columns(which) - best).clamp_min_(0).sum(-1)
-        gain = gain if weights is None else gain * weights[which]
-        return gain if bonus is None else gain + bonus[which]
 
-    worth = torch.cat([gains_of(part) for part in numbers.split(blocks.ROWS)])
-    free = torch.ones(n, dtype=torch.bool, device=where)
+@torch.no_grad()
+def _lazily(
+    columns: Callable[[Tensor], Tensor],
+    numbers: Tensor,
+    keep: int,
+    weights: Tensor | None,
+    start: Tensor | None,
+    bonus: Tensor | None,
+    barred: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`lazy_coverage` of a batch. columns: (B, m) numbers -> (B, m, R). numbers: (B, N).
+
+    A gain only falls while the cover grows, so that an old one is a bound: the best bound that is still the best when
+    it is made anew is the largest gain (Minoux's lazy greedy). What else is made anew meanwhile, for other items of the
+    batch or beside it, changes no choice.
+    """
+    n = numbers.shape[1]
+    best = torch.zeros_like(columns(numbers[:, :1])[:, 0]) if start is None else start  # (B, R)
+
+    def gains_of(which: Tensor) -> Tensor:  # (B, m) -> (B, m)
+        gain = (columns(which) - best[:, None]).clamp_min_(0).sum(-1)
+        gain = gain if weights is None else gain * weights.gather(1, which)
+        return gain if bonus is None else gain + bonus.gather(1, which)
+
+    worth = torch.cat([gains_of(part) for part in numbers.split(blocks.ROWS, 1)], 1)
+    free = torch.ones_like(worth, dtype=torch.bool)
     if barred is not None:
         worth = worth.masked_fill(barred, -torch.inf)
-    order = torch.empty(keep, dtype=torch.long, device=where)
-    gains = torch.empty(keep, dtype=worth.dtype, device=where)
+    order, gains = torch.empty_like(numbers[:, :keep]), torch.empty_like(worth[:, :keep])
     for step in range(keep):
-        pick, width, anew = worth.argmax(keepdim=True), 8, set[int]()
-        if bool(torch.isneginf(worth[pick])):  # nothing but barred columns is left
-            pick = free.to(torch.uint8).argmax(keepdim=True)
-            worth[pick] = gains_of(pick)
-            anew = {int(pick)}
-        while int(pick) not in anew:
-            which = torch.cat([pick, worth.topk(min(width, n, blocks.ROWS)).indices])
-            which = which[worth[which] > -torch.inf]
-            worth[which] = gains_of(which)
-            anew.update(which.tolist())
-            pick, width = worth.argmax(keepdim=True), 2 * width
-        order[step], gains[step] = pick[0], worth[pick[0]]
-        best = torch.maximum(best, columns(pick)[0])
-        worth[pick], free[pick] = -torch.inf, False
+        known, width = torch.zeros_like(free), 8
+        pick = worth.argmax(-1, keepdim=True)  # (B, 1)
+        if barred is not None and bool((left := torch.isneginf(worth.gather(1, pick))).any()):  # none but barred ones
+            pick = torch.where(left, free.to(torch.uint8).argmax(-1, keepdim=True), pick)
+            worth.scatter_(1, pick, torch.where(left, gains_of(pick), worth.gather(1, pick)))
+            known.scatter_(1, pick, left)
+        while not bool(known.gather(1, pick).all()):
+            which = torch.cat([pick, worth.topk(min(width, n, blocks.ROWS)).indices], 1)
+            old = worth.gather(1, which)
+            worth.scatter_(1, which, torch.where(torch.isneginf(old), old, gains_of(which)))
+            known.scatter_(1, which, True)
+            pick, width = worth.argmax(-1, keepdim=True), 2 * width
+        order[:, step], gains[:, step] = pick[:, 0], worth.gather(1, pick)[:, 0]
+        best = torch.maximum(best, columns(pick)[:, 0])
+        worth.scatter_(1, pick, -torch.inf)
+        free.scatter_(1, pick, False)
     return order, gains
 
 

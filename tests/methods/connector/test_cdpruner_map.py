@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from tokprune.methods.connector.cdpruner import greedy_map
+from tokprune.methods.connector.cdpruner import _kernel, cdpruner, greedy_map, quality
 
 
 def kernel(n: int, d: int, seed: int) -> torch.Tensor:
@@ -43,3 +44,20 @@ def test_small_scales_are_no_noise() -> None:
     matrix = kernel(30, 16, 2)
     fallback = torch.zeros(2, 30)
     assert torch.equal(greedy_map(matrix, 12, fallback), greedy_map(matrix * 2.0**-40, 12, fallback))
+
+
+@pytest.mark.parametrize("kind", ["random", "repeated", "zeros", "equal weights", "low rank"])
+def test_a_part_of_the_kernel_chooses_as_the_whole(kind: str) -> None:
+    """Heaviest tokens alone, picture by picture or in a batch, against all; where part is not enough, all are taken."""
+    seed = torch.Generator().manual_seed(3)
+    x = torch.randn(3, 300, 6 if kind == "low rank" else 48, generator=seed)
+    if kind == "repeated":
+        x = x[:, torch.randint(300, (300,), generator=seed)]
+    elif kind == "zeros":
+        x[:, ::3] = 0
+    relevance = torch.randn(3, 300, generator=seed) * torch.tensor([1.0, 0.2, 3.0])[:, None]
+    weight = quality(torch.zeros(3, 300) if kind == "equal weights" else relevance)
+    for keep in (5, 30, 50):
+        found = cdpruner(x, weight, keep)
+        assert torch.equal(found, greedy_map(_kernel(x, weight), keep, weight))
+        assert torch.equal(found[1:2], cdpruner(x[1:2], weight[1:2], keep))

@@ -38,17 +38,72 @@ def cdpruner(features: Tensor, weight: Tensor, keep: int) -> Tensor:
     features: (B, N, D), weight: (B, N) from `quality` -> (B, keep) indices in the order of choice. When the features
     span no further direction, the tokens of largest weight follow.
     """
+    features, n = features.detach(), features.shape[-2]
+    if features.device.type == "cpu" and n >= 256 and 6 * keep <= n and not torch.compiler.is_compiling():
+        return _of_heaviest(features, weight, keep)
+    return _of_all(features, weight, keep)
+
+
+def _of_all(features: Tensor, weight: Tensor, keep: int) -> Tensor:
+    """`cdpruner` from the kernel of all tokens."""
     n = features.shape[-2]
     if whole(n, n):
-        kernel = cosine_similarity(features.detach()).mul_(weight[..., :, None]).mul_(weight[..., None, :])  # (B, N, N)
-        return greedy_map(kernel, keep, weight)
+        return greedy_map(_kernel(features, weight), keep, weight)
     found = []
-    for rows, by in zip(unit(features.detach()), weight, strict=True):
+    for rows, by in zip(unit(features), weight, strict=True):
         lazy = Rows(lambda which, rows=rows, by=by: by[which, None] * (rows[which] @ rows.T) * by)  # type: ignore[misc]
         own = by.square() * rows.square().sum(-1)  # (N,)
         row_of = lambda pick, volume, lazy=lazy: lazy.row(pick, volume[0])[None]  # noqa: E731
-        found.append(map_by_rows(row_of, own[None], keep, by[None]))
+        found.append(map_by_rows(row_of, own[None], keep, by[None])[0])
     return torch.cat(found)
+
+
+def _kernel(features: Tensor, weight: Tensor) -> Tensor:
+    """(B, N, D), (B, N) -> (B, N, N)."""
+    return cosine_similarity(features).mul_(weight[..., :, None]).mul_(weight[..., None, :])
+
+
+def _of_heaviest(features: Tensor, weight: Tensor, keep: int) -> Tensor:
+    """`cdpruner` from a part of each kernel, on a CPU.
+
+    A token never adds more than its squared weight, and picks add less and less: those whose squared weight is below
+    what the last pick added need not be looked at. How much that is says a choice among the heaviest quarter; where
+    more tokens could reach it, all those are looked at, and so on. Pictures that look at fewer are filled up with
+    tokens of no weight, which add nothing.
+    """
+    batch, n = weight.shape
+    found = torch.empty(batch, keep, dtype=torch.long)
+    sizes = [_rounded(max(2 * keep, n // 4), n)] * batch
+    left = list(range(batch))
+    while left:
+        size = max(sizes[i] for i in left)
+        if size >= n or not whole(size, size):
+            found[left] = _of_all(features[left], weight[left], keep)
+            return found
+        some, heavy = torch.zeros(len(left), size, dtype=torch.long), weight.new_full((len(left), size), -1.0)
+        kernel = weight.new_zeros(len(left), size, size)
+        for row, i in enumerate(left):
+            few = weight[i].topk(sizes[i]).indices.sort().values  # ascending: ties still go to the lower index
+            some[row, : len(few)], heavy[row, : len(few)] = few, weight[i, few]
+            kernel[row, : len(few), : len(few)] = _kernel(features[i, few], weight[i, few])
+        row_of = lambda pick, _, kernel=kernel: kernel[torch.arange(len(kernel)), pick]  # noqa: E731
+        order, added = map_by_rows(row_of, kernel.diagonal(dim1=-2, dim2=-1), keep, heavy)
+        floor = (1 - 1e-4) * added[:, -1:]  # less than what was added: a cosine of 1 may be rounded up
+        reach = (weight[left].square() >= floor).sum(-1).tolist()
+        again = []
+        for row, i in enumerate(left):
+            if reach[row] <= sizes[i]:
+                found[i] = some[row, order[row]]
+            else:
+                sizes[i] = _rounded(reach[row], n)
+                again.append(i)
+        left = again
+    return found
+
+
+def _rounded(size: int, n: int) -> int:
+    """Up to a whole number of vectors, so that filling up changes no remainder of a product; n at most."""
+    return min(n, -(-size // 32) * 32)
 
 
 @register_method(

@@ -16,7 +16,7 @@ from tokprune.ops import blocks
 from tokprune.ops.blocks import whole
 from tokprune.ops.grid import stacks
 from tokprune.ops.numeric import wide
-from tokprune.ops.similarity import cosine_similarity, unit
+from tokprune.ops.similarity import gram, unit
 from tokprune.ops.topk import rank_in_group, ranks, true_indices
 from tokprune.registry import Checked, register_method
 from tokprune.tokens import Selection, VisualTokens
@@ -32,16 +32,21 @@ def randomised_pca(samples: Tensor, rank: int, seed: int = 0, rounds: int = 2) -
     `seed` alone, on any device, is the same for every item of a batch, and leaves torch's global generator as it was.
     It is the draw of torch.pca_lowrank on a CPU behind torch.manual_seed(seed), so both give the same directions.
     """
-    wide = samples if samples.dtype == torch.float64 else samples.float()
-    centred = wide - wide.mean(-2, keepdim=True)
+    samples = wide(samples)
+    return _pca(samples - samples.mean(-2, keepdim=True), rank, seed, rounds)
+
+
+def _pca(centred: Tensor, rank: int, seed: int, rounds: int = 2) -> Tensor:
+    """`randomised_pca` of samples whose mean is 0."""
     tall = centred.shape[-2] >= centred.shape[-1]
     matrix = centred if tall else centred.mT
     generator = torch.Generator().manual_seed(seed)
-    draw = torch.randn(matrix.shape[-1], rank, generator=generator, dtype=wide.dtype).to(wide.device)
-    basis = torch.linalg.qr(matrix @ draw).Q
+    draw = torch.randn(matrix.shape[-1], rank, generator=generator, dtype=centred.dtype).to(centred.device)
+    # Products of few columns are written as products of few rows: on a CPU they take half the time.
+    basis = torch.linalg.qr((draw.mT @ matrix.mT).mT).Q
     for _ in range(rounds):  # power iterations sharpen a slowly falling spectrum
-        basis = torch.linalg.qr(matrix.mT @ basis).Q
-        basis = torch.linalg.qr(matrix @ basis).Q
+        basis = torch.linalg.qr((basis.mT @ matrix).mT).Q
+        basis = torch.linalg.qr((basis.mT @ matrix.mT).mT).Q
     left, _, right = torch.linalg.svd(basis.mT @ matrix, full_matrices=False)
     return right.mT if tall else basis @ left
 
@@ -49,6 +54,7 @@ def randomised_pca(samples: Tensor, rank: int, seed: int = 0, rounds: int = 2) -
 Importance = Literal["attention", "loading"]
 
 
+@torch.no_grad()
 def semantic_loadings(features: Tensor, groups: int, seed: int = 0) -> Tensor:
     """How much each token loads on each principal component (the paper's PSCA).
 
@@ -56,7 +62,9 @@ def semantic_loadings(features: Tensor, groups: int, seed: int = 0) -> Tensor:
     positive; a token belongs to the component on which it loads most.
     """
     rank = min(groups, *features.shape[-2:])
-    return randomised_pca(torch.sigmoid(wide(features)).mT, rank, seed).abs()
+    squashed = torch.sigmoid(wide(features))
+    squashed -= squashed.mean(-1, keepdim=True)  # in place: making room takes as long as the arithmetic
+    return _pca(squashed.mT, rank, seed).abs()
 
 
 @torch.no_grad()
@@ -67,44 +75,46 @@ def suppress(features: Tensor, scores: Tensor, group: Tensor, threshold: Tensor)
     so on; tokens without a positive score never survive. features: (..., N, C), scores, group: (..., N), threshold:
     (...,). Returns (..., N) bool.
     """
-    if not whole(features.shape[-2], features.shape[-2]):
-        return _suppress_in_order(features, scores, group, threshold)
+    return _suppress(unit(features), scores, group, threshold)
+
+
+def _suppress(rows: Tensor, scores: Tensor, group: Tensor, threshold: Tensor) -> Tensor:
+    """`suppress` for features of unit length."""
+    if not whole(rows.shape[-2], rows.shape[-2]):
+        return _suppress_in_order(rows, scores, group, threshold)
     order = ranks(scores)
-    removes = (
-        cosine_similarity(features) > threshold[..., None, None]
-    )  # (..., N, N): column removes row, if it survives
+    removes = gram(rows) > threshold[..., None, None]  # (..., N, N): column removes row, if it survives
     removes &= (group[..., None, :] == group[..., :, None]) & (order[..., None, :] < order[..., :, None])
-    counts = removes.to(torch.float32)
     alive = scores > 0
     survives = torch.zeros_like(alive)
     for step in range(scores.shape[-1]):
         # All tokens at once that nobody better can remove any more: the same survivors as one by one, in few rounds.
-        safe = alive & ~_any(counts, alive)
+        safe = alive & ~_any(removes, alive)
         survives |= safe
-        alive &= ~safe & ~_any(counts, safe)
+        alive &= ~safe & ~_any(removes, safe)
         if (alive.device.type == "cpu" or step % 8 == 7) and not alive.any():
             break
     return survives
 
 
-def _suppress_in_order(features: Tensor, scores: Tensor, group: Tensor, threshold: Tensor) -> Tensor:
-    """`suppress`, from the best to the worst, some at a time: first what earlier survivors remove, then each other."""
+def _suppress_in_order(rows: Tensor, scores: Tensor, group: Tensor, threshold: Tensor) -> Tensor:
+    """`_suppress`, from the best to the worst, some at a time: first what earlier survivors remove, then each other."""
     order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
-    rows = unit(features).gather(-2, order[..., None].expand_as(features))
+    rows = rows.gather(-2, order[..., None].expand_as(rows))
     worth, groups = scores.gather(-1, order), group.gather(-1, order)
     found = torch.zeros_like(order, dtype=torch.bool)
     for start in range(0, order.shape[-1], blocks.ROWS):
         part = slice(start, start + blocks.ROWS)
         alike = rows[..., part, :] @ rows[..., :start, :].mT > threshold[..., None, None]  # (..., m, start)
         alike &= groups[..., part, None] == groups[..., None, :start]
-        left = worth[..., part].masked_fill(_any(alike.to(rows.dtype), found[..., :start]), 0)
-        found[..., part] = suppress(rows[..., part, :], left, groups[..., part], threshold)
+        left = worth[..., part].masked_fill(_any(alike, found[..., :start]), 0) if start else worth[..., part]
+        found[..., part] = _suppress(rows[..., part, :], left, groups[..., part], threshold)
     return torch.zeros_like(found).scatter(-1, order, found)
 
 
-def _any(counts: Tensor, mask: Tensor) -> Tensor:
-    """Whether a row of (..., N, N) has an entry where the mask (..., N) is set."""
-    return (counts @ mask.to(counts.dtype)[..., None])[..., 0] > 0
+def _any(entries: Tensor, mask: Tensor) -> Tensor:
+    """Whether a row of (..., M, N) bool has an entry where the mask (..., N) is set."""
+    return (entries & mask[..., None, :]).view(torch.int8).amax(-1) > 0  # of bool, any() takes several times as long
 
 
 def group_budgets(sizes: Tensor, survivors: Tensor, keep: int, slots: int) -> Tensor:
@@ -151,7 +161,7 @@ def prunesid(features: Tensor, attention: Tensor | None, keep: int, seed: int = 
         return torch.arange(n, device=x.device).expand(*x.shape[:-1])
     slots = keep if attention is None else keep + 1  # [CLS] takes one of theirs
     rows = unit(x)
-    squares = rows.square().sum((-2, -1))
+    squares = torch.linalg.vector_norm(rows, dim=(-2, -1)).square()
     pairs = (rows.sum(-2).square().sum(-1) - squares) / 2  # sum of the cosines of all pairs of two different tokens
     loadings = semantic_loadings(
         x, max(1, slots // 4) if attention is not None else min(max(slots // 4, 4), keep), seed
@@ -161,7 +171,7 @@ def prunesid(features: Tensor, attention: Tensor | None, keep: int, seed: int = 
         scores, threshold = strongest, max(18 * keep / n, 1) * (pairs + squares) / n**2
     else:
         scores, threshold = wide(attention), slots / 32 * pairs / (n * (n - 1) / 2)
-    alive = suppress(x, scores, group, threshold)
+    alive = _suppress(rows, scores, group, threshold)
     empty = torch.zeros(*group.shape[:-1], loadings.shape[-1], dtype=torch.long, device=x.device)
     sizes, survivors = (empty.scatter_add(-1, group, m.long()) for m in (torch.ones_like(alive), alive))
     budgets = group_budgets(sizes, survivors, keep, slots)

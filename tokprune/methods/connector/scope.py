@@ -29,7 +29,8 @@ def scope(features: Tensor, attention: Tensor, keep: int, alpha: float = 1.0) ->
     """
     n, weights = features.shape[1], attention**alpha
     if whole(n, n):
-        return greedy_coverage(cosine_similarity(wide(features)), keep, weights=weights)
+        similarity = cosine_similarity(wide(features)).mT  # symmetric: so its columns are the ones that lie together
+        return greedy_coverage(similarity, keep, weights=weights)
     numbers = torch.arange(n, device=features.device)
     each = zip(unit(features.detach()), weights, strict=True)
     return torch.stack([lazy_coverage(lambda which, x=x: x[which] @ x.T, numbers, keep, w)[0] for x, w in each])  # type: ignore[misc]

@@ -14,21 +14,31 @@ from tokprune.ops.similarity import unit
 from tokprune.registry import Checked, register_method
 from tokprune.tokens import VisualTokens
 
+LAST = 256
+"""Rows of which all products are made at once: smaller parts multiply less, but each less efficiently."""
+
 
 @torch.no_grad()
 def uniqueness(features: Tensor) -> Tensor:
     """1 minus the largest cosine with any *later* token, and 3, above all others, for the last. features: (..., N, D)
     -> (..., N).
     """
-    rows = unit(features)
+    return 1 - _likest_later(unit(features))
+
+
+def _likest_later(rows: Tensor) -> Tensor:
+    """Largest product of each row with a later one, -2 for the last. rows: (..., n, D) -> (..., n).
+
+    In halves: the first half with the second at once, then each half by itself; half of the products in all.
+    """
     n = rows.shape[-2]
-    step = n if rows.device.type != "cpu" and whole(n, n) else min(blocks.ROWS, max(128, n // 8))  # half the products
-    likest: list[Tensor] = []
-    for part in rows.split(step, -2):
-        similarity = part @ rows[..., sum(x.shape[-1] for x in likest) :, :].mT  # (..., m, N - start)
-        later = torch.ones(similarity.shape[-2:], dtype=torch.bool, device=rows.device).triu(1)
-        likest.append(similarity.masked_fill_(~later, -2.0).amax(-1))
-    return 1 - torch.cat(likest, -1)
+    if n <= LAST or (rows.device.type != "cpu" and whole(n, n)):
+        similarity = rows @ rows.mT  # (..., n, n)
+        return similarity.masked_fill_(~torch.ones_like(similarity, dtype=torch.bool).triu_(1), -2.0).amax(-1)
+    cut = -(-n // 2)
+    first, second = rows[..., :cut, :], rows[..., cut:, :]
+    beyond = [(part @ second.mT).amax(-1) for part in first.split(blocks.ROWS, -2)]
+    return torch.cat([_likest_later(first).maximum(torch.cat(beyond, -1)), _likest_later(second)], -1)
 
 
 @register_method(
