@@ -77,7 +77,8 @@ class Pair:
 
     inputs: arguments of both, made for a case by a seeded generator. naive: the published formulation. ours: the same
     job with the functions of tokprune.methods. differs: why the results need not be the same; empty when they must be.
-    tiled: the method needs tiles.
+    tiled: the method needs tiles. least: what no form of the method can do without, on the same inputs; least_share:
+    how much of that call it is; least_is: what it is.
     """
 
     name: str
@@ -86,6 +87,9 @@ class Pair:
     ours: Callable[..., Any]
     differs: str = ""
     tiled: bool = False
+    least: Callable[..., Any] | None = None
+    least_share: float = 1.0
+    least_is: str = ""
 
     def fits(self, case: Case) -> bool:
         """Whether the method can run on this case."""
@@ -215,6 +219,11 @@ def _holov_naive(features: Tensor, attention: Tensor, keep: int) -> Tensor:
     return torch.stack(each_tile(by_attention.holov)(features, attention, keep))
 
 
+def _crop_products(features: Tensor, attention: Tensor, keep: int) -> Tensor:
+    crops = features.reshape(len(features) * 16, -1, features.shape[-1])  # as many tokens in each: 576 / 16
+    return crops @ crops.mT
+
+
 def _holov_published(features: Tensor, attention: Tensor, keep: int) -> Tensor:
     return holov_published(features, attention, keep)[0]
 
@@ -302,6 +311,7 @@ def _pool(features: Tensor, positions: Tensor, stride: int) -> tuple[Tensor, Ten
     return average_pool(features, stride), pooled_positions(positions, stride)
 
 
+CROPS = "the products of the tokens of each crop with each other, in one call"
 PAIRS = (
     Pair("divprune", _whole, similarity.divprune, lambda x, keep: divprune(x[None], keep)[0].sort().values),
     Pair(
@@ -328,8 +338,10 @@ PAIRS = (
         _holov_naive,
         holov,
         "diversity counts in the allocation and in the choice; what a full crop cannot take goes to others",
+        least=_crop_products,
+        least_is=CROPS,
     ),
-    Pair("holov (published)", _projected, _holov_naive, _holov_published),
+    Pair("holov (published)", _projected, _holov_naive, _holov_published, least=_crop_products, least_is=CROPS),
     Pair("hiprune", _two_rows, _hiprune_naive, _hiprune("corrected"), "neighbours neither wrap nor are clamped"),
     Pair("hiprune (published)", _two_rows, _hiprune_naive, _hiprune("published")),
     Pair("prumerge", _merge_inputs, _prumerge_naive, _prumerge),
@@ -348,6 +360,9 @@ PAIRS = (
         lambda case, seed: (_whole(case, seed)[0][None], case.keep),
         similarity.textmonkey,
         lambda features, keep: top(uniqueness(features), keep),
+        least=lambda features, keep: features[0] @ features[0].T,
+        least_share=0.5,
+        least_is="half of the product of all pairs of tokens",
     ),
     Pair("recoverable", _recoverable_inputs, each_tile(merging.recoverable), each_tile(recoverable)),
     Pair(
@@ -356,6 +371,8 @@ PAIRS = (
         merging.pool,
         _pool,
         "positions above 2048 are exact, not rounded to float16",
+        least=lambda features, positions, stride: features.unflatten(1, (-1, stride)).sum(2),
+        least_is="one sum over the same windows: each feature is read once",
     ),
     Pair("gprune", _whole, similarity.gprune, lambda x, keep: top(gprune(x), keep)),
     Pair(

@@ -121,6 +121,9 @@ def prefill_rows(
     for method in METHODS:
         beside = {"pruned_ms": Measurement("", "ms", tuple(first[method])).median, "ideal_ms": ideal.median}
         beside |= {"columns": runs[method].prompt, "visual": runs[method].visual}
+        # From the projector to the LLM, over the same of the run that chooses nothing (embedding the text).
+        chosen = [found[n]["select"].median for n in (method, "ideal")]
+        beside |= {"choice_ms": chosen[0] - chosen[1]}
         if whole:
             beside |= {"plain_ms": median(whole), "speedup": median(whole) / beside["pruned_ms"]}
         what = f"{title}: prefill with {method}, speed against embeddings by hand"

@@ -74,8 +74,12 @@ def table(rows: list[Row]) -> list[str]:
     for row in rows:
         if row.met is False and not row.limit:
             raise SystemExit(f"{row.what!r} misses its target and does not say what bounds it (Row.limit).")
-        verdict = {None: "", True: "met", False: f"missed; limit: {row.limit}"}[row.met]
-        if row.target is not None and abs(row.measured.median - row.target) < row.measured.spread:
+        verdict = row.verdict
+        if (
+            "over_limit" not in row.beside
+            and row.target is not None
+            and abs(row.measured.median - row.target) < row.measured.spread
+        ):
             verdict = "open: the target lies within the spread of the runs"
         measured = (
             str(row.measured) if len(row.measured.samples) > 1 else f"{row.measured.median:g} {row.measured.unit}"

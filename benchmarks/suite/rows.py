@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import sys
@@ -19,6 +20,8 @@ from tokprune.files import checked
 from tokprune.profiling.timing import Measurement, interleave
 
 TYPE, VERSION = "tokprune.bench", 1
+WITHIN = 1.2
+"""Times its limit that a quantity may take to count as being at it."""
 RESULTS = Path(__file__).parents[1] / "results"
 
 
@@ -36,7 +39,8 @@ class Row:
     limit: str = ""
     """What bounds the quantity, in a line; shown where the target is missed."""
     beside: dict[str, Any] = field(default_factory=dict)
-    """Medians that the quantity was made from."""
+    """Medians that the quantity was made from. over_limit: how many times its limit it took, where that was measured in
+    the same rounds."""
 
     @property
     def met(self) -> bool | None:
@@ -44,6 +48,14 @@ class Row:
         if self.target is None:
             return None
         return self.measured.median >= self.target if self.at_least else self.measured.median <= self.target
+
+    @property
+    def verdict(self) -> str:
+        """In words."""
+        if self.met is not False:
+            return "met" if self.met else ""
+        over = self.beside.get("over_limit", math.inf)
+        return f"at its limit, {over:.2f} times {self.limit}" if over <= WITHIN else f"missed; limit: {self.limit}"
 
     @property
     def aim(self) -> str:
@@ -64,8 +76,7 @@ class Row:
         return Row(measured=Measurement.from_dict(data["what"], data["measured"]), **rest)
 
     def __str__(self) -> str:
-        verdict = {None: "", True: "met", False: "missed"}[self.met]
-        return f"{self.what}: {self.measured} ({self.aim or 'no target'}) {verdict}".rstrip()
+        return f"{self.what}: {self.measured} ({self.aim or 'no target'}) {self.verdict}".rstrip()
 
 
 def number(what: str, value: float, unit: str = "") -> Measurement:

@@ -94,3 +94,12 @@ def test_prompts_of_a_ragged_batch_are_what_each_is_alone(name: str) -> None:
         for i, size in enumerate(sizes):
             alone = model(**random_inputs(known, model, size, text=32 + 12 * i, seed=i)).logits[0, -1]
             assert torch.allclose(whole[i], alone, atol=1e-4)
+
+
+def test_a_row_beside_its_limit_says_how_far_it_is_from_it() -> None:
+    slow = number("a", 0.9)
+    assert (
+        Row("a", slow, 0.5, False, "one product", {"over_limit": 1.1}).verdict == "at its limit, 1.10 times one product"
+    )
+    assert Row("a", slow, 0.5, False, "one product", {"over_limit": 1.3}).verdict == "missed; limit: one product"
+    assert Row("a", slow, 1.0, False, "one product", {"over_limit": 1.3}).verdict == "met"
