@@ -250,33 +250,36 @@ def share_out(total: int, weights: Tensor, capacities: Tensor) -> Tensor:
 
 
 def share_on_device(total: int, weights: Tensor, capacities: Tensor) -> Tensor:
-    """`share_out` by P rounds of element-wise work, without host synchronisation; in float64, as on the host, but on
-    MPS.
+    """`share_out` without host synchronisation and without rounds; in float64, as on the host, but on MPS.
+
+    All fill up at the same pace by weight, those of weight zero behind the others. So a member gets full when the total
+    covers what is full before it, and everybody else of its kind at the level at which it is full: one comparison of
+    all pairs.
     """
     weights = weights.float() if weights.device.type == "mps" else weights.double()
-    usable = (torch.isfinite(weights) & (weights >= 0)).all(-1, keepdim=True) & (weights.sum(-1, keepdim=True) > 0)
-    weights = torch.where(usable, weights, 1.0)
-    weights = weights / weights.amax(-1, keepdim=True)  # so that sums and products of huge or tiny weights stay finite
-    out = torch.zeros_like(weights, dtype=torch.long)
-    caps = capacities.to(weights.device).expand_as(out)
-    for _ in range(weights.shape[-1]):  # each round fills at least one member, or none is full any more
-        wish, room = _wishes(total, weights, caps, out)
-        out = torch.where((room > 0) & (wish >= room), caps, out)
-    wish, room = _wishes(total, weights, caps, out)
-    whole = wish.floor().long()
-    rest = total - (out + whole).sum(-1, keepdim=True)
-    fraction = torch.where(room > 0, wish - whole, -1.0)
-    return out + whole + (_ranks(fraction) < rest).long()
-
-
-def _wishes(total: int, weights: Tensor, caps: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-    """What each member would get of the rest by its weight, and how much room it has."""
-    room = caps - out
-    left = total - out.sum(-1, keepdim=True)
-    active = torch.where(room > 0, weights, 0.0)
+    low, high = weights.aminmax(dim=-1, keepdim=True)  # NaN, where there is any
+    usable = (low >= 0) & (high > 0) & (high < torch.inf)
+    # At most 1, so that sums and products of huge or tiny weights stay finite.
+    weights = torch.where(usable, weights / high, 1.0)
+    caps = capacities.to(weights.device).expand(weights.shape)
+    lone = weights == 0
+    pace = weights + lone
+    level = caps / pace
+    peers = lone[..., :, None] == lone[..., None, :]  # (B, P, P)
+    before = torch.where(peers, level[..., None, :] < level[..., :, None], lone[..., :, None])
+    spent = (before * caps[..., None, :]).sum(-1)
+    beside = ((peers & ~before) * pace[..., None, :]).sum(-1)
+    slack = 1 - 16 * torch.finfo(pace.dtype).eps  # whoever would get all but a rounding error is full
+    full = (total - spent) * pace >= caps * beside * slack
+    out = caps * full
+    active = weights * ~full
     # Only members of weight zero have room: equal shares among them.
-    active = torch.where(active.sum(-1, keepdim=True) > 0, active, (room > 0).to(weights.dtype))
-    return left * active / active.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny), room
+    active = torch.where(active.sum(-1, keepdim=True) > 0, active, (~full).to(weights.dtype))
+    left = total - out.sum(-1, keepdim=True)
+    wish = left * active / active.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+    whole = wish.floor().long()
+    rest = left - whole.sum(-1, keepdim=True)
+    return out + whole + (_ranks((wish - whole).masked_fill(full, -1.0)) < rest)
 
 
 def _ranks(values: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -58,7 +58,11 @@ class Layout:
 
     def to(self, device: torch.device | str) -> Layout:
         """The same layout with its tensors on `device`; the group sizes, once counted, are not counted there again."""
-        moved = replace(self, group=self.group.to(device), row=self.row.to(device), col=self.col.to(device))
+        return self.with_places(self.group.to(device), self.row.to(device), self.col.to(device))
+
+    def with_places(self, group: Tensor, row: Tensor, col: Tensor) -> Layout:
+        """The same layout with copies of its tensors on some device."""
+        moved = replace(self, group=group, row=row, col=col)
         if "group_sizes" in vars(self) or self.group.device.type == "cpu":
             vars(moved)["group_sizes"] = self.group_sizes
         return moved
@@ -141,7 +145,10 @@ class VisualTokens:
             near = range(bisect_right(starts, start) - 1, bisect_left(starts, stop))  # no look at all frames for each
             sizes = {g: min(stop, starts[g + 1]) - max(start, starts[g]) for g in near}
         else:
-            sizes = dict(enumerate(torch.bincount(group, minlength=lay.num_groups).tolist()))
+            number = group
+            if isinstance(where, Tensor) and where.device != group.device:  # the host knows them, and their groups
+                number = torch.bucketize(where, torch.tensor(lay.group_starts[1:], device=where.device), right=True)
+            sizes = dict(enumerate(torch.bincount(number, minlength=lay.num_groups).tolist()))
         present = [g for g, size in sizes.items() if size > 0]
         at = torch.tensor(present, dtype=torch.long, device=group.device)
         pieces = Layout(
@@ -171,7 +178,7 @@ def weighted_sums(x: Tensor, target: Tensor, scale: Tensor, k: int) -> Tensor:
     """
     wide = x if x.dtype == torch.float64 else x.float()
     batch, n, width = x.shape
-    weighted = wide * (scale.to(wide.dtype) * (target >= 0))[..., None]
+    weighted = torch.where((target >= 0)[..., None], wide * scale.to(wide.dtype)[..., None], 0)  # not 0 * infinity
     row = target.clamp(min=0)
     if batch > 1:
         row = row + k * torch.arange(batch, device=x.device)[:, None]
@@ -190,6 +197,19 @@ class Merge:
     target: Tensor | None = None
     scale: Tensor | None = None
     rows: Tensor | None = None
+
+    @staticmethod
+    def side_by_side(merges: Sequence[tuple[Merge, int]]) -> Merge:
+        """One merge of streams that lie one after the other, from merges by target with their numbers of outputs; in
+        as many operations as for one.
+        """
+        targets = [merge.target for merge, _ in merges if merge.target is not None]
+        scales = [merge.scale for merge, _ in merges if merge.scale is not None]
+        target = torch.cat(targets)
+        sizes = torch.tensor([len(one) for one in targets], device="cpu")
+        outputs = torch.tensor([k for _, k in merges], device="cpu")
+        first = (outputs.cumsum(0) - outputs).repeat_interleave(sizes).to(target.device)
+        return Merge(torch.where(target >= 0, target + first, -1), torch.cat(scales))
 
     def apply(self, x: Tensor, k: int) -> Tensor:
         """Merged features. x: (N, D) -> (k, D), summed in float32 at least, returned in x's dtype; differentiable."""

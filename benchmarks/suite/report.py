@@ -22,9 +22,8 @@ TITLES = {
 }
 """Sections in the order of the page."""
 NOTES = {
-    "counts": "The limit names the family with the most. Signals (hired, visionzip) are laid out while pictures are "
-    "encoded, which waits once more where their sizes lie on the device; in families of tiles, the shares of the tiles "
-    "are worked out in as many rounds as there are tiles. generate() is checked once, in its first step.",
+    "counts": "The limit names the family with the most. Signals (hired, visionzip) are finished when the prompt's one "
+    "transfer tells the sizes of the pictures. generate() is checked once, in its first step.",
 }
 """What a section's rows are bound by, where one sentence serves them all."""
 

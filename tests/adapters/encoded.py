@@ -18,7 +18,8 @@ from tokprune.adapters.families import (
     placeholder_runs,
     stream_layouts,
 )
-from tokprune.runtime.signals import SignalSet, compute_signals, required_blocks
+from tokprune.runtime.signal_blocks import required_blocks
+from tokprune.runtime.signals import SignalSet, compute_signals
 from tokprune.testing import TinyVLM, build, clip, picture
 
 Samples = list[list[Any]]

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from tokprune.adapters.towers import tower_of
 from tokprune.runtime.probe import AttentionProbe
-from tokprune.runtime.signals import SignalSet, compute_signals, required_blocks
+from tokprune.runtime.signal_blocks import required_blocks
+from tokprune.runtime.signals import SignalSet, compute_signals
 from tokprune.testing import TinyVLM, build, picture
 
 TOLERANCE = 1e-6

@@ -16,7 +16,8 @@ from tokprune.adapters.families import (
 )
 from tokprune.adapters.families.idefics import SmolVLM
 from tokprune.errors import MissingSignalError
-from tokprune.runtime.signals import compute_signals, required_blocks
+from tokprune.runtime.signal_blocks import required_blocks
+from tokprune.runtime.signals import compute_signals
 from tokprune.testing import picture
 
 SIZES = [(60, 40), (40, 60), (100, 28), (28, 100), (64, 64), (33, 61), (200, 31)]

@@ -186,7 +186,7 @@ def test_a_failing_apply_leaves_the_pruning_before_it(
     expected, count = tiny.model.generate(**inputs, max_new_tokens=4), hooks(tiny.model)
     logits = tiny.model(**inputs).logits
     if failing == "missing signal":
-        monkeypatch.setattr("tokprune.runtime.signals.tower_blocks", _no_blocks)
+        monkeypatch.setattr("tokprune.runtime.signal_blocks.tower_blocks", _no_blocks)
     arguments, error = FAILING[failing]
     with pytest.raises(error):
         tokprune.apply(tiny.model, **arguments())

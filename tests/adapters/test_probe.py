@@ -13,7 +13,8 @@ from tests.adapters.probed import TOLERANCE, call, eager_maps, run, seen_by, sig
 from tokprune.adapters.towers import tower_blocks, tower_of
 from tokprune.errors import MissingSignalError, OptionError
 from tokprune.runtime.probe import AttentionProbe
-from tokprune.runtime.signals import block_index, compute_signals, required_blocks
+from tokprune.runtime.signal_blocks import block_index, required_blocks
+from tokprune.runtime.signals import compute_signals
 from tokprune.testing import build, clip
 
 

@@ -13,7 +13,8 @@ from tests.adapters.probed import TOLERANCE, call, eager_maps, hooks, run, signa
 from tokprune.adapters.towers import tower_blocks, tower_of
 from tokprune.errors import MissingSignalError
 from tokprune.runtime.probe import AttentionProbe
-from tokprune.runtime.signals import SignalSet, compute_signals, required_blocks
+from tokprune.runtime.signal_blocks import required_blocks
+from tokprune.runtime.signals import SignalSet, compute_signals
 from tokprune.testing import build
 
 

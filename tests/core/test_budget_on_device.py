@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tokprune.budget import share, share_on_device, share_out
+from tokprune.testing import StandInDevice, device
 
 BOTH = pytest.mark.parametrize("split", [share_out, share_on_device])
 
@@ -51,3 +52,17 @@ def test_float32_sums_stay_exact(split) -> None:  # type: ignore[no-untyped-def]
 def test_useless_weights_are_equal_ones(split) -> None:  # type: ignore[no-untyped-def]
     bad = torch.tensor([[0.0, 0, 0], [1, torch.nan, 1], [1, -1, 1], [torch.inf, 1, 1]])
     assert split(6, bad, torch.tensor([5, 5, 5])).tolist() == [[2, 2, 2]] * 4
+
+
+@pytest.mark.skipif(not device.AVAILABLE, reason="the stand-in device needs a newer torch")
+def test_more_members_cost_no_more_operations() -> None:
+    launches = set()
+    with StandInDevice() as stand_in:
+        for members in (2, 5, 12):
+            weights = stand_in.put(torch.rand(3, members))
+            capacities = stand_in.put(torch.full((members,), 9))
+            with stand_in.count() as counted:
+                share_out(8 * members, weights, capacities)
+            assert counted.syncs == 0
+            launches.add(counted.launches)
+    assert len(launches) == 1

@@ -125,3 +125,21 @@ def test_selections_apply_in_order_of_precedence() -> None:
     assert out.dtype == x.dtype
     assert torch.equal(out, torch.ones(2, 2))
     assert len(Selection(indices)) == 2
+
+
+def test_streams_side_by_side_merge_as_each_alone() -> None:
+    """Whatever a neighbour drops, infinities too."""
+    draw = torch.Generator().manual_seed(0)
+    counts, sizes = (3, 1, 4), (7, 5, 9)
+    merges = [
+        Merge(torch.randint(-1, k, (n,), generator=draw), torch.rand(n, generator=draw))
+        for k, n in zip(counts, sizes, strict=True)
+    ]
+    x = torch.randn(sum(sizes), 6, generator=draw)
+    dropped = torch.cat([merge.target for merge in merges if merge.target is not None]) < 0
+    assert dropped.any()
+    x[dropped] = torch.inf
+    together = Merge.side_by_side(list(zip(merges, counts, strict=True))).apply(x, sum(counts))
+    alone = [merge.apply(part, k) for merge, part, k in zip(merges, x.split(sizes), counts, strict=True)]
+    assert together.isfinite().all()
+    assert torch.equal(together, torch.cat(alone))

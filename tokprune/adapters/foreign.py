@@ -16,6 +16,7 @@ UNFINISHED = "_tokprune_unfinished"
 ENCODER_RECORD = "tokprune_record"
 GENERATE_STEP = "tokprune_step"
 PREPARE, PREFILL, CANDIDATES = "prepare_inputs_for_generation", "_prefill", "_get_candidate_generator"
+ENCODE_FIRST = "_maybe_prepare_encoder_kwargs_for_generation"
 ENCODERS = ("get_image_features", "get_video_features")
 FORWARD = "forward"
 OWNER_CALLS = (FORWARD, "forward_intermediates", *ENCODERS, "encode_image")
@@ -43,6 +44,7 @@ FOREIGN: tuple[Foreign, ...] = (
     _removed("attribute", HANDLE, "model", "the pruning that is on it"),
     _removed("method", PREPARE, "model", "a step of generate() fits the keys that are kept"),
     _removed("method", PREFILL, "model", "a prompt that is read in chunks is shortened first"),
+    _removed("method", ENCODE_FIRST, "model", "what generate() encodes is read by its prefill"),
     _removed("method", CANDIDATES, "model", "decoder and cache stage: refuses assisted decoding"),
     *(_removed("method", name, "base model", "notes what is encoded, and its signals") for name in ENCODERS),
     _removed("hook", "", "base model", "shortens the call before, widens the output behind"),

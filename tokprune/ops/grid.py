@@ -61,13 +61,17 @@ def region_of(row: Tensor, col: Tensor, grid: tuple[int, int], canvas: tuple[int
 def region_sums(values: Tensor, layout: Layout) -> Tensor:
     """Sum of a thumbnail's values over the region of each tile.
 
-    values: (N,) one per token of the stream; only the thumbnail's (group 0) are read. Returns (tiles,) in float32.
+    values: (..., N) one per token of the stream, or of several that lie alike; only the thumbnail's (group 0) are read.
+    Returns (..., tiles) in float32.
     """
     canvas = check_canvas(layout)
-    own = layout.group_slices()[0]
-    region = region_of(layout.row[own], layout.col[own], layout.grids[0], canvas)
+    own, (height, width) = layout.group_slices()[0], layout.grids[0]
+    row, col = layout.row[own], layout.col[own]
+    if row.device.type != "cpu" and own.stop == height * width:  # a whole grid, in raster order: the host knows it
+        row, col = torch.cartesian_prod(torch.arange(height), torch.arange(width)).unbind(1)
+    region = region_of(row, col, layout.grids[0], canvas).to(values.device)
     wide = values if values.dtype == torch.float64 else values.float()
-    return wide.new_zeros(canvas[0] * canvas[1]).index_add(0, region, wide[own])
+    return wide.new_zeros(*values.shape[:-1], canvas[0] * canvas[1]).index_add(-1, region, wide[..., own])
 
 
 def check_canvas(layout: Layout) -> tuple[int, int]:

@@ -57,9 +57,7 @@ def rank_in_group(scores: Tensor, group: Tensor) -> Tensor:
     groups, by_group = torch.sort(group.expand(scores.shape).gather(-1, order), dim=-1, stable=True)
     order = order.gather(-1, by_group)  # group after group, best first
     place = torch.arange(scores.shape[-1], device=scores.device).expand(scores.shape)
-    begins = torch.ones_like(groups, dtype=torch.bool)
-    begins[..., 1:] = groups[..., 1:] != groups[..., :-1]
-    start = torch.where(begins, place, 0).cummax(-1).values
+    start = torch.searchsorted(groups, groups)
     return torch.empty_like(order).scatter_(-1, order, place - start)
 
 

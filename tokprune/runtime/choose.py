@@ -50,16 +50,21 @@ def choose(method: ConnectorMethod, streams: Sequence[StreamRecord], asked: Sequ
 
 def _fetch(streams: Sequence[StreamRecord], checks: Checks) -> None:
     """Bring what was chosen to the host, with all that is left to check: the prefill's second wait."""
-    targets = [None if (merge := s.selection.weights) is None else merge.target for s in streams]
-    highest = [target.amax()[None] for target in targets if target is not None]
+    merges = [(w.target, len(s.selection)) for s in streams if (w := s.selection.weights) and w.target is not None]
+    above = []
+    if merges:
+        device = merges[0][0].device
+        sizes, keeps = (torch.tensor(numbers) for numbers in zip(*((len(t), k) for t, k in merges), strict=True))
+        slots = keeps.repeat_interleave(sizes).to(device)
+        above = [(torch.cat([target.to(device) for target, _ in merges]) >= slots).any()[None]]
     flags, indices = checks.flags(), [stream.selection.indices for stream in streams]
-    host = to_host(*indices, *highest, *flags)
-    checks.raise_unless(host[len(indices) + len(highest) :])
-    tops = iter(host[len(indices) :])
-    for stream, chosen, target in zip(streams, host, targets, strict=False):
+    host = to_host(*indices, *above, *flags)
+    checks.raise_unless(host[len(indices) + len(above) :])
+    for stream, chosen in zip(streams, host, strict=False):
         stream.indices = chosen.long()
-        if target is not None and (top := int(next(tops))) >= len(chosen):
-            raise TokpruneError(f"a method merges tokens into slot {top}, but keeps {len(chosen)} slots.")
+    if above and host[len(indices)]:
+        top, keep = next((int(t.amax()), keep) for t, keep in merges if int(t.amax()) >= keep)
+        raise TokpruneError(f"a method merges tokens into slot {top}, but keeps {keep} slots.")
 
 
 def _keep_counts(method: ConnectorMethod, streams: Sequence[StreamRecord], asked: Sequence[int]) -> list[int]:

@@ -6,15 +6,16 @@ import contextlib
 import copy
 import inspect
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 from tokprune.adapters.base import Adapter, flatten
 from tokprune.adapters.families import EncoderCall
+from tokprune.adapters.families.base import SHRUNK
 from tokprune.adapters.foreign import ENCODER_RECORD, ENCODERS
 from tokprune.adapters.hooks import Attachments, PerThread
 from tokprune.adapters.types import EncoderOutput, ModelCall, Original
@@ -22,7 +23,8 @@ from tokprune.errors import UnsupportedModelError
 from tokprune.runtime.host import to_host
 from tokprune.runtime.probe import AttentionProbe
 from tokprune.runtime.records import EncoderRecord, encoder_record
-from tokprune.runtime.signals import PatchScorer, SignalSet, compute_signals, of_tower, signal_probe
+from tokprune.runtime.signal_blocks import of_tower, signal_probe
+from tokprune.runtime.signals import PatchScorer, SignalSet, begin_signals
 
 if TYPE_CHECKING:
     from tokprune.runtime.encoder.stage import EncoderStage
@@ -33,10 +35,32 @@ WORTH = "pixel_worth"
 """The signal by which a pixels method ranks rows; from that stage, too."""
 
 
-def sizes_in(arguments: ModelCall) -> list[str]:
+def _sizes_in(arguments: ModelCall) -> list[str]:
     """Names of the arguments of an encoder call that say how large each picture is; the host reads them often."""
-    ends = ("_sizes", "_sizes_videos", "_grid_thw", "_grids", "_num_images")
+    ends = ("_sizes", "_sizes_videos", "_grid_thw", "_grids", "_num_images", SHRUNK)
     return [name for name, value in arguments.items() if name.endswith(ends) and isinstance(value, Tensor)]
+
+
+def settle(records: Sequence[EncoderRecord], asked: Sequence[Tensor] = ()) -> list[Tensor]:
+    """`asked` on the host. What families read of the encoder calls comes along, stays in their records, and lets
+    signals that were begun be finished.
+    """
+    wanted = [(r.kwargs, name, cast(Tensor, r.kwargs[name])) for r in records for name in _sizes_in(r.kwargs)]
+    made = [r.signals.values for r in records if r.signals is not None]
+    wanted += [(values, SURVIVORS, values[SURVIVORS]) for values in made if SURVIVORS in values]
+    bounds = [[] if r.begun is None else r.begun.bounds for r in records]
+    # Numbers with a point travel as the whole numbers of their bits.
+    whole = [v.view(torch.int32) if v.dtype == torch.float32 else v for _, _, v in wanted]
+    host = iter(to_host(*asked, *whole, *(ends for some in bounds for ends in some)))
+    answers = [next(host) for _ in asked]
+    for kwargs, name, value in wanted:
+        found = next(host)
+        kwargs[name] = found.view(torch.float32) if value.dtype == torch.float32 else found
+    for record, some in zip(records, bounds, strict=True):
+        ends = [next(host) for _ in some]
+        if record.begun is not None:
+            record.signals, record.begun = record.begun.finish(ends), None
+    return answers
 
 
 def encode(
@@ -64,9 +88,12 @@ def encode(
 
 @dataclass
 class _Call:
-    """Whether this thread is inside an observed encoder call."""
+    """Where this thread is."""
 
     open: bool = False
+    """Inside an observed encoder call."""
+    prefill: bool = False
+    """What is encoded is read by a prefill right behind, which brings sizes to the host."""
 
 
 class Recorder:
@@ -113,6 +140,17 @@ class Recorder:
         if self.probe is not None:
             self.probe.remove()
 
+    @contextlib.contextmanager
+    def before_prefill(self) -> Iterator[None]:
+        """What this thread encodes inside is read by a prefill right behind: signals wait for its transfer to the
+        host.
+        """
+        self.threads.now.prefill = True
+        try:
+            yield
+        finally:
+            self.threads.now.prefill = False
+
     def _call(self, modality: str, original: Original, *args: object, **kwargs: object) -> object:
         if self.threads.now.open:  # Qwen3-VL encodes videos with its own get_image_features
             return original(*args, **kwargs)
@@ -131,12 +169,6 @@ class Recorder:
         seconds = time.perf_counter() - start
         arguments = dict(inspect.signature(original).bind(*args, **kwargs).arguments)
         arguments.update(arguments.pop("kwargs", {}))
-        if self.needs or self.encoder is not None:  # signals are laid out now; else sizes come with the placeholders
-            sizes, ends = sizes_in(arguments), [] if self.probe is None else list(self.probe.unknown().values())
-            host = to_host(*(arguments[n] for n in sizes), *ends)
-            arguments.update(zip(sizes, host, strict=False))
-            if self.probe is not None:
-                self.probe.learn(*host[len(sizes) :])
         with torch.no_grad():
             self._record(modality, arguments, output, seconds)
         return output
@@ -146,24 +178,29 @@ class Recorder:
         self.adapter.family.expose(output)
         if getattr(output, "pooler_output", None) is None:
             return
-        signals = None
-        if self.needs:
-            helpers = (self.scorer, self.encoder)
-            signals = compute_signals(self.adapter.base, modality, arguments, output, self.probe, self.needs, *helpers)
-        if self.encoder is not None:
-            from tokprune.runtime.encoder.handoff import survivor_rows, worth_rows
-
-            signals = SignalSet() if signals is None else signals
-            call = EncoderCall(self.adapter.base, modality, arguments, output)
-            signals.values[SURVIVORS] = survivor_rows(self.encoder, call)
-            if self.encoder.pixels is not None:
-                signals.values[WORTH] = worth_rows(self.encoder, call)
         sizes = [f.shape[0] for f in flatten(output.pooler_output)]
         seen = copy.copy(output)
         if not isinstance(seen.pooler_output, Tensor):
             seen.pooler_output = tuple(seen.pooler_output)  # the list may be changed by whoever holds it
-        record = EncoderRecord(modality, arguments, seen, sizes, signals, seconds, seen.pooler_output)
+        record = EncoderRecord(modality, arguments, seen, sizes, None, seconds, seen.pooler_output)
+        if self.needs:
+            call = (self.adapter.base, modality, arguments, seen)
+            record.begun = begin_signals(*call, self.probe, self.needs, self.scorer, self.encoder)
+        if self.encoder is not None or (self.needs and not self.threads.now.prefill):
+            settle([record])
+        if self.encoder is not None:
+            self._note_survivors(self.encoder, record)
         setattr(output, ENCODER_RECORD, record)
+
+    def _note_survivors(self, encoder: EncoderStage, record: EncoderRecord) -> None:
+        """What the encoder stage left, as signals."""
+        from tokprune.runtime.encoder.handoff import survivor_rows, worth_rows
+
+        record.signals = SignalSet() if record.signals is None else record.signals
+        call = EncoderCall(self.adapter.base, record.modality, record.kwargs, record.output)
+        record.signals.values[SURVIVORS] = survivor_rows(encoder, call)
+        if encoder.pixels is not None:
+            record.signals.values[WORTH] = worth_rows(encoder, call)
 
 
 def encoding_ms(encoded: Mapping[str, EncoderOutput | None]) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tokprune.adapters.base import TYPE_IDS
 from tokprune.adapters.dialect import as_cache, cache_in, cache_of, logical_length, parameters
-from tokprune.adapters.foreign import CACHE_VIEW, GENERATE_STEP, PREFILL, PREPARE
+from tokprune.adapters.foreign import CACHE_VIEW, ENCODE_FIRST, GENERATE_STEP, PREFILL, PREPARE
 from tokprune.adapters.types import KVCache, ModelCall, ModelOutput, Original, RotaryTable
 from tokprune.runtime.cache_record import PruneState, physical_length
 from tokprune.runtime.execute import execute
@@ -28,7 +28,7 @@ class ConnectorStage(Prefill):
     def put_on(self) -> None:
         """On what a forward goes through, and on what generate() calls."""
         super().put_on()
-        for name, method in ((PREPARE, "_prepare"), (PREFILL, "_prefill")):
+        for name, method in ((PREPARE, "_prepare"), (PREFILL, "_prefill"), (ENCODE_FIRST, "_encode_first")):
             if hasattr(self.adapter.model, name):
                 self.on.instead(self.adapter.model, name, method)
 
@@ -85,6 +85,12 @@ class ConnectorStage(Prefill):
         return out, mask is not None
 
     # -- the prefill
+
+    def _encode_first(self, original: Original, *args: object, **kwargs: object) -> ModelCall:
+        """generate() encodes pictures before its prefill."""
+        with self.recorder.before_prefill():
+            out: ModelCall = original(*args, **kwargs)
+            return out
 
     def _prefill(
         self,

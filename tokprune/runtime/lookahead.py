@@ -28,7 +28,7 @@ from tokprune.runtime.decoder.attention import LayerInputs, RowAttention
 from tokprune.runtime.execute import PrunedForward, execute
 from tokprune.runtime.plan import Columns, Plan, make_plan
 from tokprune.runtime.records import StreamRecord
-from tokprune.runtime.signals import LLM_SIGNALS, block_index
+from tokprune.runtime.signal_blocks import LLM_SIGNALS, block_index
 from tokprune.tokens import Selection
 
 _LOOKING: ContextVar[bool] = ContextVar("tokprune_looking_ahead", default=False)

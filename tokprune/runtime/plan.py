@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,11 +17,12 @@ from tokprune.adapters.types import EncoderOutput, ModelCall
 from tokprune.errors import UnsupportedModelError
 from tokprune.runtime.cache_record import PruneState, get_state
 from tokprune.runtime.choose import kept_rows
-from tokprune.runtime.encode import sizes_in
-from tokprune.runtime.host import to_host
+from tokprune.runtime.encode import settle
+from tokprune.runtime.host import to_device
 from tokprune.runtime.masks import check_mask
 from tokprune.runtime.positions import restarts, translate
 from tokprune.runtime.records import StreamRecord, encoder_record
+from tokprune.tokens import Merge, Selection
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,12 @@ class Columns:
             breaks = restarts(adapter.positions(call, x), adapter.rotary_axes)
         ids = [] if call.get("input_ids") is None else [call["input_ids"]]
         asked = [*marks.values(), *given, *ids, *([] if breaks is None else [breaks])]
-        host = _with_sizes(adapter, encoded, asked)
+        records = [record for output in encoded.values() if (record := encoder_record(output)) is not None]
+        for record in records:
+            seen = EncoderCall(adapter.base, record.modality, record.kwargs, record.output)
+            if SHRUNK not in record.kwargs and (small := adapter.family.looks_at(seen)) is not None:
+                record.kwargs[SHRUNK] = small
+        host = settle(records, asked)
         placeholders = dict(zip(marks, host, strict=False))
         keys = host[len(marks)].bool() if given else None
         visible = torch.ones(x.shape[:2], dtype=torch.bool) if keys is None else keys[:, -x.shape[1] :]  # (B, L)
@@ -71,22 +77,6 @@ class Columns:
         packed = segments is not None and not adapter.caches(call)
         words = host[len(marks) + len(given)] if ids else None
         return Columns(visible, present, placeholders, segments, packed, keys, words)
-
-
-def _with_sizes(adapter: Adapter, encoded: Mapping[str, EncoderOutput], asked: list[Tensor]) -> list[Tensor]:
-    """`asked` on the host; what the family reads of the encoder calls comes along, and stays in their records."""
-    records = [r for output in encoded.values() if (r := encoder_record(output)) is not None]
-    wanted = [(r.kwargs, name, cast(Tensor, r.kwargs[name])) for r in records for name in sizes_in(r.kwargs)]
-    for record in records:
-        seen = EncoderCall(adapter.base, record.modality, record.kwargs, record.output)
-        if SHRUNK not in record.kwargs and (small := adapter.family.looks_at(seen)) is not None:
-            wanted.append((record.kwargs, SHRUNK, small))
-    # Numbers with a point travel as the whole numbers of their bits.
-    whole = [v.view(torch.int32) if v.dtype == torch.float32 else v for _, _, v in wanted]
-    host = to_host(*asked, *whole)
-    for (kwargs, name, value), found in zip(wanted, host[len(asked) :], strict=True):
-        kwargs[name] = found.view(torch.float32) if value.dtype == torch.float32 else found
-    return host[: len(asked)]
 
 
 @dataclass
@@ -126,15 +116,69 @@ class Features:
         """Rows that stay of each item."""
         return [int(part.sum()) for part in self.stays.split(self.sizes)]
 
-    def write(self, stream: StreamRecord, start: int, slots: Tensor) -> None:
-        """Put a stream's merged features into its kept rows, in every plane; differentiable.
+    def write(self, merges: Sequence[Merged]) -> None:
+        """Put merged features into their rows, in every plane; differentiable."""
+        for alike in _alike(merges, sum(plane.shape[-1] for plane in self.planes)):
+            inputs, outputs = (torch.cat([getattr(one, name) for one in alike]) for name in ("inputs", "outputs"))
+            flow = _flow([one.selection for one in alike])
+            where, to = to_device(self.planes[0].device, inputs, outputs)
+            given = [plane[where.to(plane.device)].to(where.device) for plane in self.planes]  # (sum of N, D) each
+            merged = flow(given[0] if len(given) == 1 else torch.cat(given, -1))  # (sum of K, planes * D)
+            parts = merged.split([plane.shape[-1] for plane in self.planes], -1)
+            for i, (plane, part) in enumerate(zip(self.planes, parts, strict=True)):
+                self.planes[i] = plane.index_copy(0, to.to(plane.device), part.to(plane))
 
-        start: the stream's first row. slots: (K,) kept rows of its candidates, relative to it.
-        """
-        for i, plane in enumerate(self.planes):
-            inputs = (start + stream.geometry.rows).to(plane.device)  # (N,)
-            merged = stream.selection.apply(plane[inputs]).to(plane.dtype)  # (K, D)
-            self.planes[i] = plane.index_copy(0, (start + slots).to(plane.device), merged)
+
+@dataclass(frozen=True)
+class Merged:
+    """A stream whose tokens flow together."""
+
+    selection: Selection
+    inputs: Tensor
+    """(N,) encoder rows of its candidates; on the host, like the next."""
+    outputs: Tensor
+    """(K,) encoder rows of those that stay."""
+
+
+_AT_ONCE = 2**26
+"""Numbers of features that are merged together: 256 MiB in float32."""
+
+
+def _alike(merges: Sequence[Merged], width: int) -> Iterator[list[Merged]]:
+    """Streams that merge in one go, as many as fit into memory. width: of a row of features."""
+    kinds: dict[object, list[Merged]] = {}
+    for i, one in enumerate(merges):
+        kind: object = i
+        if (weights := one.selection.weights) is not None:
+            rows = weights.rows
+            apart = rows is not None and (rows.is_sparse or rows.device.type == "cpu")  # what is saved is launches
+            kind = i if apart else None if rows is None else rows.shape
+        kinds.setdefault(kind, []).append(one)
+    for same in kinds.values():
+        part: list[Merged] = []
+        for one in same:
+            if part and (sum(len(other.inputs) for other in part) + len(one.inputs)) * width > _AT_ONCE:
+                yield part
+                part = []
+            part.append(one)
+        yield part
+
+
+def _flow(selections: Sequence[Selection]) -> Callable[[Tensor], Tensor]:
+    """What turns features of streams of one kind, (sum of N, D), into those of the tokens that stay, (sum of K, D)."""
+    if len(selections) == 1:
+        return selections[0].apply
+    merges = [(chosen.weights, len(chosen)) for chosen in selections if chosen.weights is not None]
+    rows = [merge.rows for merge, _ in merges if merge.rows is not None]
+    if not rows:
+        return partial(Merge.side_by_side(merges).apply, k=sum(k for _, k in merges))
+    stacked = torch.stack(rows)  # (B, K, N)
+
+    def flow(x: Tensor) -> Tensor:
+        values = (x if x.dtype == torch.float64 else x.float()).unflatten(0, (len(rows), -1))  # (B, N, D)
+        return (stacked.to(values) @ values).flatten(0, 1)
+
+    return flow
 
 
 @dataclass
@@ -192,11 +236,14 @@ def make_plan(
     features = {m: Features.of(encoded[m], mask) for m, mask in masks.items() if encoded.get(m) is not None}
     keep = columns.present.clone()  # (B, L)
     untouched, records = True, []
+    merges: dict[str, list[Merged]] = {modality: [] for modality in features}
     for stream in streams:
         size = int(masks[stream.modality][stream.row].sum())
-        changed, copies = _place(adapter, stream, features[stream.modality], size, keep)
+        changed, copies = _place(adapter, stream, features[stream.modality], size, keep, merges[stream.modality])
         untouched &= not changed
         records += copies
+    for modality, of_modality in merges.items():
+        features[modality].write(of_modality)
     x = tokens_of(call)
     state = get_state(cache_in(call))
     earlier = None if state is None else state.on_host()
@@ -222,16 +269,16 @@ def make_plan(
 
 
 def _place(
-    adapter: Adapter, stream: StreamRecord, features: Features, size: int, keep: Tensor
+    adapter: Adapter, stream: StreamRecord, features: Features, size: int, keep: Tensor, merges: list[Merged]
 ) -> tuple[bool, list[StreamRecord]]:
-    """Take a stream's dropped columns out of `keep` and write what was merged, in every copy of its prompt.
+    """Take a stream's dropped columns out of `keep` and add what it merges to `merges`, in every copy of its prompt.
 
-    size: rows of its modality in one copy of the prompt. Returns whether anything was dropped or merged, and a finished
+    size: rows of its modality in one copy of the prompt. Returns whether anything is dropped or merged, and a finished
     record for each copy.
     """
     selection, total = stream.selection, stream.geometry.total
     slots, stay, stream.separators_kept = kept_rows(stream)
-    merges = selection.weights is not None or selection.features is not None
+    flows = selection.weights is not None or selection.features is not None
     if selection.features is not None and features.deepstack:
         raise UnsupportedModelError(
             f"{type(adapter.model).__name__} has DeepStack planes, which explicit replacement features cannot reach; "
@@ -244,7 +291,7 @@ def _place(
         span = features.where[start : start + total]  # (total, 2): prompt, column
         features.stays[start : start + total] = stay
         keep[span[dropped, 0], span[dropped, 1]] = False
-        if merges:
-            features.write(stream, start, slots)
+        if flows:
+            merges.append(Merged(selection, start + stream.geometry.rows, start + slots))
         records.append(stream.finished(copy, span[:, 1]))
-    return merges or not bool(stay.all()), records
+    return flows or not bool(stay.all()), records

@@ -162,7 +162,8 @@ class Prefill(Attached):
         """A call with pictures, with its dropped columns left out."""
         thread = self.threads.now
         check_head(self.adapter, call, step is not None)
-        encoded = encode(self.adapter, call, None if step is None else step.records)
+        with self.recorder.before_prefill():
+            encoded = encode(self.adapter, call, None if step is None else step.records)
         plan = self._plan(call, encoded, None if step is None else step.prompt_length)
         state = self._state(cache_in(call))
         if plan is None or (plan.untouched and state is None):  # only avoid encoding twice

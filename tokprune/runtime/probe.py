@@ -6,7 +6,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,6 @@ from tokprune.adapters.towers import tower_blocks, tower_of
 from tokprune.adapters.types import ModelCall, Positional
 from tokprune.errors import MissingSignalError
 from tokprune.ops.numeric import wide
-from tokprune.runtime.host import to_host
 
 __all__ = ["AttentionProbe", "Projections", "tower_blocks", "tower_of"]
 
@@ -46,6 +45,12 @@ class Projections:
     """Lengths of the parts of a packed sequence (B = 1) that attend only to themselves."""
     mask: Tensor | None = None
     """(B or 1, 1 or H, 1 or N, N) true or 0 where a query may attend; other floats are added to its logits."""
+    bounds: Tensor | None = None
+    """(S + 1,) where segments begin and end, as the tower was given them; instead of `segments`."""
+
+    def cut(self, bounds: Tensor) -> Projections:
+        """With segments by `bounds`; the host waits where it does not know them."""
+        return replace(self, segments=bounds.diff().tolist(), bounds=None)
 
     def _pairs(self) -> tuple[Tensor, Tensor]:
         """Queries and keys as they meet. -> (B, H, N, d) each, in float32."""
@@ -168,12 +173,10 @@ class _Seen:
     outputs: dict[Key, Tensor] = field(default_factory=dict)
     calls: dict[int, tuple[Positional, ModelCall]] = field(default_factory=dict)
     """Arguments of each block's attention."""
-    segments: dict[int, list[int]] = field(default_factory=dict)
-    """Lengths of the segments that each block's attention was confined to, once the host knows them."""
 
     def clear(self) -> None:
         """Let go of everything."""
-        self.outputs, self.calls, self.segments = {}, {}, {}
+        self.outputs, self.calls = {}, {}
 
 
 class AttentionProbe:
@@ -289,7 +292,6 @@ class AttentionProbe:
         seen: _Seen = self._threads.now
         if seen.running:
             seen.calls[block] = (args, dict(kwargs))
-            seen.segments.pop(block, None)
 
     def output(self, block: int) -> Tensor:
         """The hidden state that block `block` gave, (B, N, C)."""
@@ -308,8 +310,11 @@ class AttentionProbe:
         )
         return MissingSignalError(f"nothing was seen of block {block} of {type(self.tower).__name__}: {why}.")
 
-    def projections(self, block: int) -> Projections:
-        """Queries, keys and values of block `block`, as the last run of the tower made them."""
+    def projections(self, block: int, cut: bool = True) -> Projections:
+        """Queries, keys and values of block `block`, as the last run of the tower made them.
+
+        cut: tell `segments`, for which the host waits; else `bounds` are left to be cut.
+        """
         seen: _Seen = self._threads.now
         if block not in seen.calls:
             raise self._missing(block, self.blocks)
@@ -319,33 +324,21 @@ class AttentionProbe:
         if reader.watched().keys() - outputs.keys() - set(NORMS):
             raise self._missing(block, self.blocks)
         q, k, v = reader.read(outputs)
-        if _bounds(call) is not None and block not in seen.segments:
-            self.learn(*to_host(*self.unknown().values()))
-        segments = seen.segments.get(block)
+        bounds = call.get("cu_seqlens")
+        bounds = call.get("cu_seq_lens_q") if bounds is None else bounds
         mask = call.get("attention_mask", call.get("attn_mask"))
         positions = reader.positions(call)
         reader.check_positions(positions)
-        return Projections(
+        found = Projections(
             q,
             k,
             v,
             scale=reader.scale or q.shape[-1] ** -0.5,
             rotated=functools.partial(reader.turn, positions=positions),
-            segments=segments,
-            mask=_square(mask, v.shape[2]) if isinstance(mask, Tensor) and segments is None else None,
+            mask=_square(mask, v.shape[2]) if isinstance(mask, Tensor) and bounds is None else None,
+            bounds=bounds,
         )
-
-    def unknown(self) -> dict[int, Tensor]:
-        """Where the segments of each block's attention end, of those that the host does not know yet; in order."""
-        seen: _Seen = self._threads.now
-        new = {block: call for block, call in seen.calls.items() if block not in seen.segments}
-        calls = {block: _named(self._reader(block).attention, *call) for block, call in new.items()}
-        return {block: bounds for block, call in calls.items() if (bounds := _bounds(call)) is not None}
-
-    def learn(self, *bounds: Tensor) -> None:
-        """What `unknown` asked for, on the host."""
-        for block, ends in zip(self.unknown(), bounds, strict=True):
-            self._threads.now.segments[block] = ends.diff().tolist()
+        return found.cut(bounds) if cut and bounds is not None else found
 
     def _reader(self, block: int) -> AttentionReader:
         """What reads the attention of block `block`."""
@@ -356,12 +349,6 @@ class AttentionProbe:
                 f"block {block} of {type(self.tower).__name__} has no attention to read from; blocks {attends} have."
             )
         return reader
-
-
-def _bounds(call: ModelCall) -> Tensor | None:
-    """(S + 1,) where the segments of an attention call begin and end; None where it has none."""
-    bounds: Tensor | None = call.get("cu_seqlens")
-    return call.get("cu_seq_lens_q") if bounds is None else bounds
 
 
 def _named(module: nn.Module, args: Positional, kwargs: ModelCall) -> ModelCall:

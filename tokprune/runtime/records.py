@@ -13,7 +13,7 @@ from torch import Tensor
 from tokprune.adapters.families import StreamLayout
 from tokprune.adapters.foreign import ENCODER_RECORD
 from tokprune.adapters.types import EncoderOutput, ModelCall
-from tokprune.runtime.signals import SignalSet
+from tokprune.runtime.signals import BegunSignals, SignalSet
 from tokprune.tokens import Layout, Selection, VisualTokens
 
 if TYPE_CHECKING:
@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class EncoderRecord:
-    """What was seen of one call of the vision tower; rides on its output until the prefill, and is never changed."""
+    """What was seen of one call of the vision tower; rides on its output until the prefill.
+
+    It is never changed, but for what a prefill brings to the host (`encode.settle`).
+    """
 
     modality: str
     kwargs: ModelCall
@@ -35,6 +38,8 @@ class EncoderRecord:
     seconds: float
     items: Tensor | Sequence[Tensor] = ()
     """The features as they were encoded."""
+    begun: BegunSignals | None = None
+    """`signals` while the host does not know the sizes of the pictures; only where a prefill is about to tell them."""
 
 
 def encoder_record(output: object) -> EncoderRecord | None:

@@ -2,39 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from functools import partial
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokprune.adapters.families import FAMILIES, EncoderCall, UnknownGeometryError, arrange, family_of
-from tokprune.adapters.tower_kinds import reader_of
-from tokprune.adapters.towers import FEATURES_ALONE, tower_blocks, tower_of
-from tokprune.errors import MissingSignalError, OptionError, unknown
+from tokprune.adapters.towers import FEATURES_ALONE, tower_blocks
+from tokprune.errors import MissingSignalError
 from tokprune.ops.numeric import wide
+from tokprune.runtime.host import to_host
 from tokprune.runtime.probe import AttentionProbe, Projections
+from tokprune.runtime.signal_blocks import CLS_KINDS, block_of_layer, model_type, parse_needs, signal_block
 from tokprune.types import Inputs
 
 if TYPE_CHECKING:
     from tokprune.runtime.encoder.stage import EncoderStage
-
-__all__ = ["SignalSet", "block_index", "compute_signals", "required_blocks", "tower_blocks", "tower_of"]
-
-CLS_KINDS = ("cls_attention", "cls_logits", "cls_attention_1head", "value_attention")
-"""Signals that [CLS] gives; in a tower without it they tell what a token receives."""
-
-NAMES = (*CLS_KINDS, "received_attention", "keys", "value_norm", "encoder_features", "clip_image")
-"""Signals of this module; all but the last two take a block: "keys:-1", "received_attention:0.348"."""
-
-LLM_SIGNALS = ("llm_attention", "llm_logits", "llm_question")
-"""Signals of the LLM, all with a layer: "llm_attention:2"; `runtime.lookahead` makes them."""
-
-ELSEWHERE = ("clip_text", "frame_scores", *LLM_SIGNALS)
-"""Needs that do not come from the vision tower; they are passed over here."""
 
 
 def block_values(kind: str, seen: Projections, cls: bool, frame: Tensor | None = None) -> tuple[Tensor, str]:
@@ -84,122 +73,6 @@ class PatchScorer(Protocol):
         """Pictures (U, 3, H, W) as the processor normalised them -> (U, N, E), one per patch in raster order."""
 
 
-def of_tower(needs: Iterable[str]) -> list[str]:
-    """Those of `needs` that come from the vision tower."""
-    return [name for name in needs if name.partition(":")[0] not in ELSEWHERE]
-
-
-def block_index(spec: str | int | float, count: int, where: str = "the vision tower") -> int:
-    """The 0-based block that `spec` means in a tower of `count` blocks. where: what has them, for the error.
-
-    "8" is block 8, "-1" the last one; a fraction in (0, 1) is a relative depth: "0.348" is block
-    round(0.348 * (count - 1)), so that block 8 of a 24-block tower carries over to towers of any depth.
-    """
-    text = str(spec).strip()
-    try:
-        index = int(text)
-    except ValueError:
-        try:
-            depth = float(text)
-        except ValueError:
-            depth = math.nan
-        if not 0.0 < depth < 1.0:
-            raise OptionError(
-                f"{text!r} does not name a block; write its 0-based number (0 to {count - 1}), a negative one that "
-                "counts from the end (-1 is the last), or a relative depth between 0 and 1 such as 0.348."
-            ) from None
-        return round(depth * (count - 1))
-    if not -count <= index < count:
-        raise OptionError(
-            f"block {index} does not exist: {where} has {count} blocks (0 to {count - 1}, or -{count} to -1). "
-            f"To mean the same depth in every model write a fraction, such as {8 / 23:.3f} for block 8 of 24."
-        )
-    return index % count
-
-
-def selected_block(base: nn.Module, count: int, kwargs: Inputs | None = None) -> int:
-    """The block whose output goes to the projector; with windowed attention, the last block that sees everything."""
-    full = getattr(tower_of(base), "fullatt_block_indexes", None)
-    if full:
-        return block_index(int(max(full)), count)
-    layers = _feature_layers(base, kwargs)
-    return count - 1 if layers is None else max(_block_of_layer(layers[0], count), 0)
-
-
-def _feature_layers(base: nn.Module, kwargs: Inputs | None) -> list[int] | None:
-    """The hidden states the model selects, or None when it takes the tower's last output."""
-    call = EncoderCall(base, "image", kwargs or {}, None)
-    return family_of(base, kwargs).feature_layers(call)
-
-
-def _block_of_layer(layer: int, count: int) -> int:
-    """The block whose output is hidden state `layer`; -1 for the embeddings (hidden state 0)."""
-    if not -count - 1 <= layer <= count:
-        raise OptionError(f"vision_feature_layer={layer} does not exist: the tower gives {count + 1} hidden states.")
-    return layer - 1 if layer >= 0 else count + layer
-
-
-def _parse(needs: Iterable[str]) -> list[tuple[str, str, str | None]]:
-    """(name, kind, block or None) of each signal, those of other modules left out."""
-    parsed = []
-    for name in dict.fromkeys(needs):
-        kind, colon, block = name.partition(":")
-        if kind in ELSEWHERE:
-            continue
-        if kind not in NAMES:
-            raise unknown("signal", kind, (*NAMES, *ELSEWHERE))
-        if colon and kind in ("encoder_features", "clip_image"):
-            raise OptionError(f"signal {name!r}: {kind} takes no block; write {kind!r}.")
-        parsed.append((name, kind, block if colon else None))
-    return parsed
-
-
-def _block(base: nn.Module, spec: str | None, count: int, kwargs: Inputs | None = None) -> int:
-    if spec is not None:
-        return block_index(spec, count)
-    chosen, blocks = selected_block(base, count, kwargs), tower_blocks(tower_of(base))
-    attends = [i for i in range(chosen + 1) if reader_of(blocks[i]) is not None]  # LFM3's towers mix with convolutions
-    return attends[-1] if attends else chosen
-
-
-def required_blocks(base: nn.Module, needs: Sequence[str]) -> AttentionProbe:
-    """A probe that listens to what `needs` can be computed from, installed on the vision tower of `base`.
-
-    Nothing is hooked when nothing needs a block. Raises MissingSignalError for a tower that cannot tell.
-    """
-    return signal_probe(base, needs).install()
-
-
-def signal_probe(base: nn.Module, needs: Sequence[str]) -> AttentionProbe:
-    """A probe of what `needs` can be computed from, for the vision tower of `base`; nothing is hooked before `install`.
-
-    Raises MissingSignalError for a tower that cannot tell.
-    """
-    blocks: set[int] = set()
-    outputs: set[int] = set()
-    for name, kind, spec in _parse(needs):
-        if kind == "clip_image":
-            continue
-        layers = _feature_layers(base, None) if kind == "encoder_features" else None
-        if kind == "encoder_features" and layers is None:
-            continue  # the tower's last output is in the result of the call
-        try:
-            count = len(tower_blocks(tower_of(base)))
-        except MissingSignalError as error:
-            raise MissingSignalError(f"{_name(base)} cannot give {name!r}: {error}") from None
-        if layers is not None:
-            outputs |= {b for b in (_block_of_layer(layer, count) for layer in layers) if b >= 0}
-        else:
-            blocks.add(_block(base, spec, count))
-    return AttentionProbe(tower_of(base), blocks, outputs)
-
-
-def _name(base: nn.Module) -> str:
-    config: Any = base.config
-    return str(config.model_type)
-
-
-@torch.no_grad()
 def compute_signals(  # of one call: its four parts as the hook has them, and what reads them
     base: nn.Module,
     modality: str,
@@ -210,30 +83,77 @@ def compute_signals(  # of one call: its four parts as the hook has them, and wh
     scorer: object = None,
     encoder: EncoderStage | None = None,
 ) -> SignalSet:
-    """The signals `needs` of one get_image_features or get_video_features call that `probe` listened to.
+    """The signals of `begin_signals` at once; the host waits for what it must know."""
+    begun = begin_signals(base, modality, kwargs, output, probe, needs, scorer, encoder)
+    return begun.finish(to_host(*begun.bounds))
+
+
+@torch.no_grad()
+def begin_signals(  # of one call: its four parts as the hook has them, and what reads them
+    base: nn.Module,
+    modality: str,
+    kwargs: Inputs,
+    output: object,
+    probe: AttentionProbe | None,
+    needs: Sequence[str],
+    scorer: object = None,
+    encoder: EncoderStage | None = None,
+) -> BegunSignals:
+    """The signals `needs` of one get_image_features or get_video_features call that `probe` listened to, as far as they
+    can be made before the host knows sizes that lie on the device.
 
     The first four are that call, as its hook hands it on. scorer: a PatchScorer, for `clip_image`. encoder: of a tower
     that is reduced inside; signals of a block with fewer rows are what that block computed, each group's value at the
     places of its members, 0 for dropped tokens.
     """
-    parsed = _parse(needs)
-    if not parsed:
-        return SignalSet()
-    call = EncoderCall(base, modality, kwargs, output)
-    reader = _Reader(call, probe, scorer, encoder)
-    result = SignalSet()
-    for name, kind, spec in parsed:
-        try:
-            result.values[name], result.sources[name] = reader.read(kind, spec)
-        except UnknownGeometryError as error:
-            why = f"its patches cannot be matched with its tokens ({error})"
-            raise MissingSignalError(f"{_name(base)} cannot give {name!r}: {why}. {FEATURES_ALONE}") from None
-        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
-            if call.config.model_type in FAMILIES:  # ours to mend
-                raise
-            why = f"its vision tower computes in a way that is not known here ({type(error).__name__}: {error})"
-            raise MissingSignalError(f"{_name(base)} cannot give {name!r}: {why}. {FEATURES_ALONE}") from error
-    return result
+    reader = _Reader(EncoderCall(base, modality, kwargs, output), probe, scorer, encoder)
+    rest = {}
+    for name, kind, spec in parse_needs(needs):
+        with _explained(reader.call, name):
+            rest[name] = reader.begin(kind, spec)
+    return BegunSignals(reader, rest)
+
+
+@contextlib.contextmanager
+def _explained(call: EncoderCall, name: str) -> Iterator[None]:
+    """Say in words why signal `name` cannot be given."""
+    try:
+        yield
+    except UnknownGeometryError as error:
+        why = f"its patches cannot be matched with its tokens ({error})"
+        raise MissingSignalError(f"{model_type(call.base)} cannot give {name!r}: {why}. {FEATURES_ALONE}") from None
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+        if call.config.model_type in FAMILIES:  # ours to mend
+            raise
+        why = f"its vision tower computes in a way that is not known here ({type(error).__name__}: {error})"
+        raise MissingSignalError(f"{model_type(call.base)} cannot give {name!r}: {why}. {FEATURES_ALONE}") from error
+
+
+class BegunSignals:
+    """Signals of one encoder call that are finished when the host knows the sizes of its pictures: `bounds` come along.
+
+    Until then it holds scores of patches where these are made, else queries, keys and values of the blocks in question,
+    as the tower made them.
+    """
+
+    def __init__(self, reader: _Reader, rest: dict[str, Rest]) -> None:
+        """rest: by name, what makes the signal."""
+        self._reader, self._rest = reader, rest
+        self.bounds: list[Tensor] = list(reader.bounds.values())
+
+    @torch.no_grad()
+    def finish(self, bounds: Sequence[Tensor]) -> SignalSet:
+        """All of them. bounds: `self.bounds` on the host; sizes among the call's arguments should be there, too."""
+        self._reader.known = dict(zip(self._reader.bounds, bounds, strict=True))
+        result = SignalSet()
+        for name, rest in self._rest.items():
+            with _explained(self._reader.call, name):
+                result.values[name], result.sources[name] = rest()
+        return result
+
+
+Rest = Callable[[], tuple[Tensor, str]]
+"""Makes the values of all rows, and says how they were obtained."""
 
 
 class _Reader:
@@ -249,7 +169,10 @@ class _Reader:
         self.call, self.scorer, self.encoder = call, scorer, encoder
         self.family = family_of(call.base, call.kwargs)
         self._probe = probe
-        self._seen: dict[int, Projections] = {}
+        self.bounds: dict[int, Tensor] = {}
+        """Where segments of attention end, by the tensor's id: blocks share them."""
+        self.known: dict[int, Tensor] = {}
+        """The same on the host."""
 
     @property
     def probe(self) -> AttentionProbe:
@@ -259,24 +182,34 @@ class _Reader:
             )
         return self._probe
 
-    def read(self, kind: str, spec: str | None) -> tuple[Tensor, str]:
-        """Values of all rows and how they were obtained."""
-        if kind == "encoder_features":
-            return self.features()
+    def begin(self, kind: str, spec: str | None) -> Rest:
+        """What is left to do for a signal; holds on to what that needs of the tower."""
         if kind == "clip_image":
-            return self.clip()
+            return self.clip
+        if kind == "encoder_features":
+            return partial(self.features, *self.hidden_states())
         count = len(tower_blocks(self.probe.tower))
-        block = _block(self.call.base, spec, count, self.call.kwargs)
-        if block not in self._seen:
-            self._seen[block] = self.probe.projections(block)
-        seen = self._seen[block]
-        if self.encoder is None:
-            prefix = self.prefix(seen.q.shape[2])
-            values, source = self.score(kind, seen, prefix > 0, block)
-        else:
+        block = signal_block(self.call.base, spec, count, self.call.kwargs)
+        seen = self.probe.projections(block, cut=False)
+        if seen.bounds is not None:
+            self.bounds[id(seen.bounds)] = seen.bounds
+            return partial(self.cut, kind, seen, block)
+        values, source = self.values(kind, seen, block)
+        return lambda: (self.rows(values), source)
+
+    def cut(self, kind: str, seen: Projections, block: int) -> tuple[Tensor, str]:
+        """A signal of a block whose attention was confined to segments."""
+        values, source = self.values(kind, seen.cut(self.known[id(seen.bounds)]), block)
+        return self.rows(values), source
+
+    def values(self, kind: str, seen: Projections, block: int) -> tuple[Tensor, str]:
+        """(B, N, ...) values of a block's patches, special tokens cut, and how they were obtained."""
+        if self.encoder is not None:
             values, source = self.reduced(kind, seen, block, self.encoder)
-            prefix = self.prefix(values.shape[1])
-        return self.rows(values[:, prefix:]), source
+            return values[:, self.prefix(values.shape[1]) :], source
+        prefix = self.prefix(seen.q.shape[2])
+        values, source = self.score(kind, seen, prefix > 0, block)
+        return values[:, prefix:], source
 
     def reduced(self, kind: str, seen: Projections, block: int, encoder: EncoderStage) -> tuple[Tensor, str]:
         """(B, N, ...) values of a block whose rows the encoder stage may have reduced, for all original tokens."""
@@ -330,14 +263,17 @@ class _Reader:
         """Values of patches (B, N, ...), special tokens cut, as values of the rows."""
         return arrange(self.call, values.flatten(0, 1))
 
-    def features(self) -> tuple[Tensor, str]:
-        """The hidden state that goes into the projector."""
+    def hidden_states(self) -> tuple[Tensor, str]:
+        """What goes into the projector, and which hidden states these are."""
         layers = self.family.feature_layers(self.call)
         if layers is None:
-            hidden, source = self.call.output.last_hidden_state, "the tower's last output"
-        else:
-            hidden = torch.cat([self.hidden(layer) for layer in layers], -1)
-            source = "hidden state " + ", ".join(map(str, layers))
+            return self.call.output.last_hidden_state, "the tower's last output"
+        states = [self.hidden(layer) for layer in layers]
+        hidden = states[0] if len(states) == 1 else torch.cat(states, -1)
+        return hidden, "hidden state " + ", ".join(map(str, layers))
+
+    def features(self, hidden: Tensor, source: str) -> tuple[Tensor, str]:
+        """The hidden state that goes into the projector, by rows."""
         if hidden.dim() == 4:  # a convolutional tower's map
             hidden = hidden.flatten(2).transpose(1, 2)
         hidden = wide(hidden.detach())
@@ -354,7 +290,7 @@ class _Reader:
         kept = getattr(self.call.output, "hidden_states", None)
         if kept is not None and -len(kept) <= layer < len(kept) and isinstance(kept[layer], Tensor):
             return kept[layer]
-        block = _block_of_layer(layer, len(tower_blocks(self.probe.tower)))
+        block = block_of_layer(layer, len(tower_blocks(self.probe.tower)))
         seen = self.probe.output(block)  # (B, K, C)
         if self.encoder is None:
             return seen

@@ -13,9 +13,11 @@ from tokprune.adapters.base import Adapter, flatten
 from tokprune.adapters.families import PlaceholderRun, StreamLayout, placeholder_runs
 from tokprune.adapters.types import EncoderOutput
 from tokprune.errors import MissingSignalError, PromptError
+from tokprune.runtime.encode import SURVIVORS
+from tokprune.runtime.host import to_device
 from tokprune.runtime.records import EncoderRecord, StreamRecord, encoder_record
 from tokprune.runtime.reuse import are_copies, arranged
-from tokprune.runtime.signals import of_tower
+from tokprune.runtime.signal_blocks import of_tower
 from tokprune.tokens import Layout, Query, VisualTokens
 
 
@@ -75,6 +77,7 @@ def build_streams(adapter: Adapter, encoded: Encoded, prompts: Prompts, needs: S
         geometry = _unrecorded(encoded, per_prompt, of_tower(needs))
     queue = iter(zip(geometry.layouts, geometry.first_rows, strict=True))
     streams: list[StreamRecord] = []
+    left_over: list[Tensor | None] = []
     start = 0
     for b in range(0, len(per_prompt), geometry.copies):
         end = start + per_prompt[b]
@@ -85,8 +88,8 @@ def build_streams(adapter: Adapter, encoded: Encoded, prompts: Prompts, needs: S
                 query = prompts.queries[b]
                 if query is not None:
                     stream.question, stream.question_source = query.text, query.source
-                stream.visual = _visual_tokens(stream, features, query, stay)
                 streams.append(stream)
+                left_over.append(stay)
                 start += stream.geometry.total
         if start > end:
             raise PromptError(
@@ -94,6 +97,8 @@ def build_streams(adapter: Adapter, encoded: Encoded, prompts: Prompts, needs: S
                 "images per prompt."
             )
         start += per_prompt[b] * (geometry.copies - 1)
+    if streams:
+        _show(streams, left_over, features, prompts.queries)
     return streams
 
 
@@ -115,18 +120,45 @@ def _stream(
     return stream, stay
 
 
-def _visual_tokens(stream: StreamRecord, features: Tensor, query: Query | None, stay: Tensor | None) -> VisualTokens:
-    """What the method looks at. features: (R, D) of the stream's modality. stay: (N,) bool, as of `_stream`."""
-    device, geometry, record = features.device, stream.geometry, stream.encoded
-    signals = {}
-    if record is not None and record.signals is not None and stream.whole is not None:
-        rows = stream.whole.rows
-        span = slice(stream.first_row, stream.first_row + stream.whole.total)
-        for name, value in record.signals.values.items():
-            value = value[span][rows.to(value.device)]  # (N, ...)
-            signals[name] = (value if stay is None else value[stay.to(value.device)]).to(device)
-    local = features[stream.offset :][: geometry.total]  # (total, D)
-    return VisualTokens(local[geometry.rows.to(device)].detach(), geometry.layout.to(device), signals, query)
+def _show(
+    streams: list[StreamRecord], stays: list[Tensor | None], features: Tensor, queries: Sequence[Query | None]
+) -> None:
+    """Give every stream of a modality what the method looks at, cut out of features (R, D) and signals in one go.
+
+    stays: of each, (N,) bool as of `_stream`.
+    """
+    rows = torch.cat([stream.offset + stream.geometry.rows for stream in streams])  # (sum of N,)
+    layouts = [stream.geometry.layout for stream in streams]
+    of_layouts = [part for lay in layouts for part in (lay.group, lay.row, lay.col)]
+    at, *moved = to_device(features.device, rows, *of_layouts)
+    sizes = [stream.total for stream in streams]
+    parts = features.detach()[at].split(sizes)
+    signals = _signals_of(streams, stays, features.device)
+    places = iter(moved)
+    for i, (stream, lay, part) in enumerate(zip(streams, layouts, parts, strict=True)):
+        there = lay.with_places(next(places), next(places), next(places))
+        own = {name: values[i] for name, values in signals.items()}
+        stream.visual = VisualTokens(part, there, own, queries[stream.row])
+
+
+def _signals_of(
+    streams: list[StreamRecord], stays: list[Tensor | None], device: torch.device
+) -> dict[str, Sequence[Tensor]]:
+    """By name, the signal of every stream's candidates, (N, ...) each."""
+    record = streams[0].encoded  # of one encoder call, all of them
+    if record is None or record.signals is None:
+        return {}
+    wholes = [(s.first_row, s.geometry.rows if s.whole is None else s.whole.rows) for s in streams]
+    known = [first + (rows if stay is None else rows[stay]) for (first, rows), stay in zip(wholes, stays, strict=True)]
+    rows, found, at = torch.cat(known), {}, {}
+    for name, value in record.signals.values.items():
+        if value.device not in at:
+            at[value.device] = to_device(value.device, rows)[0]
+        of_streams = value[at[value.device]]
+        if name != SURVIVORS:  # what is left of the encoder's tokens is counted on the host
+            of_streams = of_streams.to(device)
+        found[name] = of_streams.split([len(one) for one in known])
+    return found
 
 
 def _recorded(

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from tokprune.errors import MissingSignalError, OptionError
 from tokprune.ops.numeric import wide
 from tokprune.runtime.probe import Projections
-from tokprune.runtime.signals import block_index, block_values
+from tokprune.runtime.signal_blocks import block_index
+from tokprune.runtime.signals import block_values
 
 KINDS = (
     "cls_attention",

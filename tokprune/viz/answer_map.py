@@ -16,7 +16,7 @@ from tokprune.errors import OptionError
 from tokprune.runtime.answer_rows import AnswerRow, AnswerRows
 from tokprune.runtime.handle import installed_on
 from tokprune.runtime.records import StreamRecord
-from tokprune.runtime.signals import block_index
+from tokprune.runtime.signal_blocks import block_index
 from tokprune.tokens import Layout
 from tokprune.types import VLM, Inputs, Processor
 

@@ -9,7 +9,8 @@ from tests.golden_vectors import GoldenCase, claims
 from tokprune.errors import OptionError
 from tokprune.methods.base import top
 from tokprune.methods.connector.flowcut import FlowCut, flowcut_scores
-from tokprune.runtime.signals import block_index, mean_value_norm
+from tokprune.runtime.signal_blocks import block_index
+from tokprune.runtime.signals import mean_value_norm
 from tokprune.tokens import Layout, VisualTokens
 
 

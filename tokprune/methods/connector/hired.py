@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -109,8 +110,9 @@ class HiRED(ScoreMethod):
         for i, (tokens, keep) in enumerate(zip(batch, keeps, strict=True)):
             check_keep(keep, len(tokens))
             layout, device = tokens.layout, tokens.signal("cls_attention").device
-            apart = device.type == "cpu" or self.compat != "corrected"
-            key = i if apart else (keep, layout.group_sizes, layout.thumbnail, layout.canvas, device)
+            holes = layout.group_sizes[0] < math.prod(layout.grids[0])
+            apart = device.type == "cpu" or self.compat != "corrected" or holes
+            key = i if apart else (keep, layout.group_sizes, layout.grids[0], layout.thumbnail, layout.canvas, device)
             alike.setdefault(key, []).append(i)
         out: dict[int, Selection] = {}
         for members in alike.values():
@@ -134,8 +136,7 @@ class HiRED(ScoreMethod):
         if layout.thumbnail:
             early = torch.stack([wide(tokens.signal(f"cls_attention:{self.init_layer}")) for tokens in batch])
             check_finite(early, "the early attention")
-            mass = torch.stack([region_sums(e, t.layout.to(e.device)) for e, t in zip(early, batch, strict=True)])
-            budgets = thumbnail_and_tiles(mass, layout.group_sizes, keep, self.alpha)
+            budgets = thumbnail_and_tiles(region_sums(early, layout), layout.group_sizes, keep, self.alpha)
         else:
             budgets = torch.tensor(equal(keep, layout.group_sizes), device=scores.device).expand(len(batch), -1)
         return top_in_groups(scores, group, budgets.to(scores.device), keep)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -90,17 +91,29 @@ class VisionZip(ConnectorMethod):
     contextual_share: float = option(10 / 64, low=0, below=1)
     compat: Compat = "corrected"
 
-    def select(self, tokens: VisualTokens, keep: int) -> Selection:
-        """Choose `keep` slots and say what flows into each."""
-        n = len(tokens)
-        check_keep(keep, n)
-        attention = check_finite(wide(tokens.signal("cls_attention")), "the [CLS] attention values")
-        keys = check_finite(wide(tokens.signal("keys:-2")).mean(1), "the keys of the vision tower")
-        sizes = tokens.layout.group_sizes
-        into = torch.full((n,), -1, device=attention.device)
+    def select_batch(self, batch: Sequence[VisualTokens], keeps: Sequence[int]) -> list[Selection]:
+        """Choose slots and say what flows into each; on an accelerator for streams of equal groups in one go."""
+        alike: dict[object, list[int]] = {}
+        for i, (tokens, keep) in enumerate(zip(batch, keeps, strict=True)):
+            check_keep(keep, len(tokens))
+            device = tokens.signal("cls_attention").device
+            alike.setdefault(i if device.type == "cpu" else (keep, tokens.layout.group_sizes, device), []).append(i)
+        out: dict[int, Selection] = {}
+        for members in alike.values():
+            out.update(zip(members, self._select_alike([batch[i] for i in members], keeps[members[0]]), strict=True))
+        return [out[i] for i in range(len(batch))]
+
+    def _select_alike(self, batch: Sequence[VisualTokens], keep: int) -> list[Selection]:
+        """`select_batch` for B streams of equal groups, which lie one after the other here."""
+        n, sizes, streams = len(batch[0]), batch[0].layout.group_sizes, len(batch)
+        scores = [wide(tokens.signal("cls_attention")) for tokens in batch]
+        attention = check_finite(torch.cat(scores), "the [CLS] attention values")  # (B * N,)
+        keys = torch.cat([wide(tokens.signal("keys:-2")).mean(1) for tokens in batch])  # (B * N, d)
+        keys = check_finite(keys, "the keys of the vision tower")
+        into = torch.full((streams * n,), -1, device=attention.device)
         weight = torch.zeros_like(attention)
         slots = []
-        for where, count, _ in stacks(sizes, equal(keep, sizes), attention.device):
+        for where, count, _ in stacks(sizes * streams, equal(keep, sizes) * streams, attention.device):
             contextual = min(count - 1, round_of(count, self.contextual_share))
             best, targets, local, part = visionzip_plan(
                 attention[where], keys[where], count - contextual, contextual, self.compat
@@ -108,6 +121,11 @@ class VisionZip(ConnectorMethod):
             slots.append(where.gather(1, torch.cat([best, targets], dim=1)).flatten())
             into[where] = torch.where(local >= 0, where.gather(1, local.clamp(min=0)), -1)
             weight[where] = part
-        indices = torch.cat(slots).sort().values
-        row = torch.where(into >= 0, torch.searchsorted(indices, into), -1)
-        return Selection(indices, Merge(target=row, scale=weight), info={"scores": attention})
+        indices = torch.cat(slots).sort().values  # (B * keep,)
+        before = torch.arange(streams, device=indices.device)[:, None]
+        row = (torch.searchsorted(indices, into).view(streams, n) - keep * before).masked_fill(
+            into.view(streams, n) < 0, -1
+        )
+        chosen = indices.view(streams, keep) - n * before
+        parts = zip(chosen, row, weight.view(streams, n), scores, strict=True)
+        return [Selection(c, Merge(target=t, scale=w), info={"scores": s}) for c, t, w, s in parts]

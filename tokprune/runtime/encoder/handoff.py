@@ -108,7 +108,7 @@ class AmongSurvivors(Wrapper):
         places, parts, counts = self.survivors(batch, keeps)
         chosen = self.method.select_batch(parts, counts)
         return [
-            self.outward(selection, place, len(tokens))
+            self.outward(selection, place.to(selection.indices.device), len(tokens))
             for selection, place, tokens in zip(chosen, places, batch, strict=True)
         ]
 
