@@ -64,6 +64,7 @@ def test_pictures_of_a_batch_merge_on_their_own() -> None:
     assert both is not None
     n = alone.x.shape[1]  # 7 x 7: four windows, 13 patches beyond them, [CLS]
     assert n == 1 + 4 + 13
+    assert sorted(alone.rep[0, 1:5].tolist()) == [1 + 7 * r + c for r in (1, 4) for c in (1, 4)]  # the windows' middles
     assert torch.equal(both.x[0, :n], alone.x[0])
     assert (both.rep[0, n:] == -1).all()
     assert (both.size[0, n:] == 0).all()
