@@ -93,9 +93,32 @@ def memory_table(data: dict[str, Any]) -> str:
     return "\n".join([*lines, "", note])
 
 
+def steps_table(data: dict[str, Any]) -> str:
+    """Time of a decode step over the plain model's, and what two plain models are apart."""
+    rows = data["rows"]
+    sizes = list(dict.fromkeys(r["size"] for r in rows))
+    at = {(r["setting"], r["size"]): r for r in rows}
+
+    def cell(r: dict[str, Any]) -> str:
+        return f"{r['median']:.3f} ({r['low']:.3f} to {r['high']:.3f})"
+
+    lines = ["| setting | drops | " + " | ".join(sizes) + " |", "|---|---:|" + "---:|" * len(sizes)]
+    for name in dict.fromkeys(r["setting"] for r in rows):
+        cells, drops = [cell(at[name, size]) for size in sizes], at[name, sizes[0]]["drops"]
+        lines.append(f"| {'two plain models' if name == 'none' else name} | {drops} | {' | '.join(cells)} |")
+    plain = " and ".join(f"{at['none', size]['plain_ms']:.0f} ms" for size in sizes)
+    note = (
+        f"Time of a step over the plain model's on the same weights and keys: the median of {data['steps']} pairs and "
+        f"its 95 % interval. A plain step takes {plain}. `{data['command']}` at commit {data['commit']}, "
+        f"{data['environment']['machine']}."
+    )
+    return "\n".join([*lines, "", note])
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "decoder_demo": decoder_table,
     "cache_demo": cache_table,
     "decoder_memory": memory_table,
+    "decoder_steps": steps_table,
 }
 """Blocks of the page by name, which is that of the file with the numbers, too."""
