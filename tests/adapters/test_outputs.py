@@ -151,14 +151,14 @@ def test_the_last_run_says_which_columns_every_layer_worked_on(method: str) -> N
     options = {"schedule": ((1, 0.6), (3, 0.2))} if method == "pyramiddrop" else {"ratio": 0.4}
     entering: dict[int, Tensor] = {}
 
-    def note(layer: int, args: Any, kwargs: Any) -> None:
-        entering[layer] = args[0] if args else kwargs["hidden_states"]
+    def note(layer: int, args: Any) -> None:
+        entering[layer] = args[0]
 
     more = {"output_hidden_states": True, "output_attentions": True}
     with tokprune.apply(tiny.model, method, **options) as pruning:
         generated = tiny.model.generate(**inputs, max_new_tokens=2, return_dict_in_generate=True, **more)
         for i, layer in enumerate(tiny.model.base_model.language_model.layers):
-            layer.register_forward_pre_hook(lambda m, a, k, i=i: note(i, a, k), with_kwargs=True)
+            layer.input_layernorm.register_forward_pre_hook(lambda m, a, i=i: note(i, a))
         out = tiny.model(**inputs, **more)
         columns = [pruning.last.columns(i) for i in range(4)]
     for i, seen in entering.items():

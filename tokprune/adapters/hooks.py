@@ -161,10 +161,11 @@ class PassingStandIn(StandIn):
 
     def __call__(self, *args: object, **kwargs: object) -> Any:
         owner: Any = self.owner._target()
-        # Not as a bound method: torch.compile would write that down by its name, under which this object stands.
-        original = self.before if self.before is not None else functools.partial(self.function, self.target._target())
+        before, target = self.before, self.target._target()
         if owner is None or not self.active or owner.idle(kwargs):
-            return original(*args, **kwargs)
+            return self.function(target, *args, **kwargs) if before is None else before(*args, **kwargs)
+        # Not as a bound method: torch.compile would write that down by its name, under which this object stands.
+        original = functools.partial(self.function, target) if before is None else before
         return getattr(owner, self.method)(*self.first, original, *args, **kwargs)
 
 

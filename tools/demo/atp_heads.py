@@ -50,9 +50,10 @@ class SoftPruning:
         self.layers = at_layers(None, LAYERS, len(text.layers))
         self.masks: dict[int, list[Tensor]] = {}
         self.bias = self.visual = torch.empty(0)
-        self.pruning = tokprune.apply(asker.model, Watch(look=self.look))  # its hooks come first
-        for at in range(self.layers[0], len(text.layers)):
-            text.layers[at].register_forward_pre_hook(lambda m, a, k, at=at: self.see(at, a, k), with_kwargs=True)
+        self.pruning = tokprune.apply(asker.model, Watch(look=self.look))
+        for at in range(self.layers[0], len(text.layers)):  # the attention runs behind the look in front of its layer
+            attention = text.layers[at].self_attn
+            attention.register_forward_pre_hook(lambda m, a, k, at=at: self.see(at, a, k), with_kwargs=True)
 
     def look(self, tokens: LayerTokens) -> None:
         """The soft mask of one prompt, where its layer is one of the stages."""
