@@ -176,8 +176,8 @@ def held_out_clips(
         questions: how many.
         seed: which ones, 0 to 999.
         folder: made if it is not there; needs PyAV (the `video` extra).
-        long: clips of 16 to 32 scenes, each question about one that has a color or a shape of its own, instead of 3 to
-        8.
+        long: clips of 16 to 32 scenes instead of 3 to 8, each question about one that has a color or a shape of its
+            own.
         types: the wanted types; by default all that suit the length.
     """
     types = types or (NEEDLE_TYPES if long else CLIP_QUESTION_TYPES)
