@@ -75,7 +75,7 @@ class PruneState:
 
     @property
     def deepest(self) -> dict[int, LayerKeys]:
-        """Of all `layers` that share a record, the deepest: enough for a step to look at."""
+        """Of all `layers` that share a record, the deepest: one layer a record."""
         if self._deepest is None or self._deepest[0] is not self.layers:
             last = {id(keys): i for i, keys in sorted(self.layers.items())}
             self._deepest = self.layers, {i: self.layers[i] for i in last.values()}

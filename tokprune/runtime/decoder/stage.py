@@ -109,7 +109,7 @@ class DecoderStage(Attached):
         model, text = self.adapter.model, self.adapter.text_model
         self.on.before(text, "_begin", with_kwargs=True)
         self.on.after(text, "_end", with_kwargs=True, always_call=True)
-        # Stand-ins, not hooks: a decode step passes every layer, and a hook costs it ten times as much.
+        # Stand-ins, not hooks: a decode step passes every layer, and a hook costs it several times as much.
         for i, layer in enumerate(text.layers):
             self.on.instead(layer, FORWARD, "_layer", i, kind=PassingStandIn)
             if "middle" in self.method.reads:
@@ -208,7 +208,7 @@ class DecoderStage(Attached):
         first = None if prompt is None else min(prompt.steps, default=None)
         check_call(self.adapter, self.method, cache, kwargs, first)
         if state is not None:
-            check_layer_lengths(cache, state.deepest, past)
+            check_layer_lengths(cache, state.layers, past)
         plain = now.open or kwargs.get("attention_mask") is None
         now.frame = Frame(self.adapter, past, width, cache, state, plain, prompt)
 

@@ -90,7 +90,8 @@ def check_call(adapter: Adapter, method: DecoderMethod, cache: KVCache, call: Mo
     """Refuse a call of the language model in which tokens cannot be dropped, or are dropped already. first: the first
     layer in front of which tokens are to be dropped.
     """
-    name = method.info.name
+    name, kernel = method.info.name, _kernel(adapter)
+    check_kernel(kernel, "decoder")
     if getattr(cache, "is_compileable", False):
         raise UnsupportedModelError(
             f"{type(cache).__name__} has one fixed length for all layers, and {name!r} leaves them different numbers "
@@ -98,8 +99,6 @@ def check_call(adapter: Adapter, method: DecoderMethod, cache: KVCache, call: Mo
         )
     if first is None:
         return
-    kernel = _kernel(adapter)
-    check_kernel(kernel, "decoder")
     if call.get("cu_seq_lens_q") is not None:
         refuse_packed(name)
     planes = call.get("deepstack_visual_embeds")
