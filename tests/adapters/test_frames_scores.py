@@ -17,9 +17,11 @@ from tokprune.adapters.base import flatten, get_adapter
 from tokprune.adapters.prompting import build_inputs, inputs_of
 from tokprune.errors import MissingSignalError
 from tokprune.runtime.frames.asking import SIDE, Asking
+from tokprune.runtime.frames.relevance import embed_frames
 from tokprune.runtime.reuse import sources_of
 from tokprune.runtime.streams import Encoded, Prompts, build_streams
-from tokprune.testing import clip, picture
+from tokprune.runtime.vlm_scorer import VlmScorer
+from tokprune.testing import build, clip, picture
 
 PICTURES_KNOWN = [f for f in VIDEO if f not in ("molmo2", "minicpmv4_6")]
 
@@ -92,6 +94,40 @@ def test_pixels_are_brought_to_the_scorers_normalisation() -> None:
     scores_of(tiny, inputs, ByScore(), scorer=scorer)
     means = torch.cat(scorer.seen).mean((1, 2, 3)) * 255
     assert torch.allclose(means, torch.tensor([3.5, 103.5, 203.5]), atol=1.5)
+
+
+@pytest.mark.parametrize("way", ["not normalised", "by 127.5", "levels to 255"])
+def test_whoever_looks_at_frames_knows_how_the_processor_made_pixels(way: str) -> None:
+    """A scorer with its own normalisation, one that takes the processor's, and a second VLM see the same greys."""
+    tiny, levels = build("llava_onevision"), [0, 100, 200]
+    for part in (tiny.processor.video_processor, tiny.processor.image_processor):
+        if way == "not normalised":
+            part.do_normalize = False
+        elif way == "by 127.5":
+            part.rescale_factor = 1 / 127.5
+        else:
+            part.do_rescale, part.image_mean, part.image_std = False, [120.0] * 3, [60.0] * 3
+    frames = lit(levels)
+    inputs = build_inputs(tiny.model, tiny.processor, "q", videos=[frames])
+    greys = torch.tensor(levels) + 3.5  # `lit` adds 0 to 7
+    own = Watch()
+    own.mean, own.std = torch.full((3,), 0.25), torch.full((3,), 0.5)  # type: ignore[attr-defined]
+    scores_of(tiny, inputs, ByScore(), scorer=own)
+    assert torch.allclose((torch.cat(own.seen).mean((1, 2, 3)) * 0.5 + 0.25) * 255, greys, atol=1.5)
+
+    shown: list[float] = []
+
+    class Second(VlmScorer):
+        def scores(self, pictures: Any, prompt: str, normalize: str) -> torch.Tensor:
+            shown.extend(float(np.asarray(one).mean()) for one in pictures)
+            return torch.zeros(len(pictures))
+
+    scores_of(tiny, inputs, ByScore(source="self"), scorer=Second(shared("llava").model, tiny.processor))
+    assert torch.allclose(torch.tensor(shown), greys, atol=1.5)
+    plain = Watch()
+    embed_frames(frames, plain, tiny.processor)
+    pixels = tiny.processor.image_processor(list(frames), do_resize=False, return_tensors="pt")["pixel_values"]
+    assert torch.allclose(torch.cat(plain.seen).mean((1, 2, 3)), pixels[:, 0].mean((1, 2, 3)), rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("family", ["molmo2", "minicpmv4_6"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -66,6 +68,17 @@ def test_cdpruner_runs_on_its_signals(scorer):
         assert not torch.equal(first, pruning.last.keep)
     with tokprune.apply(tiny.model, "cdpruner", ratio=0.25), pytest.raises(MissingQueryError, match="query="):
         tiny.model(**inputs)
+
+
+def test_a_named_scorer_is_told_how_the_processor_made_pixels(scorer, monkeypatch):
+    monkeypatch.setattr(open_clip, "create_model", lambda *args, **kwargs: scorer.model)
+    image = SimpleNamespace(image_mean=[0.4, 0.5, 0.6], image_std=[0.2, 0.2, 0.2])
+    found = load_scorer("open_clip:ViT-B-32/x", SimpleNamespace(image_processor=image))
+    assert torch.allclose(found.mean.flatten(), torch.tensor(image.image_mean))
+    image.do_normalize = False  # pixels are 0 to 1, whatever the means beside them say
+    found = load_scorer("open_clip:ViT-B-32/x", SimpleNamespace(image_processor=image))
+    assert (found.mean.unique().tolist(), found.std.unique().tolist()) == ([0.0], [1.0])
+    assert torch.equal(load_scorer("open_clip:ViT-B-32/x").mean, scorer.mean)
 
 
 def test_names_are_checked():

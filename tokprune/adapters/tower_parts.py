@@ -28,6 +28,20 @@ ATTENTIONS = ("self_attn", "attention", "attn")
 ENCODE = ("get_image_features", "get_video_features", "encode_image")
 
 
+def normalisation(processor: object) -> Moments | None:
+    """Mean and standard deviation by which a processor normalises pixels of 0 to 1, if it says so."""
+    image: Any = getattr(processor, "image_processor", processor)
+    rescales = getattr(image, "do_rescale", None) is not False
+    mean, std = getattr(image, "image_mean", None), getattr(image, "image_std", None)
+    if getattr(image, "do_normalize", None) is False:
+        mean, std = ((0.0,), (1.0,)) if rescales else (None, None)  # as they come: white may be 1 or 255
+    if mean is None or std is None:
+        return None
+    shift, factor = (x if isinstance(x, list | tuple) else (x,) for x in (mean, std))
+    white = 255 * (getattr(image, "rescale_factor", None) or 1 / 255) if rescales else 255.0 if max(factor) > 1 else 1.0
+    return tuple(v / white for v in shift), tuple(v / white for v in factor)
+
+
 def child(module: object, path: str) -> nn.Module | None:
     """The module under a name, or under several with dots between them; None where there is none."""
     for name in path.split("."):

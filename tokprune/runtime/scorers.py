@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tokprune.adapters.tower_parts import normalisation
 from tokprune.adapters.types import Model, Processor, Scorer
 from tokprune.errors import MissingSignalError, OptionError, missing_extra
 
@@ -41,7 +42,7 @@ class OpenClipScorer:
                 "take a ViT of open_clip's own, such as open_clip:ViT-B-32/laion2b_s34b_b79k."
             )
         self.model, self.tokenizer, self.block = model, tokenizer, block
-        self.mean, self.std = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
+        self.mean, self.std = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
 
     @torch.no_grad()
     def embed_text(self, texts: Sequence[str]) -> Tensor:
@@ -132,6 +133,5 @@ def load_scorer(name: str, processor: Processor = None) -> Scorer:
     except (RuntimeError, OSError, ValueError) as error:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "none"
         raise OptionError(f"cannot load {name!r}: {error} Weights of {architecture}: {tags}, or a file.") from error
-    image = getattr(processor, "image_processor", None)
-    mean, std = getattr(image, "image_mean", None) or CLIP_MEAN, getattr(image, "image_std", None) or CLIP_STD
+    mean, std = normalisation(processor) or (CLIP_MEAN, CLIP_STD)
     return OpenClipScorer(model.eval(), open_clip.get_tokenizer(architecture), mean, std)

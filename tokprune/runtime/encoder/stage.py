@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokprune.adapters.hooks import Hook
-from tokprune.adapters.tower_parts import Moments
+from tokprune.adapters.tower_parts import normalisation
 from tokprune.adapters.towers import find_tower
 from tokprune.budget import check_budget, check_ratio
 from tokprune.errors import BudgetError, OptionError, UnsupportedModelError
@@ -20,20 +20,6 @@ from tokprune.runtime.encoder.pixels import NoReduction, PixelDrop, std_of
 from tokprune.runtime.encoder.report import EncoderReport
 from tokprune.runtime.encoder.run import EncoderTrace, Run
 from tokprune.runtime.probe import AttentionProbe
-
-
-def _normal(processor: object) -> Moments | None:
-    """Mean and standard deviation by which a processor normalises pixels of 0 to 1, if it says so."""
-    image: Any = getattr(processor, "image_processor", processor)
-    rescales = getattr(image, "do_rescale", None) is not False
-    mean, std = getattr(image, "image_mean", None), getattr(image, "image_std", None)
-    if getattr(image, "do_normalize", None) is False:
-        mean, std = ((0.0,), (1.0,)) if rescales else (None, None)  # as they come: white may be 1 or 255
-    if mean is None or std is None:
-        return None
-    shift, factor = (x if isinstance(x, list | tuple) else (x,) for x in (mean, std))
-    white = 255 * (getattr(image, "rescale_factor", None) or 1 / 255) if rescales else 255.0 if max(factor) > 1 else 1.0
-    return tuple(v / white for v in shift), tuple(v / white for v in factor)
 
 
 def refuse_two_reductions(root: nn.Module, owner: object, reduces: bool) -> None:
@@ -104,7 +90,7 @@ class EncoderStage:
             raise BudgetError(f"both ratio={ratio!r} and budget={budget!r} given; choose one.")
         splice = PackedSplice if self.tower.packed else BatchedSplice
         self._splice: PackedSplice | BatchedSplice = splice(self.tower, method, self.ratio, self.budget, expand)
-        normal = self._splice.normalisation = _normal(processor) or self.tower.normal
+        normal = self._splice.normalisation = normalisation(processor) or self.tower.normal
         if pixels is not None:
             self._splice.pixels = replace(pixels, std=std_of(pixels.method, normal))
         self._splice.check()

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tokprune.adapters.tower_parts import normalisation
 from tokprune.adapters.types import Processor, Scorer
 from tokprune.errors import MissingSignalError, OptionError
 from tokprune.runtime.frames.scores import question_sentence
@@ -54,13 +55,14 @@ def _expected(scorer: Scorer, processor: Processor) -> tuple[Tensor, Tensor, tup
     mean, std = getattr(scorer, "mean", None), getattr(scorer, "std", None)
     size: tuple[int, int] | None = None
     if mean is None or std is None:
-        image = getattr(processor, "image_processor", None)
-        mean, std = getattr(image, "image_mean", None), getattr(image, "image_std", None)
-        if mean is None or std is None:
+        normal = normalisation(processor)
+        if normal is None:
             raise OptionError(
                 f"{type(scorer).__name__} does not say how its pixels are normalised (mean, std), and neither does a "
                 "processor; give the processor of the VLM that it belongs to."
             )
+        mean, std = normal
+        image = getattr(processor, "image_processor", processor)
         crop: Any = getattr(image, "crop_size", None) or getattr(image, "size", None)
         height, width = (crop.get(k) if hasattr(crop, "get") else getattr(crop, k, None) for k in ("height", "width"))
         size = (int(height), int(width)) if height and width else (SIDE, SIDE)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tokprune.adapters.base import Adapter
 from tokprune.adapters.families import EncoderCall, UnknownGeometryError
+from tokprune.adapters.tower_parts import Moments, normalisation
 from tokprune.adapters.types import EncoderOutput, Processor, Scorer
 from tokprune.errors import MissingQueryError, MissingSignalError, OptionError
 from tokprune.methods.frames_base import PerFrame, ScoreOptions
@@ -161,22 +162,20 @@ class FrameScorer:
         differ.
         """
         flat = batch.flatten(0, 1)
-        video, image = (getattr(self.processor, f"{kind}_processor", None) for kind in ("video", "image"))
-        mine = _normal(video) or _normal(image)
-        of_scorer = getattr(self.scorer, "mean", None), getattr(self.scorer, "std", None)
-        theirs = of_scorer if of_scorer[0] is not None and of_scorer[1] is not None else _normal(image)
-        if mine is None or theirs is None:
+        mine, theirs = self._normal(), (getattr(self.scorer, "mean", None), getattr(self.scorer, "std", None))
+        if theirs[0] is None or theirs[1] is None:
+            theirs = normalisation(getattr(self.processor, "image_processor", None)) or theirs
+        if mine is None or theirs[0] is None or theirs[1] is None:
             return flat
-        (mean, std), (other_mean, other_std) = (
-            (
-                torch.as_tensor(m, device=flat.device).float().view(-1, 1, 1),
-                torch.as_tensor(s, device=flat.device).float().view(-1, 1, 1),
-            )
-            for m, s in (mine, theirs)
-        )
+        mean, std, other_mean, other_std = _by_colour(flat.device, *mine, *theirs)
         if torch.equal(mean.expand_as(other_mean), other_mean) and torch.equal(std.expand_as(other_std), other_std):
             return flat
         return ((flat.float() * std + mean - other_mean) / other_std).to(flat.dtype)
+
+    def _normal(self) -> Moments | None:
+        """How the frames that the model gets were normalised, where its processor says so."""
+        parts = (getattr(self.processor, f"{kind}_processor", None) for kind in ("video", "image"))
+        return next((found for part in parts if (found := normalisation(part))), None)
 
     # -- the VLM itself
 
@@ -204,18 +203,13 @@ class FrameScorer:
         from PIL import Image
 
         batch = self._pictures(stream)
-        video, image = (getattr(self.processor, f"{kind}_processor", None) for kind in ("video", "image"))
-        normal = _normal(video) or _normal(image) or (CLIP_MEAN, CLIP_STD)
-        mean, std = (torch.as_tensor(m, device=batch.device).float().view(-1, 1, 1) for m in normal)  # (3, 1, 1)
+        mean, std = _by_colour(batch.device, *(self._normal() or (CLIP_MEAN, CLIP_STD)))
         bright = ((batch.float() * std + mean).clamp(0, 1) * 255).round().byte().flatten(0, 1)
         pictures = [Image.fromarray(p.permute(1, 2, 0).cpu().numpy()) for p in bright]
         scores = scorer.scores(pictures, prompt, self.options.normalize)
         return scores.unflatten(0, (-1, batch.shape[1])).amax(1)  # the better frame of a pair
 
 
-def _normal(processor: Processor) -> tuple[Sequence[float], Sequence[float]] | None:
-    """Mean and deviation of a processor that normalises."""
-    if processor is None or not getattr(processor, "do_normalize", True):
-        return None
-    mean, std = getattr(processor, "image_mean", None), getattr(processor, "image_std", None)
-    return None if mean is None or std is None else (mean, std)
+def _by_colour(device: torch.device, *moments: object) -> list[Tensor]:
+    """Numbers for each colour, (3 or 1, 1, 1) each."""
+    return [torch.as_tensor(m, device=device).float().view(-1, 1, 1) for m in moments]
