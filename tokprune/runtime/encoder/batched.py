@@ -71,11 +71,11 @@ class BatchedSplice(Splice[Run]):
                 f"{self.tower.family} gave a rotary table of shape {tuple(tables[0].shape)} (patch dropout in "
                 "training?); an encoder-stage method can follow one table for all images, (patches, channels)."
             )
-        if state.rep is not None:
+        if state is not None:
             place = (state.rep[:, self.tower.prefix :] - self.tower.prefix).clamp(min=0)
             tables = tuple(table[place][:, None] for table in tables)  # (B, 1, K, D): a merged row keeps its place's
         run.ropes[index] = tables[0] if isinstance(given, Tensor) else tables
-        return None if state.rep is None else (args, {**kwargs, self.tower.rope: run.ropes[index]})
+        return None if state is None else (args, {**kwargs, self.tower.rope: run.ropes[index]})
 
     def order(self, run: Run, device: torch.device) -> Tensor:
         """(N0,) tokens in unit order, the prefix first."""
@@ -124,7 +124,7 @@ class BatchedSplice(Splice[Run]):
     def shrink(self, run: Run, index: int, x: Tensor) -> Tensor | None:
         tower, state = self.tower, run.states[index]
         fold, prefix = self.fold, tower.prefix
-        order = self.order(run, x.device) if fold > 1 and state.assign is None else None
+        order = self.order(run, x.device) if fold > 1 and state is None else None
         rows, head = self.rows(x, order), x[:, : prefix if fold > 1 else 0]
         reader, rope, before = tower.blocks[index].reader, run.ropes.pop(index, None), run.inputs.get(index)
 
@@ -146,7 +146,7 @@ class BatchedSplice(Splice[Run]):
             qkv=heads,
             scale=tower.blocks[index].scale,
             target=self.target(start),
-            size=state.size,
+            size=None if state is None else state.size,
             fold=fold,
             hidden_prefix=prefix,
             cls=tower.cls,
@@ -161,11 +161,9 @@ class BatchedSplice(Splice[Run]):
         if out is None:
             return None
         self.check_mask(run, run.mask)  # hidden tokens would be chosen, and merge, like the others
-        detour = self.method.restores
-        if detour and not run.cuts:
+        if self.method.restores and not run.cuts:
             run.cuts.append((None, Cut(rows, out)))
-        ragged = state.ragged or self.method.info.adaptive
-        run.states[index + 1] = state.then(out.rep, out.assign, out.size, ragged, detour)
+        run.states[index + 1] = State(out.size, out.assign, out.rep, self.method.info.adaptive).after(state)
         if fold == 1:
             return out.x
         return torch.cat([head, out.x.unflatten(2, (fold, -1)).flatten(1, 2)], 1)
@@ -217,9 +215,10 @@ class BatchedSplice(Splice[Run]):
         return family.cuts_pictures or modality == "video", seen
 
     def take(self, run: Run, x: Tensor) -> Tensor:
-        place, fold, prefix = run.states[0].rep, self.fold, self.tower.prefix
-        if place is None:
+        state, fold, prefix = run.states[0], self.fold, self.tower.prefix
+        if state is None:
             return x
+        place = state.rep
         rows = self.rows(x, self.order(run, x.device) if fold > 1 else None)
         rows = rows.gather(1, place.clamp(min=0)[..., None].expand(-1, -1, rows.shape[2]))
         rows = rows.masked_fill((place < 0)[..., None], 0)
@@ -228,7 +227,7 @@ class BatchedSplice(Splice[Run]):
     def bias(self, run: Run, index: int) -> Tensor | None:
         """(B, 1, 1, N) what block `index` adds to its logits: the logarithm of each key's size, -inf for padding."""
         state = run.states[index]
-        if state.size is None or not (self.method.size_bias or state.ragged):
+        if state is None or not (self.method.size_bias or state.ragged):
             return None
         size = state.size[..., 0]
         if not self.method.size_bias:
@@ -252,16 +251,16 @@ class BatchedSplice(Splice[Run]):
 
     def whole_bias(self, run: Run, index: int) -> Tensor | None:
         """`bias`, and what the table of relative positions (1, H, N, N) says of the rows that are left."""
-        bias, place, table = self.bias(run, index), run.states[index].rep, run.table
+        bias, state, table = self.bias(run, index), run.states[index], run.table
         if table is None:
             return bias
-        if place is not None:
+        if state is not None:
             if table.shape[-1] != run.tokens:
                 raise UnsupportedModelError(
                     f"{self.tower.family} stretches its relative positions to {table.shape[-1]} tokens of "
                     f"{run.tokens}: call it without interpolate_pos_encoding, which a shorter sequence cannot follow."
                 )
-            place = place.clamp(min=0)[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[-1])  # (B, H, K, N)
+            place = state.rep.clamp(min=0)[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[-1])  # (B, H, K, N)
             table = table.expand(len(place), -1, -1, -1).gather(2, place)
             table = table.gather(3, place[..., :1].transpose(2, 3).expand(-1, -1, place.shape[2], -1))  # (B, H, K, K)
         return table if bias is None else table + bias
@@ -271,7 +270,7 @@ class BatchedSplice(Splice[Run]):
             args, kwargs = args[:1], {**dict(zip(self.names[1:], args[1:], strict=False)), **kwargs}
         mask = kwargs.get(self.tower.mask)
         run.table, run.mask = mask if self.tower.relative else None, mask
-        if run.states[index].assign is None:
+        if run.states[index] is None:
             return None
         self.check_mask(run, mask)
         bias = self.whole_bias(run, index)
@@ -283,12 +282,12 @@ class BatchedSplice(Splice[Run]):
             return args, {**kwargs, "key_padding_mask": bias[:, 0, 0]}
         return args, {**kwargs, self.tower.mask: bias}
 
-    def widen(self, run: Run, state: State, x: Tensor, rebuild: bool = True) -> Tensor:
-        if state.assign is None:
+    def widen(self, run: Run, state: State | None, x: Tensor, rebuild: bool = True) -> Tensor:
+        if state is None:
             return x
         fold, prefix = self.fold, self.tower.prefix
         rows = self.rows(x, None)
-        if state.detour and rebuild:
+        if self.method.restores and rebuild:
             wide = self.method.rebuild(run.cuts[0][1], rows)
         else:
             wide = rows.gather(1, state.assign.clamp(min=0)[..., None].expand(-1, -1, rows.shape[2]))
@@ -298,7 +297,7 @@ class BatchedSplice(Splice[Run]):
         wide = torch.cat([x[:, :prefix], wide.unflatten(2, (fold, -1)).flatten(1, 2)], 1)
         return wide[:, self.order(run, x.device).argsort()]
 
-    def record(self, run: Run, state: State) -> EncoderTrace:
+    def record(self, run: Run, state: State | None) -> EncoderTrace:
         places = (run.tokens - self.tower.prefix) // self.tower.fold
         side = math.isqrt(self.tower.fold)
         height, width = (n // side for n in run.grid or (0, 0))
@@ -307,15 +306,14 @@ class BatchedSplice(Splice[Run]):
             height, width = (height, width) if height * width == places else (1, places)
         cells = ((height, width),) * run.batch
         prefix = self.tower.prefix if self.tower.fold == 1 else 0
-        if state.assign is None or state.rep is None or state.size is None or state.detour:
+        if state is None or self.method.restores:
             assign = torch.arange(places).expand(run.batch, -1)
-            there = torch.ones_like(assign, dtype=torch.bool)
-            counts = tuple(run.counts)
-            return EncoderTrace(assign, there, there.float(), self.tower.fold, prefix, counts, cells, run.worth)
-        real = state.rep >= 0
-        survivor = torch.zeros_like(state.assign)
-        survivor = survivor.scatter_reduce(1, state.rep.clamp(min=0), real.long(), "amax").bool()
-        assign = torch.where(state.assign >= 0, state.assign - prefix, -1)[:, prefix:]
-        size = state.size[:, prefix:, 0]
-        counts = tuple(run.counts)
-        return EncoderTrace(assign, survivor[:, prefix:], size, self.tower.fold, prefix, counts, cells, run.worth)
+            survivor = torch.ones_like(assign, dtype=torch.bool)
+            size = survivor.float()
+        else:
+            real = state.rep >= 0
+            survivor = torch.zeros_like(state.assign)
+            survivor = survivor.scatter_reduce(1, state.rep.clamp(min=0), real.long(), "amax").bool()[:, prefix:]
+            assign = torch.where(state.assign >= 0, state.assign - prefix, -1)[:, prefix:]
+            size = state.size[:, prefix:, 0]
+        return EncoderTrace(assign, survivor, size, self.tower.fold, prefix, tuple(run.counts), cells, run.worth)

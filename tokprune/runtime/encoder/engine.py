@@ -81,7 +81,7 @@ class Splice(Attached, ABC, Generic[R]):
         """The rows of `x`, which was to enter the first block, that run.states[0] keeps."""
 
     @abstractmethod
-    def widen(self, run: R, state: State, x: Tensor, rebuild: bool = True) -> Tensor:
+    def widen(self, run: R, state: State | None, x: Tensor, rebuild: bool = True) -> Tensor:
         """`x` at full length: each original token gets its row, dropped ones get zeros.
 
         rebuild: `x` are hidden states, which a method that restores the sequence fills in instead.
@@ -92,7 +92,7 @@ class Splice(Attached, ABC, Generic[R]):
         """The attention module's arguments, with the bias of sizes and padding; None: as they are."""
 
     @abstractmethod
-    def record(self, run: R, state: State) -> EncoderTrace:
+    def record(self, run: R, state: State | None) -> EncoderTrace:
         """What the report and the pictures want to know."""
 
     def block_arguments(self, run: R, index: int, args: Positional, kwargs: ModelCall) -> Replaced:
@@ -101,7 +101,7 @@ class Splice(Attached, ABC, Generic[R]):
 
     def restored(self, run: R, index: int) -> None:
         """Block `index` gets the full sequence again: note it."""
-        run.states[index] = State()
+        run.states[index] = None
 
     def target(self, patches: int) -> int | None:
         """Patch rows wanted in the end of `patches`, if a ratio or budget was given."""
@@ -110,16 +110,11 @@ class Splice(Attached, ABC, Generic[R]):
 
     def full_length(self, index: int, x: Tensor) -> Tensor:
         """The output of block `index` of the current run at full length."""
-        run = self._seen()
+        run = self.last_run()
         done = self.expand and index + 1 == len(self.tower.blocks)
         return x if done else self.widen(run, run.states[index + 1], x)
 
-    def entering(self, index: int, x: Tensor) -> Tensor:
-        """Rows that stand for what enters block `index` of the current run, at full length; nothing is rebuilt."""
-        run = self._seen()
-        return self.widen(run, run.states[index], x, rebuild=False)
-
-    def _seen(self) -> R:
+    def last_run(self) -> R:
         """This thread's last run of the tower."""
         run: R | None = self.threads.now.last
         if run is None:
@@ -238,7 +233,7 @@ class Splice(Attached, ABC, Generic[R]):
         if recomputing():
             now.whole_block = True
             run = self._again(index, x)
-            if run is not None and self._dropped(run, index) and run.entered(-1) == x.data_ptr():
+            if run is not None and self.pixels is not None and index == 0 and run.entered(-1) == x.data_ptr():
                 args, kwargs = with_states(args, kwargs, self.take(run, x))
         elif self._foreign:
             now.run = None
@@ -246,7 +241,7 @@ class Splice(Attached, ABC, Generic[R]):
         elif index == 0:
             run = now.run = now.last = self._start(x, kwargs)
             if self.method.place == "entrance":
-                run.states[-1] = State()
+                run.states[-1] = None
                 rows = self.shrink(run, -1, x)
                 if rows is not None:
                     return with_states(args, kwargs, rows)
@@ -260,18 +255,13 @@ class Splice(Attached, ABC, Generic[R]):
             return None
         if self.method.restores and self.method.place_at(index, self.tower.depth) == "end":
             run.inputs[index] = x
-        more = self.block_arguments(run, index, args, kwargs)
-        return (args, kwargs) if more is None and self._dropped(run, index) else more
-
-    def _dropped(self, run: R, index: int) -> bool:
-        """Whether a pixels method shortened what enters block `index`."""
-        return self.pixels is not None and index == 0 and run.states[0].rep is not None
+        return self.block_arguments(run, index, args, kwargs) or (args, kwargs)
 
     def _start(self, x: object, kwargs: ModelCall) -> R:
         if not isinstance(x, Tensor):
             raise UnsupportedModelError(refusals.UNKNOWN_CALL.format(self.tower.family, type(x).__name__))
         run = self.start(x, kwargs)
-        run.states[0] = State()
+        run.states[0] = None
         run.grid = self.threads.now.grid
         run.graph = torch.is_grad_enabled()
         return run
@@ -372,7 +362,7 @@ class Splice(Attached, ABC, Generic[R]):
     def _wide_again(self, run: R, index: int, x: Tensor) -> Tensor:
         """What block `index` gave, at full length where the method restores it or the tower ends."""
         method, depth, state = self.method, self.tower.depth, run.states[index + 1]
-        if method.restores and state.detour and index + 1 < depth and method.whole(index + 1, depth):
+        if method.restores and state is not None and index + 1 < depth and method.whole(index + 1, depth):
             x = self.widen(run, state, x)
             self.restored(run, index + 1)
         if index + 1 == len(self.tower.blocks):

@@ -35,11 +35,10 @@ class PackedRun(Run):
     """Units of each frame that enter each block, known to the host so that a reduction need not ask the device."""
     whole: list[int]
     """Units of each frame at the tower's entrance."""
+    borders: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """Borders that the model gave its blocks, and what they say: (U,) segment of each unit."""
     segment: dict[int, Tensor] = field(default_factory=dict)
-    """Per border tensor of the model, (U,) segment of each unit."""
-    borders: dict[int, Tensor] = field(default_factory=dict)
-    kinds: dict[int, int] = field(default_factory=dict)
-    """Border tensor of each block."""
+    """The segments of each block."""
 
 
 def pad_rotary(table: Tensor, value: float) -> Tensor:
@@ -93,20 +92,20 @@ class PackedSplice(Splice[PackedRun]):
     def _add_channel(self, index: int, module: nn.Module, args: Positional, output: Tensor) -> Tensor | None:
         """The logarithm of each key's size as one more channel of q (1) and k; attention itself stays as it is."""
         run = self._run(index)
-        size = None if run is None else run.states[index].size
-        if size is None:
+        state = None if run is None else run.states[index]
+        if state is None:
             return None
         parts = self.tower.blocks[index]
         shape = (3, parts.attention.num_heads, 2, -1)  # two halves, as the rotary embedding pairs them
         heads = output.unflatten(1, shape)  # (S, 3, H, 2, d / 2)
         more = heads.new_zeros(*heads.shape[:-1], PAD // 2)
         more[:, 0, :, 0, 0] = 1
-        more[:, 1, :, 0, 0] = (size.log() / parts.scale).repeat_interleave(self.fold, 0).to(output.dtype)
+        more[:, 1, :, 0, 0] = (state.size.log() / parts.scale).repeat_interleave(self.fold, 0).to(output.dtype)
         return torch.cat([heads, more], -1).flatten(1)
 
     def _strip_channel(self, index: int, module: nn.Module, args: Positional) -> Positional | None:
         run = self._run(index)
-        if run is None or run.states[index].size is None:
+        if run is None or run.states[index] is None:
             return None
         heads = args[0].unflatten(1, (self.tower.blocks[index].attention.num_heads, 2, -1))  # (S, H, 2, d / 2)
         return (heads[..., : -(PAD // 2)].flatten(1), *args[1:])
@@ -115,18 +114,17 @@ class PackedSplice(Splice[PackedRun]):
         """Borders and positions of the rows that are left."""
         state = run.states[index]
         borders = kwargs["cu_seqlens"]
-        key = next((k for k, known in run.borders.items() if known is borders), -1)
-        if key < 0:
-            key = len(run.borders)
-            run.borders[key] = borders
+        segment = next((known for given, known in run.borders if given is borders), None)
+        if segment is None:
             x = args[0] if args else kwargs["hidden_states"]
             units = (borders[1:] - borders[:-1]).to(x.device, torch.long) // self.fold
-            run.segment[key] = torch.repeat_interleave(torch.arange(len(units), device=units.device), units)
-        run.kinds[index] = key
+            segment = torch.repeat_interleave(torch.arange(len(units), device=units.device), units)
+            run.borders.append((borders, segment))
+        run.segment[index] = segment
         run.lengths.setdefault(index, run.lengths.get(index - 1, []))
-        if state.rep is None:
+        if state is None:
             return None
-        counts = torch.bincount(run.segment[key][state.rep])
+        counts = torch.bincount(segment[state.rep])
         counts = counts[counts > 0] * self.fold
         new = dict(kwargs)
         new["cu_seqlens"] = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(borders)
@@ -143,8 +141,8 @@ class PackedSplice(Splice[PackedRun]):
         return PAD if self.method.size_bias else 0
 
     def places(self, index: int) -> Tensor | None:
-        rep = self._seen().states[index].rep
-        return None if rep is None else self.tokens(rep)
+        state = self.last_run().states[index]
+        return None if state is None else self.tokens(state.rep)
 
     def restored(self, run: PackedRun, index: int) -> None:
         super().restored(run, index)
@@ -190,16 +188,16 @@ class PackedSplice(Splice[PackedRun]):
         return True
 
     def take(self, run: PackedRun, x: Tensor) -> Tensor:
-        rep = run.states[0].rep
-        return x if rep is None else x.view(run.rows, -1)[rep].view(-1, x.shape[1])
+        state = run.states[0]
+        return x if state is None else x.view(run.rows, -1)[state.rep].view(-1, x.shape[1])
 
     def attend(self, run: PackedRun, index: int, args: Positional, kwargs: ModelCall) -> Replaced:
         return None  # the size bias travels as a channel of q and k
 
     def shrink(self, run: PackedRun, index: int, x: Tensor) -> Tensor | None:
         state, units = run.states[index], x.shape[0] // self.fold
-        place = torch.arange(units, device=x.device) if state.rep is None else state.rep  # (U,)
-        size = x.new_ones(units, 1, dtype=torch.float32) if state.size is None else state.size
+        place = torch.arange(units, device=x.device) if state is None else state.rep  # (U,)
+        size = x.new_ones(units, 1, dtype=torch.float32) if state is None else state.size
         rows = x.view(units, -1)  # (U, C of a unit)
         was_cut, changed, left = bool(run.cuts), False, list(run.lengths[index])
         if was_cut and self.method.info.adaptive:  # frames of one size may differ by now: their cuts would be mixed up
@@ -263,8 +261,7 @@ class PackedSplice(Splice[PackedRun]):
         order = torch.sort(rep, stable=True).indices
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         assign = torch.where(assign >= 0, back[assign.clamp(min=0)], -1)
-        detour = self.method.restores
-        run.states[index + 1] = run.states[index].then(rep[order], assign, size[order], False, detour)
+        run.states[index + 1] = State(size[order], assign, rep[order]).after(run.states[index])
         return x[order].view(-1, x.shape[1] // self.fold)
 
     def view(
@@ -290,7 +287,7 @@ class PackedSplice(Splice[PackedRun]):
 
         bias: Tensor | None = None
         if not self.method.single_patches:  # else the square of all pictures' patches
-            segment = run.segment[run.kinds[index]][place].repeat_interleave(fold, 1)
+            segment = run.segment[index][place].repeat_interleave(fold, 1)
             bias = x.new_zeros(segment.shape[0], 1, 1, segment.shape[1], dtype=torch.float32)
             if self.method.size_bias:
                 bias = size.repeat_interleave(fold, 1)[:, None, None, :, 0].log()
@@ -311,11 +308,11 @@ class PackedSplice(Splice[PackedRun]):
             bias=bias,
         )
 
-    def widen(self, run: PackedRun, state: State, x: Tensor, rebuild: bool = True) -> Tensor:
-        if state.assign is None:
+    def widen(self, run: PackedRun, state: State | None, x: Tensor, rebuild: bool = True) -> Tensor:
+        if state is None:
             return x
         rows = x.reshape(-1, x.shape[1] * self.fold)
-        if state.detour and rebuild:
+        if self.method.restores and rebuild:
             full = rows.new_empty(run.rows, rows.shape[1])
             for at, cut in run.cuts:
                 if at is None:
@@ -327,11 +324,11 @@ class PackedSplice(Splice[PackedRun]):
         wide = rows[state.assign.clamp(min=0)].masked_fill((state.assign < 0)[:, None], 0)
         return wide.view(-1, x.shape[1])
 
-    def record(self, run: PackedRun, state: State) -> EncoderTrace:
+    def record(self, run: PackedRun, state: State | None) -> EncoderTrace:
         """In raster order, frame after frame, whatever windows the tower makes."""
         fold, cells = self.tower.fold, tuple(run.cells)
         units, counts = run.tokens // fold, tuple(-(-n // fold) for n in run.counts)
-        if state.assign is None or state.rep is None or state.size is None or state.detour:
+        if state is None or self.method.restores:
             everything, size = torch.arange(units), torch.ones(units, dtype=torch.float32)
             return EncoderTrace(everything, size.bool(), size, fold, 0, counts, cells, run.worth)
         survivor = torch.zeros(units, dtype=torch.bool, device=state.rep.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -130,11 +131,11 @@ class PixelDrop:
         for number, grid in enumerate(grids):
             alike.setdefault(grid, []).append(number)
         sizes = [len(values) for values in units]
-        begin = [sum(sizes[:i]) for i in range(len(sizes))]
+        *begin, total = itertools.accumulate(sizes, initial=0)
         device = units[0].device
-        kept = torch.ones(sum(sizes), dtype=torch.bool, device=device)
-        source = torch.arange(sum(sizes), device=device)
-        worth = torch.full((sum(sizes),), 1e6, dtype=torch.float32, device=device)
+        kept = torch.ones(total, dtype=torch.bool, device=device)
+        source = torch.arange(total, device=device)
+        worth = torch.full((total,), 1e6, dtype=torch.float32, device=device)
         for grid, members in alike.items():
             if self.method.over_time and grid[0] == 1:
                 continue

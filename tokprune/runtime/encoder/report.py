@@ -40,10 +40,9 @@ class EncoderReport:
         asked: str,
         expanded: bool,
         trace: EncoderTrace | None,
-        label: str = "",
+        label: str,
     ) -> EncoderReport:
         """The report of `trace`, or of a tower that has not run yet. label: names of the methods."""
-        label = label or method.info.name
         notes = []
         if not tower.cls and method.info.name in ("evit", "ats", "toc3d"):
             notes.append("the tower has no [CLS]; patches are ranked by the attention they receive")
@@ -58,18 +57,9 @@ class EncoderReport:
         if not tower.packed and tower.fold > 1:
             whole = tower.prefix + trace.assign.shape[-1] * tower.fold
         work = sum(trace.counts) / (whole * max(len(trace.counts), 1))
-        left = tuple(alive.sum(1).tolist())
+        start, left = trace.assign.shape[-1], tuple(alive.sum(1).tolist())
         return EncoderReport(
-            model,
-            tower.family,
-            label,
-            asked,
-            trace.assign.shape[-1],
-            left,
-            trace.counts,
-            work,
-            expanded,
-            tuple(notes),
+            model, tower.family, label, asked, start, left, trace.counts, work, expanded, notes=tuple(notes)
         )
 
     @property

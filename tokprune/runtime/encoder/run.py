@@ -16,26 +16,24 @@ from tokprune.methods.encoder_base import Cut
 
 @dataclass(frozen=True)
 class State:
-    """The rows between two blocks; all None before the first reduction. Packed towers have no dimension B."""
+    """The rows between two blocks, once some were reduced. Packed towers have no dimension B."""
 
-    size: Tensor | None = None
+    size: Tensor
     """(B, K, 1) original rows that each row stands for."""
-    assign: Tensor | None = None
+    assign: Tensor
     """(B, N0) row of each original row, or -1."""
-    rep: Tensor | None = None
+    rep: Tensor
     """(B, K) original row at which each row sits, or -1 (padding)."""
     ragged: bool = False
     """Some rows are padding (size 0)."""
-    detour: bool = False
-    """The method brings the full sequence back."""
 
-    def then(self, rep: Tensor, assign: Tensor, size: Tensor, ragged: bool, detour: bool = False) -> State:
-        """The state after a reduction of these rows. rep: (..., K), assign: (..., N), size: (..., K, 1)."""
-        if self.assign is None or self.rep is None:
-            return State(size, assign, rep, ragged, detour)
-        row = torch.where(self.assign >= 0, assign.gather(-1, self.assign.clamp(min=0)), -1)
-        place = torch.where(rep >= 0, self.rep.gather(-1, rep.clamp(min=0)), -1)
-        return State(size, row, place, ragged, detour)
+    def after(self, before: State | None) -> State:
+        """This reduction, of the rows of `before`, as one of the original rows."""
+        if before is None:
+            return self
+        row = torch.where(before.assign >= 0, self.assign.gather(-1, before.assign.clamp(min=0)), -1)
+        place = torch.where(self.rep >= 0, before.rep.gather(-1, self.rep.clamp(min=0)), -1)
+        return State(self.size, row, place, self.ragged or before.ragged)
 
 
 @dataclass(eq=False)
@@ -46,8 +44,8 @@ class Run:
     """Rows at the entrance: tokens, or units of the connector."""
     tokens: int
     batch: int
-    states: dict[int, State] = field(default_factory=dict)
-    """Rows that enter each block."""
+    states: dict[int, State | None] = field(default_factory=dict)
+    """Rows that enter each block; None: all of them."""
     seen: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     """Outputs of the modules that the block's reader watches."""
     merged: dict[int, Tensor] = field(default_factory=dict)
