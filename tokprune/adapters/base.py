@@ -113,6 +113,11 @@ class Adapter:
         return bool(getattr(self.config.get_text_config(), "use_cache", True) if use_cache is None else use_cache)
 
     @property
+    def kernel(self) -> str:
+        """The attention kernel of the LLM: "sdpa", "eager", "flash_attention_2", ..."""
+        return str(self.config.get_text_config()._attn_implementation)
+
+    @property
     def text_model(self) -> Any:
         """The language model inside the multimodal base model."""
         return next(getattr(self.base, name) for name in TEXT_MODELS if hasattr(self.base, name))

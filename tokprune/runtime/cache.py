@@ -76,7 +76,7 @@ class CacheStage(Attached):
 
     def put_on(self) -> None:
         """On the layers that are read, and on those that read less."""
-        check_kernel(str(self.adapter.config.get_text_config()._attn_implementation), "cache")
+        check_kernel(self.adapter.kernel, "cache")
         self.on.before(self.source, "_before", with_kwargs=True)
         self.on.after(self.source, "_after", with_kwargs=True, always_call=True)
         for attention in self.above:
@@ -194,10 +194,9 @@ class CacheStage(Attached):
         known = chosen.masks.get(id(mask))
         if known is not None and known[0] is mask and known[1] is not None and known[1].shape[-1] == index.shape[1]:
             return known[1]
-        kernel = str(self.adapter.config.get_text_config()._attn_implementation)
         hidden = kwargs.get("hidden_states")
         dtype = torch.float32 if hidden is None else hidden.dtype
-        cut = narrow_mask(mask, index, filled, kernel, dtype)
+        cut = narrow_mask(mask, index, filled, self.adapter.kernel, dtype)
         chosen.masks[id(mask)] = (mask, cut)
         return cut
 

@@ -192,7 +192,7 @@ def check_contract(adapter: Adapter) -> None:
     problem = broken(Functions.of(adapter))
     if problem is None and is_older():
         problem = f"transformers is {TESTED[0]} or newer"
-    if problem is None and "flash" in str(adapter.config.get_text_config()._attn_implementation):
+    if problem is None and "flash" in adapter.kernel:
         rotary = [m for m in adapter.text_model.modules() if type(m).__name__.endswith("RotaryEmbedding")]
         if not any("position_ids" in parameters(type(m).forward) for m in rotary):
             problem = "under flash attention, the language model has a RotaryEmbedding that takes position_ids"

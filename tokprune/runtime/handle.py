@@ -302,14 +302,13 @@ def vlm_pruning(model: Model, config: PruneConfig, processor: Processor = None, 
 def _packing(adapter: Adapter, config: PruneConfig) -> str:
     """How rows of different length are read; "grouped" is refused where no forward of this set-up could be."""
     later = [m.info.name for m in config.methods if m.stage in ("decoder", "cache")]
-    attention = str(adapter.config.get_text_config()._attn_implementation)
     why = ""
     if adapter.hybrid:
         why = f"{type(adapter.model).__name__} has layers that are no attention"
     elif later:
         why = f"{later[0]} works on all rows of a batch at once"
-    elif attention not in ("eager", "sdpa"):
-        why = f"it is made for sdpa and eager attention, not for {attention}"
+    elif adapter.kernel not in ("eager", "sdpa"):
+        why = f"it is made for sdpa and eager attention, not for {adapter.kernel}"
     if why and config.packing == "grouped":
         raise OptionError(f'packing="grouped": {why}. Leave packing out, or write packing="auto".')
     return "padded" if why else config.packing

@@ -122,7 +122,7 @@ class Prefill(Attached):
         check_attached(cache, forward.state)
 
     def _hide_positions(self) -> bool:
-        return "flash" in str(self.adapter.config.get_text_config()._attn_implementation)
+        return "flash" in self.adapter.kernel
 
     # -- forward of the multimodal base model
 

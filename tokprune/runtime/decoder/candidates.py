@@ -10,6 +10,9 @@ from torch import Tensor
 
 from tokprune.runtime.records import StreamRecord
 
+EACH = ("slots", "picture", "row", "col", "line")
+"""What is known of each candidate."""
+
 
 @dataclass(frozen=True)
 class Candidates:
@@ -45,8 +48,7 @@ class Candidates:
 
     def chosen(self, indices: Tensor) -> Candidates:
         """Those that stay, and the separators whose line has one of them. indices: (K,) ascending."""
-        fields = ("slots", "picture", "row", "col", "line")
-        kept = {name: getattr(self, name)[indices] for name in fields}
+        kept = {name: getattr(self, name)[indices] for name in EACH}
         alive = torch.isin(self.separator_line, kept["line"])
         return replace(
             self,
@@ -90,7 +92,7 @@ def _of_row(
     members: list[tuple[StreamRecord, Mapping[str, Tensor]]], slot: Tensor, count: Callable[[int], int] | None
 ) -> Candidates:
     device, none = slot.device, slot.new_zeros(0)
-    parts: dict[str, list[Tensor]] = {n: [none] for n in ("slots", "picture", "row", "col", "line")}
+    parts: dict[str, list[Tensor]] = {name: [none] for name in EACH}
     separators, lines = [none], [none]
     # Streams come by modality; pictures are numbered as they stand in the prompt, known on the host by their columns.
     firsts = torch.stack([s.columns.min() for s, _ in members]).tolist() if len(members) > 1 else [0]

@@ -25,7 +25,7 @@ class Dropper:
 
     def __init__(self, method: DecoderMethod, frame: Frame, prompt: VisualCall, layer: int, own: LayerInputs) -> None:
         self.method, self.frame, self.prompt, self.layer, self.own = method, frame, prompt, layer, own
-        self.live = prompt.live if frame.live is None else frame.live
+        self.live = frame.live or prompt.live
         self.hidden = own.hidden
 
     def drop(self, text_model: Model) -> Tensor:
@@ -65,9 +65,8 @@ class Dropper:
 
     def _tokens(self, row: int, candidates: Candidates, bound: bool, text_model: Model) -> LayerTokens:
         """What the method sees of a row."""
-        count, width, answer = self.live.counts[row], self.live.width, self.prompt.answer
-        start, stop = width - count, width - answer
-        here, saved = slice(start, stop), self.frame.saved
+        start, n = self.live.fill(row), self.live.counts[row] - self.prompt.answer
+        here, saved = slice(start, start + n), self.frame.saved
         slots = self.live.index[row, here]
         reads, hidden = self.method.reads, self.hidden[row, here]
         embeddings = entering = middle = normed = None
@@ -78,20 +77,20 @@ class Dropper:
         if "middle" in reads:
             middle = saved["middle"][row, here].to(hidden.device)
         if "normed" in reads:
-            normed = next(getattr(text_model, n) for n in NORMS if hasattr(text_model, n))(hidden)
+            normed = next(getattr(text_model, name) for name in NORMS if hasattr(text_model, name))(hidden)
             normed = normed.to(hidden.device)
         device = hidden.device
         return LayerTokens(
             layer=self.layer,
             hidden=hidden,
             columns=self.prompt.columns[row][slots].to(device),
-            visual=torch.searchsorted(slots, candidates.slots).to(device),
+            visual=self.live.find(row, candidates.slots).to(device),
             picture=candidates.picture.to(device),
             row=candidates.row.to(device),
             col=candidates.col.to(device),
             total=candidates.total,
-            below=RowAttention(saved["below"], row, start, count - answer, device),
-            own=RowAttention(self.own, row, start, count - answer, device),
+            below=RowAttention(saved["below"], row, start, n, device),
+            own=RowAttention(self.own, row, start, n, device),
             signals={name: value.to(device) for name, value in candidates.signals.items()},
             embeddings=embeddings,
             entering=entering,
@@ -105,8 +104,7 @@ class Dropper:
 
     def _places(self, row: int, slots: Tensor) -> Tensor:
         """Places of slots of the call among the live ones of a row, filler counted."""
-        start = self.live.width - self.live.counts[row]
-        return start + torch.searchsorted(self.live.index[row, start:].contiguous(), slots)
+        return self.live.fill(row) + self.live.find(row, slots)
 
     def _merge(self, chosen: list[Selection | None]) -> None:
         """Write what the method merged into the slots that stay; differentiable."""

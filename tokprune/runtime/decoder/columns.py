@@ -63,8 +63,6 @@ class LayerKeys:
 
 def index_all(layers: dict[int, LayerKeys], fn: Callable[[Tensor], Tensor]) -> dict[int, LayerKeys]:
     """The records of all layers after `fn` picked batch rows; layers that share one still do."""
-    done: dict[int, LayerKeys] = {}
-    return {
-        i: done.setdefault(id(keys), keys.index(fn)) if id(keys) not in done else done[id(keys)]
-        for i, keys in layers.items()
-    }
+    distinct = {id(keys): keys for keys in layers.values()}
+    done = {name: keys.index(fn) for name, keys in distinct.items()}
+    return {i: done[id(keys)] for i, keys in layers.items()}

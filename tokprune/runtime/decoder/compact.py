@@ -35,7 +35,7 @@ class Compaction:
         """Ask the method about a layer that has read the prompt."""
         if self.method.follows or frame.cache is None or layer >= len(frame.cache.layers):
             return
-        live = prompt.live if frame.live is None else frame.live
+        live = frame.live or prompt.live
         answers: list[KeptKeys | None] = []
         with torch.no_grad():
             for row, candidates in enumerate(prompt.candidates):
@@ -46,10 +46,9 @@ class Compaction:
                 if keep >= len(candidates):
                     answers.append(None)
                     continue
-                start, n = live.width - live.counts[row], live.counts[row] - prompt.answer
-                visual = torch.searchsorted(live.index[row, start:].contiguous(), candidates.slots)
-                device = inputs.pairs[0].device
-                attention, visual = RowAttention(inputs, row, start, n, device), visual.to(device)
+                n, device = live.counts[row] - prompt.answer, inputs.pairs[0].device
+                attention = RowAttention(inputs, row, live.fill(row), n, device)
+                visual = live.find(row, candidates.slots).to(device)
                 cache = LayerCache(layer, attention.keys[:, visual], attention.values[:, visual], attention, visual, n)
                 answer = self.method.compact(cache, keep)
                 if answer.indices.shape[-1] != keep:
@@ -62,13 +61,12 @@ class Compaction:
 
     def behind_all(self, frame: Frame, prompt: VisualCall) -> None:
         """Cut layers to what the last drop of the decoder stage left."""
-        if not self.method.follows or frame.cache is None or not prompt.history:
+        if not self.method.follows or frame.cache is None or not prompt.drops:
             return
-        first, last = prompt.history[0][0] - 1, prompt.history[-1][0]
         with torch.no_grad():
-            for layer in range(first, last):
-                live = next((v for at, v in reversed(frame.lives) if at <= layer), prompt.live)
-                here = next((c for at, c in reversed(prompt.history) if at <= layer), prompt.entered)
+            for layer in range(prompt.drops[0].layer - 1, prompt.drops[-1].layer):
+                live = frame.live_in(layer) or prompt.live
+                here = next(c for first, c in reversed(prompt.history) if first <= layer)
                 answers = [
                     None if len(a) == len(b) else KeptKeys(survivors(b.slots, a.slots))
                     for a, b in zip(prompt.candidates, here, strict=True)
@@ -99,9 +97,8 @@ class Compaction:
         numbers = torch.arange(count, device=keys.device)
         rows, lengths = [], []
         for row, answer in enumerate(answers):
-            fill = live.width - live.counts[row]
             first = count - live.width
-            real = torch.cat([numbers[:first], numbers[first + fill :]])  # (K - filler,)
+            real = torch.cat([numbers[:first], numbers[first + live.fill(row) :]])  # (K - filler,)
             index = real.expand(heads, -1)
             if answer is not None:
                 at = torch.isin(slots[row, real], candidates[row].slots.to(keys.device) + frame.past)  # visual

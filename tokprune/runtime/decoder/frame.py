@@ -40,6 +40,14 @@ class Live:
         """Some rows have fewer tokens than others."""
         return min(self.counts) < self.width
 
+    def fill(self, row: int) -> int:
+        """Filler in front of a row's tokens."""
+        return self.width - self.counts[row]
+
+    def find(self, row: int, slots: Tensor) -> Tensor:
+        """Where `slots` lie among the tokens of a row, filler not counted."""
+        return torch.searchsorted(self.index[row, self.fill(row) :].contiguous(), slots)
+
     def take(self, values: Tensor, dim: int = 1) -> Tensor:
         """Values of all slots of this call, at `dim` behind the batch, as those of the tokens that are left."""
         index = self.index.to(values.device).clamp(min=0)
@@ -85,13 +93,11 @@ class VisualCall:
     """Tokens at the end that generate() wrote, which no method sees."""
     notes: list[dict[str, Tensor]]
     """What the method wrote down for each row."""
-    budgets: list[int | None] = field(default_factory=list)
+    budgets: list[int | None]
     """Visual keys of each row that stay in each layer, where ratio or budget are for the cache stage."""
+    history: list[tuple[int, list[Candidates]]]
+    """From which layer on which candidates, those that entered first."""
     drops: list[Drop] = field(default_factory=list)
-    entered: list[Candidates] = field(default_factory=list)
-    """The candidates before the first drop."""
-    history: list[tuple[int, list[Candidates]]] = field(default_factory=list)
-    """And those from some layer on."""
 
 
 @dataclass(frozen=True)
@@ -142,10 +148,9 @@ class Frame:
         records = () if self.state is None else self.state.deepest.values()
         self.idle = self.prompt is None and not any(keys.has_fill for keys in records)
 
-    @property
-    def kernel(self) -> str:
-        """The attention kernel of the language model."""
-        return str(self.adapter.config.get_text_config()._attn_implementation)
+    def live_in(self, layer: int) -> Live | None:
+        """The tokens that a layer works on; None before the first drop."""
+        return next((live for first, live in reversed(self.lives) if first <= layer), None)
 
     # -- the keys of a layer
 
@@ -239,7 +244,7 @@ class Frame:
             return mask[..., -(held[0] + 1) :]  # one token that sees every key, whichever are left
         columns = self.all_slots(layer, live)[:, held[0] - held[1] :]  # (B, K)
         if mask is None:
-            if "flash" in self.kernel:
+            if "flash" in self.adapter.kernel:
                 return (columns >= 0).long()
             return causal_mask(columns, width, self.adapter.model.dtype)
         # A mask is about the last keys where layers have a sliding window.
@@ -266,7 +271,7 @@ class Frame:
         """Position ids as attention gets them; flash attention would read gaps in them as packing."""
         name = ("positions", id(positions), id(live))
         if name not in self.memo:
-            if "flash" in self.kernel:
+            if "flash" in self.adapter.kernel:
                 cut = torch.arange(live.width, device=positions.device).expand(*positions.shape[:-1], -1)
             else:
                 cut = live.take(positions, positions.ndim - 1)

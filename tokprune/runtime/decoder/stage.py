@@ -43,13 +43,13 @@ from tokprune.runtime.tripwires import check_layer_lengths, width_of
 from tokprune.schedule import Schedule
 
 
+@dataclass
 class _Now:
     """What this thread's forward of the language model is in the middle of."""
 
-    def __init__(self) -> None:
-        self.frame: Frame | None = None
-        self.prompt: VisualCall | None = None
-        self.open = False
+    frame: Frame | None = None
+    prompt: VisualCall | None = None
+    open: bool = False
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[Frame | None]:
@@ -161,12 +161,12 @@ class DecoderStage(Attached):
         numbers = torch.arange(width, device=device).expand_as(forward.index)
         live = Live(torch.where(forward.index < 0, -1, numbers), counts)
         steps = self._steps(candidates) if self.drops else {}
-        prompt = VisualCall(forward, candidates, steps, live, forward.index, answer, [{} for _ in candidates])
-        prompt.entered, count = list(candidates), None if self.compaction is None else self.compaction.count
-        for row in range(len(candidates)):
-            kept = [s.kept for s in plan.streams if s.row == row]
-            prompt.budgets.append(None if count is None else sum(map(count, kept)))
-        return prompt
+        notes: list[dict[str, Tensor]] = [{} for _ in candidates]
+        budgets: list[int | None] = [None for _ in candidates]
+        if self.compaction is not None and (count := self.compaction.count) is not None:
+            budgets = [sum(count(s.kept) for s in plan.streams if s.row == row) for row in range(len(candidates))]
+        history = [(0, list(candidates))]
+        return VisualCall(forward, candidates, steps, live, forward.index, answer, notes, budgets, history)
 
     def note_signals(self, streams: list[StreamRecord]) -> None:
         """Keep what the vision tower said of the tokens that were chosen, for the method."""
@@ -223,10 +223,10 @@ class DecoderStage(Attached):
         expand = {id(live): live.expand(frame.width) for _, live in frame.lives}
         states, path = output.get("hidden_states"), frame.prompt.forward.path
         if states is not None and frame.lives and path is None:
-            by_layer = [next((v for at, v in reversed(frame.lives) if at < i), None) for i in range(len(states))]
+            lives = [frame.live_in(i - 1) for i in range(len(states))]  # state i is what layer i - 1 gave
             output.hidden_states = tuple(
                 h if h is None or live is None else widen(h, expand[id(live)])
-                for h, live in zip(states, by_layer, strict=True)
+                for h, live in zip(states, lives, strict=True)
             )
         if frame.lives and not frame.prompt.forward.for_generate:
             last = output.last_hidden_state

@@ -71,7 +71,7 @@ def check_layers(adapter: Adapter, method: DecoderMethod, what: str) -> None:
             raise UnsupportedModelError(f"{what!r} reads what enters the MLP, but layer {i} of {name} has no mlp.")
     if "normed" in method.reads and not any(hasattr(text, n) for n in ("norm", "final_layernorm")):
         raise UnsupportedModelError(f"{what!r} reads states behind the last norm, but the LLM of {name} has no norm.")
-    check_kernel(_kernel(adapter), "decoder")
+    check_kernel(adapter.kernel, "decoder")
 
 
 def refuse_packed(what: str) -> NoReturn:
@@ -82,15 +82,11 @@ def refuse_packed(what: str) -> NoReturn:
     )
 
 
-def _kernel(adapter: Adapter) -> str:
-    return str(adapter.config.get_text_config()._attn_implementation)
-
-
 def check_call(adapter: Adapter, method: DecoderMethod, cache: KVCache, call: ModelCall, first: int | None) -> None:
     """Refuse a call of the language model in which tokens cannot be dropped, or are dropped already. first: the first
     layer in front of which tokens are to be dropped.
     """
-    name, kernel = method.info.name, _kernel(adapter)
+    name, kernel = method.info.name, adapter.kernel
     check_kernel(kernel, "decoder")
     if getattr(cache, "is_compileable", False):
         raise UnsupportedModelError(

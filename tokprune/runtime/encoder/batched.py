@@ -260,7 +260,8 @@ class BatchedSplice(Splice[Run]):
                     f"{self.tower.family} stretches its relative positions to {table.shape[-1]} tokens of "
                     f"{run.tokens}: call it without interpolate_pos_encoding, which a shorter sequence cannot follow."
                 )
-            place = state.rep.clamp(min=0)[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[-1])  # (B, H, K, N)
+            place = state.rep.clamp(min=0)[:, None, :, None]
+            place = place.expand(-1, table.shape[1], -1, table.shape[-1])  # (B, H, K, N)
             table = table.expand(len(place), -1, -1, -1).gather(2, place)
             table = table.gather(3, place[..., :1].transpose(2, 3).expand(-1, -1, place.shape[2], -1))  # (B, H, K, K)
         return table if bias is None else table + bias

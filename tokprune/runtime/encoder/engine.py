@@ -110,11 +110,16 @@ class Splice(Attached, ABC, Generic[R]):
 
     def full_length(self, index: int, x: Tensor) -> Tensor:
         """The output of block `index` of the current run at full length."""
-        run = self.last_run()
+        run = self._seen()
         done = self.expand and index + 1 == len(self.tower.blocks)
         return x if done else self.widen(run, run.states[index + 1], x)
 
-    def last_run(self) -> R:
+    def entering(self, index: int, x: Tensor) -> Tensor:
+        """Rows that stand for what enters block `index` of the current run, at full length; nothing is rebuilt."""
+        run = self._seen()
+        return self.widen(run, run.states[index], x, rebuild=False)
+
+    def _seen(self) -> R:
         """This thread's last run of the tower."""
         run: R | None = self.threads.now.last
         if run is None:

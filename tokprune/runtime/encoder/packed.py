@@ -141,7 +141,7 @@ class PackedSplice(Splice[PackedRun]):
         return PAD if self.method.size_bias else 0
 
     def places(self, index: int) -> Tensor | None:
-        state = self.last_run().states[index]
+        state = self._seen().states[index]
         return None if state is None else self.tokens(state.rep)
 
     def restored(self, run: PackedRun, index: int) -> None:

@@ -136,8 +136,7 @@ class EncoderStage:
         For whoever looks at a reduced block from outside (its queries and keys, say) and wants one row per original
         token: members of a group get the group's row, dropped tokens zeros. x: (B, K, C), packed towers (K, C).
         """
-        run: Any = self._splice.last_run()
-        return self._splice.widen(run, run.states[block], x, rebuild=False)
+        return self._splice.entering(block, x)
 
     def output(self, block: int, x: Tensor) -> Tensor:
         """What block `block` gave in this thread's last run, at full length, rebuilt where the method does that."""
