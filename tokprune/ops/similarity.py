@@ -23,6 +23,16 @@ def most_similar(a: Tensor, b: Tensor, barred: Tensor | None = None) -> tuple[Te
     return (values[0], places[0]) if len(places) == 1 else (torch.cat(values, -1), torch.cat(places, -1))
 
 
+def distances(a: Tensor, b: Tensor) -> Tensor:
+    """Euclidean distances of all pairs of rows. a: (..., M, D), b: (..., K, D) -> (..., M, K).
+
+    Large matrices are compared by their products, in which what all rows share (a few channels of an LLM's hidden
+    states are large everywhere) would leave nothing of small distances in float32; so the first row of b is the origin.
+    """
+    origin = b[..., :1, :]
+    return torch.cdist(a - origin, b - origin)
+
+
 def unit(features: Tensor) -> Tensor:
     """Rows of unit length in float32 (float64 stays). features: (..., N, D). A zero row stays zero instead of NaN."""
     wide = features if features.dtype == torch.float64 else features.float()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.golden_vectors import GoldenCase, claims
+from tests.golden_vectors import GoldenCase, claims, close
 from tokprune.errors import OptionError
 from tokprune.methods.connector.gemfilter import GemFilter, pooled
 from tokprune.tokens import Layout, VisualTokens
@@ -13,14 +13,17 @@ from tokprune.tokens import Layout, VisualTokens
 
 @claims("gemfilter", anchor="q_last")
 def test_golden(case: GoldenCase) -> None:
-    logits = (case["q_last"] @ case["k"].transpose(2, 3)).sum(1)[0, 0]  # (N,) all heads, neither scale nor softmax
-    for name, window in (("pool", 5), ("nopool", 1)):
-        expected, values = case[f"idx_{name}"][0, 0], case[f"val_{name}"][0, 0]
-        method = GemFilter(window=window)
-        scaled = logits / 8 / 16**0.5  # as the signal gives it: mean over heads, scaled
-        tokens = VisualTokens(torch.zeros(len(logits), 2), Layout.line(len(logits)), {method.needs[0]: scaled})
-        assert torch.equal(method.select(tokens, len(expected)).indices, expected.sort().values)
-        torch.testing.assert_close(pooled(logits, window)[expected], values, atol=1e-5, rtol=1e-5)
+    queries, keys = case["q_last"], case["k"]  # (B, H, 1, d) and (B, H', N, d)
+    heads, width = queries.shape[1], queries.shape[3]
+    keys = keys.repeat_interleave(heads // keys.shape[1], 1)
+    for row, logits in enumerate((queries @ keys.transpose(2, 3)).sum(1)[:, 0]):  # (N,), neither scale nor softmax
+        for name, window in (("pool", 5), ("nopool", 1)):
+            expected, values = case[f"idx_{name}"][row, 0], case[f"val_{name}"][row, 0]
+            method = GemFilter(window=window)
+            scaled = logits / heads / width**0.5  # as the signal gives it: mean over heads, scaled
+            tokens = VisualTokens(torch.zeros(len(logits), 2), Layout.line(len(logits)), {method.needs[0]: scaled})
+            assert torch.equal(method.select(tokens, len(expected)).indices, expected.sort().values)
+            close(pooled(logits, window)[expected], values)
 
 
 def test_what_lies_outside_counts_as_nothing() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.golden_vectors import GoldenCase, claims
+from tests.golden_vectors import GoldenCase, claims, close
 from tokprune.errors import OptionError
 from tokprune.methods.connector.quecc import QueCC, load_quecc
 
@@ -15,7 +15,7 @@ def test_golden(case: GoldenCase) -> None:
     weights = {key.removeprefix("w."): case[key] for key in GoldenCase(case.path) if key.startswith("w.")}
     with torch.no_grad():
         out = load_quecc(weights)(case["x"], case["x_multi"], case["text"])
-    torch.testing.assert_close(out, case["out"], atol=1e-5, rtol=1e-5)
+    close(out, case["out"])
 
 
 def test_a_block_sees_its_patches_and_the_question() -> None:

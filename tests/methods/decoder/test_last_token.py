@@ -54,13 +54,15 @@ def in_front(hidden: Tensor, start: int, count: int, total: int, attention: Any,
     )
 
 
-@claims("fastv_topk")
+@claims("fastv")
 def test_fastv_keeps_what_the_published_code_keeps(case: GoldenCase) -> None:
-    start, count, hidden = case.number("image_start"), case.number("image_len"), case["hidden"][0]
-    row = case["attn_last_row"][0].mean(0)
-    for drop in (50, 75, 90):
-        method = FastV(share=1 - drop / 100, compat="published")
-        tokens = in_front(hidden, start, count, count, LastRow(row))
+    start, count = case.number("image_start"), case.number("image_len")
+    (hidden,), (heads,) = case["hidden"], case["attn_last_row"]  # published: one prompt at a time
+    drops = [key.removeprefix("keep_r") for key in case if key.startswith("keep_r")]
+    assert drops
+    for drop in drops:
+        method = FastV(share=1 - float(drop) / 100, compat="published")
+        tokens = in_front(hidden, start, count, count, LastRow(heads.mean(0)))
         indices = method.select(tokens, -1).indices  # published: its own count
         kept = torch.cat([torch.arange(start), start + indices, torch.arange(start + count, len(hidden))])
         assert torch.equal(kept, case[f"keep_r{drop}"])
@@ -76,7 +78,13 @@ def test_fastv_cuts_as_published_where_its_share_decides() -> None:
     assert FastV().select(tokens, 3).indices.tolist() == [2, 3, 4]
 
 
-@claims("pyramiddrop_rank_drop")
+def test_pyramiddrop_cuts_as_published_where_its_shares_decide() -> None:
+    tokens = in_front(torch.zeros(101, 2), 0, 100, 100, LastRow(torch.arange(101.0)))
+    shares = (0.29,)  # times 100 this is a hair below 29 in floating point, and the published code cuts it off
+    assert len(PyramidDrop(layers=(1,), shares=shares, compat="published").select(tokens, -1).indices) == 28
+
+
+@claims("pyramiddrop")
 def test_pyramiddrop_keeps_what_the_published_code_keeps(case: GoldenCase) -> None:
     heads, start, total = (case.number(name) for name in ("heads", "image_start", "image_len"))
     width = case["wq"].shape[0]
@@ -85,11 +93,11 @@ def test_pyramiddrop_keeps_what_the_published_code_keeps(case: GoldenCase) -> No
     attention.q_proj.weight.copy_(case["wq"])
     attention.k_proj.weight.copy_(case["wk"])
     shares = tuple(case["ratios"].tolist()[1:])
-    method = PyramidDrop(layers=(8, 16, 24), shares=shares, compat="published")
+    method = PyramidDrop(layers=tuple(range(1, len(shares) + 1)), shares=shares, compat="published")
     for row, (hidden, mask) in enumerate(zip(case["features"], case["attention_mask"], strict=True)):
         left, count, notes = hidden[mask], total, {}
         where = torch.arange(len(left))
-        for stage in range(3):
+        for stage in range(len(shares)):
             last = int(case["prompt_len"][row]) + count
             tables = LlamaRotaryEmbedding(config)(left, torch.arange(len(left))[None])
             inputs = LayerInputs(Bare(attention), left[None], {"position_embeddings": tables, "attention_mask": None})

@@ -7,7 +7,6 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from tokprune.budget import floor_of
 from tokprune.errors import OptionError
 from tokprune.methods.decoder_base import DecoderScores, LayerTokens, in_depth
 from tokprune.methods.options import Compat, option
@@ -75,5 +74,5 @@ class PyramidDrop(DecoderScores):
         if self.compat == "published" and not tokens.bound:
             stage = len(tokens.notes)
             tokens.notes[f"stage {stage}"] = tokens.last
-            keep = floor_of(tokens.total, self.shares[stage])
+            keep = int(tokens.total * self.shares[stage])
         return super().select(tokens, keep)

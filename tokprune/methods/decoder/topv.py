@@ -15,6 +15,7 @@ from tokprune.methods.decoder_base import DecoderMethod, LayerTokens, at_layers
 from tokprune.methods.options import option
 from tokprune.ops.blocks import row_blocks
 from tokprune.ops.numeric import wide
+from tokprune.ops.similarity import distances
 from tokprune.ops.topk import top, true_indices
 from tokprune.registry import Checked, register_method
 from tokprune.schedule import Schedule
@@ -40,7 +41,7 @@ def transport_cost(
     away = (places - middle).norm(dim=-1, keepdim=True)  # (V, 1)
 
     def terms(part: slice) -> tuple[Tensor, Tensor, Tensor]:
-        features = torch.cdist(source[part], target).square()
+        features = distances(source[part], target).square()
         near = torch.exp(-torch.cdist(places[part], places).square() / (2 * sigma**2))
         return features, 1 - near * (picture[part, None] == picture), away[part].expand_as(features)
 

@@ -17,6 +17,7 @@ from tokprune.methods.encoder_base import BlockView, Cut, EncoderMethod, Place, 
 from tokprune.methods.options import Block, Compat, option
 from tokprune.ops.blocks import row_blocks
 from tokprune.ops.numeric import wide
+from tokprune.ops.similarity import distances
 from tokprune.registry import Checked, register_method
 
 
@@ -46,7 +47,7 @@ def neighbours(x: Tensor, kept: Tensor, count: int, across: bool = False) -> tup
         there = there.reshape(1, -1, width).expand(batch, -1, -1)
     old, most, found = take(gone), min(count, there.shape[1]), []
     for part in row_blocks(gone.shape[1], there.shape[1]):
-        distance = torch.cdist(old[:, part], there)  # (B, m, K or B K)
+        distance = distances(old[:, part], there)  # (B, m, K or B K)
         found.append(torch.sort(distance, dim=-1, stable=True).indices[..., :most].contiguous())
     return gone, torch.cat(found, 1)
 
