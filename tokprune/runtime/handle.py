@@ -272,11 +272,11 @@ def vlm_pruning(model: Model, config: PruneConfig, processor: Processor = None, 
         connector = Shared(connector, rule)  # type: ignore[arg-type]
     method: ConnectorMethod | None = connector
     if stages.encoder is not None or stages.pixels is not None:
-        from tokprune.runtime.encoder.setup import in_tower
+        from tokprune.runtime.encoder.stage import in_tower
 
         installed.encoder, connector, method = in_tower(adapter.model, config, connector, processor=processor)
     if stages.decoder is not None or isinstance(stages.cache, CompactMethod):
-        from tokprune.runtime.decoder.setup import stage_of
+        from tokprune.runtime.decoder.stage import stage_of
 
         installed.decoder = stage_of(adapter, config, stages)
     if isinstance(stages.cache, CacheMethod):
@@ -352,7 +352,7 @@ def apply_encoder(
 
 def tower_alone(model: Model, config: PruneConfig, expand: bool | None = None, processor: Processor = None) -> Pruning:
     """The pruning of a vision tower alone, by a config's pixels and encoder methods, made but not put on yet."""
-    from tokprune.runtime.encoder.setup import in_tower
+    from tokprune.runtime.encoder.stage import in_tower
 
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"apply_encoder takes a model (a torch.nn.Module), not {type(model).__name__}.")

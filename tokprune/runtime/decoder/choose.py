@@ -30,10 +30,9 @@ class Dropper:
 
     def drop(self, text_model: Model) -> Tensor:
         """Let the method choose for every row; the frame knows what is left then. Returns the hidden states of that."""
-        step = self.prompt.steps[self.layer]
-        rows = range(len(self.prompt.candidates))
+        keeps = self.prompt.steps[self.layer]
         with torch.no_grad(), deferred_checks() as checks:
-            chosen = [self._choose(b, step.keep[b], step.bound, text_model) for b in rows]
+            chosen = [self._choose(row, keep, text_model) for row, keep in enumerate(keeps)]
         self._merge(chosen)
         if any(s is not None for s in chosen):
             self._carry_out(chosen, checks)
@@ -46,14 +45,14 @@ class Dropper:
 
     # -- the decision
 
-    def _choose(self, row: int, keep: int | None, bound: bool, text_model: Model) -> Selection | None:
+    def _choose(self, row: int, keep: int | None, text_model: Model) -> Selection | None:
         """What stays of one row; None where everything does, without asking."""
         candidates = self.prompt.candidates[row]
         left = len(candidates)
-        if keep is None or not left or (keep >= left and (bound or self.method.exact)):
+        if keep is None or not left or (keep >= left and (self.prompt.bound or self.method.exact)):
             return None
         keep = min(keep, left)
-        selection: object = self.method.select(self._tokens(row, candidates, bound, text_model), keep)
+        selection: object = self.method.select(self._tokens(row, candidates, text_model), keep)
         name = self.method.info.name
         chosen = check_form(name, selection, left, self.hidden.shape[-1])
         if len(chosen) != keep and (self.method.exact or len(chosen) > left):
@@ -63,7 +62,7 @@ class Dropper:
             )
         return chosen
 
-    def _tokens(self, row: int, candidates: Candidates, bound: bool, text_model: Model) -> LayerTokens:
+    def _tokens(self, row: int, candidates: Candidates, text_model: Model) -> LayerTokens:
         """What the method sees of a row."""
         start, n = self.live.fill(row), self.live.counts[row] - self.prompt.answer
         here, saved = slice(start, start + n), self.frame.saved
@@ -96,7 +95,7 @@ class Dropper:
             entering=entering,
             middle=middle,
             normed=normed,
-            bound=bound,
+            bound=self.prompt.bound,
             notes=self.prompt.notes[row],
         )
 

@@ -66,15 +66,6 @@ class Live:
         return place[:, 1:].cummax(1).values.clamp(min=0)
 
 
-@dataclass(frozen=True)
-class Step:
-    """How many tokens of each prompt are to be left in front of one layer, None where it has no such step."""
-
-    keep: list[int | None]
-    bound: bool
-    """Ratio, budget or schedule say so."""
-
-
 @dataclass
 class VisualCall:
     """What the decoder stage knows of a call with pictures."""
@@ -83,8 +74,10 @@ class VisualCall:
     """Its forward, whose record it fills."""
     candidates: list[Candidates]
     """Of each row."""
-    steps: dict[int, Step]
-    """By layer."""
+    steps: dict[int, list[int | None]]
+    """By layer, how many tokens of each row are to be left in front of it, None where the row has no such step."""
+    bound: bool
+    """Ratio, budget or schedule say so."""
     live: Live
     """All its tokens."""
     columns: Tensor
@@ -278,13 +271,3 @@ class Frame:
             self.memo[name] = positions, cut
         ids: Tensor = self.memo[name][1]
         return ids
-
-
-def unknown_tensors(kwargs: ModelCall, width: int) -> list[str]:
-    """Names of arguments of a layer that have an entry per token, and that nobody here knows how to cut."""
-    known = ("hidden_states", "attention_mask", "position_ids", "position_embeddings", "cache_position")
-    return [
-        name
-        for name, value in kwargs.items()
-        if name not in known and isinstance(value, Tensor) and width > 1 and width in value.shape
-    ]

@@ -24,7 +24,9 @@ from tokprune.adapters.dialect import cache_in, swap_cache
 from tokprune.adapters.foreign import CANDIDATES, FORWARD
 from tokprune.adapters.hooks import Attached, Attachments, PassingStandIn, PerThread
 from tokprune.adapters.types import Model, ModelCall, ModelOutput, Positional
-from tokprune.errors import UnsupportedModelError
+from tokprune.config import PruneConfig
+from tokprune.errors import OptionError, UnsupportedModelError
+from tokprune.methods.cache_base import CacheMethod
 from tokprune.methods.decoder_base import DecoderMethod
 from tokprune.registry import MethodInfo
 from tokprune.runtime.cache import View
@@ -33,12 +35,20 @@ from tokprune.runtime.decoder.attention import LayerInputs
 from tokprune.runtime.decoder.candidates import Candidates, candidates_of, spared
 from tokprune.runtime.decoder.choose import Dropper
 from tokprune.runtime.decoder.compact import Compaction
-from tokprune.runtime.decoder.frame import Frame, Live, Step, VisualCall, unknown_tensors
-from tokprune.runtime.decoder.support import check_call, check_layers, check_range, check_windows, refuse_packed
+from tokprune.runtime.decoder.frame import Frame, Live, VisualCall
+from tokprune.runtime.decoder.support import (
+    check_arguments,
+    check_call,
+    check_layers,
+    check_range,
+    check_windows,
+    refuse_packed,
+)
 from tokprune.runtime.execute import PrunedForward
 from tokprune.runtime.outputs import widen
 from tokprune.runtime.plan import Plan
 from tokprune.runtime.records import StreamRecord
+from tokprune.runtime.stages import Stages
 from tokprune.runtime.tripwires import check_layer_lengths, width_of
 from tokprune.schedule import Schedule
 
@@ -165,8 +175,8 @@ class DecoderStage(Attached):
         budgets: list[int | None] = [None for _ in candidates]
         if self.compaction is not None and (count := self.compaction.count) is not None:
             budgets = [sum(count(s.kept) for s in plan.streams if s.row == row) for row in range(len(candidates))]
-        history = [(0, list(candidates))]
-        return VisualCall(forward, candidates, steps, live, forward.index, answer, notes, budgets, history)
+        bound, history = self.count is not None or self.method.schedule is not None, [(0, list(candidates))]
+        return VisualCall(forward, candidates, steps, bound, live, forward.index, answer, notes, budgets, history)
 
     def note_signals(self, streams: list[StreamRecord]) -> None:
         """Keep what the vision tower said of the tokens that were chosen, for the method."""
@@ -182,16 +192,15 @@ class DecoderStage(Attached):
         now: _Now = self.threads.now
         now.prompt, now.open = prompt, open
 
-    def _steps(self, rows: list[Candidates]) -> dict[int, Step]:
+    def _steps(self, rows: list[Candidates]) -> dict[int, list[int | None]]:
         """What is to be left of the candidates of each prompt in front of each layer."""
-        steps: dict[int, Step] = {}
-        bound = self.count is not None or self.method.schedule is not None
+        steps: dict[int, list[int | None]] = {}
         for b, row in enumerate(rows):
             total, final = row.total, row.final
             share = self.share if final is None or not total or self.share is not None else final / total
             schedule = self.schedule(share)
             for layer, keep in zip(schedule.layers, schedule.counts(total, final), strict=True):
-                steps.setdefault(layer, Step([None] * len(rows), bound)).keep[b] = max(keep - row.fixed, 0)
+                steps.setdefault(layer, [None] * len(rows))[b] = max(keep - row.fixed, 0)
         return steps
 
     # -- one forward of the language model
@@ -272,7 +281,7 @@ class DecoderStage(Attached):
         hidden = args[0] if args else kwargs["hidden_states"]
         if frame.cache is None:
             frame.cache = cache_in(kwargs)  # the language model makes one where it is given none
-        self._check_arguments(module, args, kwargs, frame)
+        check_arguments(module, args, kwargs, frame.width)
         if i == 0 and "embeddings" in self.method.reads:
             frame.saved["embeddings"] = hidden
         original, before = kwargs, frame.live
@@ -338,18 +347,6 @@ class DecoderStage(Attached):
 
         frame.tables[id(output[0])] = output[0], again, positions
 
-    @staticmethod
-    def _check_arguments(module: Model, args: Positional, kwargs: ModelCall, frame: Frame) -> None:
-        unknown = unknown_tensors(kwargs, frame.width)
-        tables = kwargs.get("position_embeddings")
-        fits = isinstance(tables, tuple) and all(isinstance(t, Tensor) and t.ndim == 3 for t in tables)
-        if len(args) > 1 or unknown or not fits:
-            what = f"{', '.join(unknown)} for each token" if unknown else "positions in a way that cannot be cut"
-            raise UnsupportedModelError(
-                f"{type(module).__name__} is given {what}, so tokens cannot be dropped in front of it. Methods of the "
-                "decoder stage do not run in this model; those of the connector stage do."
-            )
-
     def refuse_chunks(self) -> None:
         """A prompt is not read in chunks."""
         raise UnsupportedModelError(
@@ -364,3 +361,26 @@ class DecoderStage(Attached):
             "method of the decoder stage looks at the prompt's last token: the answers would differ. Generate without "
             "assistant_model and prompt_lookup_num_tokens."
         )
+
+
+def stage_of(adapter: Adapter, config: PruneConfig, stages: Stages) -> DecoderStage:
+    """The stage inside the LLM: a decoder method, a cache method that frees memory, or both."""
+    method, compact = stages.decoder, stages.cache
+    if isinstance(compact, CacheMethod):
+        raise OptionError(
+            f"{compact.info.name!r} lets all layers read the same visual keys, and a method of the decoder stage "
+            "leaves them different ones; it cannot run beside one. Methods of the cache stage that free memory can: "
+            "mustdrop_cache, fastkv, kvmerger."
+        )
+    if compact is not None and compact.follows and method is None:
+        raise OptionError(
+            f"{compact.info.name!r} keeps what a method of the decoder stage kept last, and none is there. Write "
+            f"method=['mustdrop', {compact.info.name!r}]."
+        )
+    alone = stages.chooser is None and (config.ratio is not None or config.budget is not None)
+    count, share = (config.count, config.ratio) if alone else (None, None)
+    if method is not None or compact is None:
+        compaction = None if compact is None else Compaction(compact)
+        return DecoderStage(adapter, method, count, share, config.positions, compaction)
+    propagation = compact.propagation(len(adapter.layers))
+    return DecoderStage(adapter, propagation, None, None, config.positions, Compaction(compact, count))

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import torch
+from torch import Tensor
 
 from tokprune.adapters.base import Adapter
 from tokprune.adapters.dialect import CACHE, parameters
-from tokprune.adapters.types import KVCache, ModelCall
+from tokprune.adapters.types import KVCache, Model, ModelCall, Positional
 from tokprune.errors import OptionError, UnsupportedModelError
 from tokprune.methods.decoder_base import DecoderMethod
 from tokprune.runtime.attention_row import check_kernel
@@ -72,6 +73,23 @@ def check_layers(adapter: Adapter, method: DecoderMethod, what: str) -> None:
     if "normed" in method.reads and not any(hasattr(text, n) for n in ("norm", "final_layernorm")):
         raise UnsupportedModelError(f"{what!r} reads states behind the last norm, but the LLM of {name} has no norm.")
     check_kernel(adapter.kernel, "decoder")
+
+
+def check_arguments(layer: Model, args: Positional, kwargs: ModelCall, width: int) -> None:
+    """Refuse what a decoder layer is given for each of `width` tokens where nobody here knows how to cut it."""
+    unknown = [
+        name
+        for name, value in kwargs.items()
+        if name not in LAYER and isinstance(value, Tensor) and width > 1 and width in value.shape
+    ]
+    tables = kwargs.get("position_embeddings")
+    fits = isinstance(tables, tuple) and all(isinstance(t, Tensor) and t.ndim == 3 for t in tables)
+    if len(args) > 1 or unknown or not fits:
+        what = f"{', '.join(unknown)} for each token" if unknown else "positions in a way that cannot be cut"
+        raise UnsupportedModelError(
+            f"{type(layer).__name__} is given {what}, so tokens cannot be dropped in front of it. Methods of the "
+            "decoder stage do not run in this model; those of the connector stage do."
+        )
 
 
 def refuse_packed(what: str) -> NoReturn:

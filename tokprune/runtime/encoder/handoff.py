@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,8 +15,10 @@ from tokprune.methods.base import ConnectorMethod, Wrapper
 from tokprune.methods.connector.none import NoPruning
 from tokprune.methods.options import option
 from tokprune.registry import MethodInfo
-from tokprune.runtime.encoder.stage import EncoderStage
 from tokprune.tokens import Merge, Selection, VisualTokens
+
+if TYPE_CHECKING:
+    from tokprune.runtime.encoder.stage import EncoderStage
 
 SIGNAL = "encoder_survivor"
 ROUNDING = 1e-4

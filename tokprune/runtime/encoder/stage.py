@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from tokprune.adapters.hooks import Hook
+from tokprune.adapters.local_processor import local_processor
 from tokprune.adapters.tower_parts import normalisation
 from tokprune.adapters.towers import find_tower
+from tokprune.adapters.types import Processor
 from tokprune.budget import check_budget, check_ratio
+from tokprune.config import PruneConfig
 from tokprune.errors import BudgetError, OptionError, UnsupportedModelError
+from tokprune.methods.base import ConnectorMethod
 from tokprune.methods.encoder_base import EncoderMethod
 from tokprune.runtime.encoder.batched import BatchedSplice
 from tokprune.runtime.encoder.engine import Splice
+from tokprune.runtime.encoder.handoff import AmongSurvivors
 from tokprune.runtime.encoder.packed import PackedSplice
-from tokprune.runtime.encoder.pixels import NoReduction, PixelDrop, std_of
+from tokprune.runtime.encoder.pixels import NoReduction, PixelDrop, WorstPredicted, std_of
 from tokprune.runtime.encoder.report import EncoderReport
 from tokprune.runtime.encoder.run import EncoderTrace, Run
 from tokprune.runtime.probe import AttentionProbe
+from tokprune.runtime.stages import Stages
 
 
 def refuse_two_reductions(root: nn.Module, owner: object, reduces: bool) -> None:
@@ -158,3 +165,36 @@ class EncoderStage:
             ratio, budget, own = self.pixels.ratio, self.pixels.budget, f"threshold {self.pixels.method.threshold:g}"
         amount = f"ratio {ratio:g}" if ratio is not None else own if budget is None else f"budget {budget}"
         return EncoderReport.build(self.name, self.tower, self.method, amount, self.expand, self.trace, self.label)
+
+
+def in_tower(
+    model: nn.Module,
+    config: PruneConfig,
+    connector: ConnectorMethod | None = None,
+    expand: bool | None = None,
+    processor: Processor = None,
+) -> tuple[EncoderStage, ConnectorMethod | None, ConnectorMethod]:
+    """The stage inside the tower of `model`, what chooses behind it by a ratio, and the same among what it left.
+
+    connector: what the config chooses with, if anything.
+
+    The budget is one: the connector's when there is one, else the decoder's, else the encoder's, else that of the
+    pixels. What stands before follows its own schedule or threshold; an encoder method that has none reduces by the
+    same factor as the stage behind it.
+    """
+    stages = Stages.of(config)
+    encoder, later = stages.encoder, stages.chooser is not None or stages.decoder is not None
+    free = (None, None) if later else (config.ratio, config.budget)
+    amount = (None, None) if encoder is None else free
+    if later and config.ratio is not None and encoder is not None and not encoder.scheduled:
+        amount = (math.sqrt(config.ratio), None)
+    drop = None
+    if stages.pixels is not None:
+        drop = PixelDrop(stages.pixels, *(free if encoder is None else (None, None)))
+        measures = drop.exact or stages.pixels.threshold > 0
+        if processor is None and measures and stages.pixels.std is None and hasattr(model, "config"):
+            processor = local_processor(model)
+        if drop.exact:
+            connector = WorstPredicted(stages.pixels.over_time)
+    stage = EncoderStage(model, encoder, *amount, expand=expand, processor=processor, pixels=drop)
+    return stage, connector, AmongSurvivors() if connector is None else AmongSurvivors(connector)
