@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.adapters.probed import compute_signals, required_blocks
 from tokprune.adapters.base import get_adapter
 from tokprune.adapters.families import (
     EncoderCall,
@@ -18,8 +19,7 @@ from tokprune.adapters.families import (
     placeholder_runs,
     stream_layouts,
 )
-from tokprune.runtime.signal_blocks import required_blocks
-from tokprune.runtime.signals import SignalSet, compute_signals
+from tokprune.runtime.signals import SignalSet
 from tokprune.testing import TinyVLM, build, clip, picture
 
 Samples = list[list[Any]]

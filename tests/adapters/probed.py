@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tokprune.adapters.families import EncoderCall
 from tokprune.adapters.towers import tower_of
+from tokprune.runtime.host import to_host
 from tokprune.runtime.probe import AttentionProbe
-from tokprune.runtime.signal_blocks import required_blocks
-from tokprune.runtime.signals import SignalSet, compute_signals
+from tokprune.runtime.signal_blocks import signal_probe
+from tokprune.runtime.signals import BegunSignals, SignalSet
 from tokprune.testing import TinyVLM, build, picture
 
 TOLERANCE = 1e-6
@@ -41,6 +44,27 @@ def call(family: str, vlm: TinyVLM | None = None) -> tuple[Any, dict[str, Any]]:
 @torch.no_grad()
 def run(base: Any, kwargs: dict[str, Any], **more: Any) -> Any:
     return base.get_image_features(**kwargs, **more, return_dict=True)
+
+
+def required_blocks(base: Any, needs: Sequence[str]) -> AttentionProbe:
+    """A probe that listens to what `needs` can be computed from."""
+    return signal_probe(base, needs).install()
+
+
+def compute_signals(  # a call and what reads it, as a test has them at hand
+    base: Any,
+    modality: str,
+    kwargs: dict[str, Any],
+    output: Any,
+    probe: AttentionProbe | None,
+    needs: Sequence[str],
+    scorer: object = None,
+    encoder: Any = None,
+) -> SignalSet:
+    """The signals of one encoder call at once. probe: None where none has listened."""
+    probe = signal_probe(base, needs) if probe is None else probe
+    begun = BegunSignals(EncoderCall(base, modality, kwargs, output), probe, needs, scorer, encoder)
+    return begun.finish(to_host(*begun.bounds))
 
 
 def signals(base: Any, kwargs: dict[str, Any], *needs: str, **more: Any) -> SignalSet:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.adapters.encoded import encode, media, prompts, tiny
+from tests.adapters.probed import compute_signals, required_blocks
 from tokprune.adapters.families import (
     PlaceholderRun,
     family_of,
@@ -16,8 +17,6 @@ from tokprune.adapters.families import (
 )
 from tokprune.adapters.families.idefics import SmolVLM
 from tokprune.errors import MissingSignalError
-from tokprune.runtime.signal_blocks import required_blocks
-from tokprune.runtime.signals import compute_signals
 from tokprune.testing import picture
 
 SIZES = [(60, 40), (40, 60), (100, 28), (28, 100), (64, 64), (33, 61), (200, 31)]

@@ -9,13 +9,23 @@ import torch
 from torch import Tensor, nn
 
 import tokprune.runtime.probe as probe_module
-from tests.adapters.probed import TOLERANCE, call, eager_maps, run, seen_by, signals, tiny
+from tests.adapters.probed import (
+    TOLERANCE,
+    call,
+    compute_signals,
+    eager_maps,
+    required_blocks,
+    run,
+    seen_by,
+    signals,
+    tiny,
+)
 from tokprune.adapters.towers import tower_blocks, tower_of
 from tokprune.errors import MissingSignalError, OptionError
-from tokprune.runtime.probe import AttentionProbe
-from tokprune.runtime.signal_blocks import block_index, required_blocks
-from tokprune.runtime.signals import compute_signals
-from tokprune.testing import build, clip
+from tokprune.runtime.probe import AttentionProbe, Projections
+from tokprune.runtime.signal_blocks import block_index
+from tokprune.runtime.signals import ROWS, block_values
+from tokprune.testing import build, clip, picture
 
 
 @pytest.mark.parametrize(
@@ -82,6 +92,37 @@ def test_padded_patches_give_and_receive_nothing() -> None:
     for i in range(2):
         expected = attention[i].mean(0)[flat[i]].mean(0)  # real queries only
         torch.testing.assert_close(received[i], expected * flat[i], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("kind", sorted(ROWS))
+@pytest.mark.parametrize("cls", [True, False])
+@pytest.mark.parametrize("additive", [True, False])
+def test_no_score_depends_on_padding(kind: str, cls: bool, additive: bool) -> None:
+    """Neither on padded tokens nor on other pictures of the sequence: what may not be attended to does not count."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 4, 9, 8, generator=generator) for _ in range(3))
+    part = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 3])  # two pictures, and padding that sees nothing but itself
+    mask = (part[:, None] == part)[None, None]
+    mask = mask.float().masked_fill(~mask, torch.finfo(torch.float32).min).where(~mask, 0.0) if additive else mask
+    seen = Projections(q, k, v, 0.3, lambda x: x, mask=mask)
+    values, _ = block_values(kind, seen, cls)
+    for places in [slice(0, 4)] if cls else [slice(0, 4), slice(4, 7)]:
+        own = Projections(q[:, :, places], k[:, :, places], v[:, :, places], 0.3, lambda x: x)
+        wanted, _ = block_values(kind, own, cls)
+        torch.testing.assert_close(values[:, places], wanted, atol=TOLERANCE, rtol=1e-5)
+
+
+def test_pictures_of_one_sequence_have_the_signals_that_they_have_alone() -> None:
+    """Mistral 3 reads all pictures of a call as one sequence."""
+    vlm, needs = tiny("mistral3"), [f"{kind}:-1" for kind in ("keys", "value_norm", *ROWS)]
+    pictures = [picture(60, 40, 1), picture(40, 40, 2)]
+    found = []
+    for shown in (pictures, *([one] for one in pictures)):
+        inputs = vlm.inputs([[part for one in shown for part in (("image", one), "b")]])
+        kwargs = {name: inputs[name] for name in ("pixel_values", "image_sizes")}
+        found.append(signals(vlm.model.base_model, kwargs, *needs).values)
+    for name, values in found[0].items():
+        torch.testing.assert_close(values, torch.cat([one[name] for one in found[1:]]), atol=1e-5, rtol=1e-4)
 
 
 def test_timm_rotary_tower_matches_its_own_softmax() -> None:
@@ -282,7 +323,7 @@ def test_errors_say_what_to_do() -> None:
         required_blocks(base, ["keys:99"])
     with pytest.raises(MissingSignalError, match="pass a scorer"):
         compute_signals(base, "image", kwargs, run(base, kwargs), None, ["clip_image"])
-    with pytest.raises(MissingSignalError, match="required_blocks"):
+    with pytest.raises(MissingSignalError, match="nothing was seen of block 0"):
         compute_signals(base, "image", kwargs, run(base, kwargs), None, ["keys:0"])
     qwen, packed = call("qwen2_vl")
     with pytest.raises(MissingSignalError, match="pictures"):

@@ -9,12 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.adapters.probed import TOLERANCE, call, eager_maps, hooks, run, signals
+from tests.adapters.probed import TOLERANCE, call, compute_signals, eager_maps, hooks, required_blocks, run, signals
 from tokprune.adapters.towers import tower_blocks, tower_of
 from tokprune.errors import MissingSignalError
 from tokprune.runtime.probe import AttentionProbe
-from tokprune.runtime.signal_blocks import required_blocks
-from tokprune.runtime.signals import SignalSet, compute_signals
+from tokprune.runtime.signals import SignalSet
 from tokprune.testing import build
 
 

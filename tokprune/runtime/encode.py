@@ -24,7 +24,7 @@ from tokprune.runtime.host import to_host
 from tokprune.runtime.probe import AttentionProbe
 from tokprune.runtime.records import EncoderRecord, encoder_record
 from tokprune.runtime.signal_blocks import of_tower, signal_probe
-from tokprune.runtime.signals import PatchScorer, SignalSet, begin_signals
+from tokprune.runtime.signals import BegunSignals, PatchScorer, SignalSet
 
 if TYPE_CHECKING:
     from tokprune.runtime.encoder.stage import EncoderStage
@@ -182,22 +182,21 @@ class Recorder:
         seen = copy.copy(output)
         if not isinstance(seen.pooler_output, Tensor):
             seen.pooler_output = tuple(seen.pooler_output)  # the list may be changed by whoever holds it
+        call = EncoderCall(self.adapter.base, modality, arguments, seen)
         record = EncoderRecord(modality, arguments, seen, sizes, None, seconds, seen.pooler_output)
-        if self.needs:
-            call = (self.adapter.base, modality, arguments, seen)
-            record.begun = begin_signals(*call, self.probe, self.needs, self.scorer, self.encoder)
+        if self.probe is not None:
+            record.begun = BegunSignals(call, self.probe, self.needs, self.scorer, self.encoder)
         if self.encoder is not None or (self.needs and not self.threads.now.prefill):
             settle([record])
         if self.encoder is not None:
-            self._note_survivors(self.encoder, record)
+            self._note_survivors(self.encoder, record, call)
         setattr(output, ENCODER_RECORD, record)
 
-    def _note_survivors(self, encoder: EncoderStage, record: EncoderRecord) -> None:
+    def _note_survivors(self, encoder: EncoderStage, record: EncoderRecord, call: EncoderCall) -> None:
         """What the encoder stage left, as signals."""
         from tokprune.runtime.encoder.handoff import survivor_rows, worth_rows
 
         record.signals = SignalSet() if record.signals is None else record.signals
-        call = EncoderCall(self.adapter.base, record.modality, record.kwargs, record.output)
         record.signals.values[SURVIVORS] = survivor_rows(encoder, call)
         if encoder.pixels is not None:
             record.signals.values[WORTH] = worth_rows(encoder, call)

@@ -52,10 +52,15 @@ class Projections:
         """With segments by `bounds`; the host waits where it does not know them."""
         return replace(self, segments=bounds.diff().tolist(), bounds=None)
 
-    def _pairs(self) -> tuple[Tensor, Tensor]:
-        """Queries and keys as they meet. -> (B, H, N, d) each, in float32."""
+    def _pairs(self, one_head: bool, values: bool) -> tuple[Tensor, Tensor, float]:
+        """Queries and keys as they meet, (B, H, N, d) each in float32, and what scales their products. The arguments
+        are those of `received`."""
+        if values:
+            v = wide(self.v)
+            return v, v, 1.0
         q, k = self.rotated(wide(self.q)), self.rotated(wide(self.k))
-        return q, k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+        return (_one_head(q), _one_head(k), (q.shape[1] * q.shape[3]) ** -0.5) if one_head else (q, k, self.scale)
 
     def _visible(self) -> Tensor | None:
         """(B, 1, N, N) bool: which keys a query sees, padded queries seeing none; None: all."""
@@ -71,16 +76,16 @@ class Projections:
             return None
         return wide(self.mask).masked_fill(self.mask <= torch.finfo(self.mask.dtype).min / 2, 0)
 
-    def cls_row(self, logits: bool = False, one_head: bool = False) -> Tensor:
-        """What the first token attends to, mean over heads. -> (B, N), the first token included."""
-        q, k = self._pairs()
-        scale = self.scale
-        if one_head:
-            q, k, scale = _one_head(q), _one_head(k), (q.shape[1] * q.shape[3]) ** -0.5
+    def cls_row(self, logits: bool = False, one_head: bool = False, values: bool = False) -> Tensor:
+        """What the first token attends to, mean over heads. -> (B, N), the first token included.
+
+        The arguments are those of `received`.
+        """
+        q, k, scale = self._pairs(one_head, values)
         row = (q[:, :, :1] * scale) @ k.transpose(-1, -2)  # (B, H, 1, N)
         if logits:
             return row.mean(1)[:, 0]
-        row = row if (bias := self._bias()) is None else row + bias[:, :, :1]
+        row = row if values or (bias := self._bias()) is None else row + bias[:, :, :1]
         visible = self._visible()
         if visible is not None:
             row = row.masked_fill(~visible[:, :, :1], -torch.inf)
@@ -95,14 +100,7 @@ class Projections:
         as one head. values: values take the place of queries and keys, unscaled. frame: (N,) number of queries to
         divide by, where segments are windows of a larger whole.
         """
-        scale = self.scale
-        if values:
-            q = k = wide(self.v)
-            scale = 1.0
-        else:
-            q, k = self._pairs()
-        if one_head:
-            q, k, scale = _one_head(q), _one_head(k), (q.shape[1] * q.shape[3]) ** -0.5
+        q, k, scale = self._pairs(one_head, values)
         if self.segments is None:
             return _column_mean(q, k, scale, self._visible(), logits, None if values else self._bias())
         # Segments of equal length are one batch; a video's frames and a tower's windows are many and alike.
@@ -118,11 +116,6 @@ class Projections:
             out[0, where.flatten()] = score.flatten()
         return out
 
-    def cls_value_row(self) -> Tensor:
-        """Head-mean softmax of the first token's value with all values, unscaled. -> (B, N), that token included."""
-        v = wide(self.v)
-        return (v[:, :, :1] @ v.transpose(-1, -2)).softmax(-1).mean(1)[:, 0]
-
 
 def _one_head(x: Tensor) -> Tensor:
     """(B, H, N, d) -> (B, 1, N, H*d)."""
@@ -137,22 +130,22 @@ def _column_mean(
     q, k: (B, H, N, d) -> (B, N).
     """
     b, h, n, _ = q.shape
-    if logits:
+    if logits and visible is None:
         return ((q * scale).mean(2, keepdim=True) @ k.transpose(-1, -2)).mean(1)[:, 0]
     total = q.new_zeros(b, n)
     keys = k.transpose(-1, -2)
     step = max(1, _CHUNK // max(b * h * n, 1))
     for start in range(0, n, step):
         scores = (q[:, :, start : start + step] * scale) @ keys
-        if bias is not None:
+        if bias is not None and not logits:
             scores = scores + (bias if bias.shape[2] == 1 else bias[:, :, start : start + step])
-        if visible is not None:
-            seen = visible[:, :, start : start + step]
-            # Queries that see nothing are padding; they give nothing.
-            scores = scores.masked_fill(~seen, -torch.inf).masked_fill(~seen.any(-1, keepdim=True), 0)
-            total += (scores.softmax(-1) * seen.any(-1, keepdim=True)).sum(2).mean(1)
-        else:
+        if visible is None:
             total += scores.softmax(-1).sum(2).mean(1)
+            continue
+        seen = visible[:, :, start : start + step]
+        if not logits:  # queries that see nothing are padding; they give nothing
+            scores = scores.masked_fill(~seen, -torch.inf).masked_fill(~seen.any(-1, keepdim=True), 0).softmax(-1)
+        total += (scores * seen).sum(2).mean(1)
     if visible is None:
         return total / n
     return total / visible[:, 0].sum(-2).clamp(min=1)

@@ -107,14 +107,6 @@ def signal_block(base: nn.Module, spec: str | None, count: int, kwargs: Inputs |
     return attends[-1] if attends else chosen
 
 
-def required_blocks(base: nn.Module, needs: Sequence[str]) -> AttentionProbe:
-    """A probe that listens to what `needs` can be computed from, installed on the vision tower of `base`.
-
-    Nothing is hooked when nothing needs a block. Raises MissingSignalError for a tower that cannot tell.
-    """
-    return signal_probe(base, needs).install()
-
-
 def signal_probe(base: nn.Module, needs: Sequence[str]) -> AttentionProbe:
     """A probe of what `needs` can be computed from, for the vision tower of `base`; nothing is hooked before `install`.
 

@@ -10,20 +10,28 @@ from functools import partial
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from tokprune.adapters.families import FAMILIES, EncoderCall, UnknownGeometryError, arrange, family_of
 from tokprune.adapters.towers import FEATURES_ALONE, tower_blocks
 from tokprune.errors import MissingSignalError
 from tokprune.ops.numeric import wide
-from tokprune.runtime.host import to_host
 from tokprune.runtime.probe import AttentionProbe, Projections
 from tokprune.runtime.signal_blocks import CLS_KINDS, block_of_layer, model_type, parse_needs, signal_block
-from tokprune.types import Inputs
 
 if TYPE_CHECKING:
     from tokprune.runtime.encoder.stage import EncoderStage
+
+
+ROWS: dict[str, tuple[dict[str, bool], str]] = {
+    "cls_attention": ({}, "attention"),
+    "received_attention": ({}, "attention"),
+    "cls_logits": ({"logits": True}, "logits"),
+    "cls_attention_1head": ({"one_head": True}, "attention, heads taken as one,"),
+    "value_attention": ({"values": True}, "value similarities"),
+}
+"""Signals that are rows of a block's attention: how `Projections` is asked for them, and what they are in words."""
 
 
 def block_values(kind: str, seen: Projections, cls: bool, frame: Tensor | None = None) -> tuple[Tensor, str]:
@@ -35,15 +43,10 @@ def block_values(kind: str, seen: Projections, cls: bool, frame: Tensor | None =
         return wide(seen.k).transpose(1, 2), "keys"
     if kind == "value_norm":
         return mean_value_norm(seen.v), "L1 norm of the head-mean values"
-    logits, one_head = kind == "cls_logits", kind == "cls_attention_1head"
-    what = {"cls_logits": "logits", "cls_attention_1head": "attention, heads taken as one,"}.get(kind, "attention")
-    values = kind == "value_attention"
+    how, what = ROWS[kind]
     if kind in CLS_KINDS and cls:
-        if values:
-            return seen.cls_value_row(), "[CLS] row of value similarities"
-        return seen.cls_row(logits, one_head), f"[CLS] row of {what}"
-    received = seen.received(logits, one_head, values, frame)
-    return received, f"received {'value similarities' if values else what}"
+        return seen.cls_row(**how), f"[CLS] row of {what}"
+    return seen.received(**how, frame=frame), f"received {what}"
 
 
 def mean_value_norm(values: Tensor) -> Tensor:
@@ -51,8 +54,7 @@ def mean_value_norm(values: Tensor) -> Tensor:
 
     Averaged first, so heads that disagree cancel; the sum of the heads' norms ranks tokens differently.
     """
-    wide = values if values.dtype == torch.float64 else values.float()
-    return wide.mean(-3).abs().sum(-1)
+    return wide(values).mean(-3).abs().sum(-1)
 
 
 @dataclass(frozen=True)
@@ -71,47 +73,6 @@ class PatchScorer(Protocol):
 
     def embed_image(self, pixel_values: Tensor) -> Tensor:
         """Pictures (U, 3, H, W) as the processor normalised them -> (U, N, E), one per patch in raster order."""
-
-
-def compute_signals(  # of one call: its four parts as the hook has them, and what reads them
-    base: nn.Module,
-    modality: str,
-    kwargs: Inputs,
-    output: object,
-    probe: AttentionProbe | None,
-    needs: Sequence[str],
-    scorer: object = None,
-    encoder: EncoderStage | None = None,
-) -> SignalSet:
-    """The signals of `begin_signals` at once; the host waits for what it must know."""
-    begun = begin_signals(base, modality, kwargs, output, probe, needs, scorer, encoder)
-    return begun.finish(to_host(*begun.bounds))
-
-
-@torch.no_grad()
-def begin_signals(  # of one call: its four parts as the hook has them, and what reads them
-    base: nn.Module,
-    modality: str,
-    kwargs: Inputs,
-    output: object,
-    probe: AttentionProbe | None,
-    needs: Sequence[str],
-    scorer: object = None,
-    encoder: EncoderStage | None = None,
-) -> BegunSignals:
-    """The signals `needs` of one get_image_features or get_video_features call that `probe` listened to, as far as they
-    can be made before the host knows sizes that lie on the device.
-
-    The first four are that call, as its hook hands it on. scorer: a PatchScorer, for `clip_image`. encoder: of a tower
-    that is reduced inside; signals of a block with fewer rows are what that block computed, each group's value at the
-    places of its members, 0 for dropped tokens.
-    """
-    reader = _Reader(EncoderCall(base, modality, kwargs, output), probe, scorer, encoder)
-    rest = {}
-    for name, kind, spec in parse_needs(needs):
-        with _explained(reader.call, name):
-            rest[name] = reader.begin(kind, spec)
-    return BegunSignals(reader, rest)
 
 
 @contextlib.contextmanager
@@ -133,13 +94,27 @@ class BegunSignals:
     """Signals of one encoder call that are finished when the host knows the sizes of its pictures: `bounds` come along.
 
     Until then it holds scores of patches where these are made, else queries, keys and values of the blocks in question,
-    as the tower made them.
+    as the tower made them. Signals of a block whose rows the encoder stage reduced are what that block computed, each
+    group's value at the places of its members, 0 for dropped tokens.
     """
 
-    def __init__(self, reader: _Reader, rest: dict[str, Rest]) -> None:
-        """rest: by name, what makes the signal."""
-        self._reader, self._rest = reader, rest
-        self.bounds: list[Tensor] = list(reader.bounds.values())
+    @torch.no_grad()
+    def __init__(
+        self,
+        call: EncoderCall,
+        probe: AttentionProbe,
+        needs: Sequence[str],
+        scorer: object = None,
+        encoder: EncoderStage | None = None,
+    ) -> None:
+        """probe: has listened to the call. scorer: a PatchScorer, for `clip_image`. encoder: of a tower that is reduced
+        inside."""
+        self._reader = _Reader(call, probe, scorer, encoder)
+        self._rest: dict[str, Rest] = {}
+        for name, kind, spec in parse_needs(needs):
+            with _explained(call, name):
+                self._rest[name] = self._reader.begin(kind, spec)
+        self.bounds: list[Tensor] = list(self._reader.bounds.values())
 
     @torch.no_grad()
     def finish(self, bounds: Sequence[Tensor]) -> SignalSet:
@@ -159,28 +134,13 @@ Rest = Callable[[], tuple[Tensor, str]]
 class _Reader:
     """Reads the signals of one call; projections of a block are put in order once."""
 
-    def __init__(
-        self,
-        call: EncoderCall,
-        probe: AttentionProbe | None,
-        scorer: object,
-        encoder: EncoderStage | None,
-    ) -> None:
-        self.call, self.scorer, self.encoder = call, scorer, encoder
+    def __init__(self, call: EncoderCall, probe: AttentionProbe, scorer: object, encoder: EncoderStage | None) -> None:
+        self.call, self.probe, self.scorer, self.encoder = call, probe, scorer, encoder
         self.family = family_of(call.base, call.kwargs)
-        self._probe = probe
         self.bounds: dict[int, Tensor] = {}
         """Where segments of attention end, by the tensor's id: blocks share them."""
         self.known: dict[int, Tensor] = {}
         """The same on the host."""
-
-    @property
-    def probe(self) -> AttentionProbe:
-        if self._probe is None:
-            raise MissingSignalError(
-                "no probe listened to the vision tower; make one with required_blocks(base, needs)."
-            )
-        return self._probe
 
     def begin(self, kind: str, spec: str | None) -> Rest:
         """What is left to do for a signal; holds on to what that needs of the tower."""
