@@ -195,6 +195,16 @@ def _hired_published(early: Tensor, late: Tensor, keep: int) -> Tensor:
     return top_in_groups(late.flatten(), _stream(late).group, budgets, int(budgets.sum()))
 
 
+def _sixteenth(form: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same choice among a sixteenth of the tokens: what is left is the dispatch of its operations."""
+
+    def run(early: Tensor, late: Tensor, keep: int) -> Tensor:
+        n = len(early) // 16
+        return form(early[:n], late[:, :n], keep // 16)
+
+    return run
+
+
 def _two_rows(case: Case, seed: torch.Generator) -> tuple[Any, ...]:
     return rows(case.tiles, case.n, seed=seed), rows(case.tiles, case.n, seed=seed), case.each
 
@@ -311,6 +321,7 @@ def _pool(features: Tensor, positions: Tensor, stride: int) -> tuple[Tensor, Ten
     return average_pool(features, stride), pooled_positions(positions, stride)
 
 
+DISPATCH = "the same among a sixteenth of the tokens, which is the dispatch of its operations"
 CROPS = "the products of the tokens of each crop with each other, in one call"
 PAIRS = (
     Pair("divprune", _whole, similarity.divprune, lambda x, keep: divprune(x[None], keep)[0].sort().values),
@@ -320,13 +331,24 @@ PAIRS = (
         by_attention.hired,
         _hired,
         "regions of the picture and attention mass decide the budgets, not bands and hits",
+        least=_sixteenth(_hired),
+        least_is=DISPATCH,
     ),
-    Pair("hired (published)", _hired_inputs, by_attention.hired, _hired_published),
+    Pair(
+        "hired (published)",
+        _hired_inputs,
+        by_attention.hired,
+        _hired_published,
+        least=_sixteenth(_hired_published),
+        least_is=DISPATCH,
+    ),
     Pair(
         "fastervlm",
         lambda case, seed: (rows(case.tiles, case.heads, case.n, seed=seed), case.each),
         by_attention.fastervlm,
         lambda scores, keep: top(scores.mean(1), keep),
+        least=lambda scores, keep: scores.mean(1).topk(keep).indices.sort().values,
+        least_is="the mean over heads, one partial sort and the sort of what it keeps",
     ),
     Pair("visionzip", _visionzip_inputs, merging.visionzip, visionzip),
     Pair("vispruner", _tower, by_attention.vispruner, vispruner),

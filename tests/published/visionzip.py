@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from tokprune.methods.connector.visionzip import visionzip_plan
 from tokprune.ops.numeric import wide
+from tokprune.ops.topk import rows_at
 
 
 def visionzip(
@@ -35,7 +36,7 @@ def visionzip(
     sums = sums.view(len(cls), contextual + 1, -1)[:, :-1]
     count = torch.bincount(slot.flatten(), minlength=len(cls) * (contextual + 1)).view(len(cls), -1)[:, :-1, None]
     chosen = torch.cat([lead, targets + 1], dim=1)
-    out = hidden.gather(1, chosen[..., None].expand(-1, -1, hidden.shape[-1]))
+    out = rows_at(hidden, chosen)
     out[:, dominant:] += (sums / count.clamp_min(1)).to(hidden)
     return out, torch.cat([cls, best + 1], dim=1)
 

@@ -14,6 +14,7 @@ from tokprune.methods.base import Method
 from tokprune.ops.blocks import row_blocks
 from tokprune.ops.merge import Matching, merge_weighted
 from tokprune.ops.numeric import wide
+from tokprune.ops.topk import rows_at
 
 Place = Literal["entrance", "middle", "end"]
 
@@ -162,7 +163,7 @@ class Reduction:
     @staticmethod
     def kept(block: BlockView, rows: Tensor, real: Tensor | None = None) -> Reduction:
         """Some rows, the others dropped. rows: (B, K) in the order of output. real: (B, K) False for padding."""
-        x = block.x.gather(1, rows[..., None].expand(-1, -1, block.x.shape[2]))
+        x = rows_at(block.x, rows)
         size = block.sizes().gather(1, rows[..., None])
         assign = torch.full(block.x.shape[:2], -1, dtype=torch.long, device=rows.device)
         out = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)

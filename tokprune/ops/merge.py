@@ -12,7 +12,7 @@ from torch import Tensor
 from tokprune.errors import OptionError
 from tokprune.ops.numeric import wide
 from tokprune.ops.similarity import most_similar, unit
-from tokprune.ops.topk import true_indices
+from tokprune.ops.topk import rows_at, true_indices
 from tokprune.tokens import Merge, Selection, weighted_sums
 
 
@@ -61,7 +61,7 @@ def join_nearest(features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     duplicate. Ties go to the lower place. O(N K D).
     """
     rows = unit(features)
-    chosen = rows.gather(1, targets[..., None].expand(-1, -1, rows.shape[-1]))
+    chosen = rows_at(rows, targets)
     own = torch.arange(targets.shape[1], device=targets.device).expand_as(targets)
     place = most_similar(rows, chosen)[1].scatter(1, targets, own)
     return place, rows.new_zeros(targets.shape).scatter_add_(1, place, rows.new_ones(place.shape))

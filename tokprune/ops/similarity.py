@@ -33,10 +33,14 @@ def distances(a: Tensor, b: Tensor) -> Tensor:
     return torch.cdist(a - origin, b - origin)
 
 
-def unit(features: Tensor) -> Tensor:
-    """Rows of unit length in float32 (float64 stays). features: (..., N, D). A zero row stays zero instead of NaN."""
+def unit(features: Tensor, own: bool = False) -> Tensor:
+    """Rows of unit length in float32 (float64 stays). features: (..., N, D). A zero row stays zero instead of NaN.
+
+    own: nobody else needs `features`, which may be overwritten: room for many rows takes as long as dividing them.
+    """
     wide = features if features.dtype == torch.float64 else features.float()
-    return wide / wide.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(wide.dtype).tiny)
+    length = wide.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(wide.dtype).tiny)
+    return wide.div_(length) if own else wide / length
 
 
 def gram(rows: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from tokprune.adapters.base import RAW, TYPE_IDS, Adapter, like
 from tokprune.adapters.dialect import cache_in
 from tokprune.adapters.types import EncoderOutput, KVCache, Mask, ModelCall, RotaryTable
 from tokprune.errors import OptionError
+from tokprune.ops.topk import rows_at
 from tokprune.runtime.cache_record import PruneState, physical_length
 from tokprune.runtime.grouping import Grouped
 from tokprune.runtime.host import to_device
@@ -126,7 +127,7 @@ def execute(
         new["input_ids"] = slots.take(call["input_ids"], adapter.pad_id)  # (B, P)
     if call.get("inputs_embeds") is not None:
         embeds = call["inputs_embeds"]  # (B, L, D)
-        taken = embeds.gather(1, slots.at[..., None].expand(-1, -1, embeds.shape[-1]))  # (B, P, D)
+        taken = rows_at(embeds, slots.at)  # (B, P, D)
         new["inputs_embeds"] = taken if slots.filled is None else taken.masked_fill(slots.filled[..., None], 0)
     new["attention_mask"] = _mask(adapter, plan, call, (visible, state.kept, known))
     _cut_type_ids(new, plan.keep.shape[1], slots, state.kept)

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from tokprune.adapters.base import Adapter
 from tokprune.adapters.types import Model, ModelCall, ModelOutput, Positional, Replaced
 from tokprune.errors import UnsupportedModelError
+from tokprune.ops.topk import rows_at
 
 
 def widen(hidden: Tensor, expand: Tensor) -> Tensor:
     """Hidden states (B, P, D) of kept tokens as (B, L, D). expand: (B, L) slot that answers for each column."""
-    index = expand.to(hidden.device)[..., None]
-    return hidden.gather(1, index.expand(-1, -1, hidden.shape[-1]))
+    return rows_at(hidden, expand.to(hidden.device))
 
 
 class WidePath:

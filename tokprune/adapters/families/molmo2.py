@@ -35,12 +35,11 @@ class Molmo2(Family):
 
     def arrange(self, call: EncoderCall, values: Tensor, fill: float = 0.0) -> Tensor:
         pooling: Tensor = call.kwargs[f"{call.modality}_token_pooling"].to(values.device)  # (rows, patches), -1: none
-        used = pooling >= 0
-        total = (values[pooling.clamp(min=0)] * used[..., None]).sum(1)
-        mean = total / used.sum(1, keepdim=True).clamp(min=1)
-        rows = torch.sort((~used.any(1)).to(torch.int8), stable=True).indices[
-            : call.total
-        ]  # of a known number: no wait
+        count = (pooling >= 0).sum(1)
+        total = torch.nn.functional.pad(values, (0, 0, 0, 1))[pooling].sum(1)  # -1 reads the row of zeros
+        mean = total / count.clamp(min=1)[:, None]
+        # Rows that pool anything, `call.total` of them: known, so nothing waits.
+        rows = torch.sort(count.clamp(max=1), descending=True, stable=True).indices[: call.total]
         return mean[rows]
 
     def patches(self, call: EncoderCall) -> int | None:

@@ -15,7 +15,7 @@ from tokprune.methods.options import Compat, option
 from tokprune.methods.question import CLIP_SIGNALS, Relevance, question_relevance
 from tokprune.ops.blocks import Rows, whole
 from tokprune.ops.select import greedy_map, map_by_rows
-from tokprune.ops.similarity import cosine_similarity, unit
+from tokprune.ops.similarity import gram, unit
 from tokprune.registry import Checked, register_method
 from tokprune.tokens import Selection, VisualTokens
 
@@ -58,22 +58,22 @@ def _of_all(features: Tensor, weight: Tensor, keep: int) -> Tensor:
     return torch.cat(found)
 
 
-def _kernel(features: Tensor, weight: Tensor) -> Tensor:
-    """(B, N, D), (B, N) -> (B, N, N)."""
-    return cosine_similarity(features).mul_(weight[..., :, None]).mul_(weight[..., None, :])
+def _kernel(features: Tensor, weight: Tensor, own: bool = False) -> Tensor:
+    """(..., N, D), (..., N) -> (..., N, N). own: nobody else needs the features."""
+    return gram(unit(features, own)).mul_(weight[..., :, None]).mul_(weight[..., None, :])
 
 
 def _of_heaviest(features: Tensor, weight: Tensor, keep: int) -> Tensor:
     """`cdpruner` from a part of each kernel, on a CPU.
 
     A token never adds more than its squared weight, and picks add less and less: those whose squared weight is below
-    what the last pick added need not be looked at. How much that is says a choice among the heaviest quarter; where
+    what the last pick added need not be looked at. How much that is says a choice among the heaviest few; where
     more tokens could reach it, all those are looked at, and so on. Pictures that look at fewer are filled up with
     tokens of no weight, which add nothing.
     """
     batch, n = weight.shape
     found = torch.empty(batch, keep, dtype=torch.long)
-    sizes = [_rounded(max(2 * keep, n // 4), n)] * batch
+    sizes = [_rounded(max(2 * keep, n // 8), n)] * batch
     left = list(range(batch))
     while left:
         size = max(sizes[i] for i in left)
@@ -85,7 +85,7 @@ def _of_heaviest(features: Tensor, weight: Tensor, keep: int) -> Tensor:
         for row, i in enumerate(left):
             few = weight[i].topk(sizes[i]).indices.sort().values  # ascending: ties still go to the lower index
             some[row, : len(few)], heavy[row, : len(few)] = few, weight[i, few]
-            kernel[row, : len(few), : len(few)] = _kernel(features[i, few], weight[i, few])
+            kernel[row, : len(few), : len(few)] = _kernel(features[i].index_select(0, few), weight[i, few], own=True)
         row_of = lambda pick, _, kernel=kernel: kernel[torch.arange(len(kernel)), pick]  # noqa: E731
         order, added = map_by_rows(row_of, kernel.diagonal(dim1=-2, dim2=-1), keep, heavy)
         floor = (1 - 1e-4) * added[:, -1:]  # less than what was added: a cosine of 1 may be rounded up

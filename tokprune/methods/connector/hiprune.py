@@ -51,9 +51,8 @@ def hiprune(
     ascending. Where the budget is too small for all, anchors go before buffers, better before worse.
     """
     batch, n = object_scores.shape
-    order = torch.sort(object_scores, dim=-1, descending=True, stable=True).indices
     count = round(keep * alpha / 5) if compat == "published" else round_of(keep, alpha / 5)
-    anchors = order[:, : min(n, count)]
+    anchors = top(object_scores, min(n, count))
     centre = torch.zeros_like(object_scores, dtype=torch.bool).scatter_(1, anchors, True)
     if compat == "published":
         steps = torch.tensor([-1, 1, -grid[1], grid[1]], device=anchors.device)

@@ -14,6 +14,7 @@ from tokprune.methods.options import Compat, option
 from tokprune.ops.grid import stacks
 from tokprune.ops.numeric import wide
 from tokprune.ops.similarity import unit
+from tokprune.ops.topk import rows_at
 from tokprune.registry import Checked, register_method
 from tokprune.tokens import Merge, Selection, VisualTokens
 
@@ -27,7 +28,7 @@ def neighbour_rows(keys: Tensor, kept: Tensor, weights: Tensor, neighbours: int)
     """
     rows = unit(keys)
     n = rows.shape[1]
-    similarity = rows.gather(1, kept[..., None].expand(-1, -1, rows.shape[-1])) @ rows.transpose(1, 2)  # (B, K, N)
+    similarity = rows_at(rows, kept) @ rows.transpose(1, 2)  # (B, K, N)
     similarity.scatter_(2, kept[..., None], -torch.inf)  # never one's own neighbour
     nearest = torch.sort(similarity, dim=-1, descending=True, stable=True).indices[..., : min(neighbours, n - 1)]
     brought = weights.to(rows)[:, None, :].expand(-1, kept.shape[1], -1).gather(2, nearest)

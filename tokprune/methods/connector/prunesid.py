@@ -17,7 +17,7 @@ from tokprune.ops.blocks import whole
 from tokprune.ops.grid import stacks
 from tokprune.ops.numeric import wide
 from tokprune.ops.similarity import gram, unit
-from tokprune.ops.topk import rank_in_group, ranks, true_indices
+from tokprune.ops.topk import rank_in_group, ranks, rows_at, true_indices
 from tokprune.registry import Checked, register_method
 from tokprune.tokens import Selection, VisualTokens
 
@@ -80,18 +80,47 @@ def suppress(features: Tensor, scores: Tensor, group: Tensor, threshold: Tensor)
 
 def _suppress(rows: Tensor, scores: Tensor, group: Tensor, threshold: Tensor) -> Tensor:
     """`suppress` for features of unit length."""
-    if not whole(rows.shape[-2], rows.shape[-2]):
+    n = rows.shape[-2]
+    if not whole(n, n):
         return _suppress_in_order(rows, scores, group, threshold)
+    if rows.device.type == "cpu" and not torch.compiler.is_compiling():
+        shape = scores.shape
+        scores, group, threshold = scores.reshape(-1, n), group.reshape(-1, n), threshold.reshape(-1)
+        order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
+        order = order.gather(-1, torch.sort(group.gather(-1, order), dim=-1, stable=True).indices)
+        sorted_rows = rows_at(rows.reshape(-1, *rows.shape[-2:]), order)
+        removes = _removed_in_groups(sorted_rows, group, threshold)
+        survives = _survivors(removes, scores.gather(-1, order) > 0)
+        return torch.zeros_like(survives).scatter(-1, order, survives).view(shape)
     order = ranks(scores)
     removes = gram(rows) > threshold[..., None, None]  # (..., N, N): column removes row, if it survives
     removes &= (group[..., None, :] == group[..., :, None]) & (order[..., None, :] < order[..., :, None])
-    alive = scores > 0
+    return _survivors(removes, scores > 0)
+
+
+def _removed_in_groups(rows: Tensor, group: Tensor, threshold: Tensor) -> Tensor:
+    """Which token (column) removes which (row), from the products within groups alone: (B, N, N) bool.
+
+    rows: (B, N, C), group after group, the best of each first. group: (B, N) in any order. threshold: (B,).
+    """
+    removes = torch.zeros(*rows.shape[:2], rows.shape[1], dtype=torch.bool)
+    for own, number, limit, out in zip(rows, group, threshold, removes, strict=True):
+        start = 0
+        for size in torch.bincount(number).tolist():
+            part = slice(start, start + size)
+            torch.gt(gram(own[part]), limit, out=out[part, part])
+            start += size
+    return removes.tril_(-1)
+
+
+def _survivors(removes: Tensor, alive: Tensor) -> Tensor:
+    """Who is left when each survivor removes its row's tokens. removes: (..., N, N), alive: (..., N) bool."""
     survives = torch.zeros_like(alive)
-    for step in range(scores.shape[-1]):
+    for step in range(alive.shape[-1]):
         # All tokens at once that nobody better can remove any more: the same survivors as one by one, in few rounds.
         safe = alive & ~_any(removes, alive)
         survives |= safe
-        alive &= ~safe & ~_any(removes, safe)
+        alive = alive & ~safe & ~_any(removes, safe)
         if (alive.device.type == "cpu" or step % 8 == 7) and not alive.any():
             break
     return survives

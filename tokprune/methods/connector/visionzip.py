@@ -15,7 +15,7 @@ from tokprune.methods.options import Compat, option
 from tokprune.ops.grid import stacks
 from tokprune.ops.merge import join_nearest
 from tokprune.ops.numeric import wide
-from tokprune.ops.topk import true_indices
+from tokprune.ops.topk import rows_at, true_indices
 from tokprune.registry import Checked, register_method
 from tokprune.tokens import Merge, Selection, VisualTokens
 
@@ -42,7 +42,7 @@ def visionzip_plan(
     m = n - dominant
     places = torch.arange(contextual, device=order.device) * max(1, m // contextual)
     targets = places.expand(batch, -1)
-    context, size = join_nearest(keys.gather(1, remaining[..., None].expand(-1, -1, keys.shape[-1])), targets)
+    context, size = join_nearest(rows_at(keys, remaining), targets)
     is_target = torch.zeros(m, dtype=torch.bool, device=order.device).scatter_(0, places, True)
     count = size.gather(1, context).to(weight) - 1  # (B, M) others of the same context token, its target not counted
     part = torch.where(is_target, 1.0, 1.0 / count.clamp_min(1))

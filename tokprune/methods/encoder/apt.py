@@ -12,6 +12,7 @@ from torch import Tensor
 from tokprune.errors import OptionError
 from tokprune.methods.encoder_base import BlockView, EncoderMethod, Place, Reduction
 from tokprune.methods.options import option
+from tokprune.ops.topk import rows_at
 from tokprune.registry import Checked, register_method
 
 GREY = (0.2989, 0.5870, 0.1140)
@@ -192,4 +193,4 @@ class APT(EncoderMethod):
             coarse = torch.nn.functional.pad(coarse, (0, 0, 0, across - w * step, 0, height - h * step))
             x = torch.where((levels == level)[..., None], coarse, x)
         x = x.flatten(1, 2)
-        return x.gather(1, rows[..., None].expand(-1, -1, x.shape[2]))
+        return rows_at(x, rows)

@@ -11,6 +11,7 @@ from torch import Tensor
 from tokprune.budget import ceil_of, geometric_counts
 from tokprune.methods.encoder_base import BlockView, EncoderMethod, Reduction, at_depths
 from tokprune.methods.options import Block, Compat, option
+from tokprune.ops.topk import rows_at
 from tokprune.registry import Checked, register_method
 
 
@@ -29,7 +30,7 @@ def inattentive_token(x: Tensor, cls_attention: Tensor, dropped: Tensor) -> Tens
 
     x: (B, n, C), cls_attention: (B, n), dropped: (B, m) -> (B, 1, C) in x's dtype.
     """
-    rows = x.gather(1, dropped[..., None].expand(-1, -1, x.shape[2]))
+    rows = rows_at(x, dropped)
     weight = cls_attention.gather(1, dropped)
     return (weight[:, None] @ rows.to(weight.dtype)).to(x.dtype)
 

@@ -18,6 +18,7 @@ from tokprune.methods.options import Block, Compat, option
 from tokprune.ops.blocks import row_blocks
 from tokprune.ops.numeric import wide
 from tokprune.ops.similarity import distances
+from tokprune.ops.topk import rows_at
 from tokprune.registry import Checked, register_method
 
 
@@ -39,13 +40,10 @@ def neighbours(x: Tensor, kept: Tensor, count: int, across: bool = False) -> tup
     gone = order[:, : n - kept.shape[1]]
     rows = wide(x)
 
-    def take(index: Tensor) -> Tensor:
-        return rows.gather(1, index[..., None].expand(-1, -1, width))
-
-    there = take(kept)
+    there = rows_at(rows, kept)
     if across:
         there = there.reshape(1, -1, width).expand(batch, -1, -1)
-    old, most, found = take(gone), min(count, there.shape[1]), []
+    old, most, found = rows_at(rows, gone), min(count, there.shape[1]), []
     for part in row_blocks(gone.shape[1], there.shape[1]):
         distance = distances(old[:, part], there)  # (B, m, K or B K)
         found.append(torch.sort(distance, dim=-1, stable=True).indices[..., :most].contiguous())
@@ -156,6 +154,5 @@ class IPCV(EncoderMethod):
             gone, nearest = neighbours(cut.x, rep, self.neighbours, self.compat == "published")
             cut.notes.update(gone=gone, nearest=nearest)
         gone, nearest = cut.notes["gone"], cut.notes["nearest"]
-        width = cut.x.shape[2]
-        old, then = (cut.x.gather(1, i[..., None].expand(-1, -1, width)) for i in (gone, rep))
+        old, then = rows_at(cut.x, gone), rows_at(cut.x, rep)
         return cut.put_back(rep, now, cut.put_back(gone, rebuilt(old, then, now, nearest, self.compat == "published")))

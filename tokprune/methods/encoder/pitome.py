@@ -14,6 +14,7 @@ from tokprune.methods.options import option
 from tokprune.ops.blocks import row_blocks
 from tokprune.ops.merge import Matching
 from tokprune.ops.similarity import gram, most_similar, unit
+from tokprune.ops.topk import rows_at
 from tokprune.registry import Checked, register_method
 
 
@@ -51,10 +52,7 @@ def energy_matching(
         (ranked[:, 0::2], ranked[:, 1::2]) if bipartite else (ranked[:, 0 : 2 * r : 2], ranked[:, 1 : 2 * r : 2])
     )
 
-    def take(index: Tensor) -> Tensor:
-        return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[2]))
-
-    value, partner = most_similar(take(even), take(odd))
+    value, partner = most_similar(rows_at(rows, even), rows_at(rows, odd))
     target = odd.gather(1, partner)
     if bipartite:
         best_first = torch.sort(value, dim=-1, descending=True, stable=True).indices

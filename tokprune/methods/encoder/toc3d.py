@@ -13,6 +13,7 @@ from tokprune.errors import OptionError
 from tokprune.methods.base import top
 from tokprune.methods.encoder_base import BlockView, Cut, EncoderMethod, Place, Reduction, at_depths
 from tokprune.methods.options import Block, option
+from tokprune.ops.topk import rows_at
 from tokprune.registry import Checked, register_method
 
 
@@ -20,7 +21,7 @@ def representative(x: Tensor, scores: Tensor, others: Tensor) -> Tensor:
     """One token for many: their mean weighted by score. x: (B, N, C), scores: (B, N), others: (B, M) -> (B, 1, C)."""
     weight = scores.gather(1, others)
     weight = weight / weight.sum(1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
-    rows = x.gather(1, others[..., None].expand(-1, -1, x.shape[2]))
+    rows = rows_at(x, others)
     return (weight[:, None] @ rows.to(weight.dtype)).to(x.dtype)
 
 

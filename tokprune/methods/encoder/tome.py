@@ -15,6 +15,7 @@ from tokprune.methods.encoder_base import BlockView, EncoderMethod, Reduction
 from tokprune.methods.options import Compat, Seed, option
 from tokprune.ops.merge import Matching, bipartite_matching
 from tokprune.ops.similarity import unit
+from tokprune.ops.topk import rows_at
 from tokprune.registry import Checked, register_method
 
 
@@ -24,10 +25,7 @@ def _join(metric: Tensor, source: Tensor, target: Tensor) -> Matching:
     metric: (B, N, d). source: (B, S), target: (B, K), together all of 0 .. N-1.
     """
     rows = unit(metric)
-    width = rows.shape[-1]
-    a = rows.gather(1, source[..., None].expand(-1, -1, width))
-    b = rows.gather(1, target[..., None].expand(-1, -1, width))
-    partner = (a @ b.transpose(-1, -2)).argmax(-1)  # (B, S)
+    partner = (rows_at(rows, source) @ rows_at(rows, target).mT).argmax(-1)  # (B, S)
     place = torch.arange(target.shape[1], device=metric.device).expand_as(target)
     assign = torch.empty(metric.shape[:2], dtype=torch.long, device=metric.device)
     return Matching(target, assign.scatter(1, target, place).scatter(1, source, partner))

@@ -13,6 +13,7 @@ from tokprune.methods.base import top
 from tokprune.methods.encoder_base import BlockView, EncoderMethod, Place, Reduction, at_depths
 from tokprune.methods.options import Block, option
 from tokprune.ops.similarity import unit
+from tokprune.ops.topk import rows_at
 from tokprune.registry import Checked, register_method
 
 
@@ -59,10 +60,7 @@ def similar_half(importance: Tensor, metric: Tensor, drop: int) -> Tensor:
     more, less = ranked[:, : n - n // 2], ranked[:, n - n // 2 :]
     rows = unit(metric)
 
-    def take(index: Tensor) -> Tensor:
-        return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[2]))
-
-    best = (take(less) @ take(more).transpose(1, 2)).amax(-1)
+    best = (rows_at(rows, less) @ rows_at(rows, more).transpose(1, 2)).amax(-1)
     gone = less.gather(1, torch.sort(best, dim=-1, descending=True, stable=True).indices[:, :drop])
     stay = torch.ones_like(importance, dtype=torch.bool).scatter(1, gone, False)
     return torch.sort(stay.to(torch.int8), dim=-1, descending=True, stable=True).indices[:, : n - drop].sort(-1).values

@@ -9,6 +9,7 @@ from tokprune.adapters.types import Model
 from tokprune.errors import TokpruneError
 from tokprune.methods.base import Checks, deferred_checks
 from tokprune.methods.decoder_base import DecoderMethod, LayerTokens
+from tokprune.ops.topk import rows_at
 from tokprune.runtime.choose import check_form
 from tokprune.runtime.decoder.attention import LayerInputs, RowAttention
 from tokprune.runtime.decoder.candidates import Candidates
@@ -141,8 +142,7 @@ class Dropper:
         index = torch.where(used, live.index.gather(1, order), -1)
         if self.frame.tables:
             self._renumber(keep, visual, order)
-        at = order.to(self.hidden.device)[..., None]
-        self.hidden = self.hidden.gather(1, at.expand(-1, -1, self.hidden.shape[-1]))
+        self.hidden = rows_at(self.hidden, order.to(self.hidden.device))
         self.live = self.frame.live = Live(index, counts)
         self.frame.lives.append((self.layer, self.live))
 

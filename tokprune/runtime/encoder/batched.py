@@ -13,6 +13,7 @@ from tokprune.adapters.tower_parts import Heads
 from tokprune.adapters.types import ModelCall, Positional, Replaced
 from tokprune.errors import OptionError, UnsupportedModelError
 from tokprune.methods.encoder_base import BlockView, Cut, Entrance
+from tokprune.ops.topk import rows_at
 from tokprune.runtime.encoder.engine import Splice
 from tokprune.runtime.encoder.pixels import of_pictures
 from tokprune.runtime.encoder.run import EncoderTrace, Run, State
@@ -220,7 +221,7 @@ class BatchedSplice(Splice[Run]):
             return x
         place = state.rep
         rows = self.rows(x, self.order(run, x.device) if fold > 1 else None)
-        rows = rows.gather(1, place.clamp(min=0)[..., None].expand(-1, -1, rows.shape[2]))
+        rows = rows_at(rows, place.clamp(min=0))
         rows = rows.masked_fill((place < 0)[..., None], 0)
         return rows if fold == 1 else torch.cat([x[:, :prefix], rows.unflatten(2, (fold, -1)).flatten(1, 2)], 1)
 
@@ -291,7 +292,7 @@ class BatchedSplice(Splice[Run]):
         if self.method.restores and rebuild:
             wide = self.method.rebuild(run.cuts[0][1], rows)
         else:
-            wide = rows.gather(1, state.assign.clamp(min=0)[..., None].expand(-1, -1, rows.shape[2]))
+            wide = rows_at(rows, state.assign.clamp(min=0))
             wide = wide.masked_fill((state.assign < 0)[..., None], 0)
         if fold == 1:
             return wide
