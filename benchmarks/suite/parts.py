@@ -7,7 +7,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 
@@ -151,25 +153,31 @@ LOOPS = ("ops/", "methods/")
 """Where choices are made; the rest is what the runtime adds whatever the method."""
 
 
+def _counts(methods: tuple[str, ...], family: str) -> dict[str, Counts]:
+    """Of one family, whose models are built once; without the methods for which its tower has not the signals."""
+    torch.set_num_threads(1)
+    found = {method: added(family, method) for method in methods}
+    return {method: one for method, one in found.items() if one is not None}
+
+
 def counts(families: tuple[str, ...] = FAMILIES, methods: tuple[str, ...] = BUDGETED) -> list[Row]:
     """Waits and operations that pruning adds to two prompts with a picture each, on the stand-in device."""
     found: dict[str, dict[str, Counts]] = {method: {} for method in methods}
-    for family in families:  # the models of one family are built once
-        for method in methods:
-            if (one := added(family, method)) is not None:
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:  # counts do not depend on who else computes
+        for family, by_method in zip(families, pool.map(partial(_counts, methods), families), strict=True):
+            for method, one in by_method.items():
                 found[method][family] = one
     rows = []
     for method, at in found.items():
-        whole = "operations added to a prefill, the choice with them"  # no loop to leave out
-        added_there = (
-            (whole, lambda one: one.prefill.launches, 150)
-            if method == "hired"
-            else ("operations added to a prefill, the choice left out", lambda one: one.prefill.outside(*LOOPS), 120)
-        )
         kinds: list[tuple[str, Callable[[Counts], int], float | None]] = [
+            ("operations added to a prefill, the choice left out", lambda one: one.prefill.outside(*LOOPS), 120),
+        ]
+        if method == "hired":  # its choice has no loop
+            kinds = [("operations added to a prefill, the choice with them", lambda one: one.prefill.launches, 150)]
+        kinds = [
             ("waits that pruning adds to a prefill", lambda one: one.prefill.syncs, 2),
             ("waits that pruning adds to generate()", lambda one: one.answer.syncs, 3),
-            added_there,
+            *kinds,
             ("operations of the choice", lambda one: one.prefill.launches - one.prefill.outside(*LOOPS), None),
             ("waits added to a decode step", lambda one: one.step.syncs, 0),
             ("operations added to a decode step", lambda one: one.step.launches, STEP),
