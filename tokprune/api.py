@@ -94,7 +94,7 @@ def apply(
 
         scorer = load_scorer(scorer, processor)
     elif isinstance(scorer, tuple):
-        from tokprune.runtime.vlm_scorer import VlmScorer
+        from tokprune.runtime.scorers import VlmScorer
 
         if len(scorer) != 2:
             raise OptionError(f"scorer= is a pair (model, processor), not {len(scorer)} things.")

@@ -15,10 +15,10 @@ from tests.adapters.reference import shared
 from tokprune.adapters.base import get_adapter
 from tokprune.adapters.prompting import build_inputs
 from tokprune.errors import MissingSignalError
-from tokprune.runtime.frames import decouple
+from tokprune.runtime.frames import decouple, scores
 from tokprune.runtime.frames.asking import Asking
+from tokprune.runtime.frames.decouple import text_answer
 from tokprune.runtime.frames.scores import question_sentence
-from tokprune.runtime.frames.text_answer import text_answer
 from tokprune.testing import build, clip
 
 
@@ -52,11 +52,11 @@ def test_a_text_answer_is_what_generate_says(family: str) -> None:
 def test_decoupling_takes_what_the_model_names(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny, scorer = shared("llava_next_video"), Brightness()
     inputs = build_inputs(tiny.model, tiny.processor, "q", videos=[lit([10, 128, 250])])
-    monkeypatch.setattr(decouple, "decoupled", lambda adapter, processor, text: (("bright sun",), "entities named"))
+    monkeypatch.setattr(scores, "decoupled", lambda adapter, processor, text: (("bright sun",), "entities named"))
     _, report = scores_of(tiny, inputs, ByScore(decouple=True), scorer=scorer)
     assert scorer.texts[-1] == "a photo of bright sun"
     assert "entities named" in str(report)
-    monkeypatch.setattr(decouple, "decoupled", lambda adapter, processor, text: ((), "decoupling named no entities"))
+    monkeypatch.setattr(scores, "decoupled", lambda adapter, processor, text: ((), "decoupling named no entities"))
     _, report = scores_of(tiny, inputs, ByScore(decouple=True), scorer=scorer)
     assert scorer.texts[-1] == "bright?"
     assert "named no entities; question: bright?" in str(report)

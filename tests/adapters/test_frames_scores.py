@@ -19,8 +19,8 @@ from tokprune.errors import MissingSignalError
 from tokprune.runtime.frames.asking import SIDE, Asking
 from tokprune.runtime.frames.relevance import embed_frames
 from tokprune.runtime.reuse import sources_of
+from tokprune.runtime.scorers import VlmScorer
 from tokprune.runtime.streams import Encoded, Prompts, build_streams
-from tokprune.runtime.vlm_scorer import VlmScorer
 from tokprune.testing import build, clip, picture
 
 PICTURES_KNOWN = [f for f in VIDEO if f not in ("molmo2", "minicpmv4_6")]

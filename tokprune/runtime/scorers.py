@@ -1,4 +1,5 @@
-"""Text-image scorers: a CLIP that compares the question with the patches, for models whose own tower cannot."""
+"""Scorers: a CLIP that compares the question with patches or frames, for models whose own tower cannot, and a second
+VLM that is asked about frames."""
 
 from __future__ import annotations
 
@@ -8,9 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tokprune.adapters.base import get_adapter
 from tokprune.adapters.tower_parts import normalisation
 from tokprune.adapters.types import Model, Processor, Scorer
-from tokprune.errors import MissingSignalError, OptionError, missing_extra
+from tokprune.errors import MissingSignalError, OptionError, missing_extra, unknown
+from tokprune.runtime.frames.asking import NO, YES, Asking
 
 # How a tower's pixels are normalised when its processor does not say (the values of OpenAI's CLIP).
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -96,6 +99,39 @@ class OpenClipScorer:
         return pixels.to(weight.dtype)
 
 
+class VlmScorer:
+    """A second VLM that judges frames, as QuoTA's paper has Qwen2-VL-2B do for a larger model.
+
+    It is asked about single frames in their full size, one prompt each: how likely is "yes" the answer?
+    """
+
+    def __init__(self, model: Model, processor: Processor) -> None:
+        if processor is None or not hasattr(processor, "apply_chat_template"):
+            raise OptionError(
+                f"scorer=(model, processor) needs the scorer's processor, not {processor!r}; write "
+                "scorer=(small_model, AutoProcessor.from_pretrained(...))."
+            )
+        self.model, self.processor = get_adapter(model).model, processor
+
+    @torch.no_grad()
+    def scores(self, pictures: Sequence[object], prompt: str, normalize: str) -> Tensor:
+        """P(yes) for each picture (PIL), (T,) in float32. normalize: "pair" or "vocab", as in ScoreOptions."""
+        from tokprune.adapters.prompting import build_inputs
+
+        asking = Asking(get_adapter(self.model), self.processor, "scorer", normalize)
+        yes, no = asking.letters(YES), asking.letters(NO)
+        out = []
+        for picture in pictures:
+            inputs = build_inputs(self.model, self.processor, prompt, images=[picture])
+            out.append(asking.yes(self.model(**inputs).logits[:, -1].float(), yes, no))
+        return torch.cat(out)
+
+    def source(self, normalize: str) -> str:
+        """How the scores were made, for the report."""
+        among = "yes and no" if normalize == "pair" else "the whole vocabulary"
+        return f"P(yes) by the scorer {type(self.model).__name__}, among {among}, whole frames"
+
+
 def load_scorer(name: str, processor: Processor = None) -> Scorer:
     """The scorer that a string names: "open_clip:<model>/<weights>", weights being a tag of open_clip or a file;
     "demo"; or "vlm:<hub id or folder>".
@@ -108,9 +144,13 @@ def load_scorer(name: str, processor: Processor = None) -> Scorer:
 
         return importlib.import_module("tokprune.demo").load_scorer()
     if kind == "vlm" and rest:
-        from tokprune.runtime.vlm_scorer import load_vlm_scorer
+        from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        return load_vlm_scorer(rest)
+        auto: Model = AutoModelForImageTextToText
+        try:
+            return VlmScorer(auto.from_pretrained(rest, dtype="auto").eval(), AutoProcessor.from_pretrained(rest))
+        except (OSError, ValueError, ImportError) as error:
+            raise OptionError(f"cannot load scorer {name!r}: {error}") from error
     if kind != "open_clip" or not rest:
         raise OptionError(
             f'scorer {name!r} is not known; write scorer="open_clip:ViT-B-32/laion2b_s34b_b79k", scorer="demo" for the '
@@ -125,8 +165,6 @@ def load_scorer(name: str, processor: Processor = None) -> Scorer:
         raise missing_extra("open-clip-torch", "vision", f"scorer={name!r}") from None
     architecture, _, weights = rest.partition("/")
     if architecture not in open_clip.list_models():
-        from tokprune.errors import unknown
-
         raise unknown("open_clip model", architecture, open_clip.list_models())
     try:
         model = open_clip.create_model(architecture, pretrained=weights or None, require_pretrained=bool(weights))

@@ -18,12 +18,13 @@ from tokprune.adapters.tower_parts import Moments, normalisation
 from tokprune.adapters.types import EncoderOutput, Processor, Scorer
 from tokprune.errors import MissingQueryError, MissingSignalError, OptionError
 from tokprune.methods.frames_base import PerFrame, ScoreOptions
+from tokprune.runtime.frames.asking import Asking
+from tokprune.runtime.frames.decouple import decoupled
 from tokprune.runtime.frames.pictures import frame_pictures
-from tokprune.runtime.scorers import CLIP_MEAN, CLIP_STD
+from tokprune.runtime.scorers import CLIP_MEAN, CLIP_STD, VlmScorer
 
 if TYPE_CHECKING:
     from tokprune.runtime.records import StreamRecord
-    from tokprune.runtime.vlm_scorer import VlmScorer
 
 NAME = "frame_scores"
 PICTURES_AT_ONCE = 64  # that a scorer embeds in one call
@@ -110,8 +111,6 @@ class FrameScorer:
             )
         if not self.options.decouple:
             return FrameQuery(text, question, (), f"question: {question}")
-        from tokprune.runtime.frames.decouple import decoupled
-
         entities, source = decoupled(self.adapter, self.processor, text)
         return FrameQuery(text, question, entities, f"{source}; question: {question}" if not entities else source)
 
@@ -182,9 +181,6 @@ class FrameScorer:
     def _self(
         self, stream: StreamRecord, wanted: FrameQuery, encoded: Mapping[str, EncoderOutput]
     ) -> tuple[Tensor, str]:
-        from tokprune.runtime.frames.asking import Asking
-        from tokprune.runtime.vlm_scorer import VlmScorer
-
         options = self.options
         if wanted.entities:
             prompt = options.entity_prompt.replace("{entities}", ", ".join(wanted.entities))
