@@ -47,13 +47,20 @@ def test_aks_golden(case: GoldenCase) -> None:
         count, threshold, depth = int(found[1]), float(found[2]), int(found[3])
         assert aks_published(scores, count, threshold, depth) == case.array(key).astype(int).tolist(), key
         if count <= len(scores):
-            ours = aks(scores, count, threshold, depth)
-            assert len(set(ours)) == count
-            if 2**depth <= count and len(case.array(key)) == count and count % 2**depth == 0:
-                overlap = len(set(ours) & set(case.array(key).astype(int).tolist())) / count
-                assert overlap > 0.6, f"{key}: the corrected choice shares only {overlap:.0%} with the published one"
+            assert len(set(aks(scores, count, threshold, depth))) == count
         tested += 1
     assert tested
+
+
+@pytest.mark.parametrize(("count", "threshold", "depth"), [(64, 0.8, 5), (32, 0.6, 3), (32, 0.2, 3)])
+def test_aks_shares_most_frames_with_the_published_code_where_that_loses_none(
+    count: int, threshold: float, depth: int
+) -> None:
+    for seed in range(5):
+        scores = np.random.default_rng(seed).random(333).tolist()
+        published = aks_published(scores, count, threshold, depth)
+        assert len(published) == count
+        assert len(set(aks(scores, count, threshold, depth)) & set(published)) / count > 0.6
 
 
 def test_aks_published_loses_frames_and_ours_does_not() -> None:
