@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,7 @@ from tokprune.errors import OptionError, UnsupportedModelError
 from tokprune.methods.encoder.ipcv import IPCV, neighbours
 from tokprune.methods.encoder.toc3d import ToC3D
 from tokprune.runtime.encoder import apply_encoder
-from tokprune.testing import build
+from tokprune.testing import build, picture
 
 close = torch.testing.assert_close
 
@@ -132,7 +133,7 @@ def test_toc3d_equals_a_written_out_forward(name: str) -> None:
 def test_vlm_towers_give_all_tokens_and_do_not_mix_images(family: str, method: Any) -> None:
     tiny = build(family)
     both = two_images(tiny)
-    one = tiny.inputs([["a ", ("image", __import__("tokprune.testing", fromlist=["x"]).picture(60, 40)), "?"]])
+    one = tiny.inputs([["a ", ("image", picture(60, 40)), "?"]])
     plain = rows(encode(tiny, both).pooler_output)
     with apply_encoder(tiny.model, method) as pruning:
         got = rows(encode(tiny, both).pooler_output)
@@ -308,6 +309,26 @@ def test_everything_kept_is_bit_identical(method: str) -> None:
     plain = output(model, x)
     with apply_encoder(model, method, keep=1.0):
         assert all(torch.equal(a, b) for a, b in zip(output(model, x), plain, strict=True))
+
+
+@pytest.mark.parametrize(
+    "method", [IPCV(keep=0.97, first=0, steady=1), IPCV(keep=0.97, first=0, steady=0), ToC3D(keep=0.95, first=0)]
+)
+@pytest.mark.parametrize("family", PACKED)
+@torch.no_grad()
+def test_a_picture_of_a_packed_call_may_keep_all_of_its_units(family: str, method: Any) -> None:
+    """15 or 16 of 16 units are all; of 40 units some leave."""
+    tiny = build(family)
+    large, small = ("image", picture(60, 40)), ("image", picture(28, 28))
+    both, alone = tiny.inputs([["a ", large, " b ", small, "?"]]), tiny.inputs([["a ", large, "?"]])
+    plain = rows(encode(tiny, both).pooler_output)
+    with apply_encoder(tiny.model, method):
+        got, first = (rows(encode(tiny, inputs).pooler_output) for inputs in (both, alone))
+    close(got[40:], plain[40:], atol=2e-5, rtol=1e-4)
+    close(got[:40], first, atol=2e-5, rtol=1e-4)
+    assert not torch.allclose(first, plain[:40], atol=1e-3)
+    with apply_encoder(tiny.model, replace(method, keep=1.0)):
+        assert torch.equal(rows(encode(tiny, both).pooler_output), plain)
 
 
 @pytest.mark.parametrize("method", ["ipcv", "toc3d"])

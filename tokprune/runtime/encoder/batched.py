@@ -155,15 +155,15 @@ class BatchedSplice(Splice[Run]):
             blocks=len(tower.blocks),
             rotate=None if rope is None else rotate,
             entering=None if before is None else self.rows(before, order),
-            cut=run.cuts[0][1] if run.cuts else None,
+            cut=run.cut,
             entrance=self.entrance() if index < 0 else None,
         )
         out = self.method.reduce(view)
         if out is None:
             return None
         self.check_mask(run, run.mask)  # hidden tokens would be chosen, and merge, like the others
-        if self.method.restores and not run.cuts:
-            run.cuts.append((None, Cut(rows, out)))
+        if self.method.restores and run.cut is None:
+            run.cut = Cut(rows, out)
         run.states[index + 1] = State(out.size, out.assign, out.rep, self.method.info.adaptive).after(state)
         if fold == 1:
             return out.x
@@ -289,8 +289,8 @@ class BatchedSplice(Splice[Run]):
             return x
         fold, prefix = self.fold, self.tower.prefix
         rows = self.rows(x, None)
-        if self.method.restores and rebuild:
-            wide = self.method.rebuild(run.cuts[0][1], rows)
+        if run.cut is not None and rebuild:
+            wide = self.method.rebuild(run.cut, rows)
         else:
             wide = rows_at(rows, state.assign.clamp(min=0))
             wide = wide.masked_fill((state.assign < 0)[..., None], 0)

@@ -39,6 +39,9 @@ class PackedRun(Run):
     """Borders that the model gave its blocks, and what they say: (U,) segment of each unit."""
     segment: dict[int, Tensor] = field(default_factory=dict)
     """The segments of each block."""
+    cuts: list[tuple[Tensor, Cut | None]] = field(default_factory=list)
+    """Per size of frames, where a method that restores the full sequence left it: the (F, n) places of the frames'
+    units, and what stayed of them; None: everything."""
 
 
 def pad_rotary(table: Tensor, value: float) -> Tensor:
@@ -199,30 +202,32 @@ class PackedSplice(Splice[PackedRun]):
         place = torch.arange(units, device=x.device) if state is None else state.rep  # (U,)
         size = x.new_ones(units, 1, dtype=torch.float32) if state is None else state.size
         rows = x.view(units, -1)  # (U, C of a unit)
-        was_cut, changed, left = bool(run.cuts), False, list(run.lengths[index])
-        if was_cut and self.method.info.adaptive:  # frames of one size may differ by now: their cuts would be mixed up
+        cuts, left = run.cuts, list(run.lengths[index])
+        if cuts and self.method.info.adaptive:  # frames of one size may differ by now: their cuts would be mixed up
             raise UnsupportedModelError(
                 f"{self.method.info.name} can leave the sequence of a {self.tower.family} tower once, at one block."
             )
         parts: list[tuple[Tensor, Reduction]] = []
+        new: list[tuple[Tensor, Cut | None]] = []
         for number, (start, frames, at) in enumerate(self.equal_frames(run, index, x.device)):
             view = self.view(run, index, rows[at], size[at], at, place[at], start)
             if index in run.inputs:
                 view.entering = run.inputs[index].view(units, -1)[at]
-            view.cut = run.cuts[number][1] if was_cut else None
+            view.cut = cuts[number][1] if cuts else None
             reduction = self.method.reduce(view)
+            new.append((at, None if reduction is None else Cut(view.x, reduction)))
             if reduction is None:
                 reduction = Reduction.kept(view, torch.arange(at.shape[1], device=x.device).expand_as(at))
             else:
-                changed, width = True, reduction.rep.shape[1]
+                width = reduction.rep.shape[1]
                 counts = (reduction.rep >= 0).sum(1).tolist() if self.method.info.adaptive else [width] * len(frames)
                 for frame, count in zip(frames, counts, strict=True):
                     left[frame] = count
-            if self.method.restores and not was_cut:
-                run.cuts.append((at, Cut(view.x, reduction)))
             parts.append((at, reduction))
-        if not changed:
+        if all(cut is None for _, cut in new):
             return None
+        if self.method.restores:
+            run.cuts = cuts or new
         run.lengths[index + 1] = left
         return self.gather(run, index, parts, units)
 
@@ -312,14 +317,12 @@ class PackedSplice(Splice[PackedRun]):
         if state is None:
             return x
         rows = x.reshape(-1, x.shape[1] * self.fold)
-        if self.method.restores and rebuild:
+        if run.cuts and rebuild:
             full = rows.new_empty(run.rows, rows.shape[1])
             for at, cut in run.cuts:
-                if at is None:
-                    continue
-                place = at.gather(1, cut.reduction.rep.clamp(min=0))
+                place = at if cut is None else at.gather(1, cut.reduction.rep.clamp(min=0))
                 now = rows[state.assign[place].clamp(min=0)]  # (F, K, C) in the cut's order
-                full[at.flatten()] = self.method.rebuild(cut, now).flatten(0, 1)
+                full[at.flatten()] = (now if cut is None else self.method.rebuild(cut, now)).flatten(0, 1)
             return full.view(-1, x.shape[1])
         wide = rows[state.assign.clamp(min=0)].masked_fill((state.assign < 0)[:, None], 0)
         return wide.view(-1, x.shape[1])

@@ -60,9 +60,8 @@ class Run:
     """Rotary tables of the rows."""
     table: Tensor | None = None
     """Relative positions, as the attention of the block now running was given them."""
-    cuts: list[tuple[Tensor | None, Cut]] = field(default_factory=list)
-    """Where a method that restores the full sequence left it. Packed towers: one per size of frames, with the (F, n)
-    places of the frames' units."""
+    cut: Cut | None = None
+    """Where a method that restores the full sequence left it."""
     counts: list[int] = field(default_factory=list)
     """Rows behind each block."""
     graph: bool = False
