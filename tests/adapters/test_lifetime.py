@@ -150,13 +150,16 @@ def test_copies_of_a_model_and_of_its_parts() -> None:
 
 @torch.no_grad()
 def test_a_pruned_model_can_be_saved_whole(tmp_path: Any) -> None:
-    """Before it has run: hooks of transformers' own, made in the first run, cannot be pickled."""
-    tiny = build("llava")
+    """Before it has run: hooks of transformers' own, made in the first run, cannot be pickled. It decodes, too."""
+    tiny = build("llava", layers=4)
     inputs = tiny.inputs([["a ", ("image", picture(60, 40)), " b"]])
-    tokprune.apply(tiny.model, [tokprune.get_method("tome", r=2), "hired"], ratio=0.3)
+    stages = [tokprune.get_method("tome", r=2), "hired", tokprune.get_method("fastv", layer=2), "mustdrop_cache"]
+    tokprune.apply(tiny.model, stages, ratio=0.3)
     torch.save(tiny.model, tmp_path / "model.pt")
     other = torch.load(tmp_path / "model.pt", weights_only=False)
     assert torch.equal(other(**inputs).logits, tiny.model(**inputs).logits)
+    wanted = tiny.model.generate(**inputs, max_new_tokens=4)
+    assert torch.equal(other.generate(**inputs, max_new_tokens=4), wanted)
     tokprune.remove(other)
     tokprune.remove(tiny.model)
     assert torch.equal(other(**inputs).logits, tiny.model(**inputs).logits)

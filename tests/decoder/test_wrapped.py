@@ -13,6 +13,8 @@ import torch
 import tokprune
 from tests.adapters.reference import slow_unless
 from tests.decoder.reference import LAYERS, prompts
+from tests.spelling import cache_in, with_cache
+from tokprune.errors import TranslationError
 from tokprune.testing import TinyVLM, build
 
 TOLERANCE = 1e-5
@@ -120,3 +122,33 @@ def test_compiled(what: str, name: str) -> None:
     again = answers(tiny, inputs)
     assert torch.allclose(again[0], plain[0], atol=TOLERANCE)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("method", ["fastv", ["divprune", "fastv"]])
+@torch.no_grad()
+def test_a_prompt_that_never_reached_the_language_model_drops_nothing_elsewhere(error: Any, method: Any) -> None:
+    """Stopped in front of the language model, which is then called by itself. Behind an interrupt, of which torch tells
+    no hook, its first call may be refused.
+    """
+    tiny = deep("llava")
+    inputs, text = tiny.inputs(prompts("llava")[:1]), tiny.model.model.language_model
+    words = {"inputs_embeds": tiny.model.get_input_embeddings()(torch.arange(5)[None])}
+    plain = text(**words).last_hidden_state
+
+    def stop(*_: Any) -> None:
+        raise error
+
+    with tokprune.apply(tiny.model, method, ratio=0.5):
+        wanted = answers(tiny, inputs)
+        hook = text.register_forward_pre_hook(stop, prepend=True)
+        with pytest.raises(error):
+            tiny.model(**inputs)
+        hook.remove()
+        if error is KeyboardInterrupt:
+            with pytest.raises(TranslationError, match="was given 5 tokens"):
+                text(**words)
+        out = text(**words, use_cache=True)
+        assert torch.equal(out.last_hidden_state, plain)
+        text(**words, **with_cache(cache_in(out)))
+        assert torch.equal(answers(tiny, inputs)[1], wanted[1])

@@ -92,6 +92,15 @@ class Prefill(Attached):
         self.recorder.remove()
         super().remove()
 
+    def __getstate__(self) -> dict[str, object]:
+        return {**vars(self), "active": self.reader.active}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        """A pickled model goes on reading caches; a cache that is pickled alone waits for a pruning that reads it."""
+        active = bool(state.pop("active"))
+        vars(self).update(state)
+        self.reader.active = active
+
     def release(self) -> None:
         """Let go of the model's parts: it is gone."""
         self.recorder.probe = None
@@ -131,12 +140,7 @@ class Prefill(Attached):
             return None
         step: GenerateStep | None = kwargs.pop(GENERATE_STEP, None)
         thread, compiling = self.threads.now, torch.compiler.is_compiling()
-        _remove_path(thread.forward)
-        thread.forward = None  # an interrupt may have left one behind: torch does not call hooks after a BaseException
-        if not thread.physical_prefill:
-            thread.rotary_table = None
-        if self.options.decoder is not None:
-            self.options.decoder.expect(None)
+        self._forget(thread)  # an interrupt may have left one behind: torch does not call hooks after a BaseException
         if not compiling:
             thread.passage.begin(None)
         if step is not None and step.physical:
@@ -207,10 +211,8 @@ class Prefill(Attached):
         if looking_ahead():
             return None
         thread = self.threads.now
-        forward, thread.forward = thread.forward, None
-        _remove_path(forward)
-        if not thread.physical_prefill:
-            thread.rotary_table = None
+        forward = thread.forward
+        self._forget(thread)
         if output is not None:
             check_table(thread.passage)
         thread.passage.begin(None)
@@ -223,13 +225,26 @@ class Prefill(Attached):
         widen_output(output, forward.expand, not forward.for_generate, forward.path)
         return output.to_tuple() if forward.as_tuple else output
 
+    def _forget(self, thread: ThreadState) -> None:
+        """Nothing is left of a forward of the base model, also of one that never reached the language model."""
+        _remove_path(thread.forward)
+        thread.forward = None
+        if not thread.physical_prefill:
+            thread.rotary_table = None
+        if self.options.decoder is not None:
+            self.options.decoder.expect(None)
+
     # -- forward of the language model
 
     def _before_llm(self, module: nn.Module, args: Positional, kwargs: ModelCall) -> Replaced:
         """What the language model is given fits the keys that it has; rows of other lengths may run first."""
         if torch.compiler.is_compiling() or looking_ahead():
             return None
-        check_entry(self.threads.now.passage, self.reader, args, kwargs)
+        try:
+            check_entry(self.threads.now.passage, self.reader, args, kwargs)
+        except TokpruneError:
+            self._forget(self.threads.now)
+            raise
         forward, table = self.threads.now.forward, self.threads.now.rotary_table
         if forward is None or args or table is not None or forward.path is not None:
             return None
