@@ -107,20 +107,21 @@ def files() -> tuple[Path, ...]:
 def partial() -> tuple[str, ...]:
     """Prefixes that are claimed in part alone, read from the source of the tests."""
     whole: dict[str, bool] = {}
-    for prefix, call in _claims():
+    for prefix, call, _ in _claims():
         complete = not any(keyword.arg == "part" for keyword in call.keywords)
         whole[prefix] = whole.get(prefix, False) or complete
     return tuple(sorted(prefix for prefix, complete in whole.items() if not complete))
 
 
-def _claims() -> Iterator[tuple[str, ast.Call]]:
+def _claims() -> Iterator[tuple[str, ast.Call, Path]]:
+    """Prefix, call of `claims` and test file, from the source of the tests."""
     for source in sorted(TESTS.rglob("test_*.py")):
         text = source.read_text(encoding="utf-8")
         for node in ast.walk(ast.parse(text)) if "claims(" in text else ():
             if isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) == "claims":
                 for argument in node.args:
                     if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
-                        yield argument.value, node
+                        yield argument.value, node, source
 
 
 @functools.cache
@@ -128,16 +129,33 @@ def claimed() -> dict[str, tuple[str, ...]]:
     """Prefix -> test files that claim it, read from the source of the tests: no import, so one file alone runs the
     same."""
     found: dict[str, list[str]] = {}
-    for source in sorted(TESTS.rglob("test_*.py")):
-        text = source.read_text(encoding="utf-8")
-        if "claims(" not in text:
-            continue
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) == "claims":
-                for argument in node.args:
-                    if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
-                        found.setdefault(argument.value, []).append(str(source.relative_to(TESTS)))
+    for prefix, _, source in _claims():
+        found.setdefault(prefix, []).append(str(source.relative_to(TESTS)))
     return {prefix: tuple(sources) for prefix, sources in found.items()}
+
+
+@functools.cache
+def anchors() -> dict[str, tuple[str, ...]]:
+    """Prefix -> anchors of the tests that read all of a case; an empty one where a test takes the file as one case."""
+    found: dict[str, tuple[str, ...]] = {}
+    for prefix, call, _ in _claims():
+        given = {keyword.arg: keyword.value for keyword in call.keywords}
+        anchor = ast.literal_eval(given["anchor"]) if "anchor" in given else ""
+        if "part" not in given:
+            found[prefix] = found.get(prefix, ()) + ((anchor,) if isinstance(anchor, str) else anchor)
+    return found
+
+
+def orphans(path: Path) -> list[str]:
+    """Arrays of a file that are named like those of its cases and belong to none: a case without the anchor."""
+    named = anchors().get(owner(path.stem) or "", ("",))
+    if "" in named:
+        return []
+    keys, cases = _keys(path), cases_of(path, named)
+    separator = "/" if any("/" in key for key in keys) else "_"
+    own = {case.prefix + key for case in cases for key in case}
+    names = {key for case in cases for key in case}
+    return [key for key in keys if key not in own and key.partition(separator)[2] in names]
 
 
 def fits(stem: str, prefix: str) -> bool:

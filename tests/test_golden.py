@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests import golden_vectors
-from tests.golden_vectors import GoldenCase, cases_of, claimed, claims, files, fits, partial, unclaimed
+from tests.golden_vectors import GoldenCase, cases_of, claimed, claims, files, fits, orphans, partial, unclaimed
 
 # Vectors that lie in the folder ahead of the stage that will claim them. Take a name out when its test exists.
 PLANNED: frozenset[str] = frozenset()
@@ -22,6 +22,16 @@ def test_every_vector_is_claimed() -> None:
 
 def test_one_test_of_every_vector_reads_all_of_it() -> None:
     assert not partial(), f"no test without `part` claims {partial()}"
+
+
+def test_no_case_of_a_file_is_passed_over() -> None:
+    for path in files():
+        assert not orphans(path), f"{path.name} holds a case without the anchor of its test"
+
+
+def test_a_case_without_the_anchor_is_found(vectors: Path) -> None:
+    np.savez(vectors / "tome_bipartite_z.npz", **{"a/metric": np.zeros(1), "a/x": np.zeros(1), "b/x": np.zeros(1)})
+    assert orphans(vectors / "tome_bipartite_z.npz") == ["b/x"]
 
 
 def test_what_is_stored_twice_says_the_same() -> None:

@@ -120,7 +120,7 @@ INSIDE = "test_evit_ats_functions compares what happens inside the block"
 
 @claims(
     "evit_block",
-    anchor="cls_attn",
+    anchor="y",
     unused={
         **dict.fromkeys(("cls_attn", "idx", "complement", "left_tokens"), INSIDE),
         "attn_out": "y follows from it",
