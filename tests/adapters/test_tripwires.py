@@ -260,7 +260,7 @@ def test_a_prompt_that_was_not_finished_is_not_answered(family: str, monkeypatch
 def test_positions_that_stay_hidden_from_rotation_raise(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where attention is given contiguous positions (flash), the rotary embedding must have asked for the kept ones."""
     case = prompt(family)
-    monkeypatch.setattr(ConnectorStage, "_hide_positions", lambda self: True)
+    monkeypatch.setattr("tokprune.runtime.execute.hides_positions", lambda adapter: True)
     with tokprune.apply(case.tiny.model, "random", ratio=0.3, positions="keep"):
         answer(case)
         monkeypatch.setattr(ConnectorStage, "_before_rotary", lambda self, *args: None)

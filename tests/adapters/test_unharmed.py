@@ -180,7 +180,7 @@ def test_eager_and_sdpa_agree(family: str) -> None:
 def test_positions_hidden_from_attention_change_nothing(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Flash attention reads gaps in positions as packing, so under it only the rotary embedding sees kept positions."""
     case = prompt(family)
-    monkeypatch.setattr("tokprune.runtime.prefill.Prefill._hide_positions", lambda self: True)
+    monkeypatch.setattr("tokprune.runtime.execute.hides_positions", lambda adapter: True)
     text = case.tiny.inputs([["no picture here"]])
     wanted = run(case.tiny, text)
     with tokprune.apply(case.tiny.model, "random", ratio=0.2, positions="keep") as pruning:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from tokprune.adapters.base import Adapter
-from tokprune.adapters.dialect import bind, cache_in, swap_cache
+from tokprune.adapters.dialect import cache_in, swap_cache
 from tokprune.adapters.hooks import Attachments
 from tokprune.adapters.types import KVCache, Model, ModelCall, ModelOutput, Positional, Replaced
 from tokprune.errors import UnsupportedModelError
-from tokprune.runtime.attention_row import attention_row, check_attention, newest_query, projected, rotated
+from tokprune.runtime.attention_row import check_attention, newest_row
 from tokprune.runtime.cache import View
 from tokprune.runtime.cache_record import get_state
 from tokprune.runtime.lookahead import looking_ahead
@@ -69,7 +69,7 @@ class AnswerRows:
         whole = first + len(self._seen) - 1
         columns = torch.arange(whole, device=self._seen[0].device).expand(self._seen[0].shape[0], -1)
         if state is not None:
-            own = getattr(state, "layers", {}).get(self.layer)
+            own = state.layers.get(self.layer)
             if own is None:
                 columns = state.columns(whole)
             else:
@@ -109,22 +109,16 @@ class AnswerRows:
         if threading.get_ident() != self._thread or looking_ahead():
             return
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        named = kwargs if "position_embeddings" in kwargs else bind(module, args, kwargs)
-        positions, keys = named["position_embeddings"], self._keys
-        if keys is None:
-            keys = rotated(module, projected(module, hidden, "k"), positions)
-        elif not _complete(keys, self._cache, module.layer_idx):
+        keys, self._keys = self._keys, None
+        if keys is not None and not _complete(keys, self._cache, module.layer_idx):
             raise UnsupportedModelError(
                 f"a method of the cache stage leaves keys out of layer {self.layer}; look at a layer below it, or take "
                 "that method off."
             )
-        query = newest_query(module, hidden, positions)
-        cap = getattr(module, "attn_logit_softcapping", None)
-        row = attention_row(query, keys, module.scaling, kwargs.get("attention_mask"), cap)
+        row = newest_row(module, args, kwargs, keys)
         if hidden.shape[1] > 1:  # a prompt, or a chunk of it: what was seen before was none of this answer
             self._seen = []
         self._seen.append(row)
-        self._keys = None
 
 
 def _complete(keys: Tensor, cache: KVCache, layer: int) -> bool:

@@ -10,8 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tokprune.adapters.dialect import CACHE, cache_name, parameters, tested_versions
-from tokprune.adapters.types import Model
+from tokprune.adapters.dialect import CACHE, bind, cache_name, parameters, tested_versions
+from tokprune.adapters.types import Model, ModelCall, Positional
 from tokprune.errors import UnsupportedModelError
 
 KERNELS = ("eager", "sdpa", "flash")  # attention implementations whose masks can be cut
@@ -128,3 +128,18 @@ def attention_row(
     if mask is not None:
         mask = mask[:, -n:] if mask.ndim == 2 else mask[:, :, -1:, -n:]
     return masked(products(query, keys, scale, softcap), mask).softmax(-1).mean((1, 2))
+
+
+def newest_row(attention: Model, args: Positional, kwargs: ModelCall, keys: Tensor | None) -> Tensor:
+    """What the newest token of a call of an attention module pays to each key, as of `attention_row`. -> (B, n).
+
+    keys: (B, H', n, d) that the module used; None: those of this call alone.
+    """
+    hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    named = kwargs if "position_embeddings" in kwargs else bind(attention, args, kwargs)
+    positions = named["position_embeddings"]
+    if keys is None:
+        keys = rotated(attention, projected(attention, hidden, "k"), positions)
+    cap = getattr(attention, "attn_logit_softcapping", None)
+    query = newest_query(attention, hidden, positions)
+    return attention_row(query, keys, attention.scaling, kwargs.get("attention_mask"), cap)

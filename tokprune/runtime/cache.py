@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from tokprune.adapters.base import Adapter
-from tokprune.adapters.dialect import bind, cache_in, swap_cache
+from tokprune.adapters.dialect import cache_in, swap_cache
 from tokprune.adapters.foreign import CACHE_VIEW, CANDIDATES
 from tokprune.adapters.hooks import Attached, Attachments, PerThread
 from tokprune.adapters.types import KVCache, Model, ModelCall, ModelOutput, Positional, Replaced
 from tokprune.errors import OptionError, UnsupportedModelError
 from tokprune.methods.cache_base import CacheMethod
-from tokprune.runtime.attention_row import attention_row, check_attention, check_kernel, newest_query
+from tokprune.runtime.attention_row import check_attention, check_kernel, newest_row
 from tokprune.runtime.cache_keys import Chosen, narrow_mask
 from tokprune.runtime.cache_record import PruneState, get_state
 
@@ -143,12 +143,8 @@ class CacheStage(Attached):
         if keys is None or state is None or output is None:
             return
         cache = cache_in(kwargs)
-        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         with torch.no_grad():
-            named = kwargs if "position_embeddings" in kwargs else bind(module, args, kwargs)
-            query = newest_query(module, hidden, named["position_embeddings"])
-            cap = getattr(module, "attn_logit_softcapping", None)
-            row = attention_row(query, keys, module.scaling, kwargs.get("attention_mask"), cap)
+            row = newest_row(module, args, kwargs, keys)
             chosen: Chosen = state.chosen
             chosen.decide(self.method, row, int(cache.get_query_offset(module.layer_idx)))
         self.steps += 1

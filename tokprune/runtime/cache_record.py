@@ -223,10 +223,6 @@ class PrunedCacheMixin:
         total = one.get_seq_length() + removed
         return min(total, window - 1) + query, max(total - window + 1, 0)
 
-    def physical_length(self, layer_idx: int = 0) -> int:
-        """Keys that are really held."""
-        return self.get_query_offset(layer_idx)
-
     def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
         """Pickle by the class that the cache had before: this one is made on the fly."""
         return _unpickled, (type(self)._tokprune_base,), self.__dict__
@@ -242,7 +238,7 @@ class PrunedCacheMixin:
         if count >= 0:  # nothing, or refused
             super().crop(*args, **kwargs)  # type: ignore[misc]
             return
-        held = int(self.physical_length())
+        held = int(self.get_query_offset())
         logical = max(int(self.get_seq_length()) + count, 0)
         state = self._tokprune.cropped(logical)
         stay = state.kept.shape[1] + logical - state.n_logical
@@ -314,4 +310,4 @@ def physical_length(cache: KVCache) -> int:
     """Keys that the cache holds."""
     if cache is None:
         return 0
-    return int(cache.physical_length() if isinstance(cache, PrunedCacheMixin) else cache.get_seq_length())
+    return int(cache.get_query_offset() if isinstance(cache, PrunedCacheMixin) else cache.get_seq_length())

@@ -11,18 +11,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokprune.adapters.base import Adapter, flatten
 from tokprune.adapters.families import EncoderCall
 from tokprune.adapters.families.base import SHRUNK
 from tokprune.adapters.foreign import ENCODER_RECORD, ENCODERS
 from tokprune.adapters.hooks import Attachments, PerThread
-from tokprune.adapters.types import EncoderOutput, ModelCall, Original
+from tokprune.adapters.types import EncoderOutput, Model, ModelCall, Original
 from tokprune.errors import UnsupportedModelError
 from tokprune.runtime.host import to_host
 from tokprune.runtime.probe import AttentionProbe
-from tokprune.runtime.records import EncoderRecord, encoder_record
+from tokprune.runtime.records import EncoderRecord, encoder_records
 from tokprune.runtime.signal_blocks import of_tower, signal_probe
 from tokprune.runtime.signals import BegunSignals, PatchScorer, SignalSet
 
@@ -120,10 +120,9 @@ class Recorder:
 
             refuse_two_reductions(self.probe.tower, adapter.model, reduces=False)
 
-    def anchor(self) -> nn.Module:
+    def anchor(self) -> Model:
         """The model that is observed."""
-        model: nn.Module = self.adapter.model
-        return model
+        return self.adapter.model
 
     def install(self) -> None:
         """Start observing; instance attributes and hooks only."""
@@ -204,5 +203,4 @@ class Recorder:
 
 def encoding_ms(encoded: Mapping[str, EncoderOutput | None]) -> float:
     """Milliseconds that encoding these outputs took, as far as tokprune saw it."""
-    records = [encoder_record(output) for output in encoded.values()]
-    return sum(record.seconds for record in records if record is not None) * 1e3
+    return sum(record.seconds for record in encoder_records(encoded).values()) * 1e3

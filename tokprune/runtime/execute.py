@@ -24,6 +24,7 @@ from tokprune.runtime.host import to_device
 from tokprune.runtime.masks import causal_mask, gather_mask, is_full
 from tokprune.runtime.outputs import WidePath
 from tokprune.runtime.plan import Features, Plan, tokens_of
+from tokprune.runtime.positions import at_start
 from tokprune.runtime.tripwires import next_positions
 
 
@@ -106,13 +107,16 @@ class Slots:
         return taken if self.filled is None else taken.masked_fill(self.filled.to(values.device), filler)
 
 
-def execute(
-    adapter: Adapter, plan: Plan, call: ModelCall, hide_positions: bool
-) -> tuple[ModelCall, PrunedForward, RotaryTable | None]:
-    """The physical call for the columns of `call`, and the table of positions for rotation where attention gets others.
+def hides_positions(adapter: Adapter) -> bool:
+    """Whether attention gets contiguous positions and only the rotary embedding the kept ones: flash attention reads
+    gaps in them as packing.
+    """
+    return "flash" in adapter.kernel
 
-    hide_positions: give attention contiguous positions and only the rotary embedding the kept ones; flash attention
-    reads gaps in them as packing.
+
+def execute(adapter: Adapter, plan: Plan, call: ModelCall) -> tuple[ModelCall, PrunedForward, RotaryTable | None]:
+    """The physical call for the columns of `call`, and the table of positions for rotation where attention gets
+    others.
     """
     past, device = cache_in(call), tokens_of(call).device
     slots = Slots.of(plan, past, device)
@@ -132,7 +136,7 @@ def execute(
     new["attention_mask"] = _mask(adapter, plan, call, (visible, state.kept, known))
     _cut_type_ids(new, plan.keep.shape[1], slots, state.kept)
     kept_positions = slots.take(plan.positions)  # (..., B, P)
-    new["position_ids"], table = _positions(plan, slots, kept_positions, hide_positions)
+    new["position_ids"], table = _positions(plan, slots, kept_positions, hides_positions(adapter))
     if plan.columns.packed:
         _cut_lengths(new, plan.keep)
     new["mm_encoder_outputs"] = _encoder_outputs(adapter, plan, call, slots)
@@ -183,9 +187,7 @@ def _positions(plan: Plan, slots: Slots, kept: Tensor, hide: bool) -> tuple[Tens
     numbers = slots.numbers
     if plan.columns.packed and plan.columns.segments is not None:
         sample = torch.where(slots.used, plan.columns.segments.gather(1, slots.index), -1)  # (B, P)
-        first = sample.diff(dim=1, prepend=sample[:, :1] - 1) != 0  # (B, P) where a sample begins
-        in_sample = numbers - torch.where(first, numbers, 0).cummax(1).values  # (B, P)
-        in_sample = in_sample.to(kept.device)
+        in_sample = (numbers - at_start(numbers, sample)).to(kept.device)  # (B, P)
         if kept.ndim == 3:
             return torch.cat([in_sample[None], kept[1:]]), None
         return in_sample, (kept, 0)

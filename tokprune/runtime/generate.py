@@ -19,6 +19,7 @@ from tokprune.runtime.execute import execute
 from tokprune.runtime.options import GenerateStep
 from tokprune.runtime.plan import tokens_of
 from tokprune.runtime.prefill import Prefill
+from tokprune.runtime.records import encoder_records
 from tokprune.runtime.tripwires import check_mask, check_record, mark_unfinished
 
 
@@ -55,7 +56,7 @@ class ConnectorStage(Prefill):
         elif first and self.adapter.has_visual(kwargs):
             out = original(input_ids, **kwargs)
             out["attention_mask"] = kwargs.get("attention_mask")  # the 2-D one: a 4-D one would have logical lengths
-            out[GENERATE_STEP] = GenerateStep(physical=False, encoded=kwargs.get("mm_encoder_outputs"))
+            out[GENERATE_STEP] = GenerateStep(False, encoder_records(kwargs.get("mm_encoder_outputs") or {}))
             thread.prompt_length = input_ids.shape[1]
         elif state is not None:
             out, hidden = self._decode_step(original, input_ids, kwargs, state)
@@ -63,8 +64,8 @@ class ConnectorStage(Prefill):
         else:
             out = original(input_ids, **kwargs)
             if self.adapter.has_visual(out):  # without a cache, every step reads the prompt and the answer so far
-                encoded = out.get("mm_encoder_outputs")
-                out[GENERATE_STEP] = GenerateStep(False, encoded, thread.prompt_length)
+                records = encoder_records(out.get("mm_encoder_outputs") or {})
+                out[GENERATE_STEP] = GenerateStep(False, records, thread.prompt_length)
         return out
 
     def _decode_step(
@@ -124,7 +125,7 @@ class ConnectorStage(Prefill):
         plan = self._plan(call, dict(encoded))
         if plan is None or (plan.untouched and state is None):
             return self._chunks(original, None, ids, config, model_kwargs, **kwargs)
-        new, forward, table = execute(self.adapter, plan, call, self._hide_positions())
+        new, forward, table = execute(self.adapter, plan, call)
         if self.last is not None:
             self.last.index = forward.index
         # prepare_inputs_for_generation takes positions that count from 0; PaliGemma's makes them count from 1.

@@ -100,7 +100,7 @@ class Installed:
                 before.install()
             raise
         if self.handle() is not None:
-            self.handle().hold(model)
+            self.handle()._kept = model
 
     def remove(self) -> None:
         """Take everything off, the last first. Calling it twice is harmless."""
@@ -111,7 +111,7 @@ class Installed:
         if self.handle() is not None:  # it may outlive the model, whose parts must not stay alive for that
             release = functools.partial(_release, weakref.ref(self))
             self._gone = None if self.model is None else weakref.ref(self.model, release)
-            self.handle().hold(None)
+            self.handle()._kept = None
 
     def __getstate__(self) -> dict[str, object]:
         return {**vars(self), "_gone": None}
@@ -139,12 +139,8 @@ class Pruning:
 
     def __init__(self, installed: Installed) -> None:
         self._installed = installed
-        self._kept: Model = None
+        self._kept: Model = None  # the model while it is pruned, so that it stays alive
         installed.handle = Ref(self)
-
-    def hold(self, model: Model) -> None:
-        """Keep `model` alive, or nothing."""
-        self._kept = model
 
     @property
     def config(self) -> PruneConfig:
@@ -250,10 +246,6 @@ class Pruning:
         raise AttributeError(f"Pruning has no attribute {name!r}")
 
 
-def _everything(n: int) -> int:
-    return n
-
-
 def vlm_pruning(model: Model, config: PruneConfig, processor: Processor = None, scorer: Scorer = None) -> Pruning:
     """The pruning of a VLM, made but not put on yet: whatever cannot work is refused here."""
     adapter: Adapter = get_adapter(model)
@@ -288,13 +280,21 @@ def vlm_pruning(model: Model, config: PruneConfig, processor: Processor = None, 
         installed.cache = CacheStage(adapter, stages.cache, keys)
     if method is None:
         method = cast(ConnectorMethod, get_method("uniform"))  # it is told to keep all
-    count = _everything if connector is None else config.count
-    frames = frames if isinstance(frames, PerFrame) else None
-    options = Options(method, count, config.positions, config.query, processor, scorer, installed.encoder, frames)
-    options.ratio = None if connector is None else config.ratio
-    options.prompt_budget, options.packing = config.prompt_budget, _packing(adapter, config)
-    options.cached = installed.cache is not None or installed.decoder is not None
-    options.decoder = installed.decoder
+    options = Options(
+        method,
+        int if connector is None else config.count,  # n of n, where nothing is asked of it
+        config.positions,
+        config.query,
+        processor,
+        scorer,
+        encoder=installed.encoder,
+        frames=frames if isinstance(frames, PerFrame) else None,
+        ratio=None if connector is None else config.ratio,
+        prompt_budget=config.prompt_budget,
+        packing=_packing(adapter, config),
+        cached=installed.cache is not None or installed.decoder is not None,
+        decoder=installed.decoder,
+    )
     installed.connector = ConnectorStage(adapter, options)
     return Pruning(installed)
 

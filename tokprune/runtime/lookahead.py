@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -20,12 +20,13 @@ from torch import Tensor
 from tokprune.adapters.base import Adapter
 from tokprune.adapters.dialect import cache_in, swap_cache
 from tokprune.adapters.hooks import input_of
-from tokprune.adapters.types import EncoderOutput, KVCache, ModelCall, RotaryTable
+from tokprune.adapters.types import EncoderOutput, KVCache, ModelCall
 from tokprune.errors import MissingSignalError, UnsupportedModelError
 from tokprune.runtime.attention_row import check_attention
 from tokprune.runtime.cache_record import get_state, physical_length
 from tokprune.runtime.decoder.attention import LayerInputs, RowAttention
 from tokprune.runtime.execute import PrunedForward, execute
+from tokprune.runtime.options import ThreadState
 from tokprune.runtime.plan import Columns, Plan, make_plan
 from tokprune.runtime.records import StreamRecord
 from tokprune.runtime.signal_blocks import LLM_SIGNALS, block_index
@@ -103,15 +104,13 @@ class FirstPass:
         encoded: Mapping[str, EncoderOutput],
         columns: Columns,
         streams: Sequence[StreamRecord],
-        *,
-        answer: int,
-        hide_positions: bool,
-        rotate: Callable[[RotaryTable | None], None],
+        prompt_length: int | None,
+        thread: ThreadState,
     ) -> None:
         """Give every stream its signals.
 
-        answer: columns at the end that generate() wrote. hide_positions: as `execute` has it. rotate: told the table of
-        positions for the pass, and None behind it.
+        prompt_length: how many of the columns are the prompt, where generate() wrote the rest. thread: of this call;
+        its rotary table is that of the pass meanwhile.
         """
         if not self.names:
             return
@@ -121,13 +120,13 @@ class FirstPass:
                 "each; give them as rows of a batch."
             )
         plan, firsts = self._keep_all(call, encoded, columns, streams)
-        new, forward, table = execute(self.adapter, plan, call, hide_positions)
-        prompts, slot = _prompts(plan, forward, answer)
-        rotate(table)
+        new, forward, table = execute(self.adapter, plan, call)
+        prompts, slot = _prompts(plan, forward, prompt_length)
+        thread.rotary_table = table
         try:
             found = self._run(new, prompts)
         finally:
-            rotate(None)
+            thread.rotary_table = None
         for stream, record in zip(streams, firsts, strict=True):
             at = slot[record.row, record.candidates] - prompts[record.row].filler  # (N,)
             device = stream.tokens.features.device
@@ -173,8 +172,9 @@ class FirstPass:
         return found
 
 
-def _prompts(plan: Plan, forward: PrunedForward, answer: int) -> tuple[dict[int, PromptRow], Tensor]:
+def _prompts(plan: Plan, forward: PrunedForward, prompt_length: int | None) -> tuple[dict[int, PromptRow], Tensor]:
     """The rows with visual tokens, and the slot of each prompt column, (B, L)."""
+    answer = 0 if prompt_length is None else max(plan.keep.shape[1] - prompt_length, 0)
     filler = forward.index.shape[1] - plan.keep.sum(1)  # (B,) on the host, like all of the plan
     slot = plan.keep.cumsum(1) - 1 + filler[:, None]  # (B, L)
     prompts = {}
@@ -194,7 +194,7 @@ def _copied(cache: KVCache, layer: int) -> KVCache:
             f"{type(cache).__name__} is written in place, so that the LLM cannot look ahead on it; use the default "
             "cache (DynamicCache), or a method that needs nothing of the LLM."
         )
-    if state is not None and layer in getattr(state, "layers", ()):
+    if state is not None and layer in state.layers:
         raise UnsupportedModelError(
             f"layer {layer} holds fewer keys of the earlier turns than layer 0, so what this method reads there is not "
             "known; name a layer below the first drop, or begin a new conversation."

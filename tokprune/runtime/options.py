@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from tokprune.adapters.types import EncoderOutput, Processor, RotaryTable, Scorer
+from tokprune.adapters.types import Processor, RotaryTable, Scorer
 from tokprune.methods.base import ConnectorMethod
 from tokprune.methods.frames_base import PerFrame
 from tokprune.runtime.execute import PrunedForward
-from tokprune.runtime.records import EncoderRecord, encoder_record
+from tokprune.runtime.records import EncoderRecord
 from tokprune.runtime.tripwires import Passage
 
 if TYPE_CHECKING:
@@ -54,29 +54,21 @@ class Options:
         return tuple(dict.fromkeys((*self.method.needs, *(self.decoder.method.needs if self.decoder else ()))))
 
 
+@dataclass(eq=False)
 class GenerateStep:
     """Rides from prepare_inputs_for_generation to the base model as a keyword."""
 
-    def __init__(
-        self,
-        physical: bool,
-        encoded: dict[str, EncoderOutput] | None = None,
-        prompt_length: int | None = None,
-        decode: bool = False,
-        open: bool = False,
-    ) -> None:
-        self.physical = physical  # the call is translated already
-        self.open = open  # no key is hidden by a mask
-        self.decode = decode  # it is a decode step
-        # Of the prompt that generate() was given, where a call holds words of the answer as well.
-        self.prompt_length = prompt_length
-        # What was seen of the encoder: accelerate's hooks rebuild encoder outputs on the way and would lose what rides
-        # on them, but leave an object like this one alone.
-        self.records: dict[str, EncoderRecord] = {
-            modality: record
-            for modality, output in (encoded or {}).items()
-            if (record := encoder_record(output)) is not None
-        }
+    physical: bool
+    """The call is translated already."""
+    records: dict[str, EncoderRecord] = field(default_factory=dict)
+    """What was seen of the encoder, by modality: accelerate's hooks rebuild encoder outputs on the way and would lose
+    what rides on them, but leave an object like this one alone."""
+    prompt_length: int | None = None
+    """Of the prompt that generate() was given, where a call holds words of the answer as well."""
+    decode: bool = False
+    """It is a decode step."""
+    open: bool = False
+    """No key is hidden by a mask."""
 
 
 @dataclass

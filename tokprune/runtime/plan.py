@@ -21,7 +21,7 @@ from tokprune.runtime.encode import settle
 from tokprune.runtime.host import to_device
 from tokprune.runtime.masks import check_mask
 from tokprune.runtime.positions import restarts, translate
-from tokprune.runtime.records import StreamRecord, encoder_record
+from tokprune.runtime.records import StreamRecord, encoder_records
 from tokprune.tokens import Merge, Selection
 
 
@@ -59,7 +59,7 @@ class Columns:
             breaks = restarts(adapter.positions(call, x), adapter.rotary_axes)
         ids = [] if call.get("input_ids") is None else [call["input_ids"]]
         asked = [*marks.values(), *given, *ids, *([] if breaks is None else [breaks])]
-        records = [record for output in encoded.values() if (record := encoder_record(output)) is not None]
+        records = [*encoder_records(encoded).values()]
         for record in records:
             seen = EncoderCall(adapter.base, record.modality, record.kwargs, record.output)
             if SHRUNK not in record.kwargs and (small := adapter.family.looks_at(seen)) is not None:
@@ -188,6 +188,8 @@ class Plan:
     columns: Columns
     keep: Tensor
     """(B, L) bool, the prompt columns that stay; on the host."""
+    visual: Tensor
+    """(B, L) bool, the prompt columns that features fill; on the host."""
     features: dict[str, Features]
     """By modality."""
     positions: Tensor
@@ -203,15 +205,6 @@ class Plan:
     streams: list[StreamRecord]
     earlier: PruneState | None = None
     """The record of earlier turns; on the host."""
-
-    @property
-    def visual(self) -> Tensor:
-        """(B, L) bool, columns that features fill."""
-        return _visual(self.features)
-
-
-def _visual(features: Mapping[str, Features]) -> Tensor:
-    return torch.stack([f.row >= 0 for f in features.values()]).any(0)  # (B, L)
 
 
 def tokens_of(call: Mapping[str, Tensor]) -> Tensor:
@@ -234,6 +227,7 @@ def make_plan(
     """
     masks = columns.placeholders
     features = {m: Features.of(encoded[m], mask) for m, mask in masks.items() if encoded.get(m) is not None}
+    visual = torch.stack([f.row >= 0 for f in features.values()]).any(0)  # (B, L)
     keep = columns.present.clone()  # (B, L)
     untouched, records = True, []
     merges: dict[str, list[Merged]] = {modality: [] for modality in features}
@@ -252,11 +246,10 @@ def make_plan(
     if untouched and state is None and not always:  # the call will be made as it is
         if policy == "auto":
             policy = "keep" if hasattr(adapter.base, "compute_3d_position_ids") else "compact"
-        return Plan(columns, keep, features, shift, shift, start, policy, True, records)
+        return Plan(columns, keep, visual, features, shift, shift, start, policy, True, records)
     positions = adapter.positions(call, x)
     if policy == "auto":
         policy = "keep" if positions.ndim == 3 else "compact"
-    visual = _visual(features)
     positions, moves = translate(positions, policy, keep, columns, visual, shift, adapter.rotary_axes)
     dropped = columns.present & ~keep  # (B, L)
     if adapter.hybrid and state is not None and len(set(dropped.sum(1).tolist())) > 1:
@@ -265,7 +258,8 @@ def make_plan(
             "of tokens would need filler in the middle of the sequence. Run these prompts one by one, or without the "
             "kept cache."
         )
-    return Plan(columns, keep, features, positions, moves, start, policy, untouched and not always, records, earlier)
+    untouched &= not always
+    return Plan(columns, keep, visual, features, positions, moves, start, policy, untouched, records, earlier)
 
 
 def _place(

@@ -26,13 +26,20 @@ def restarts(positions: Tensor, axes: int = 3) -> Tensor | None:
     return positions.diff(dim=-1, prepend=positions[:, :1] - 1) != 1
 
 
+def at_start(values: Tensor, samples: Tensor) -> Tensor:
+    """`values`, which never fall along a row, as they are where the sample of each column begins. (L,) or (B, L) -> (B,
+    L). samples: (B, L), the number of each column's sample.
+    """
+    first = samples.diff(dim=1, prepend=samples[:, :1] - 1) != 0
+    return torch.where(first, values, 0).cummax(1).values
+
+
 def _since_restart(dropped: Tensor, segments: Tensor | None) -> tuple[Tensor, Tensor]:
     """(B, L) tokens dropped before each column and up to it, in its row or, when given, in its sample."""
     upto = dropped.cumsum(1)
     before = upto - dropped
     if segments is not None:
-        first = segments.diff(dim=1, prepend=segments[:, :1] - 1) != 0
-        base = torch.where(first, before, 0).cummax(1).values
+        base = at_start(before, segments)
         before, upto = before - base, upto - base
     return before, upto
 

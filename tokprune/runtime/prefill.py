@@ -19,15 +19,15 @@ from tokprune.adapters.base import TYPE_IDS, Adapter
 from tokprune.adapters.dialect import bind, cache_in, cache_of, logical_length
 from tokprune.adapters.foreign import GENERATE_STEP
 from tokprune.adapters.hooks import Attached, Attachments, PerThread
-from tokprune.adapters.query import current_question, tokenizer_of
+from tokprune.adapters.query import tokenizer_of
 from tokprune.adapters.types import (
     EncoderOutput,
     KVCache,
+    Model,
     ModelCall,
     ModelOutput,
     Positional,
     Replaced,
-    RotaryTable,
 )
 from tokprune.errors import TokpruneError
 from tokprune.runtime.cache_record import PruneState, Reader, attach_state, get_state, physical_length
@@ -55,7 +55,6 @@ from tokprune.runtime.tripwires import (
     mark_unfinished,
     width_of,
 )
-from tokprune.tokens import Query
 
 
 class Prefill(Attached):
@@ -105,10 +104,9 @@ class Prefill(Attached):
         """Let go of the model's parts: it is gone."""
         self.recorder.probe = None
 
-    def anchor(self) -> nn.Module:
+    def anchor(self) -> Model:
         """The model that this pruning belongs to."""
-        model: nn.Module = self.adapter.model
-        return model
+        return self.adapter.model
 
     def _state(self, cache: KVCache) -> PruneState | None:
         """The pruning record of a cache, which this pruning reads from now on."""
@@ -129,9 +127,6 @@ class Prefill(Attached):
         forward.state.reader = self.reader
         attach_state(cache, forward.state)
         check_attached(cache, forward.state)
-
-    def _hide_positions(self) -> bool:
-        return "flash" in self.adapter.kernel
 
     # -- forward of the multimodal base model
 
@@ -174,7 +169,7 @@ class Prefill(Attached):
             call["mm_encoder_outputs"] = encoded
             clear_raw(call)
             return call
-        new, forward, thread.rotary_table = execute(self.adapter, plan, call, self._hide_positions())
+        new, forward, thread.rotary_table = execute(self.adapter, plan, call)
         if self.last is not None:
             self.last.index = forward.index
         forward.for_generate = step is not None
@@ -287,36 +282,34 @@ class Prefill(Attached):
 
         prompt_length: how many of the columns are the prompt, where generate() wrote the rest.
         """
-        encode_ms = encoding_ms(encoded)
+        options, encode_ms = self.options, encoding_ms(encoded)
         sources = {m: sources_of(output) for m, output in encoded.items() if output is not None}
         survivors = self.adapter.family.prepare_encoded(call, encoded)
         columns = Columns.of(self.adapter, call, encoded)
         start = time.perf_counter()
         with torch.no_grad():
-            processor = self.options.processor
-            decode = None if processor is None else tokenizer_of(processor).decode
-            questions = self._questions(call, columns, encoded, prompt_length)
+            decode = None if options.processor is None else tokenizer_of(options.processor).decode
+            questions = questions_of(self.adapter, options, call, columns, encoded, prompt_length)
             prompts = Prompts(tokens_of(call), questions, decode, columns.ids)
             streams: list[StreamRecord] = []
-            check_columns(self.adapter, encoded, columns.placeholders, self.options.may_drop)
+            check_columns(self.adapter, encoded, columns.placeholders, options.may_drop)
             for modality, where in columns.placeholders.items():
                 if encoded.get(modality) is None or not bool(where.any()):
                     continue
                 one = Encoded(modality, encoded[modality], where, sources.get(modality), survivors.get(modality))
-                streams += build_streams(self.adapter, one, prompts, self.options.needs)
+                streams += build_streams(self.adapter, one, prompts, options.needs)
             if not streams:
                 return None
-            if self.options.method.reads_examples:
-                give_examples(self.adapter, call, columns, streams, (processor, self.options.scorer))
-            demand = Demand.of(self.options, streams, columns, call, prompt_length)
+            if options.method.reads_examples:
+                give_examples(self.adapter, options, call, columns, streams)
+            demand = Demand.of(options, streams, columns, call, prompt_length)
             if demand.reduced:
-                self._look_ahead(call, encoded, columns, streams, prompt_length)
+                self.ahead.fill(call, encoded, columns, streams, prompt_length, self.threads.now)
             score_ms = self._score_frames(streams, demand.reduced, encoded)
-            shares = demand.choose(self.options.method)
-            if self.options.decoder is not None:
-                self.options.decoder.note_signals(streams)
+            shares = demand.choose(options.method)
+            if options.decoder is not None:
+                options.decoder.note_signals(streams)
         select_ms = (time.perf_counter() - start) * 1e3 - score_ms
-        options = self.options
         plan = make_plan(self.adapter, call, encoded, columns, streams, options.positions, options.cached)
         width = max(int(plan.keep.sum(1).max()), 1)  # of the host, like all of the plan
         note = nothing_dropped(plan.streams, options.ratio)
@@ -326,35 +319,6 @@ class Prefill(Attached):
             self.told = True
             warnings.warn(f"{type(self.adapter.model).__name__}: {note}", stacklevel=2)
         return plan
-
-    def _look_ahead(
-        self,
-        call: ModelCall,
-        encoded: dict[str, EncoderOutput],
-        columns: Columns,
-        streams: list[StreamRecord],
-        prompt_length: int | None,
-    ) -> None:
-        """Give the streams what the method needs of the LLM."""
-        thread, length = self.threads.now, columns.visible.shape[1]
-
-        def rotate(table: RotaryTable | None) -> None:
-            thread.rotary_table = table
-
-        answer = 0 if prompt_length is None else max(length - prompt_length, 0)
-        hide = self._hide_positions()
-        self.ahead.fill(call, encoded, columns, streams, answer=answer, hide_positions=hide, rotate=rotate)
-
-    def _questions(
-        self, call: ModelCall, columns: Columns, encoded: dict[str, EncoderOutput], prompt_length: int | None
-    ) -> list[Query | None]:
-        """The question of each prompt, where the method reads them."""
-        options = self.options
-        if not options.method.query_aware:
-            return [None] * columns.visible.shape[0]
-        question = current_question(options) or options.query
-        helpers = (options.processor, options.scorer)
-        return questions_of(self.adapter, call, columns, encoded, question, helpers, prompt_length)
 
     def _score_frames(
         self, streams: list[StreamRecord], reduced: list[StreamRecord], encoded: dict[str, EncoderOutput]

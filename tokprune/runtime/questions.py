@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from tokprune.adapters.base import Adapter, flatten
-from tokprune.adapters.query import build_queries, read, words_between
-from tokprune.adapters.types import EncoderOutput, ModelCall, Processor, Scorer
+from tokprune.adapters.query import build_queries, current_question, read, words_between
+from tokprune.adapters.types import EncoderOutput, ModelCall
 from tokprune.errors import MissingQueryError
+from tokprune.runtime.options import Options
 from tokprune.runtime.plan import Columns, tokens_of
 from tokprune.runtime.records import StreamRecord
 from tokprune.runtime.reuse import are_copies
@@ -20,19 +21,19 @@ from tokprune.tokens import Query
 
 def questions_of(
     adapter: Adapter,
+    options: Options,
     call: ModelCall,
     columns: Columns,
     encoded: Mapping[str, EncoderOutput],
-    question: str | Sequence[str] | None,
-    helpers: tuple[Processor, Scorer],
-    prompt_length: int | None = None,
+    prompt_length: int | None,
 ) -> list[Query | None]:
-    """One Query per prompt, for a method that reads them.
+    """One Query per prompt, where the method reads them.
 
-    question: one that the user gave, or one per prompt. helpers: the processor and the scorer. prompt_length: how many
-    of the columns are the prompt, where generate() wrote the rest.
+    prompt_length: how many of the columns are the prompt, where generate() wrote the rest.
     """
-    processor, scorer = helpers
+    if not options.method.query_aware:
+        return [None] * columns.visible.shape[0]
+    question, processor = current_question(options) or options.query, options.processor
     if question is None and processor is not None and columns.segments is not None:
         raise MissingQueryError(
             "a packed row holds several samples, each with a question of its own, and the prompt does not tell which "
@@ -51,7 +52,7 @@ def questions_of(
     tokens = [getattr(adapter.config, name, None) for name in ("image_token_id", "video_token_id")]
     placeholders = [token for token in tokens if token is not None]
     table, device = adapter.base.get_input_embeddings(), tokens_of(call).device
-    return build_queries(processor, table, rows, question, placeholders, scorer, device)
+    return build_queries(processor, table, rows, question, placeholders, options.scorer, device)
 
 
 def _repeated(call: ModelCall, columns: Columns, encoded: Mapping[str, EncoderOutput], copies: int) -> bool:
@@ -67,18 +68,14 @@ def _repeated(call: ModelCall, columns: Columns, encoded: Mapping[str, EncoderOu
 
 
 def give_examples(
-    adapter: Adapter,
-    call: ModelCall,
-    columns: Columns,
-    streams: Sequence[StreamRecord],
-    helpers: tuple[Processor, Scorer],
+    adapter: Adapter, options: Options, call: ModelCall, columns: Columns, streams: Sequence[StreamRecord]
 ) -> None:
     """Give each picture the words between it and the next one of its prompt, its in-context example, as its question.
 
     Pictures with no words between them share those behind the last of them. The last of a prompt keeps the prompt's
     question.
     """
-    ids, (processor, scorer) = columns.ids, helpers
+    ids, processor = columns.ids, options.processor
     if processor is None or ids is None or columns.segments is not None:
         raise MissingQueryError(
             "text='example' reads the words behind each picture off the prompt: pass input_ids, one sample per row, "
@@ -91,7 +88,7 @@ def give_examples(
             first, last = stream.offset, stream.offset + stream.geometry.total - 1
             spans.append((rows[first], places[first], places[last], stream))
     spans.sort(key=lambda span: span[:2])
-    query, table = None, adapter.base.get_input_embeddings()
+    query, table, device = None, adapter.base.get_input_embeddings(), tokens_of(call).device
     for (row, _, last, stream), after in reversed(list(zip(spans, [*spans[1:], None], strict=True))):
         if after is None or after[0] != row:
             query = stream.tokens.query
@@ -99,7 +96,7 @@ def give_examples(
             shown = columns.visible[row, last + 1 : after[1]]
             words = words_between(processor, ids[row, last + 1 : after[1]][shown])
             if words:
-                query = read(processor, table, words, "the words behind the picture", scorer, tokens_of(call).device)
+                query = read(processor, table, words, "the words behind the picture", options.scorer, device)
         stream.visual = dataclasses.replace(stream.tokens, query=query)
         stream.question = None if query is None else query.text
         stream.question_source = None if query is None else query.source

@@ -18,7 +18,7 @@ from tokprune.registry import get_method, list_methods, method_class
 from tokprune.runtime.encode import Recorder
 from tokprune.runtime.encoder.pixels import PixelDrop
 from tokprune.runtime.encoder.stage import EncoderStage
-from tokprune.runtime.records import encoder_record
+from tokprune.runtime.records import encoder_records
 from tokprune.types import Inputs
 
 SIGNALS = ("cls_attention", "received_attention:-1", "keys:-1", "encoder_features")
@@ -77,8 +77,8 @@ def _signal(model: Model, name: str, inputs: Inputs | None) -> str:
     if inputs is None:
         return ""
     with _installed(recorder):
-        records = {modality: encoder_record(output) for modality, output in adapter.encode(inputs).items()}
-    made = [record.signals for record in records.values() if record is not None and record.signals is not None]
+        records = encoder_records(adapter.encode(inputs))
+    made = [record.signals for record in records.values() if record.signals is not None]
     return "; ".join(dict.fromkeys(signals.sources[name] for signals in made))
 
 

@@ -47,6 +47,11 @@ def encoder_record(output: object) -> EncoderRecord | None:
     return getattr(output, ENCODER_RECORD, None)
 
 
+def encoder_records(encoded: Mapping[str, EncoderOutput | None]) -> dict[str, EncoderRecord]:
+    """The same by modality, of those that were seen."""
+    return {modality: record for modality, output in encoded.items() if (record := encoder_record(output)) is not None}
+
+
 @dataclass
 class StreamRecord:
     """One image (with all its tiles) or video of one prompt: filled step by step on its way, and what the report reads.
