@@ -78,12 +78,9 @@ class AnswerRows:
                 columns = known.gather(1, slots.clamp(min=0)).masked_fill(slots < 0, -1)
         out = []
         for step, weights in enumerate(self._seen):
-            width = min(
-                weights.shape[1], first + step
-            )  # fixed caches have empty places behind, sliding ones fewer keys
-            out.append(
-                AnswerRow(weights[:, :width], columns[:, first + step - width : first + step].to(weights.device))
-            )
+            end = first + step
+            width = min(weights.shape[1], end)  # fixed caches have empty places behind, sliding ones fewer keys
+            out.append(AnswerRow(weights[:, :width], columns[:, end - width : end].to(weights.device)))
         return out
 
     @torch.compiler.disable
@@ -110,20 +107,14 @@ class AnswerRows:
             return
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         keys, self._keys = self._keys, None
-        if keys is not None and not _complete(keys, self._cache, module.layer_idx):
-            raise UnsupportedModelError(
-                f"a method of the cache stage leaves keys out of layer {self.layer}; look at a layer below it, or take "
-                "that method off."
-            )
+        if keys is not None:
+            held = self._cache.layers[module.layer_idx]  # with a sliding window, it holds fewer keys than it uses
+            if not getattr(held, "is_sliding", False) and keys.shape[2] != held.keys.shape[2]:
+                raise UnsupportedModelError(
+                    f"a method of the cache stage leaves keys out of layer {self.layer}; look at a layer below it, or "
+                    "take that method off."
+                )
         row = newest_row(module, args, kwargs, keys)
         if hidden.shape[1] > 1:  # a prompt, or a chunk of it: what was seen before was none of this answer
             self._seen = []
         self._seen.append(row)
-
-
-def _complete(keys: Tensor, cache: KVCache, layer: int) -> bool:
-    """Whether these are all keys that a layer of the cache holds; layers with a sliding window hold fewer than they
-    use.
-    """
-    one = cache.layers[layer]
-    return bool(getattr(one, "is_sliding", False)) or keys.shape[2] == one.keys.shape[2]

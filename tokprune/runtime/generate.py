@@ -36,9 +36,7 @@ class ConnectorStage(Prefill):
     # -- the inputs of a step
 
     def _prepare(self, original: Original, input_ids: Tensor, *args: object, **kwargs: object) -> ModelCall:
-        kwargs.update(
-            zip(parameters(original)[1:], args, strict=False)
-        )  # by name: generate() uses names, a caller may not
+        kwargs.update(zip(parameters(original)[1:], args, strict=False))  # generate() uses names, a caller may not
         out = self._prepared(original, input_ids, kwargs)
         if GENERATE_STEP in out or kwargs.get("is_first_iteration", False):
             self.threads.now.passage.prepare(cache_in(kwargs))

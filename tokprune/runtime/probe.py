@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,15 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from tokprune.adapters.dialect import bind
 from tokprune.adapters.hooks import Attachments, Lock, PerThread, Ref
 from tokprune.adapters.tower_kinds import reader_of
 from tokprune.adapters.tower_parts import NORMS, AttentionReader
-from tokprune.adapters.towers import tower_blocks, tower_of
+from tokprune.adapters.towers import tower_blocks
 from tokprune.adapters.types import ModelCall, Positional
 from tokprune.errors import MissingSignalError
 from tokprune.ops.numeric import wide
-
-__all__ = ["AttentionProbe", "Projections", "tower_blocks", "tower_of"]
 
 # Attention entries held at once while scores are summed over queries: 64 MB of float32.
 _CHUNK = 2**24
@@ -312,7 +310,7 @@ class AttentionProbe:
         if block not in seen.calls:
             raise self._missing(block, self.blocks)
         reader = self._reader(block)
-        call = _named(reader.attention, *seen.calls[block])
+        call = bind(reader.attention, *seen.calls[block])
         outputs = {name: seen.outputs[name, block] for name in reader.watched() if (name, block) in seen.outputs}
         if reader.watched().keys() - outputs.keys() - set(NORMS):
             raise self._missing(block, self.blocks)
@@ -342,12 +340,6 @@ class AttentionProbe:
                 f"block {block} of {type(self.tower).__name__} has no attention to read from; blocks {attends} have."
             )
         return reader
-
-
-def _named(module: nn.Module, args: Positional, kwargs: ModelCall) -> ModelCall:
-    """Arguments of a forward call by name."""
-    bound = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
-    return {**bound, **bound.pop("kwargs", {})}
 
 
 def _square(mask: Tensor, n: int) -> Tensor:

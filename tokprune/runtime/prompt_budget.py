@@ -104,12 +104,26 @@ class Demand:
     def of(
         options: Options, streams: Sequence[StreamRecord], columns: Columns, call: ModelCall, prompt_length: int | None
     ) -> Demand:
-        """By ratio or budget, stream by stream, or by a prompt budget."""
+        """By ratio or budget, stream by stream, or by a prompt budget; refuses prompts that it cannot hold.
+
+        All that the LLM holds at the end of the prefill counts for a prompt budget: text and placeholders of other
+        kinds, then what a cache brings from earlier turns. Columns after `prompt_length`, which generate() wrote, do
+        not: a prompt that is read again without a cache keeps what it kept.
+        """
         prompts: list[PromptRoom] = []
         if options.prompt_budget is None:
             asked = [options.count(len(stream.tokens)) for stream in streams]
         else:
-            prompts = rooms(options.method, options.prompt_budget, streams, columns, call, prompt_length)
+            if columns.segments is not None:
+                raise OptionError(
+                    "prompt_budget is of a prompt, and this row packs several samples; give ratio or budget."
+                )
+            present, cached = columns.present[:, :prompt_length].sum(1), _cached(columns, call)
+            for row in sorted({stream.row for stream in streams}):
+                members = [stream for stream in streams if stream.row == row]
+                text = int(present[row]) - sum(stream.geometry.total for stream in members)
+                share = PromptShare(row, options.prompt_budget, text, int(cached[row]))
+                prompts.append(PromptRoom(options.method, members, share))
             keeps = {id(s): k for one in prompts for s, k in zip(one.streams, one.keeps, strict=True)}
             asked = [keeps[id(stream)] for stream in streams]
         always = options.method.drops_at_full_budget
@@ -117,53 +131,23 @@ class Demand:
         return Demand(streams, asked, reduced, prompts)
 
     def choose(self, method: ConnectorMethod) -> list[PromptShare]:
-        """Let the method decide; fills `selection` of the streams, and tells how prompt budgets are spent."""
-        if self.prompts:
-            return choose_within(method, self.prompts)
-        choose(method, self.streams, self.asked)
-        return []
-
-
-def rooms(  # what a prompt is made of
-    method: ConnectorMethod,
-    budget: int,
-    streams: Sequence[StreamRecord],
-    columns: Columns,
-    call: ModelCall,
-    prompt_length: int | None,
-) -> list[PromptRoom]:
-    """What `budget` tokens leave for the pictures of each prompt that has some; refuses prompts that it cannot hold.
-
-    All that the LLM holds at the end of the prefill counts: text and placeholders of other kinds, then what a cache
-    brings from earlier turns. Columns after `prompt_length`, which generate() wrote, do not: a prompt that is read
-    again without a cache keeps what it kept.
-    """
-    if columns.segments is not None:
-        raise OptionError("prompt_budget is of a prompt, and this row packs several samples; give ratio or budget.")
-    present = columns.present[:, :prompt_length].sum(1)
-    cached = _cached(columns, call)
-    found = []
-    for row in sorted({stream.row for stream in streams}):
-        members = [stream for stream in streams if stream.row == row]
-        text = int(present[row]) - sum(stream.geometry.total for stream in members)
-        share = PromptShare(row, budget, text, int(cached[row]))
-        found.append(PromptRoom(method, members, share))
-    return found
-
-
-def choose_within(method: ConnectorMethod, prompts: Sequence[PromptRoom]) -> list[PromptShare]:
-    """Let the method decide about the streams of all prompts, and fill their rooms; one record per copy of a prompt."""
-    pending = list(prompts)
-    for _ in range(ROUNDS):
-        asked = [(stream, keep) for one in pending for stream, keep in zip(one.streams, one.keeps, strict=True)]
-        choose(method, [stream for stream, _ in asked], [keep for _, keep in asked])
-        for one in pending:
-            one.note()
-        pending = [one for one in pending if not one.settled]
-        if not pending:
-            break
-    shares = [(one.streams[0].copies, one.finish()) for one in prompts]
-    return [replace(share, row=share.row + copy) for copies, share in shares for copy in range(copies)]
+        """Let the method decide; fills `selection` of the streams, and tells how each copy of a prompt spends its
+        prompt budget, where there is one.
+        """
+        if not self.prompts:
+            choose(method, self.streams, self.asked)
+            return []
+        pending = self.prompts
+        for _ in range(ROUNDS):
+            asked = [(stream, keep) for one in pending for stream, keep in zip(one.streams, one.keeps, strict=True)]
+            choose(method, [stream for stream, _ in asked], [keep for _, keep in asked])
+            for one in pending:
+                one.note()
+            pending = [one for one in pending if not one.settled]
+            if not pending:
+                break
+        shares = [(one.streams[0].copies, one.finish()) for one in self.prompts]
+        return [replace(share, row=share.row + copy) for copies, share in shares for copy in range(copies)]
 
 
 def _cached(columns: Columns, call: ModelCall) -> Tensor:

@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import accumulate
+from operator import is_
 
 import torch
 from torch import Tensor
@@ -38,9 +39,7 @@ def sources_of(output: EncoderOutput) -> list[int] | None:
     for item in items:
         guess = sources[-1] + 1 if sources else 0
         order = [*range(guess, len(known)), *range(min(guess, len(known)))]
-        source = next((i for i in order if item is known[i]), None)
-        if source is None:
-            source = next((i for i in order if same(item, known[i])), None)
+        source = next((i for alike in (is_, same) for i in order if alike(item, known[i])), None)
         if source is None:
             return None
         sources.append(source)

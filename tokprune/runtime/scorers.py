@@ -13,7 +13,7 @@ from tokprune.adapters.base import get_adapter
 from tokprune.adapters.tower_parts import normalisation
 from tokprune.adapters.types import Model, Processor, Scorer
 from tokprune.errors import MissingSignalError, OptionError, missing_extra, unknown
-from tokprune.runtime.frames.asking import NO, YES, Asking
+from tokprune.runtime.frames.asking import AMONG, Asking
 
 # How a tower's pixels are normalised when its processor does not say (the values of OpenAI's CLIP).
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -93,10 +93,8 @@ class OpenClipScorer:
             pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True).clamp(0, 1)
         mean = getattr(visual, "image_mean", None) or CLIP_MEAN
         std = getattr(visual, "image_std", None) or CLIP_STD
-        pixels = (pixels - torch.tensor(mean, device=pixels.device).view(3, 1, 1)) / torch.tensor(
-            std, device=pixels.device
-        ).view(3, 1, 1)
-        return pixels.to(weight.dtype)
+        mean, std = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (mean, std))
+        return ((pixels - mean) / std).to(weight.dtype)
 
 
 class VlmScorer:
@@ -119,17 +117,15 @@ class VlmScorer:
         from tokprune.adapters.prompting import build_inputs
 
         asking = Asking(get_adapter(self.model), self.processor, "scorer", normalize)
-        yes, no = asking.letters(YES), asking.letters(NO)
         out = []
         for picture in pictures:
             inputs = build_inputs(self.model, self.processor, prompt, images=[picture])
-            out.append(asking.yes(self.model(**inputs).logits[:, -1].float(), yes, no))
+            out.append(asking.yes(self.model(**inputs).logits[:, -1].float()))
         return torch.cat(out)
 
     def source(self, normalize: str) -> str:
         """How the scores were made, for the report."""
-        among = "yes and no" if normalize == "pair" else "the whole vocabulary"
-        return f"P(yes) by the scorer {type(self.model).__name__}, among {among}, whole frames"
+        return f"P(yes) by the scorer {type(self.model).__name__}, among {AMONG[normalize]}, whole frames"
 
 
 def load_scorer(name: str, processor: Processor = None) -> Scorer:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 SIDE = 6  # a frame is shown with at most SIDE x SIDE tokens
 TOKENS_AT_ONCE = 8192  # of one pass through the language model
 YES, NO = "A", "B"  # the letters that a frames method's prompts offer
+AMONG = {"pair": "yes and no", "vocab": "the whole vocabulary"}  # what the probability is of, by `normalize`
 
 
 class Asking:
@@ -41,10 +42,8 @@ class Asking:
     @property
     def source(self) -> str:
         """How the scores were made, for the report."""
-        among = "yes and no" if self.normalize == "pair" else "the whole vocabulary"
-        return (
-            f"P(yes) by {type(self.adapter.model).__name__} itself, among {among}, at most {SIDE}x{SIDE} tokens a frame"
-        )
+        name = type(self.adapter.model).__name__
+        return f"P(yes) by {name} itself, among {AMONG[self.normalize]}, at most {SIDE}x{SIDE} tokens a frame"
 
     @torch.no_grad()
     def scores(self, stream: StreamRecord, prompt: str, encoded: Mapping[str, EncoderOutput]) -> Tensor:
@@ -52,29 +51,27 @@ class Asking:
         predecessor's.
         """
         before, after = self.prompt(prompt)
-        yes, no = self.letters(YES), self.letters(NO)
         shown = self.pooled(stream, stream.tokens.features)  # (T, S, D)
         present, place, grid = self.places(stream)
         planes = [self.pooled(stream, plane) for plane in self.planes(stream, encoded)]
         known = present.any(1)
         rows = known.nonzero()[:, 0].tolist()
+        head = self.adapter.model.get_output_embeddings()
         length = before.shape[0] + shown.shape[1] + after.shape[0]
         step = max(1, TOKENS_AT_ONCE // length)
         out = shown.new_zeros(shown.shape[0], dtype=torch.float32)
         for start in range(0, len(rows), step):
             part = torch.tensor(rows[start : start + step], device=shown.device)
-            hidden = self.read(
-                before, after, shown[part], present[part], place, grid, [plane[part] for plane in planes]
-            )
-            out[part] = self.yes(self.adapter.model.get_output_embeddings().forward(hidden).float(), yes, no).to(
-                out.device
-            )
+            parts = [plane[part] for plane in planes]
+            hidden = self.read(before, after, shown[part], present[part], place, grid, parts)
+            out[part] = self.yes(head.forward(hidden).float()).to(out.device)
         # A frame without tokens looks like the one before it: that is why they were left out.
         at = torch.where(known, torch.arange(len(out), device=known.device), -1).cummax(0).values.clamp(min=0)
         return out[at.to(out.device)]
 
-    def yes(self, logits: Tensor, yes: list[int], no: list[int]) -> Tensor:
-        """(T, V) -> (T,)."""
+    def yes(self, logits: Tensor) -> Tensor:
+        """P(yes) by the logits of an answer, (T, V) -> (T,)."""
+        yes, no = self.letters(YES), self.letters(NO)
         if self.normalize == "vocab":
             return logits.softmax(-1)[:, yes].sum(-1)
         pair = torch.stack([logits[:, yes].logsumexp(-1), logits[:, no].logsumexp(-1)], -1)

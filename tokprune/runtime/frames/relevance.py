@@ -13,9 +13,8 @@ from torch import Tensor
 from tokprune.adapters.tower_parts import normalisation
 from tokprune.adapters.types import Processor, Scorer
 from tokprune.errors import MissingSignalError, OptionError
-from tokprune.runtime.frames.scores import question_sentence
+from tokprune.runtime.frames.scores import PICTURES_AT_ONCE, question_sentence
 
-AT_ONCE = 64  # frames that a scorer embeds in one call
 SIDE = 224  # pixels of the frames where the scorer scales them by itself
 
 
@@ -32,10 +31,9 @@ def embed_frames(frames: npt.NDArray[np.uint8], scorer: Scorer, processor: Proce
         )
     mean, std, size = _expected(scorer, processor)
     parts = []
-    for start in range(0, len(frames), AT_ONCE):
-        pixels = (
-            torch.from_numpy(np.ascontiguousarray(frames[start : start + AT_ONCE])).permute(0, 3, 1, 2).float() / 255
-        )
+    for start in range(0, len(frames), PICTURES_AT_ONCE):
+        some = torch.from_numpy(np.ascontiguousarray(frames[start : start + PICTURES_AT_ONCE]))
+        pixels = some.permute(0, 3, 1, 2).float() / 255
         if size is not None:
             pixels = torch.nn.functional.interpolate(pixels, size=size, mode="bicubic", antialias=True).clamp(0, 1)
         parts.append(scorer.embed_picture((pixels - mean) / std).float().cpu())
