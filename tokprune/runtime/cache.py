@@ -125,8 +125,7 @@ class CacheStage(Attached):
             return None
         if state.chosen is None:
             state.chosen = Chosen.build(state.visual, self.count)
-        if not state.chosen.width:
-            state.chosen = None
+        if state.chosen.everything:
             return None
         self.threads.now.state = state
 

@@ -17,8 +17,8 @@ class Chosen:
     """The visual keys of a cache and what is used of them now.
 
     visual: (B, V) physical positions of the visual keys, -1 behind them. rest: (B, R) those of all other keys of the
-    prefill. held: keys when this was made. keep: (B,) visual keys to use. width: the largest of them. step: the last
-    decision. keys: (B, M) physical positions that this step uses of `total`, -1 for filler; None: all. ragged: rows
+    prefill. held: keys when this was made. keep: (B,) visual keys to use. width: the largest of them. everything: all of
+    them are used in every row, so that nothing is to be chosen. step: the last decision. keys: (B, M) physical positions that this step uses of `total`, -1 for filler; None: all. ragged: rows
     differ in number, so there is filler. filled: there may be some in this step. masks: those of this step, by the mask
     they were cut from.
     """
@@ -29,6 +29,7 @@ class Chosen:
     keep: Tensor
     width: int
     ragged: bool
+    everything: bool = False
     step: CacheStep | None = None
     keys: Tensor | None = None
     total: int = 0
@@ -50,7 +51,8 @@ class Chosen:
 
         ragged = len(set(sizes)) > 1 or len(set(keeps)) > 1
         keep = torch.tensor(keeps, device=visual.device)
-        return Chosen(positions(visual), positions(~visual), visual.shape[1], keep, max(keeps), ragged)
+        everything = keeps == sizes
+        return Chosen(positions(visual), positions(~visual), visual.shape[1], keep, max(keeps), ragged, everything)
 
     def index(self, fn: Callable[[Tensor], Tensor]) -> Chosen:
         """After `fn` picked or repeated batch rows."""

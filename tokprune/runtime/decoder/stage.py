@@ -382,5 +382,5 @@ def stage_of(adapter: Adapter, config: PruneConfig, stages: Stages) -> DecoderSt
     if method is not None or compact is None:
         compaction = None if compact is None else Compaction(compact)
         return DecoderStage(adapter, method, count, share, config.positions, compaction)
-    propagation = compact.propagation(len(adapter.layers))
+    propagation = None if share == 1 else compact.propagation(len(adapter.layers))  # ratio=1 changes nothing
     return DecoderStage(adapter, propagation, None, None, config.positions, Compaction(compact, count))
