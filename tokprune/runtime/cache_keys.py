@@ -19,9 +19,8 @@ class Chosen:
     visual: (B, V) physical positions of the visual keys, -1 behind them. rest: (B, R) those of all other keys of the
     prefill. held: keys when this was made. keep: (B,) visual keys to use. width: the largest of them. everything: every
     row uses all of them, so that there is nothing to choose. step: the last decision. keys: (B, M) physical positions
-    that this step uses of `total`, -1 for filler; None: all. ragged: rows
-    differ in number, so there is filler. filled: there may be some in this step. masks: those of this step, by the mask
-    they were cut from.
+    that this step uses of `total`, -1 for filler; None: all. ragged: rows differ in number, so
+    there is filler. filled: there may be some in this step. masks: those of this step, by the mask they were cut from.
     """
 
     visual: Tensor

@@ -64,8 +64,9 @@ class FastKV(CompactMethod):
     neighbours, and each key head keeps the best `retention` of them by the mean of its query heads. Behind layer
     `layer` - 1 only the share `propagated` of the visual tokens goes on, by the mean over all heads. retention: 0.1,
     `apply(..., ratio=)` sets it, and 1 lets all go on, too; propagated: 0.2, window 8, kernel 7 and layer 16 of 32 (in
-    proportion for other depths) are the paper's settings as far as we know them. A decoder method beside it takes the place of the
-    propagation. Ours: text keys always stay (there the window does, and text competes); pooling is by the mean.
+    proportion for other depths) are the paper's settings as far as we know them. A decoder method beside it takes the
+    place of the propagation. Ours: text keys always stay (there the window does, and text competes); pooling is by
+    the mean.
     """
 
     layer: int | None = option(None, low=1)
