@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,8 +15,10 @@ from tests.encoder.test_vlm_towers import PACKED, encode, rows, two_images
 from tests.encoder.written_out import attend, seen_by_blocks, think
 from tokprune import apply
 from tokprune.errors import OptionError, UnsupportedModelError
-from tokprune.methods.encoder.ipcv import IPCV, neighbours
+from tokprune.methods.encoder import ipcv
+from tokprune.methods.encoder.ipcv import IPCV, movement, neighbours, rebuilt
 from tokprune.methods.encoder.toc3d import ToC3D
+from tokprune.methods.encoder_base import BlockView
 from tokprune.runtime.encoder import apply_encoder
 from tokprune.testing import build, picture
 
@@ -99,6 +101,91 @@ def test_neighbours_are_the_nearest_kept_ones() -> None:
     assert neighbours(x, torch.tensor([[0, 1, 4]]), 9)[1].shape == (1, 2, 3)
     two = torch.tensor([[[0.0], [10.0], [1.0]], [[9.0], [2.0], [30.0]]])
     assert neighbours(two, torch.tensor([[0, 1], [0, 1]]), 2, across=True)[1].tolist() == [[[0, 3]], [[1, 2]]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_ipcv_computes_in_float32_at_least(dtype: torch.dtype) -> None:
+    """Of the numbers as they are; a channel that is large in all tokens hides none of the others."""
+    generator = torch.Generator().manual_seed(0)
+    x, before, now = torch.randn(3, 1, 60, 8, generator=generator, dtype=torch.float64).to(dtype)
+    x[..., 0] += 1000
+    kept = torch.arange(0, 60, 2)[None]
+    exact = 1e-12 if dtype == torch.float64 else 1e-4
+    close(movement(x, before).double(), (x.double() - before.double()).norm(dim=-1), atol=0, rtol=exact)
+    gone, nearest = neighbours(x, kept, 5)
+    distance = (x.double()[:, gone[0], None] - x.double()[:, None, kept[0]]).norm(dim=-1)
+    assert torch.equal(nearest, distance.argsort(-1)[..., :5])
+    old, then, moved = x[:, gone[0]], x[:, kept[0]], now[:, kept[0]]
+    got = rebuilt(old, then, moved, nearest)
+    expected = old.double() + (moved.double() - then.double())[0, nearest[0]].mean(1)
+    assert got.dtype == dtype
+    close(got, expected.to(dtype), atol=exact, rtol=exact if dtype == torch.float64 else 2**-7)
+
+
+@torch.no_grad()
+def test_ipcv_seeks_neighbours_once_in_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def counted(x: Tensor, kept: Tensor, count: int, across: bool) -> tuple[Tensor, Tensor]:
+        calls.append(count)
+        return neighbours(x, kept, count, across)
+
+    monkeypatch.setattr(ipcv, "neighbours", counted)
+    model = timm_vit()
+    with apply_encoder(model, IPCV(first=0, steady=2)):
+        model(pixels())
+    assert calls == [10]
+
+
+@dataclass
+class Scored(BlockView):
+    """A block whose [CLS] pays `scores`, (B, n), to the patches."""
+
+    scores: Tensor | None = None
+
+    def cls_attention(self) -> Tensor:
+        assert self.scores is not None
+        return self.scores[:, None]
+
+
+def scored(scores: list[float], dtype: torch.dtype = torch.float32) -> Scored:
+    n = len(scores)
+    x = torch.randn(1, n + 1, 4, generator=torch.Generator().manual_seed(n)).to(dtype)
+    view = Scored(x=x, index=0, depth=4, prefix=1, start=n, qkv=lambda: (x, x, x), scale=1.0)
+    view.scores, view.entering = torch.tensor([scores]), torch.zeros_like(x)
+    return view
+
+
+@pytest.mark.parametrize("method", [IPCV, ToC3D])
+def test_halves_are_rounded_up_and_one_patch_stays_at_least(method: Any) -> None:
+    rest = method is ToC3D  # one row more, for those that leave; where it gains nothing, all stay
+    for keep, n, count in ((0.5, 5, 3), (0.1, 4, 1), (0.75, 4, 3), (0.9, 4, None)):
+        reduction = method(keep=keep).reduce(scored([1 / n] * n))
+        if count is None or (rest and count == n - 1):
+            assert reduction is None
+        else:
+            assert reduction.rep.shape == (1, 1 + count + rest)
+
+
+@pytest.mark.parametrize("scores", [[0.25] * 4, [0.5, 0.5, 0.0, 0.0]])
+def test_toc3d_parts_patches_of_equal_score(scores: list[float]) -> None:
+    block = scored(scores)
+    reduction = ToC3D(keep=0.5).reduce(block)
+    assert reduction is not None
+    assert reduction.rep.tolist() == [[0, 1, 2, 3]]  # the representative at the first of the others
+    assert reduction.assign.tolist() == [[0, 1, 2, 3, 3]]
+    assert reduction.size.flatten().tolist() == [1, 1, 1, 2]
+    close(reduction.x[0, 3], block.x[0, 3:].mean(0) if scores[3] else torch.zeros(4))
+
+
+def test_toc3d_joins_in_float32_and_sits_at_the_best_of_the_others() -> None:
+    block = scored([0.3, 0.1, 0.001, 0.2, 0.399], torch.bfloat16)
+    reduction = ToC3D(keep=0.4).reduce(block)
+    assert reduction is not None
+    assert reduction.rep.tolist() == [[0, 1, 5, 4]]
+    assert reduction.x.dtype == torch.bfloat16
+    weight = torch.tensor([0.1, 0.001, 0.2])
+    assert torch.equal(reduction.x[0, 3], (weight / weight.sum() @ block.x[0, 2:5].float()).bfloat16())
 
 
 @pytest.mark.parametrize("name", ["timm", "timm registers", "clip", "open_clip"])
@@ -290,16 +377,16 @@ def test_a_connector_method_follows_single_patches(family: str) -> None:
 def test_the_published_count_is_that_of_a_reduction() -> None:
     """1 - 0.9 is less than 0.1, so that one tenth of ten is none; one is kept."""
     counts = {}
-    for keep, n in ((0.35, 340), (0.35, 341), (0.1, 20), (0.222, 500)):
+    for keep, n in ((0.35, 340), (0.35, 341), (0.1, 20), (0.1, 10), (0.222, 500)):
         block = SimpleNamespace(x=torch.rand(1, n, 4), entering=torch.zeros(1, n, 4), patches=n, prefix=0, cut=None)
         block.sizes = lambda n=n: torch.ones(1, n, 1)
         reduction = IPCV(keep=keep, compat="published").reduce(block)  # type: ignore[arg-type]
         counts[keep, n] = reduction.rep.shape[1]  # type: ignore[union-attr]
     assert counts == {
-        (k, n): max(1, int(n * (1 - r))) for (k, n), r in zip(counts, (0.65, 0.65, 0.9, 0.778), strict=True)
+        (k, n): max(1, int(n * (1 - r))) for (k, n), r in zip(counts, (0.65, 0.65, 0.9, 0.9, 0.778), strict=True)
     }
     assert counts[0.35, 340] == 118
-    assert counts[0.1, 20] == 1
+    assert counts[0.1, 20] == counts[0.1, 10] == 1
 
 
 @pytest.mark.parametrize("method", ["ipcv", "toc3d"])

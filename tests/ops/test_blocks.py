@@ -37,7 +37,7 @@ def test_rows_of_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rows_are_made_ahead_of_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An eighth of a block: the pick, and what is likely to be picked next."""
+    """An eighth of a block: the pick, and what is likely to be picked next; no more than that is held."""
     monkeypatch.setattr(blocks, "ROWS", 16)
     matrix, asked = torch.arange(25.0).view(5, 5), []
 
@@ -46,8 +46,10 @@ def test_rows_are_made_ahead_of_the_loop(monkeypatch: pytest.MonkeyPatch) -> Non
         return matrix[which]
 
     rows, worth = Rows(make), torch.tensor([0.0, 4.0, 1.0, 3.0, 2.0])
-    for pick in (0, 1, 3, 0, 2):
+    for pick in (0, 1, 3, 0, 2, 0):
         assert torch.equal(rows.row(torch.tensor([pick]), worth), matrix[pick])
-    assert asked == [[0, 1, 3], [2, 1, 3]]
+    assert asked == [[0, 1, 3], [2, 1, 3], [0, 1, 3]]
     few = Rows(make)
     assert torch.equal(few.row(torch.tensor([4]), worth[:1]), matrix[4])  # fewer are left than fit
+    there = Rows(lambda which: matrix.to("meta")[which])  # as on a GPU: that one row
+    assert there.row(torch.tensor([4], device="meta"), worth).shape == (5,)

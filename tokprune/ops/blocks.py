@@ -48,7 +48,7 @@ class Rows:
     """
 
     def __init__(self, make: Callable[[Tensor], Tensor]) -> None:
-        self._make, self._ahead = make, max(1, ROWS // 8)
+        self._make, self._ahead = make, ROWS // 8
         self._held: dict[int, Tensor] = {}
 
     def row(self, pick: Tensor, worth: Tensor) -> Tensor:

@@ -43,10 +43,10 @@ def neighbours(x: Tensor, kept: Tensor, count: int, across: bool = False) -> tup
     there = rows_at(rows, kept)
     if across:
         there = there.reshape(1, -1, width).expand(batch, -1, -1)
-    old, most, found = rows_at(rows, gone), min(count, there.shape[1]), []
+    old, found = rows_at(rows, gone), []
     for part in row_blocks(gone.shape[1], there.shape[1]):
         distance = distances(old[:, part], there)  # (B, m, K or B K)
-        found.append(torch.sort(distance, dim=-1, stable=True).indices[..., :most].contiguous())
+        found.append(torch.sort(distance, dim=-1, stable=True).indices[..., :count].contiguous())
     return gone, torch.cat(found, 1)
 
 
