@@ -85,8 +85,7 @@ def check_tensor_mask(mask: object) -> None:
     if mask is not None and not isinstance(mask, Tensor):
         raise UnsupportedModelError(
             "this method reads and cuts masks that are tensors, and the model's attention kernel has a "
-            f"{type(mask).__name__}: call "
-            'model.set_attn_implementation("sdpa").'
+            f'{type(mask).__name__}: call model.set_attn_implementation("sdpa").'
         )
 
 

@@ -161,8 +161,8 @@ class CacheStage(Attached):
         if int(cache.get_query_offset(module.layer_idx)) + 1 != chosen.total:
             raise UnsupportedModelError(
                 f"layer {module.layer_idx} holds other keys than layer {self.source_layer}, from which "
-                f"{self.method.info.name} "
-                "chose; a method of the cache stage cannot run beside one that drops tokens inside the decoder."
+                f"{self.method.info.name} chose; a method of the cache stage cannot run beside one that drops tokens "
+                "inside the decoder."
             )
         length, _ = cache.get_mask_sizes(1, module.layer_idx)
         index, filled = chosen.within(int(length))

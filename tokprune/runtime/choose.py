@@ -110,9 +110,7 @@ def check_form(name: str, selection: object, n: int, width: int) -> Selection:
         )
     indices: object = selection.indices
     if not isinstance(indices, Tensor) or indices.ndim != 1 or indices.dtype not in (torch.int64, torch.int32):
-        form = type(indices).__name__
-        if isinstance(indices, Tensor):
-            form = f"{indices.dtype} of shape {tuple(indices.shape)}"
+        form = _form(indices)
         raise TokpruneError(f"method {name!r} gave indices as {form}; they must be a (K,) tensor of torch.int64.")
     k = len(selection)
     merge: object = selection.weights
@@ -132,21 +130,23 @@ def check_form(name: str, selection: object, n: int, width: int) -> Selection:
             isinstance(given, Tensor) and tuple(given.shape) == shape and (not whole or given.dtype == torch.int64)
         ):
             continue
-        form = f"{given.dtype} of shape {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
         kind = "torch.int64 of shape " if whole else "shape "
-        raise TokpruneError(f"method {name!r} gave {part} as {form}; a tensor of {kind}{shape} is needed.")
+        raise TokpruneError(f"method {name!r} gave {part} as {_form(given)}; a tensor of {kind}{shape} is needed.")
     return selection
+
+
+def _form(given: object) -> str:
+    """What a value is, for an error."""
+    return f"{given.dtype} of shape {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
 
 
 def check_values(indices: Tensor, n: int) -> None:
     """Refuse indices, on the host already, that do not ascend, repeat or leave the stream's `n` tokens."""
-    bad = bool((indices.diff() <= 0).any()) or (len(indices) > 0 and not 0 <= int(indices[0]) <= int(indices[-1]) < n)
-    if bad:
+    if bool((indices.diff() <= 0).any()) or (len(indices) and not 0 <= int(indices[0]) <= int(indices[-1]) < n):
         raise TokpruneError(
             f"a method returned indices that are not ascending, distinct and between 0 and {n - 1}: "
-            f"{indices[:8].tolist()}"
-            f"{' …' if len(indices) > 8 else ''}. Return Selection(indices.unique()) or sort them; every token is kept "
-            "once."
+            f"{indices[:8].tolist()}{' …' if len(indices) > 8 else ''}. Return Selection(indices.unique()) or sort "
+            "them; every token is kept once."
         )
 
 

@@ -271,8 +271,8 @@ def check_room(cache: KVCache, keys: int) -> None:
     if room < keys:
         raise OptionError(
             f"this {type(cache).__name__} holds {room} keys and the pruned prompt has {keys}: its text, the tokens "
-            "kept of each picture "
-            "and the newline tokens beside them. Give max_cache_len=pruning.last.length plus the tokens to generate."
+            "kept of each picture and the newline tokens beside them. Give max_cache_len=pruning.last.length plus the "
+            "tokens to generate."
         )
 
 

@@ -20,9 +20,8 @@ def check_mask(mask: object) -> None:
         form = f"a tensor of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         raise UnsupportedModelError(
             "a pruned prompt needs an attention mask whose rows and columns can be cut: a (batch, keys) or (batch, "
-            "heads, queries, "
-            f"keys) tensor, or a dict of these. Given: {form}. Pass the mask as a tensor, or remove the pruning for "
-            "this call."
+            f"heads, queries, keys) tensor, or a dict of these. Given: {form}. Pass the mask as a tensor, or remove "
+            "the pruning for this call."
         )
 
 

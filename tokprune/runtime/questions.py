@@ -37,8 +37,8 @@ def questions_of(
     if question is None and processor is not None and columns.segments is not None:
         raise MissingQueryError(
             "a packed row holds several samples, each with a question of its own, and the prompt does not tell which "
-            "picture a "
-            'question is about. Give one for all: with pruning.query("..."), or run the samples as rows of a batch.'
+            'picture a question is about. Give one for all: with pruning.query("..."), or run the samples as rows of a '
+            "batch."
         )
     visible, ids = columns.visible, columns.ids
     batch = visible.shape[0]

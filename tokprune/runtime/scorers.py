@@ -150,10 +150,8 @@ def load_scorer(name: str, processor: Processor = None) -> Scorer:
     if kind != "open_clip" or not rest:
         raise OptionError(
             f'scorer {name!r} is not known; write scorer="open_clip:ViT-B-32/laion2b_s34b_b79k", scorer="demo" for the '
-            "embedded demo "
-            'VLM, scorer="vlm:<hub id or folder>" for a VLM that is asked about frames, or pass an object with '
-            "embed_text and "
-            "embed_image."
+            'embedded demo VLM, scorer="vlm:<hub id or folder>" for a VLM that is asked about frames, or pass an '
+            "object with embed_text and embed_image."
         )
     try:
         import open_clip

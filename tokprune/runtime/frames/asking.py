@@ -126,10 +126,8 @@ class Asking:
             ("video", np.zeros((1, 64, 64, 3), np.uint8)),  # for templates that know clips only
         ]
         splits = getattr(getattr(self.processor, "image_processor", None), "do_image_splitting", False)
-        if (
-            splits and self.adapter.family.frames_by_words
-        ):  # SmolVLM: a frame is not cut into tiles, as a picture would be
-            blank.reverse()
+        if splits and self.adapter.family.frames_by_words:
+            blank.reverse()  # SmolVLM: a frame is not cut into tiles, as a picture would be
         failure: Exception | None = None
         for kind, picture in blank:
             content = [{"type": kind, kind: picture}, {"type": "text", "text": words}]
@@ -160,8 +158,8 @@ class Asking:
         if not letter_ids:
             raise MissingSignalError(
                 f"{self.name!r} reads the answer {letter!r}, which the tokenizer of "
-                f"{type(self.adapter.model).__name__} does not know as "
-                f"one token; have the method score in another way (tokprune methods {self.name})."
+                f"{type(self.adapter.model).__name__} does not know as one token; have the method score in another way "
+                f"(tokprune methods {self.name})."
             )
         return sorted(letter_ids)
 
@@ -184,14 +182,8 @@ class Asking:
         if adapter.family.adds_to_placeholder:
             shown = shown + table(torch.tensor(adapter.config.image_patch_id, device=before.device)).to(shown)
         words = table(torch.cat([before, after]))
-        embeds = torch.cat(
-            [
-                words[:head].expand(frames, -1, -1),
-                shown.to(words),
-                words[head:].expand(frames, -1, -1),
-            ],
-            1,
-        )
+        around = words[:head].expand(frames, -1, -1), words[head:].expand(frames, -1, -1)
+        embeds = torch.cat([around[0], shown.to(words), around[1]], 1)
         real = torch.nn.functional.pad(present.to(embeds.device), (head, tail), value=True)  # (T, L)
         positions = self.positions(head, tail, place.to(embeds.device), grid, real)
         order = torch.argsort(real.int(), dim=1, stable=True)  # filler first

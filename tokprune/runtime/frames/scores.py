@@ -123,8 +123,7 @@ class FrameScorer:
             raise MissingSignalError(
                 f"{self.name!r} scores frames by a text-image scorer, and {lack}: pass apply(..., "
                 'scorer="open_clip:ViT-B-32/laion2b_s34b_b79k"), an object with embed_text and embed_picture, or have '
-                "the "
-                f"method score in another way (tokprune methods {self.name})."
+                f"the method score in another way (tokprune methods {self.name})."
             )
         batch = self._pictures(stream)
         texts = scorer.embed_text(wanted.texts)  # (S, E)
