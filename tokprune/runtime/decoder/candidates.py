@@ -94,26 +94,27 @@ def _of_row(
     device, none = slot.device, slot.new_zeros(0)
     parts: dict[str, list[Tensor]] = {name: [none] for name in EACH}
     separators, lines = [none], [none]
-    # Streams come by modality; pictures are numbered as they stand in the prompt, known on the host by their columns.
-    firsts = torch.stack([s.columns.min() for s, _ in members]).tolist() if len(members) > 1 else [0]
-    order = sorted(range(len(members)), key=lambda i: firsts[i])
-    for number, i in enumerate(order):
-        stream, geometry = members[i][0], members[i][0].geometry
-        at = stream.indices
+    if len(members) > 1:
+        # Streams come by modality; pictures are numbered as they stand in the prompt, known on the host by their
+        # columns.
+        firsts = torch.stack([s.columns.min() for s, _ in members]).tolist()
+        members = [members[i] for i in sorted(range(len(members)), key=firsts.__getitem__)]
+    for number, (stream, _) in enumerate(members):
+        geometry, layout, at = stream.geometry, stream.layout, stream.indices
+        line = geometry.line[at.to(geometry.line.device)]
         parts["slots"].append(slot[stream.candidates[at.to(stream.candidates.device)].to(device)])
         parts["picture"].append(torch.full((len(at),), number, device=device))
-        for name in ("row", "col"):
-            value = getattr(stream.layout, name)
-            parts[name].append(value[at.to(value.device)].to(device))
-        parts["line"].append((geometry.line[at.to(geometry.line.device)].to(device) * len(members)) + number)
+        parts["row"].append(layout.row[at.to(layout.row.device)].to(device))
+        parts["col"].append(layout.col[at.to(layout.col.device)].to(device))
+        parts["line"].append((line.to(device) * len(members)) + number)
         columns = stream.columns.to(device)[geometry.separators.to(device)]
-        kept = torch.isin(geometry.separator_line, geometry.line[at.to(geometry.line.device)]).to(device)
+        kept = torch.isin(geometry.separator_line, line).to(device)
         separators.append(torch.where(kept, slot[columns], -1))
         lines.append((geometry.separator_line.to(device) * len(members)) + number)
     joined = {name: torch.cat(values) for name, values in parts.items()}
     by_place = torch.argsort(joined["slots"])
     names = members[0][1] if members else ()
-    told = {name: torch.cat([members[i][1][name] for i in order]) for name in names}
+    told = {name: torch.cat([values[name] for _, values in members]) for name in names}
     final = None if count is None else sum(count(s.kept) for s, _ in members)
     return Candidates(
         **{name: value[by_place] for name, value in joined.items()},

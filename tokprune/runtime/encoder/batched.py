@@ -24,6 +24,11 @@ OTHER_KERNEL = (
 )
 
 
+def rows_or_zeros(rows: Tensor, place: Tensor) -> Tensor:
+    """The rows at these places, zeros at -1. rows: (B, N, C), place: (B, K) -> (B, K, C)."""
+    return rows_at(rows, place.clamp(min=0)).masked_fill((place < 0)[..., None], 0)
+
+
 class BatchedSplice(Splice[Run]):
     """timm, open_clip, CLIP, SigLIP, InternVL: all images of a batch have the same number of tokens.
 
@@ -93,6 +98,12 @@ class BatchedSplice(Splice[Run]):
         x = x if order is None else x[:, order]
         return x[:, self.tower.prefix :].unflatten(1, (-1, self.fold)).flatten(2)
 
+    def unrolled(self, rows: Tensor, x: Tensor) -> Tensor:
+        """The tokens of these rows, behind the prefix of `x` where they are units."""
+        if self.fold == 1:
+            return rows
+        return torch.cat([x[:, : self.tower.prefix], rows.unflatten(2, (self.fold, -1)).flatten(1, 2)], 1)
+
     def entrance(self) -> Entrance | None:
         """The picture of this run and what larger patches of it would be."""
         now = self.threads.now
@@ -126,8 +137,8 @@ class BatchedSplice(Splice[Run]):
         tower, state = self.tower, run.states[index]
         fold, prefix = self.fold, tower.prefix
         order = self.order(run, x.device) if fold > 1 and state is None else None
-        rows, head = self.rows(x, order), x[:, : prefix if fold > 1 else 0]
-        reader, rope, before = tower.blocks[index].reader, run.ropes.pop(index, None), run.inputs.get(index)
+        rows, reader = self.rows(x, order), tower.blocks[index].reader
+        rope, before = run.ropes.pop(index, None), run.inputs.get(index)
 
         def heads() -> Heads:
             q, k, v = reader.read(run.seen[index])
@@ -165,9 +176,7 @@ class BatchedSplice(Splice[Run]):
         if self.method.restores and run.cut is None:
             run.cut = Cut(rows, out)
         run.states[index + 1] = State(out.size, out.assign, out.rep, self.method.info.adaptive).after(state)
-        if fold == 1:
-            return out.x
-        return torch.cat([head, out.x.unflatten(2, (fold, -1)).flatten(1, 2)], 1)
+        return self.unrolled(out.x, x)
 
     def drop(self, run: Run, x: Tensor) -> bool:
         now, tower, fold = self.threads.now, self.tower, self.fold
@@ -216,14 +225,11 @@ class BatchedSplice(Splice[Run]):
         return family.cuts_pictures or modality == "video", seen
 
     def take(self, run: Run, x: Tensor) -> Tensor:
-        state, fold, prefix = run.states[0], self.fold, self.tower.prefix
+        state = run.states[0]
         if state is None:
             return x
-        place = state.rep
-        rows = self.rows(x, self.order(run, x.device) if fold > 1 else None)
-        rows = rows_at(rows, place.clamp(min=0))
-        rows = rows.masked_fill((place < 0)[..., None], 0)
-        return rows if fold == 1 else torch.cat([x[:, :prefix], rows.unflatten(2, (fold, -1)).flatten(1, 2)], 1)
+        rows = self.rows(x, self.order(run, x.device) if self.fold > 1 else None)
+        return self.unrolled(rows_or_zeros(rows, state.rep), x)
 
     def bias(self, run: Run, index: int) -> Tensor | None:
         """(B, 1, 1, N) what block `index` adds to its logits: the logarithm of each key's size, -inf for padding."""
@@ -287,17 +293,13 @@ class BatchedSplice(Splice[Run]):
     def widen(self, run: Run, state: State | None, x: Tensor, rebuild: bool = True) -> Tensor:
         if state is None:
             return x
-        fold, prefix = self.fold, self.tower.prefix
         rows = self.rows(x, None)
         if run.cut is not None and rebuild:
             wide = self.method.rebuild(run.cut, rows)
         else:
-            wide = rows_at(rows, state.assign.clamp(min=0))
-            wide = wide.masked_fill((state.assign < 0)[..., None], 0)
-        if fold == 1:
-            return wide
-        wide = torch.cat([x[:, :prefix], wide.unflatten(2, (fold, -1)).flatten(1, 2)], 1)
-        return wide[:, self.order(run, x.device).argsort()]
+            wide = rows_or_zeros(rows, state.assign)
+        wide = self.unrolled(wide, x)
+        return wide if self.fold == 1 else wide[:, self.order(run, x.device).argsort()]
 
     def record(self, run: Run, state: State | None) -> EncoderTrace:
         places = (run.tokens - self.tower.prefix) // self.tower.fold

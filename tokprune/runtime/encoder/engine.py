@@ -20,7 +20,7 @@ from tokprune.adapters.tower_parts import Moments, Tower
 from tokprune.adapters.types import ModelCall, Original, Positional, Replaced
 from tokprune.budget import keep_count
 from tokprune.errors import TokpruneError, UnsupportedModelError
-from tokprune.methods.encoder_base import EncoderMethod
+from tokprune.methods.encoder_base import EncoderMethod, Place
 from tokprune.runtime.encoder import refusals
 from tokprune.runtime.encoder.intermediates import NAME, forward_intermediates, widen_listed
 from tokprune.runtime.encoder.pixels import NoReduction, PixelDrop, arguments_of, with_states
@@ -151,16 +151,16 @@ class Splice(Attached, ABC, Generic[R]):
         if self.method.place == "entrance" and (self.tower.patch is None or self.tower.embed is None):
             raise UnsupportedModelError(refusals.NO_PATCH_SIZES.format(self.method.info.name, self.tower.family))
 
-    @property
-    def active(self) -> set[int]:
-        """Blocks in which the method has something to do."""
-        if self.method.place == "entrance":
-            return set()
-        return {i for i in range(self.tower.depth) if self.method.active(i, self.tower.depth)}
+    def place(self, index: int) -> Place | None:
+        """Where the method cuts block `index`; None: it has nothing to do there."""
+        method, depth = self.method, self.tower.depth
+        if method.place == "entrance" or index >= depth or not method.active(index, depth):
+            return None
+        return method.place_at(index, depth)
 
     def put_on(self) -> None:
         """On the tower's blocks, on what they are made of, and on calls of the tower's owner."""
-        tower, method, on, active = self.tower, self.method, self.on, self.active
+        tower, on = self.tower, self.on
         for target, name in self.owner_methods:
             on.instead(target(), name, "_owner_call", name)
         if tower.patch is not None:
@@ -169,16 +169,15 @@ class Splice(Attached, ABC, Generic[R]):
             on.before(parts.block, "_enter_block", i, with_kwargs=True)
             on.before(parts.entry, "_enter", i)
             on.before(parts.attention, "_attention", i, with_kwargs=True)
-            if i in active:
-                middle = method.place_at(i, tower.depth) == "middle"
+            place = self.place(i)
+            if place is not None:
                 for name, module in parts.reader.watched().items():
-                    on.after(module, "_see", i, name, middle)
-                if middle:
-                    on.before(parts.middle, "_middle", i)
-                    on.after(parts.tail, "_tail", i)
+                    on.after(module, "_see", i, name, place == "middle")
+            if place == "middle":
+                on.before(parts.middle, "_middle", i)
+                on.after(parts.tail, "_tail", i)
             # Before all other hooks: transformers captures hidden states by hooks of its own.
-            ends = i in active and method.place_at(i, tower.depth) == "end"
-            on.after(parts.block, "_leave", i, ends, prepend=True)
+            on.after(parts.block, "_leave", i, place == "end", prepend=True)
         for module, index in tower.taps:
             on.before(module, "_tap", index)
         on.before(tower.root, "_begin")
