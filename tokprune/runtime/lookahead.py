@@ -174,14 +174,13 @@ class FirstPass:
 
 def _prompts(plan: Plan, forward: PrunedForward, prompt_length: int | None) -> tuple[dict[int, PromptRow], Tensor]:
     """The rows with visual tokens, and the slot of each prompt column, (B, L)."""
-    answer = 0 if prompt_length is None else max(plan.keep.shape[1] - prompt_length, 0)
-    filler = forward.index.shape[1] - plan.keep.sum(1)  # (B,) on the host, like all of the plan
-    slot = plan.keep.cumsum(1) - 1 + filler[:, None]  # (B, L)
+    width, device = forward.index.shape[1], forward.index.device
+    filler, slot = plan.slots(width)
     prompts = {}
-    for b, pad in enumerate(filler.tolist()):
+    for b, pad in enumerate(filler):
         visual = slot[b, plan.visual[b]] - pad  # (V,) ascending
         if len(visual):
-            n, device = forward.index.shape[1] - pad - answer, forward.index.device
+            n = width - pad - plan.answer(prompt_length)
             prompts[b] = PromptRow(b, pad, n, int(visual[-1]) + 1, device)
     return prompts, slot
 

@@ -206,6 +206,15 @@ class Plan:
     earlier: PruneState | None = None
     """The record of earlier turns; on the host."""
 
+    def slots(self, width: int) -> tuple[list[int], Tensor]:
+        """Filler in front of each row of `width` slots, and (B, L) the slot of each kept column; on the host."""
+        filler = width - self.keep.sum(1)
+        return filler.tolist(), self.keep.cumsum(1) - 1 + filler[:, None]
+
+    def answer(self, prompt_length: int | None) -> int:
+        """Columns behind the prompt's, which generate() wrote."""
+        return 0 if prompt_length is None else max(self.keep.shape[1] - prompt_length, 0)
+
 
 def tokens_of(call: Mapping[str, Tensor]) -> Tensor:
     """Token ids (B, L), or embeddings (B, L, D), of a call."""

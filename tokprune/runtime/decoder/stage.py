@@ -162,14 +162,12 @@ class DecoderStage(Attached):
         signals = [s.signals for s in plan.streams]
         for stream in plan.streams:
             stream.signals = {}
-        length = plan.keep.shape[1]
-        counts, width, device = plan.keep.sum(1).tolist(), forward.index.shape[1], forward.index.device
-        filler = torch.tensor([width - n for n in counts])
-        slot = (plan.keep.cumsum(1) - 1 + filler[:, None]).to(device)  # (B, L)
-        answer = 0 if prompt_length is None else max(length - prompt_length, 0)
-        candidates = spared(candidates_of(plan.streams, slot, signals, self.count), width - 1 - answer)
+        width, device, answer = forward.index.shape[1], forward.index.device, plan.answer(prompt_length)
+        filler, slot = plan.slots(width)
+        candidates = candidates_of(plan.streams, slot.to(device), signals, self.count)
+        candidates = spared(candidates, width - 1 - answer)
         numbers = torch.arange(width, device=device).expand_as(forward.index)
-        live = Live(torch.where(forward.index < 0, -1, numbers), counts)
+        live = Live(torch.where(forward.index < 0, -1, numbers), [width - n for n in filler])
         steps = self._steps(candidates) if self.drops else {}
         notes: list[dict[str, Tensor]] = [{} for _ in candidates]
         budgets: list[int | None] = [None for _ in candidates]
