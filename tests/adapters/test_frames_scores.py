@@ -150,10 +150,13 @@ def native_answer(tiny: Any, rows: torch.Tensor, planes: list[torch.Tensor], gri
     ids = inputs["input_ids"][0]
     at = (ids == token).nonzero()[:, 0]
     ids = torch.cat([ids[: at[0]], torch.full((len(rows),), token), ids[at[-1] + 1 :]])
-    pooled = rows[None] if tiny.family == "internvl" else [rows]
+    pooled = rows[None] if tiny.family in ("internvl", "perception_lm") else [rows]
     output = BaseModelOutputWithPooling(pooler_output=pooled)
     output.deepstack_features = [[p] for p in planes] or None
     call: dict[str, Any] = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]}
+    if tiny.family == "molmo2":  # tokens around the patches count as parts of the picture
+        types = inputs["mm_token_type_ids"][0]
+        call["mm_token_type_ids"] = torch.cat([types[: at[0]], torch.ones(len(rows)).long(), types[at[-1] + 1 :]])[None]
     if "image_grid_thw" in inputs:
         call["image_grid_thw"] = torch.tensor([[1, 2 * grid[0], 2 * grid[1]]])
         call["mm_token_type_ids"] = (ids == token).long()[None]
@@ -162,7 +165,10 @@ def native_answer(tiny: Any, rows: torch.Tensor, planes: list[torch.Tensor], gri
 
 @pytest.mark.parametrize(
     "family",
-    ["llava_next_video", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "internvl", "glm4v"],
+    [
+        *("llava_next_video", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "internvl", "glm4v"),
+        *("molmo2", "perception_lm", "video_llama_3", "minicpmv4_6"),
+    ],
 )
 @torch.no_grad()
 def test_asking_is_the_models_own_forward(family: str) -> None:
@@ -194,6 +200,16 @@ def test_asking_is_the_models_own_forward(family: str) -> None:
         assert abs(float(tokens.signals["frame_scores"][frame]) - float(pair)) < 1e-4, words
 
 
+@pytest.mark.parametrize("option", ["final_logit_softcapping", "use_bidirectional_attention"])
+def test_models_whose_answers_are_more_than_their_language_models_say_so(option: str) -> None:
+    """Gemma 4 and 3n: logits are capped, and embeddings of each layer or other masks come from the model around it."""
+    tiny = build("llava_next_video")
+    setattr(tiny.model.config.get_text_config(), option, 30.0)
+    inputs = build_inputs(tiny.model, tiny.processor, "q", videos=[clip(2)])
+    with pytest.raises(MissingSignalError, match=f"{option}.*another way"):
+        scores_of(tiny, inputs, ByScore(source="self"))
+
+
 @torch.no_grad()
 def test_smolvlm_is_asked_about_frames_not_about_tiles() -> None:
     tiny = shared("smolvlm")
@@ -203,7 +219,7 @@ def test_smolvlm_is_asked_about_frames_not_about_tiles() -> None:
     assert scores.std() > 0
     assert [s.modality for s in report.streams] == ["image"]
     with tokprune.apply(tiny.model, "random", ratio=0.5):
-        before, after = Asking(get_adapter(tiny.model), tiny.processor, "m").prompt("Is it?")
+        before, after, _ = Asking(get_adapter(tiny.model), tiny.processor, "m").prompt("Is it?")
     text = tiny.processor.tokenizer.decode(before)
     assert text.endswith("Frame from 00:00:<fake_token_around_image><global-img>")
     assert "Is it?" in tiny.processor.tokenizer.decode(after)

@@ -147,6 +147,8 @@ class Family:
     """Whether clips are written with the placeholder of pictures, so that a call holds one or the other."""
     adds_to_placeholder: bool = False
     """Whether visual features are added onto the embedding of their placeholder instead of replacing it."""
+    both_ways: bool = False
+    """Whether the tokens of pictures, as mm_token_type_ids mark them, attend to later ones of their kind, too."""
     clips_in_one_tensor: bool = False
     """Whether all clips of a call lie in one tensor, so that they must have the same number of frames."""
     mixes_modalities: bool = True

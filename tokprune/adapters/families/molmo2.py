@@ -20,6 +20,7 @@ class Molmo2(Family):
 
     mixes_modalities = False
     adds_to_placeholder = True
+    both_ways = True
 
     def grids(self, call: EncoderCall) -> list[list[int]]:
         """(low height, low width, height, width) of each image, (frames, height, width) of each video."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from tokprune.adapters.base import Adapter, flatten
 from tokprune.adapters.query import tokenizer_of
 from tokprune.adapters.types import EncoderOutput, ModelCall, Processor
 from tokprune.errors import MissingSignalError
+from tokprune.runtime.masks import causal_mask
 
 if TYPE_CHECKING:
     from tokprune.runtime.records import StreamRecord
@@ -20,6 +21,21 @@ SIDE = 6  # a frame is shown with at most SIDE x SIDE tokens
 TOKENS_AT_ONCE = 8192  # of one pass through the language model
 YES, NO = "A", "B"  # the letters that a frames method's prompts offer
 AMONG = {"pair": "yes and no", "vocab": "the whole vocabulary"}  # what the probability is of, by `normalize`
+
+
+BEYOND = ("final_logit_softcapping", "use_bidirectional_attention", "hidden_size_per_layer_input")
+"""Options of a language model that say that the model around it does more than to hand it embeddings."""
+
+
+class PictureChat(NamedTuple):
+    """A chat about one picture, without the picture."""
+
+    before: Tensor
+    """(A,) token ids in front of it."""
+    after: Tensor
+    """(C,) those behind."""
+    inside: Tensor
+    """(A + C,) bool, which of them count as parts of the picture."""
 
 
 class Asking:
@@ -50,20 +66,27 @@ class Asking:
         """P(yes) for each frame of a video, (T,) in float32. A frame of which the model itself left no token gets its
         predecessor's.
         """
-        before, after = self.prompt(prompt)
+        config = self.adapter.config.get_text_config()
+        if beyond := [name for name in BEYOND if getattr(config, name, None)]:
+            raise MissingSignalError(
+                f"{self.name!r} asks the language model of {type(self.adapter.model).__name__} alone about frames, "
+                f"whose answers would not be those of the whole model ({', '.join(beyond)}). Have the method score in "
+                f"another way (tokprune methods {self.name})."
+            )
+        chat = self.prompt(prompt)
         shown = self.pooled(stream, stream.tokens.features)  # (T, S, D)
         present, place, grid = self.places(stream)
         planes = [self.pooled(stream, plane) for plane in self.planes(stream, encoded)]
         known = present.any(1)
         rows = known.nonzero()[:, 0].tolist()
         head = self.adapter.model.get_output_embeddings()
-        length = before.shape[0] + shown.shape[1] + after.shape[0]
+        length = len(chat.inside) + shown.shape[1]
         step = max(1, TOKENS_AT_ONCE // length)
         out = shown.new_zeros(shown.shape[0], dtype=torch.float32)
         for start in range(0, len(rows), step):
             part = torch.tensor(rows[start : start + step], device=shown.device)
             parts = [plane[part] for plane in planes]
-            hidden = self.read(before, after, shown[part], present[part], place, grid, parts)
+            hidden = self.read(chat, shown[part], present[part], place, grid, parts)
             out[part] = self.yes(head.forward(hidden).float()).to(out.device)
         # A frame without tokens looks like the one before it: that is why they were left out.
         at = torch.where(known, torch.arange(len(out), device=known.device), -1).cummax(0).values.clamp(min=0)
@@ -113,8 +136,8 @@ class Asking:
 
     # -- the prompt
 
-    def prompt(self, words: str) -> tuple[Tensor, Tensor]:
-        """Token ids before and after the picture of a chat that shows one and asks `words`."""
+    def prompt(self, words: str) -> PictureChat:
+        """A chat that shows a picture and asks `words`."""
         import numpy as np
         from PIL import Image
 
@@ -139,8 +162,9 @@ class Asking:
             placeholders = self.adapter.placeholders(dict(inputs), {"image": True, "video": True})
             at = torch.stack([columns[0] for columns in placeholders.values()]).any(0).nonzero()[:, 0]
             if len(at):
-                ids = inputs["input_ids"][0]
-                return ids[: int(at[0])], ids[int(at[-1]) + 1 :]
+                ids, start, stop = inputs["input_ids"][0], int(at[0]), int(at[-1]) + 1
+                types = inputs["mm_token_type_ids"][0] if "mm_token_type_ids" in inputs else torch.zeros_like(ids)
+                return PictureChat(ids[:start], ids[stop:], torch.cat([types[:start], types[stop:]]) == 1)
         raise MissingSignalError(
             f"{self.name!r} cannot write a prompt about one frame for {type(self.adapter.model).__name__}: "
             f"{failure or 'its processor shows no picture'}. Have the method score in another way (tokprune methods "
@@ -167,8 +191,7 @@ class Asking:
 
     def read(
         self,
-        before: Tensor,
-        after: Tensor,
+        chat: PictureChat,
         shown: Tensor,
         present: Tensor,
         place: Tensor,
@@ -178,19 +201,26 @@ class Asking:
         """The last hidden state of each frame's prompt, (T, D). Cells without a token become filler on the left."""
         adapter, (frames, cells) = self.adapter, shown.shape[:2]
         table = adapter.base.get_input_embeddings()
-        head, tail = len(before), len(after)
+        head, tail = len(chat.before), len(chat.after)
         if adapter.family.adds_to_placeholder:
-            shown = shown + table(torch.tensor(adapter.config.image_patch_id, device=before.device)).to(shown)
-        words = table(torch.cat([before, after]))
+            shown = shown + table(torch.tensor(adapter.config.image_patch_id, device=chat.before.device)).to(shown)
+        words = table(torch.cat([chat.before, chat.after]))
         around = words[:head].expand(frames, -1, -1), words[head:].expand(frames, -1, -1)
         embeds = torch.cat([around[0], shown.to(words), around[1]], 1)
         real = torch.nn.functional.pad(present.to(embeds.device), (head, tail), value=True)  # (T, L)
         positions = self.positions(head, tail, place.to(embeds.device), grid, real)
         order = torch.argsort(real.int(), dim=1, stable=True)  # filler first
-        embeds = embeds.gather(1, order[..., None].expand_as(embeds)).masked_fill(~real.gather(1, order)[..., None], 0)
+        visible = real.gather(1, order)
+        embeds = embeds.gather(1, order[..., None].expand_as(embeds)).masked_fill(~visible[..., None], 0)
+        mask = visible.long()
+        if adapter.family.both_ways:
+            inside = chat.inside.to(real.device).expand(frames, -1)
+            inside = torch.cat([inside[:, :head], present.to(real.device), inside[:, head:]], 1).gather(1, order)
+            mask = causal_mask(mask - 1, mask.shape[1], embeds.dtype)  # (T, 1, L, L)
+            mask = mask.masked_fill((inside[:, :, None] & inside[:, None])[:, None], 0)
         call: ModelCall = {
             "inputs_embeds": embeds,
-            "attention_mask": real.gather(1, order).long(),
+            "attention_mask": mask,
             "position_ids": positions.gather(-1, order.expand(*positions.shape[:-1], -1)),
             "use_cache": False,
         }
