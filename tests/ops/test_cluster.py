@@ -75,6 +75,13 @@ def test_duplicates_take_the_lower_index() -> None:
     assert into[0].tolist() == [0, 1, 0, 0, 0, 0]
 
 
+def test_copies_of_a_point_do_not_take_the_centres_of_others() -> None:
+    points = torch.tensor([[[0.0, 0.0]] * 5 + [[3.0, 4.0]] + [[-6.0, 8.0]] * 2])
+    centre, into, _ = dpc_knn(points, torch.tensor([3]), 2)
+    assert centre[0].nonzero()[:, 0].tolist() == [0, 5, 6]
+    assert into[0].tolist() == [0] * 5 + [5, 6, 6]
+
+
 def test_half_precision_is_clustered_in_float32() -> None:
     points = torch.randn(2, 9, 4, generator=torch.Generator().manual_seed(5)).bfloat16()
     half, wide = (dpc_knn(p, torch.tensor([2, 3]), 3) for p in (points, points.float()))

@@ -194,7 +194,10 @@ class DecoderMethod(Method):
 
 @dataclass(frozen=True)
 class DecoderScores(DecoderMethod):
-    """Base of decoder methods that keep the tokens with the largest scores, over all pictures of the prompt."""
+    """Base of decoder methods that keep the tokens with the largest scores, over all pictures of the prompt.
+
+    Of equal scores the earlier token stays, where published codes leave it to torch.topk, which promises no order.
+    """
 
     def scores(self, tokens: LayerTokens) -> Tensor:
         """Worth of each candidate, higher = keep. Returns (V,) in float32."""

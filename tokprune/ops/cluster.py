@@ -10,6 +10,8 @@ from tokprune.ops.numeric import wide
 from tokprune.ops.similarity import distances
 from tokprune.ops.topk import ranks
 
+COPY = 1e-3  # of the largest distance: what rounding leaves between copies of one point
+
 
 class Distances:
     """Distances of all pairs of points divided by the square root of the width: held while they are few, made again in
@@ -51,8 +53,11 @@ def density(distance: Tensor, k: int | Tensor, valid: Tensor | None = None) -> T
 def centre_scores(distance: Distances, k: int | Tensor, valid: Tensor | None = None) -> Tensor:
     """Score of each point as a cluster centre: density times distance to the nearest denser point.
 
-    The densest point gets the largest distance of all pairs. k as in `density`, valid: (B, n) bool or None. Returns
-    (B, n); -1 for points that are not valid.
+    The densest point gets the largest distance of all pairs. Equally dense points are not denser than each other, but
+    of copies of one point the lower index counts as denser, so that they do not become centres beside each other; the
+    published codes leave both to random noise of 1e-6 in the density.
+
+    k as in `density`, valid: (B, n) bool or None. Returns (B, n); -1 for points that are not valid.
     """
     rho = torch.cat([density(distance[part], k, valid) for part in distance.parts], -1)
     far, apart = [], []
@@ -60,8 +65,11 @@ def centre_scores(distance: Distances, k: int | Tensor, valid: Tensor | None = N
         pairs = None if valid is None else valid[:, None, :] & valid[:, part, None]  # (B, m, n)
         far.append((distance[part] if pairs is None else distance[part].masked_fill(~pairs, 0)).flatten(1).amax(-1))
     farthest = torch.stack(far).amax(0)[:, None, None]
+    place = torch.arange(rho.shape[1], device=rho.device)
     for part in distance.parts:
-        denser = rho[:, None, :] > rho[:, part, None]  # (B, m, n)
+        here, there = rho[:, part, None], rho[:, None, :]
+        copy = (there == here) & (place < place[part, None]) & (distance[part] <= COPY * farthest)
+        denser = (there > here) | copy  # (B, m, n)
         denser = denser if valid is None else denser & valid[:, None, :]
         apart.append(torch.where(denser, distance[part], farthest).amin(-1))
     score = rho * torch.cat(apart, -1)

@@ -43,7 +43,8 @@ def recycling(dropped: int) -> tuple[int, int]:
 def kept_and_merged(n: int, keep: int) -> tuple[int, int]:
     """Split `keep` slots of n tokens: whole tokens k, and clusters of what k leaves, so that the sum is exact.
 
-    The clusters are as many as `recycling` says, at most half of the slots.
+    The clusters are as many as `recycling` says, at most half of the slots; where two splits fill the slots, the one
+    with fewer clusters.
     """
     k = next(k for k in range(keep, -1, -1) if k + min(recycling(n - k)[1], keep // 2) <= keep)
     return k, keep - k
@@ -160,8 +161,8 @@ class SparseVLM(Rated):
 
     What differs from the published code: a mean lies at its cluster's centre, in raster order, and is an exact mean
     ("published": behind the kept tokens, best peak first, sums divided by size + 1e-6; the two differ in what a causal
-    layer lets the tokens see). The density has no random noise. Its averages (192, 128, 96, 64) count layers 2, 6 and
-    15 as already pruned; really processed are 206.5, 145.4, 114.1 and 82.2.
+    layer lets the tokens see). The density has no random noise (`ops.cluster` says what becomes of ties). Its averages
+    (192, 128, 96, 64) count layers 2, 6 and 15 as already pruned; really processed are 206.5, 145.4, 114.1 and 82.2.
     """
 
     positions: ClassVar[Literal["keep", "compact"]] = "compact"
