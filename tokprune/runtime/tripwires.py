@@ -77,15 +77,6 @@ def width_of(args: Positional, call: ModelCall) -> int | None:
     return None if x is None else int(x.shape[1])
 
 
-def held_keys(cache: KVCache) -> int | None:
-    """Keys in a cache by its own class, and those that layer 0 has lost; None where only the device knows."""
-    length = class_before(cache).get_seq_length(cache)
-    if isinstance(length, Tensor):
-        return int(length) if length.device.type == "cpu" else None
-    state = get_state(cache)
-    return int(length) + (0 if state is None else state.removed_in(0))
-
-
 def check_record(cache: KVCache, state: PruneState, rows: int | None = None) -> int | None:
     """Raise unless cache and record agree. rows: batch size of the call. Returns the keys held, None if only the device
     knows.
@@ -94,10 +85,10 @@ def check_record(cache: KVCache, state: PruneState, rows: int | None = None) -> 
         raise fail("a cache has a record of a pruned prompt, but answers with its own lengths.")
     if rows is not None and state.kept.shape[0] != rows:
         raise fail(f"a cache has a record of {state.kept.shape[0]} prompts, but the call has {rows}.")
-    held = held_keys(cache)
-    if held is None:
+    length = class_before(cache).get_seq_length(cache)  # by its own class
+    if isinstance(length, Tensor) and length.device.type != "cpu":
         return None
-    recorded = state.kept.shape[1]
+    held, recorded = int(length) + state.removed_in(0), state.kept.shape[1]
     if held < recorded:
         raise fail(f"a cache holds {held} keys, but its record is about {recorded}: it was cut without its record.")
     logical = held + state.removed
