@@ -123,7 +123,9 @@ def test_evit_joins_what_it_drops_to_one_patch_of_the_target(index: int, left: i
     assert torch.equal(unfused.rep[:, 1:], attentive(attention, left)[0].sort(-1).values + 1)
 
 
-def test_evit_keeps_the_best_patch_where_the_fused_one_would_be_the_last() -> None:
-    cut = EViT(blocks=(3,)).reduce(block(6, target=1))
+def test_evit_keeps_the_best_patch_alone_where_a_budget_leaves_one() -> None:
+    view = block(6, target=1)
+    cut = EViT(blocks=(3,)).reduce(view)
     assert cut is not None
-    assert cut.rep.shape == (2, 3)  # [CLS], the best patch, the others
+    assert torch.equal(cut.rep[:, 1], view.cls_attention().mean(1).argmax(1) + 1)
+    assert cut.rep.shape == (2, 2)  # [CLS], and no row for the others

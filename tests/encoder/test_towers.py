@@ -12,8 +12,10 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from tests.encoder.all_towers import TOWERS, close, equal, hooks, output, pixels, timm_vit, towers, written_out
+from tests.methods.stages import predictors
 from tokprune.errors import UnsupportedModelError
 from tokprune.methods.encoder.tome import ToMe
+from tokprune.registry import get_method, list_methods
 from tokprune.runtime.encoder import apply_encoder
 
 
@@ -148,6 +150,35 @@ def test_ratio_and_budget_are_exact() -> None:
                 model(pixels())
             left = pruning.trace.survivor.sum(1)
             assert left.tolist() == [22, 22] if "ratio" in limit else [17, 17], method
+
+
+@pytest.mark.parametrize("budget", [1, 2])
+@torch.no_grad()
+def test_evit_leaves_one_or_two_patches_where_asked(budget: int) -> None:
+    model = TOWERS["timm"]()
+    with apply_encoder(model, "evit", budget=budget) as pruning:
+        model(pixels())
+    assert pruning.trace.survivor.sum(1).tolist() == [budget, budget]
+
+
+NEEDED: dict[str, dict[str, Any]] = {
+    "apt": {"mean": (0.5,) * 3, "std": (0.5,) * 3},
+    "dynamicvit": {"weights": predictors()},
+}
+"""Options without which a method cannot be made."""
+NO_RATIO = ("dtop", "ipcv", "toc3d")
+"""They give all patches back."""
+
+
+@pytest.mark.parametrize("limit", [{"ratio": 1.0}, {"budget": 64}])
+@pytest.mark.parametrize("name", [n for n in list_methods("encoder") if n not in NO_RATIO])
+@torch.no_grad()
+def test_all_patches_change_no_bit(name: str, limit: dict[str, Any]) -> None:
+    model, x = TOWERS["clip"](), pixels()
+    before = output(model, x)
+    with apply_encoder(model, get_method(name, **NEEDED.get(name, {})), **limit) as pruning:
+        assert all(torch.equal(a, b) for a, b in zip(output(model, x), before, strict=True))
+    assert pruning.trace.survivor.sum(1).tolist() == [64, 64]
 
 
 @pytest.mark.parametrize(

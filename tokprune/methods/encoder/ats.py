@@ -75,9 +75,10 @@ class ATS(EncoderMethod):
 
     first: the block from which on all blocks sample, 0-based or a fraction of the depth; 3 of 12 as published. samples:
     tokens that may stay, [CLS] included; None: as many as enter the tower. A `ratio` or `budget` sets it: images keep
-    at most that many. Each such block drops at least one patch. A batch is padded to its richest image. A tower without
-    [CLS] ranks by received attention. The published code counts padding rows as the lowest scores, so an image's result
-    depends on its batch (compat="published"); here padding does not count.
+    at most that many, and where that is all of them, nothing is sampled. Each such block drops at least one patch. A
+    batch is padded to its richest image. A tower without [CLS] ranks by received attention. The published code counts
+    padding rows as the lowest scores, so an image's result depends on its batch (compat="published"); here padding does
+    not count.
     """
 
     first: Block = 0.25
@@ -93,7 +94,7 @@ class ATS(EncoderMethod):
         return index >= at_depths((self.first,), depth)[0]
 
     def reduce(self, block: BlockView) -> Reduction | None:
-        if block.patches < 2:
+        if block.patches < 2 or (block.target is not None and block.target >= block.start):
             return None
         samples = self.samples or block.start + 1
         if block.target is not None:

@@ -56,10 +56,10 @@ class EViT(EncoderMethod):
 
     keep: share of patches that stays at each of `blocks` (rounded up); with `ratio` or `budget` the share is computed
     from it. blocks: 0-based, or fractions of the depth; 3, 6 and 9 of 12 in the paper. fuse: the others become one
-    token, which counts as a patch from then on and sits at the place of the one with the most attention. The paper
-    trains with it; applied to a finished model it costs more accuracy than merging. A tower without [CLS] ranks by the
-    attention that patches receive. Kept patches stay in raster order; compat="published" puts the best first, as the
-    published code does (the outputs are the same but for their order).
+    token, which counts as a patch from then on and sits at the place of the one with the most attention; not where a
+    budget leaves a single patch. The paper trains with it; applied to a finished model it costs more accuracy than
+    merging. A tower without [CLS] ranks by the attention that patches receive. Kept patches stay in raster order;
+    compat="published" puts the best first, as the published code does (the outputs are the same but for their order).
     """
 
     keep: float = option(0.7, above=0, high=1)
@@ -76,9 +76,11 @@ class EViT(EncoderMethod):
     def reduce(self, block: BlockView) -> Reduction | None:
         blocks, n = at_depths(self.blocks, block.depth), block.patches
         keep = math.ceil(self.keep * n) if self.compat == "published" else ceil_of(n, self.keep)
+        fuse = self.fuse
         if block.target is not None:
             left = geometric_counts(block.start, block.target, len(blocks))[blocks.index(block.index)]
-            keep = max(left - self.fuse, 1)
+            fuse = fuse and left > 1
+            keep = n if left >= n else left - fuse
         if keep >= n:
             return None
         attention = block.cls_attention().mean(1)  # (B, n)
@@ -86,7 +88,7 @@ class EViT(EncoderMethod):
         if self.compat != "published":
             kept = kept.sort(-1).values
         out = Reduction.kept_patches(block, kept)
-        if not self.fuse:
+        if not fuse:
             return out
         fused = inattentive_token(block.x[:, block.prefix :], attention, dropped)
         return out.with_rest(block, fused, dropped, attention)
