@@ -15,6 +15,7 @@ from tests.adapters.reference import slow_unless
 from tests.decoder.reference import LAYERS, prompts
 from tests.spelling import cache_in, with_cache
 from tokprune.errors import TranslationError
+from tokprune.registry import get_method
 from tokprune.testing import TinyVLM, build
 
 TOLERANCE = 1e-5
@@ -152,3 +153,34 @@ def test_a_prompt_that_never_reached_the_language_model_drops_nothing_elsewhere(
         assert torch.equal(out.last_hidden_state, plain)
         text(**words, **with_cache(cache_in(out)))
         assert torch.equal(answers(tiny, inputs)[1], wanted[1])
+
+
+PAIRS: dict[str, dict[str, Any]] = {
+    "connector": {"method": "divprune", "ratio": 0.5},
+    "drops": {"method": get_method("pyramiddrop", schedule=((2, 0.5), (4, 0.2)))},
+    "frees": {"method": "kvmerger"},
+    "reads": {"method": ["random", get_method("dycoke_cache", layer=3)], "ratio": 0.5},
+}
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [slow_unless("drops" in (a, b) and a != b and "connector" not in (a, b), a, b) for a in PAIRS for b in PAIRS],
+)
+def test_models_that_share_a_language_model_do_not_meet(first: str, second: str) -> None:
+    """Each answers as if the other were not pruned, and plain when its own pruning is gone, the first one first."""
+    tiny = deep("llava")
+    inputs = tiny.inputs(prompts("llava"))
+    plain = answers(tiny, inputs)
+    twin = deep("llava")
+    twin.model.model.language_model = tiny.model.model.language_model
+    with tokprune.apply(tiny.model, **PAIRS[first]):
+        wanted = answers(tiny, inputs)
+    one, two = tokprune.apply(tiny.model, **PAIRS[first]), tokprune.apply(twin.model, **PAIRS[second])
+    assert torch.equal(answers(tiny, inputs)[1], wanted[1])
+    others = answers(twin, inputs)
+    one.remove()
+    assert torch.equal(answers(twin, inputs)[1], others[1])
+    assert torch.equal(answers(tiny, inputs)[1], plain[1])
+    two.remove()
+    assert torch.equal(answers(twin, inputs)[1], plain[1])

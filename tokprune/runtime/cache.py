@@ -23,7 +23,7 @@ from tokprune.errors import OptionError, UnsupportedModelError
 from tokprune.methods.cache_base import CacheMethod
 from tokprune.runtime.attention_row import check_attention, check_kernel, newest_row
 from tokprune.runtime.cache_keys import Chosen, narrow_mask
-from tokprune.runtime.cache_record import PruneState, get_state
+from tokprune.runtime.cache_record import PruneState, Reader, get_state
 
 
 class View:
@@ -58,6 +58,7 @@ class CacheStage(Attached):
         self.adapter, self.method, self.count = adapter, method, count
         self.on = Attachments(self)
         self.threads = PerThread(_Reading)
+        self.reader = Reader()  # the pruning's, once this is a part of one
         self.steps, self.used, self.visual = 0, 0, 0
         layers = list(adapter.layers)
         attentions = [(i, layer.self_attn) for i, layer in enumerate(layers) if hasattr(layer, "self_attn")]
@@ -117,8 +118,8 @@ class CacheStage(Attached):
                 "use the default cache (DynamicCache) with methods of the cache stage."
             )
         state = get_state(cache)
-        if state is None or state.visual is None:
-            return None
+        if state is None or state.visual is None or state.reader is not self.reader:
+            return None  # the cache may be of another model's prompt, which shares this language model
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         if hidden.shape[1] != 1 or getattr(cache, CACHE_VIEW, "logical") == "physical":
             state.chosen = None  # a prompt: the answer to it starts anew, with all keys
@@ -156,6 +157,8 @@ class CacheStage(Attached):
         cache = cache_in(kwargs)
         state = get_state(cache)
         if cache is None or state is None or state.chosen is None or state.chosen.keys is None:
+            return None
+        if state.reader is not self.reader:
             return None
         chosen: Chosen = state.chosen
         if int(cache.get_query_offset(module.layer_idx)) + 1 != chosen.total:

@@ -296,6 +296,9 @@ def vlm_pruning(model: Model, config: PruneConfig, processor: Processor = None, 
         decoder=installed.decoder,
     )
     installed.connector = ConnectorStage(adapter, options)
+    for stage in (installed.decoder, installed.cache):
+        if stage is not None:
+            stage.reader = installed.connector.reader
     return Pruning(installed)
 
 

@@ -163,8 +163,8 @@ class Prefill(Attached):
         check_head(self.adapter, call, step is not None)
         with self.recorder.before_prefill():
             encoded = encode(self.adapter, call, None if step is None else step.records)
-        plan = self._plan(call, encoded, None if step is None else step.prompt_length)
         state = self._state(cache_in(call))
+        plan = self._plan(call, encoded, None if step is None else step.prompt_length)
         if plan is None or (plan.untouched and state is None):  # only avoid encoding twice
             call["mm_encoder_outputs"] = encoded
             clear_raw(call)

@@ -30,7 +30,7 @@ from tokprune.methods.cache_base import CacheMethod
 from tokprune.methods.decoder_base import DecoderMethod
 from tokprune.registry import MethodInfo
 from tokprune.runtime.cache import View
-from tokprune.runtime.cache_record import get_state, physical_length
+from tokprune.runtime.cache_record import Reader, get_state, physical_length
 from tokprune.runtime.decoder.attention import LayerInputs
 from tokprune.runtime.decoder.candidates import Candidates, candidates_of, spared
 from tokprune.runtime.decoder.choose import Dropper
@@ -101,6 +101,7 @@ class DecoderStage(Attached):
         self.compact = (self.method.positions if positions == "auto" else positions) == "compact"
         self.on = Attachments(self)
         self.threads = PerThread(_Now)
+        self.reader = Reader()  # the pruning's, once this is a part of one
         self.depth = len(adapter.layers)
         share = 0.5 if share is None and count is not None else share
         self.layers = self.schedule(share).layers if self.drops else ()
@@ -209,8 +210,8 @@ class DecoderStage(Attached):
         prompt, now.prompt, now.frame = now.prompt, None, None
         cache = cache_in(kwargs)
         state = get_state(cache)
-        if prompt is None and (state is None or not state.layers):
-            return
+        if prompt is None and (state is None or not state.layers or state.reader is not self.reader):
+            return  # the cache may be of another model's prompt, which shares this language model
         width, past = width_of(args, kwargs) or 0, physical_length(cache)
         first = None if prompt is None else min(prompt.steps, default=None)
         check_call(self.adapter, self.method, cache, kwargs, first)
