@@ -75,6 +75,16 @@ def test_duplicates_take_the_lower_index() -> None:
     assert into[0].tolist() == [0, 1, 0, 0, 0, 0]
 
 
+@pytest.mark.parametrize("n", [20, 60])
+def test_two_points_nearest_to_each_other_are_equally_dense(n: int) -> None:
+    points = torch.randn(1, n, 6, generator=torch.Generator().manual_seed(n)) + 3
+    rho = density(Distances(points)[slice(0, n)], 2)[0]
+    nearest = torch.cdist(points[0], points[0]).fill_diagonal_(torch.inf).argmin(-1)
+    mutual = nearest[nearest] == torch.arange(n)
+    assert mutual.sum() > 3
+    assert torch.equal(rho[mutual], rho[nearest][mutual])
+
+
 def test_copies_of_a_point_do_not_take_the_centres_of_others() -> None:
     points = torch.tensor([[[0.0, 0.0]] * 5 + [[3.0, 4.0]] + [[-6.0, 8.0]] * 2])
     centre, into, _ = dpc_knn(points, torch.tensor([3]), 2)

@@ -28,7 +28,12 @@ class Distances:
         if self._held is not None:
             return self._held
         rows = distances(self._points[:, part], self._points) / self._points.shape[-1] ** 0.5
-        self._held = rows if len(self.parts) == 1 else None
+        if len(self.parts) > 1:
+            return rows
+        # Without rounding: two points that are nearest to each other are equally dense.
+        rows = (rows + rows.mT) / 2
+        rows.diagonal(dim1=1, dim2=2).zero_()
+        self._held = rows
         return rows
 
 
