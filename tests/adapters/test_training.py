@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -17,7 +18,8 @@ from tests.adapters.reference import (
     slow_unless,
 )
 from tests.adapters.shortened import RATIO, TOLERANCE, encoder_rows, shorten, type_names
-from tokprune.testing import build
+from tokprune.errors import MissingSignalError
+from tokprune.testing import build, picture
 
 # -- training ----------------------------------------------------------------------------------------------------------
 
@@ -87,3 +89,30 @@ def test_training_with_signals_and_checkpointing(family: str) -> None:
             got = gradients(model, model(**case.inputs, labels=labels_of(case)).loss)
             for name, value in plain.items():
                 torch.testing.assert_close(got[name], value, rtol=1e-3, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["divprune", "cdpruner", "prumerge", "flashvid", "globalcom2", "visionzip", "fastvid"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_autocast_changes_neither_choice_nor_merges(family: str, name: str) -> None:
+    """What a method computes stays in float32 where the model's own products are made in 16 bits."""
+    tiny = build(family)
+    model: Any = tiny.model
+    inputs = tiny.inputs([["a ", ("image", picture(60, 40, 1)), " b"], ["x ", ("image", picture(40, 60, 2)), " and c"]])
+    names = inspect.signature(model.base_model.get_image_features).parameters
+    seen: list[torch.Tensor] = []
+    model.base_model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    try:
+        pruning = tokprune.apply(model, name, ratio=0.4, query="which?", processor=tiny.processor)
+    except MissingSignalError:
+        pytest.skip("a signal that this tower does not have")
+    encoded = model.base_model.get_image_features(**{k: v for k, v in inputs.items() if k in names})
+    words = {k: v for k, v in inputs.items() if k != "pixel_values"}
+    model(**words, mm_encoder_outputs={"image": encoded})
+    keep = pruning.last.keep
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**words, mm_encoder_outputs={"image": encoded})
+        assert torch.equal(pruning.last.keep, keep)
+        model(**inputs).logits.float().sum().backward()
+    torch.testing.assert_close(seen[1], seen[0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -26,3 +28,9 @@ def stretched(scores: Tensor) -> Tensor:
     span = high - low
     flat = span <= 1e-6 * torch.maximum(low.abs(), high.abs())
     return torch.where(flat, 1.0, (scores - low) / torch.where(flat, 1.0, span))
+
+
+def full_precision(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Without autocast, under which products of float32 tensors are made, and returned, in 16 bits."""
+    mixed = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if mixed else contextlib.nullcontext()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tokprune.errors import TokpruneError
 from tokprune.methods.base import Checks, ConnectorMethod, deferred_checks
+from tokprune.ops.numeric import full_precision
 from tokprune.runtime.host import to_host
 from tokprune.runtime.records import StreamRecord
 from tokprune.tokens import Merge, Selection
@@ -21,7 +22,14 @@ def choose(method: ConnectorMethod, streams: Sequence[StreamRecord], asked: Sequ
     asked: keep count of each stream (`PruneConfig.count`, or its share of a prompt budget). A stream that may keep all
     its tokens is passed through untouched, so that ratio=1 is exact for methods that merge, too.
     """
-    keeps = _keep_counts(method, streams, asked)
+    if not streams:
+        return
+    with full_precision(streams[0].tokens.features.device):
+        _choose(method, streams, _keep_counts(method, streams, asked))
+
+
+def _choose(method: ConnectorMethod, streams: Sequence[StreamRecord], keeps: Sequence[int]) -> None:
+    """The same for known keep counts."""
     active = []
     for stream, keep in zip(streams, keeps, strict=True):
         n = len(stream.tokens)

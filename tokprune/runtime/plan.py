@@ -15,6 +15,7 @@ from tokprune.adapters.families import EncoderCall
 from tokprune.adapters.families.base import SHRUNK
 from tokprune.adapters.types import EncoderOutput, ModelCall
 from tokprune.errors import UnsupportedModelError
+from tokprune.ops.numeric import full_precision
 from tokprune.runtime.cache_record import PruneState, get_state
 from tokprune.runtime.choose import kept_rows
 from tokprune.runtime.encode import settle
@@ -123,7 +124,8 @@ class Features:
             flow = _flow([one.selection for one in alike])
             where, to = to_device(self.planes[0].device, inputs, outputs)
             given = [plane[where.to(plane.device)].to(where.device) for plane in self.planes]  # (sum of N, D) each
-            merged = flow(given[0] if len(given) == 1 else torch.cat(given, -1))  # (sum of K, planes * D)
+            with full_precision(where.device):
+                merged = flow(given[0] if len(given) == 1 else torch.cat(given, -1))  # (sum of K, planes * D)
             parts = merged.split([plane.shape[-1] for plane in self.planes], -1)
             for i, (plane, part) in enumerate(zip(self.planes, parts, strict=True)):
                 self.planes[i] = plane.index_copy(0, to.to(plane.device), part.to(plane))

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from tokprune.adapters.families import FAMILIES, EncoderCall, UnknownGeometryError, arrange, family_of
 from tokprune.adapters.towers import FEATURES_ALONE, tower_blocks
 from tokprune.errors import MissingSignalError
-from tokprune.ops.numeric import wide
+from tokprune.ops.numeric import full_precision, wide
 from tokprune.runtime.probe import AttentionProbe, Projections
 from tokprune.runtime.signal_blocks import CLS_KINDS, block_of_layer, model_type, parse_needs, signal_block
 
@@ -205,7 +205,8 @@ class _Reader:
     def score(self, kind: str, seen: Projections, cls: bool, block: int) -> tuple[Tensor, str]:
         """(B, N, ...) values of a block's tokens, special ones included."""
         frame = self.frame_sizes(block) if seen.segments is not None else None
-        values, what = block_values(kind, seen, cls, None if frame is None else frame.to(seen.q.device))
+        with full_precision(seen.q.device):
+            values, what = block_values(kind, seen, cls, None if frame is None else frame.to(seen.q.device))
         source = f"{what} of block {block}"
         instead = kind in CLS_KINDS and not cls
         return values, f"{source}, the tower has no [CLS]" if instead else source

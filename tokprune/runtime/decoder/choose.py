@@ -9,6 +9,7 @@ from tokprune.adapters.types import Model
 from tokprune.errors import TokpruneError
 from tokprune.methods.base import Checks, deferred_checks
 from tokprune.methods.decoder_base import DecoderMethod, LayerTokens
+from tokprune.ops.numeric import full_precision
 from tokprune.ops.topk import rows_at
 from tokprune.runtime.choose import check_form
 from tokprune.runtime.decoder.attention import LayerInputs, RowAttention
@@ -112,7 +113,8 @@ class Dropper:
             if selection is None or (selection.features is None and selection.weights is None):
                 continue
             places = self._places(row, self.prompt.candidates[row].slots).to(self.hidden.device)
-            merged = selection.apply(self.hidden[row, places]).to(self.hidden.dtype)
+            with full_precision(self.hidden.device):
+                merged = selection.apply(self.hidden[row, places]).to(self.hidden.dtype)
             at = places[selection.indices.to(places.device)]
             self.hidden = self.hidden.index_put((torch.full_like(at, row), at), merged)
 
