@@ -77,8 +77,8 @@ class Pair:
 
     inputs: arguments of both, made for a case by a seeded generator. naive: the published formulation. ours: the same
     job with the functions of tokprune.methods. differs: why the results need not be the same; empty when they must be.
-    tiled: the method needs tiles. least: what no form of the method can do without, on the same inputs; least_share:
-    how much of that call it is; least_is: what it is.
+    tiled: the method needs tiles. ranks: it sorts scores that it is given and does no arithmetic. least: what no form
+    of the method can do without, on the same inputs; least_share: how much of that call it is; least_is: what it is.
     """
 
     name: str
@@ -87,6 +87,7 @@ class Pair:
     ours: Callable[..., Any]
     differs: str = ""
     tiled: bool = False
+    ranks: bool = False
     least: Callable[..., Any] | None = None
     least_share: float = 1.0
     least_is: str = ""
@@ -193,16 +194,6 @@ def _hired_published(early: Tensor, late: Tensor, keep: int) -> Tensor:
         return top(late[0], keep)
     budgets = hired_published_budgets(early, len(late) - 1, keep)
     return top_in_groups(late.flatten(), _stream(late).group, budgets, int(budgets.sum()))
-
-
-def _sixteenth(form: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The same choice among a sixteenth of the tokens: what is left is the dispatch of its operations."""
-
-    def run(early: Tensor, late: Tensor, keep: int) -> Tensor:
-        n = len(early) // 16
-        return form(early[:n], late[:, :n], keep // 16)
-
-    return run
 
 
 def _two_rows(case: Case, seed: torch.Generator) -> tuple[Any, ...]:
@@ -321,7 +312,6 @@ def _pool(features: Tensor, positions: Tensor, stride: int) -> tuple[Tensor, Ten
     return average_pool(features, stride), pooled_positions(positions, stride)
 
 
-DISPATCH = "the same among a sixteenth of the tokens, which is the dispatch of its operations"
 CROPS = "the products of the tokens of each crop with each other, in one call"
 PAIRS = (
     Pair("divprune", _whole, similarity.divprune, lambda x, keep: divprune(x[None], keep)[0].sort().values),
@@ -331,24 +321,15 @@ PAIRS = (
         by_attention.hired,
         _hired,
         "regions of the picture and attention mass decide the budgets, not bands and hits",
-        least=_sixteenth(_hired),
-        least_is=DISPATCH,
+        ranks=True,
     ),
-    Pair(
-        "hired (published)",
-        _hired_inputs,
-        by_attention.hired,
-        _hired_published,
-        least=_sixteenth(_hired_published),
-        least_is=DISPATCH,
-    ),
+    Pair("hired (published)", _hired_inputs, by_attention.hired, _hired_published, ranks=True),
     Pair(
         "fastervlm",
         lambda case, seed: (rows(case.tiles, case.heads, case.n, seed=seed), case.each),
         by_attention.fastervlm,
         lambda scores, keep: top(scores.mean(1), keep),
-        least=by_attention.fastervlm,
-        least_is="the published form, which does nothing twice: a mean over heads, a partial sort, places in order",
+        ranks=True,
     ),
     Pair("visionzip", _visionzip_inputs, merging.visionzip, visionzip),
     Pair("vispruner", _tower, by_attention.vispruner, vispruner),
@@ -364,8 +345,15 @@ PAIRS = (
         least_is=CROPS,
     ),
     Pair("holov (published)", _projected, _holov_naive, _holov_published, least=_crop_products, least_is=CROPS),
-    Pair("hiprune", _two_rows, _hiprune_naive, _hiprune("corrected"), "neighbours neither wrap nor are clamped"),
-    Pair("hiprune (published)", _two_rows, _hiprune_naive, _hiprune("published")),
+    Pair(
+        "hiprune",
+        _two_rows,
+        _hiprune_naive,
+        _hiprune("corrected"),
+        "neighbours neither wrap nor are clamped",
+        ranks=True,
+    ),
+    Pair("hiprune (published)", _two_rows, _hiprune_naive, _hiprune("published"), ranks=True),
     Pair("prumerge", _merge_inputs, _prumerge_naive, _prumerge),
     Pair(
         "prumerge_plus",
