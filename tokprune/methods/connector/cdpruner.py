@@ -82,10 +82,12 @@ def _of_heaviest(features: Tensor, weight: Tensor, keep: int) -> Tensor:
             return found
         some, heavy = torch.zeros(len(left), size, dtype=torch.long), weight.new_full((len(left), size), -1.0)
         kernel = weight.new_zeros(len(left), size, size)
+        room = features.new_empty(size, features.shape[-1])  # one for all: asking for memory costs more than a copy
         for row, i in enumerate(left):
             few = weight[i].topk(sizes[i]).indices.sort().values  # ascending: ties still go to the lower index
             some[row, : len(few)], heavy[row, : len(few)] = few, weight[i, few]
-            kernel[row, : len(few), : len(few)] = _kernel(features[i].index_select(0, few), weight[i, few], own=True)
+            rows = torch.index_select(features[i], 0, few, out=room[: len(few)])
+            kernel[row, : len(few), : len(few)] = _kernel(rows, weight[i, few], own=True)
         row_of = lambda pick, _, kernel=kernel: kernel[torch.arange(len(kernel)), pick]  # noqa: E731
         order, added = map_by_rows(row_of, kernel.diagonal(dim1=-2, dim2=-1), keep, heavy)
         floor = (1 - 1e-4) * added[:, -1:]  # less than what was added: a cosine of 1 may be rounded up
