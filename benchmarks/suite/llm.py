@@ -141,8 +141,8 @@ def prefill_rows(
 
 
 LIMITS = {
-    "prefill": "in the same runs the choice took {choice_ms:.0f} of {pruned_ms:.0f} ms; the rest is the LLM's own, over "
-    "as many columns as by hand",
+    "prefill": "in the same runs the choice took {choice_ms:.0f} of {pruned_ms:.0f} ms; the rest is the LLM's own, "
+    "over as many columns as by hand",
     "decode": "a step cuts the mask to what is kept and moves the position: four operations",
     "signals": "queries and keys of the block are made ready in float32, beside the tower's own",
 }
