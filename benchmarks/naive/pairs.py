@@ -30,6 +30,7 @@ from tokprune.methods.connector.scope import scope
 from tokprune.methods.connector.textmonkey import uniqueness
 from tokprune.methods.connector.vispruner import vispruner
 from tokprune.methods.question import text_relevance
+from tokprune.ops.similarity import gram
 from tokprune.ops.topk import top, top_in_groups
 from tokprune.tokens import Layout
 
@@ -333,7 +334,14 @@ PAIRS = (
     ),
     Pair("visionzip", _visionzip_inputs, merging.visionzip, visionzip),
     Pair("vispruner", _tower, by_attention.vispruner, vispruner),
-    Pair("cdpruner", _cdpruner_inputs, similarity.cdpruner, _cdpruner),
+    Pair(
+        "cdpruner",
+        _cdpruner_inputs,
+        similarity.cdpruner,
+        _cdpruner,
+        least=lambda features, patches, texts, keep: gram(features[:, :320]),
+        least_is="the products, each pair once, of the tokens heavy enough to be chosen, about 320 of 576 here",
+    ),
     Pair("scope", _tower, similarity.scope, lambda x, a, keep: scope(x, a, keep).sort(-1).values),
     Pair(
         "holov",

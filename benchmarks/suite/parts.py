@@ -54,7 +54,7 @@ def _over_least(pair: Pair, repeats: int = 9) -> dict[str, float]:
     """Milliseconds of the least that a method must do, and how many times that the method takes."""
     assert pair.least is not None
     inputs = pair.inputs(CASES[NEXT], torch.Generator().manual_seed(0))
-    calls = max(1, round(4.0 / max(methods.once(pair.ours, inputs, 2)[0], 1e-3)))  # a few milliseconds at least
+    calls = max(1, round(20.0 / max(methods.once(pair.ours, inputs, 2)[0], 1e-3)))  # twenty milliseconds
 
     def often(function: Callable[..., object]) -> None:
         for _ in range(calls):
