@@ -19,14 +19,14 @@ ROOT = Path(__file__).parent.parent
 
 
 def commit() -> str | None:
-    """The commit that is measured, marked when the tree differs from it; None outside a checkout."""
+    """The commit that is measured, marked when more than results differs from it; None outside a checkout."""
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         return git("rev-parse", "--short=12", "HEAD") + (
-            " with changes" if git("status", "--porcelain", "-uno") else ""
+            " with changes" if git("status", "--porcelain", "-uno", "--", ".", ":!benchmarks/results") else ""
         )
     except (OSError, subprocess.CalledProcessError):
         return None
