@@ -227,7 +227,7 @@ def _lazily(
         gain = gain if weights is None else gain * weights.gather(1, which)
         return gain if bonus is None else gain + bonus.gather(1, which)
 
-    worth = torch.cat([gains_of(part) for part in numbers.split(blocks.ROWS // 8, 1)], 1)  # a few: they stay in cache
+    worth = torch.cat([gains_of(part) for part in numbers.split(-(-blocks.ROWS // 8), 1)], 1)  # few: in cache
     free, known = torch.ones_like(worth, dtype=torch.bool), torch.zeros_like(worth, dtype=torch.bool)
     if barred is not None:
         worth = worth.masked_fill(barred, -torch.inf)
