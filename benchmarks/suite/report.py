@@ -24,8 +24,6 @@ TITLES = {
 NOTES = {
     "counts": "The limit names the family with the most. Signals (hired, visionzip) are finished when the prompt's one "
     "transfer tells the sizes of the pictures. generate() is checked once, in its first step.",
-    "selection": "hired, fastervlm and hiprune rank scores that the tower made, in under half a millisecond: they have "
-    "no target, for there is no arithmetic to save and what remains is the dispatch of a few dozen operations.",
 }
 """What a section's rows are bound by, where one sentence serves them all."""
 
